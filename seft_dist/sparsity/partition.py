@@ -1,0 +1,54 @@
+"""Who owns which part of a weight: two integers.
+
+Every supported way of sharding cuts a flattened weight of N positions into equal chunks, one for each rank in rank order;
+the last ranks may get a short chunk or none. The order of ranks is therefore the order of positions.
+
+    N = 10, 4 ranks, chunk 3:   rank 0 [0, 3)   rank 1 [3, 6)   rank 2 [6, 9)   rank 3 [9, 10)
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Positions start <= i < stop of a flattened weight."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start <= self.stop, self
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A flattened weight of ``numel`` positions in chunks of ``chunk``, one for each of ``world_size`` ranks."""
+
+    numel: int
+    chunk: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        assert self.chunk * self.world_size >= self.numel, self
+
+    @classmethod
+    def even(cls, numel: int, world_size: int) -> "Partition":
+        """Equal flat chunks of ceil(numel / world_size) positions (ZeRO-3, replicated weights). Local."""
+        return cls(numel, -(-numel // world_size), world_size)
+
+    @classmethod
+    def rows(cls, shape: tuple[int, int], world_size: int) -> "Partition":
+        """Whole rows, ceil(rows / world_size) for each rank (FSDP2's Shard(0)). Local."""
+        rows, columns = shape
+        return cls(rows * columns, -(-rows // world_size) * columns, world_size)
+
+    def interval(self, rank: int) -> Interval:
+        """The positions that a rank owns; empty behind the end. Local."""
+        return Interval(min(rank * self.chunk, self.numel), min((rank + 1) * self.chunk, self.numel))
+
+    def sizes(self) -> list[int]:
+        """Number of positions of each rank, in rank order. Local."""
+        return [len(self.interval(rank)) for rank in range(self.world_size)]

@@ -1,0 +1,33 @@
+"""When evolutions happen and how much moves: pure functions of the configuration and the step t, counted from 1."""
+
+import math
+
+from seft_dist.config import SeftConfig
+
+
+def is_evolution(config: SeftConfig, step: int) -> bool:
+    """Whether step t ends with an evolution (the first support is not one of them). Local."""
+    if config.static or step % config.interval or step < config.begin:
+        return False
+    return config.last_step is None or step <= config.last_step
+
+
+def in_window(config: SeftConfig, step: int) -> bool:
+    """Whether the dense gradient of step t is accumulated for the evolution that follows it. Local."""
+    coming = -(-step // config.interval) * config.interval
+    return is_evolution(config, coming) and step > coming - config.window
+
+
+def drop_fraction(config: SeftConfig, step: int) -> float:
+    """Share of the support that is dropped in an evolution at step t, 0 to 1. Local."""
+    initial, total = config.drop_fraction, config.steps
+    if config.drop_schedule == "constant" or total is None:
+        return initial
+    if config.drop_schedule == "linear":
+        return initial * (1 - step / total)
+    return initial / 2 * (1 + math.cos(math.pi * step / total))
+
+
+def share(fraction: float, count: int) -> int:
+    """``fraction`` of ``count`` entries, rounded half up. Local."""
+    return math.floor(fraction * count + 0.5)

@@ -1,0 +1,104 @@
+"""Scores of the interchangeable criteria. A drop or adapt score is small, a grow score large, for the entry that moves.
+
+Shapes: n positions of one rank's interval, k entries of the support in it. Everything is fp32 and finite.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def drop_magnitude(delta: Tensor) -> Tensor:
+    """|delta| of each entry, fp32 [k]. Local."""
+    return delta.abs()
+
+
+def drop_movement(delta: Tensor, grad: Tensor) -> Tensor:
+    """-delta x accumulated gradient: small where the gradient pulls the delta back to 0. Local.
+
+    Args:
+        delta: fp32 [k].
+        grad: fp32 [k], accumulated over the window at the same entries.
+
+    Source: the importance of Sanh et al. (arXiv 2005.07683), of deltas instead of weights.
+    """
+    return -(delta * grad)
+
+
+def grow_gradient(grad: Tensor) -> Tensor:
+    """|accumulated gradient| of each position, fp32 [n]. Local."""
+    return grad.abs()
+
+
+def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
+    """|weight x accumulated gradient| of each position, fp32 [n]. Local."""
+    return (weight * grad).abs()
+
+
+def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
+    """|weight| x L2 norm of its input (Wanda's score, arXiv 2306.11695). Local.
+
+    Args:
+        weight: fp32 [n], the interval's weights.
+        norms: fp32 [in], norm of each input feature over the window.
+        start: Flat position of the interval's first weight; its input is start mod in.
+    """
+    return weight.abs() * norms[columns(start, weight.numel(), norms.numel(), weight.device)]
+
+
+def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
+    """min(row, column) second-moment estimate of each position, fp32 [numel]. Local.
+
+    Args:
+        rows: fp32 [out], SM3's row accumulator.
+        cols: fp32 [in], SM3's column accumulator.
+        start: Flat position of the interval's first weight.
+        numel: Number of positions.
+
+    Source: Anil et al., SM3-II (arXiv 1901.11150).
+    """
+    positions = torch.arange(start, start + numel, device=rows.device)
+    return torch.minimum(rows[positions // cols.numel()], cols[positions % cols.numel()])
+
+
+def columns(start: int, numel: int, width: int, device: torch.device) -> Tensor:
+    """Input feature of each of ``numel`` flat positions from ``start`` on, int64 [numel]. Local."""
+    return torch.arange(start, start + numel, device=device) % width
+
+
+def uniform(positions: Tensor, *keys: int) -> Tensor:
+    """Pseudo-random numbers that depend on position and keys only, so on no layout. Local.
+
+    Args:
+        positions: int64, flat positions of a weight.
+        keys: Integers, e.g. seed, layer, step, purpose.
+
+    Returns:
+        fp32 in [0, 1), 2^24 distinct values, shape of ``positions``.
+
+    Source: the SplitMix64 finalizer.
+    """
+    state = 0
+    for key in keys:
+        state = _mix_int(state + key & _MASK64)
+    bits = _mix(positions + (state - (1 << 64) if state >> 63 else state))
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
+
+
+def _mix_int(x: int) -> int:
+    x = x + 0x9E3779B97F4A7C15 & _MASK64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK64
+    return x ^ x >> 31
+
+
+def _mix(x: Tensor) -> Tensor:
+    # int64 arithmetic wraps as uint64 does; a logical shift is an arithmetic one with the copied sign bits cut off.
+    def shift(value: Tensor, by: int) -> Tensor:
+        return (value >> by) & ((1 << (64 - by)) - 1)
+
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ shift(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ shift(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ shift(x, 31)

@@ -1,0 +1,110 @@
+"""Exact top-k on the bits of fp32 scores, as counting: the local half of the distributed selection.
+
+A score becomes a key, an int32 in the order of the scores; keys are read digit by digit, most significant first. After all
+digits the k-th largest key is known exactly, with how many of its ties are wanted. Nothing here is random or approximate.
+"""
+
+import torch
+from torch import Tensor
+
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""(shift, bits) of each pass over the 32 bits of a key."""
+BINS = 1 << 11
+INELIGIBLE = -(1 << 31)
+"""Key of a position that does not compete; below every key of a number."""
+
+
+def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tensor:
+    """Order-preserving integer keys: the largest key is selected first. Local.
+
+    Args:
+        scores: fp32 [n], finite; -0.0 and 0.0 are equal.
+        largest: Whether large or small scores are selected.
+        eligible: bool [n], who competes; None for all.
+
+    Returns:
+        int32 [n].
+    """
+    assert scores.dtype == torch.float32
+    bits = (scores + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if not largest:
+        ordered = ~ordered
+    return ordered if eligible is None else ordered.masked_fill(~eligible, INELIGIBLE)
+
+
+def _digit(key: Tensor, shift: int, bits: int) -> Tensor:
+    return ((key.to(torch.int64) + (1 << 31)) >> shift) & ((1 << bits) - 1)
+
+
+def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
+    """Count the values of one digit among the keys whose more significant digits are ``prefix``. Local.
+
+    Args:
+        key: int32 [n]; ineligible ones are not counted.
+        digit: Which of ``DIGITS``.
+        prefix: The digits before it, as one number (0 for the first digit).
+
+    Returns:
+        int64 [BINS].
+    """
+    shift, bits = DIGITS[digit]
+    competing = key != INELIGIBLE
+    if digit:
+        competing &= _digit(key, shift + bits, 32 - shift - bits) == prefix
+    return torch.bincount(_digit(key[competing], shift, bits), minlength=BINS)
+
+
+def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the digit in which the wanted-th largest key lies. Local.
+
+    Args:
+        counts: int64 [problems, BINS], summed over ranks.
+        wanted: int64 [problems], 0 <= wanted <= number counted.
+
+    Returns:
+        The digit, and how many of the keys with that digit are still wanted: both int64 [problems].
+    """
+    from_top = counts.flip(1).cumsum(1)
+    place = (from_top < wanted.unsqueeze(1)).sum(1).clamp(max=BINS - 1)
+    above = torch.where(place > 0, from_top.gather(1, (place - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
+    return BINS - 1 - place, wanted - above
+
+
+def threshold_key(prefix: int) -> int:
+    """The key that all digits together spell. Local."""
+    return prefix - (1 << 31)
+
+
+def take(key: Tensor, threshold: int, ties: int) -> Tensor:
+    """Indices of the keys above the threshold and of the first ``ties`` keys equal to it. Local.
+
+    Args:
+        key: int32 [n].
+        threshold: Key of the last selected entry over all ranks.
+        ties: How many entries equal to it this rank may take.
+
+    Returns:
+        int64, increasing.
+    """
+    above = key > threshold
+    equal = (key == threshold).nonzero().squeeze(1)[:ties]
+    above[equal] = True
+    return above.nonzero().squeeze(1)
+
+
+def top_k(key: Tensor, k: int) -> Tensor:
+    """Indices of the k largest keys, smaller indices first among ties. Local; waits for the device.
+
+    Args:
+        key: int32 [n]; ineligible ones are never selected.
+        k: How many, at most; fewer are returned if fewer compete.
+
+    Returns:
+        int64, increasing.
+    """
+    competing = (key != INELIGIBLE).nonzero().squeeze(1)
+    if competing.numel() <= k:
+        return competing
+    order = torch.sort(key[competing], descending=True, stable=True).indices[:k]
+    return competing[order].sort().values

@@ -1,0 +1,48 @@
+"""Small real models for the tests: random Llamas, pruned row by row."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seft_dist.optim.targets import find_targets
+
+VOCAB = 128
+
+
+def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:
+    """A random two-layer Llama, the same for the same seed."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | over)))
+    model.config.use_cache = False
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def prune_(model: torch.nn.Module, sparsity: float = 0.6, pattern: str = "all-linear") -> torch.nn.Module:
+    """Set the smallest weights of each row of each target to 0, in place."""
+    for module in find_targets(model, pattern).values():
+        count = int(sparsity * module.weight.shape[1] + 0.5)
+        order = module.weight.abs().argsort(dim=1, stable=True)[:, :count]
+        module.weight.scatter_(1, order, 0.0)
+    return model
+
+
+def batch(step: int, rank: int = 0, size: int = 2, length: int = 16, vocab: int = VOCAB) -> dict[str, torch.Tensor]:
+    """Learnable token sequences (arithmetic progressions), a function of step and rank."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    start = torch.randint(0, vocab, (size, 1), generator=generator)
+    stride = torch.randint(1, 4, (size, 1), generator=generator)
+    ids = (start + stride * torch.arange(length)) % vocab
+    return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,89 @@
+"""Run one function on several gloo ranks, forked from the test process (0.1 s instead of 9 s for spawned ones)."""
+
+import multiprocessing as mp
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def _main(pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        result = (True, fn(rank, world_size, *args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    try:
+        pipe.send(result)
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+    pipe.close()
+    os._exit(0 if result[0] else 1)  # no destructors: a rank whose peer failed must not wait for it here
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+    """Run ``fn(rank, world_size, *args)`` on every rank of a new gloo process group.
+
+    Args:
+        fn: What a rank does; may be a local function. Its return value is pickled back.
+        world_size: Number of ranks.
+        timeout: Seconds for all ranks together; then the remaining ones (and only they) are killed.
+
+    Returns:
+        Each rank's return value, in rank order.
+
+    Raises:
+        AssertionError: A rank failed or did not end; the text holds every rank's traceback.
+    """
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_main, args=(theirs, fn, rank, world_size, f"{folder}/store", timeout, args), daemon=False
+            )
+            process.start()
+            theirs.close()
+            ranks.append(process)
+            pipes.append(ours)
+        results = _collect(ranks, pipes, timeout)
+    failed = [f"--- rank {rank}\n{text}" for rank, (good, text) in enumerate(results) if not good]
+    assert not failed, "\n".join(failed)
+    return [value for _, value in results]
+
+
+def _collect(ranks: list[Any], pipes: list[Connection], timeout: float) -> list[tuple[bool, Any]]:
+    deadline = time.monotonic() + timeout
+    results: dict[int, tuple[bool, Any]] = {}
+    try:
+        while len(results) < len(ranks) and time.monotonic() < deadline:
+            for rank, pipe in enumerate(pipes):
+                if rank not in results and pipe.poll(0.005):
+                    try:
+                        results[rank] = pipe.recv()
+                    except EOFError:
+                        ranks[rank].join(1)
+                        results[rank] = (False, f"died without a word, exit code {ranks[rank].exitcode}")
+                    if not results[rank][0]:
+                        deadline = min(deadline, time.monotonic() + 5)  # give the others time to fail too
+    finally:
+        for process in ranks:
+            process.join(0.5 if process.pid and len(results) == len(ranks) else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return [results.get(rank, (False, "did not end in time (killed)")) for rank in range(len(ranks))]
