@@ -1,0 +1,50 @@
+# Every target only calls commands that can be typed by hand; the README shows them.
+
+# The interpreter that makes .venv, and the build of torch in it. The CPU build is enough for the tests and the
+# quickstart; for a GPU: make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+# Test processes at a time; many tests start up to four ranks of their own
+JOBS ?= 2
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# pip must not offer or use anything outside .venv
+export PYTHONNOUSERSITE := 1
+
+# Where the quickstart keeps things: model, pruned model and text are inputs, the run is launch/train.py's folder
+MODEL := models/SmolLM2-135M-Instruct
+PRUNED := models/SmolLM2-135M-Instruct-wanda60
+TEXT := data/pydoc-topics
+RUN := runs/quickstart
+
+.DELETE_ON_ERROR:
+.PHONY: help install quickstart test test-quick lint format clean-quickstart clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(INSTALLED)  ## make .venv and install everything into it
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,plots,quickstart]'
+	touch $@
+
+test: lint  ## lint, types and every test (15 minutes at most on 2 cores)
+	python -m pytest -n $(JOBS) --dist loadfile
+
+test-quick: $(INSTALLED)  ## the tests that take under a minute together
+	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
+lint: $(INSTALLED)  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(INSTALLED)  ## rewrite the files as ruff wants them
+	ruff check --fix .
+	ruff format .
