@@ -82,7 +82,7 @@ def uniform(positions: Tensor, *keys: int) -> Tensor:
     state = 0
     for key in keys:
         state = _mix_int(state + key & _MASK64)
-    bits = _mix(positions + (state - (1 << 64) if state >> 63 else state))
+    bits = mix(positions + (state - (1 << 64) if state >> 63 else state))
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
 
 
@@ -93,7 +93,8 @@ def _mix_int(x: int) -> int:
     return x ^ x >> 31
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
+    """Scramble integers, int64 of any shape, without losing any (SplitMix64). Local."""
     # int64 arithmetic wraps as uint64 does; a logical shift is an arithmetic one with the copied sign bits cut off.
     def shift(value: Tensor, by: int) -> Tensor:
         return (value >> by) & ((1 << (64 - by)) - 1)

@@ -33,10 +33,6 @@ def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tenso
     return ordered if eligible is None else ordered.masked_fill(~eligible, INELIGIBLE)
 
 
-def _digit(key: Tensor, shift: int, bits: int) -> Tensor:
-    return ((key.to(torch.int64) + (1 << 31)) >> shift) & ((1 << bits) - 1)
-
-
 def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
     """Count the values of one digit among the keys whose more significant digits are ``prefix``. Local.
 
@@ -51,8 +47,12 @@ def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
     shift, bits = DIGITS[digit]
     competing = key != INELIGIBLE
     if digit:
-        competing &= _digit(key, shift + bits, 32 - shift - bits) == prefix
-    return torch.bincount(_digit(key[competing], shift, bits), minlength=BINS)
+        above = shift + bits
+        competing &= (key >> above) == prefix - (1 << (31 - above))
+    digits = (key[competing] >> shift) & ((1 << bits) - 1)
+    if not digit:
+        digits ^= 1 << (bits - 1)  # the sign bit: negative keys come first
+    return torch.bincount(digits, minlength=BINS)
 
 
 def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +103,11 @@ def top_k(key: Tensor, k: int) -> Tensor:
     Returns:
         int64, increasing.
     """
-    competing = (key != INELIGIBLE).nonzero().squeeze(1)
-    if competing.numel() <= k:
-        return competing
-    order = torch.sort(key[competing], descending=True, stable=True).indices[:k]
-    return competing[order].sort().values
+    prefix, wanted = 0, torch.tensor([k])
+    for digit, (_, bits) in enumerate(DIGITS):
+        counts = histogram(key, digit, prefix).cpu().unsqueeze(0)
+        if not digit:
+            wanted = wanted.minimum(counts.sum(1))
+        found, wanted = descend(counts, wanted)
+        prefix = prefix << bits | int(found)
+    return take(key, threshold_key(prefix), int(wanted))

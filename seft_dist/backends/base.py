@@ -1,0 +1,123 @@
+"""What the method asks of whatever holds the weights.
+
+    world_size 2, weight [4, 3]         FSDP2 / ZeRO-3                 replicated (DDP, ZeRO-0/1/2)
+    position  0 .. 5 | 6 .. 11          rank 0 stores and owns 0..5    both store 0..11, rank 0 owns 0..5
+
+A backend knows nothing of deltas. It answers: which interval of a weight does this rank own, which does it store, give me
+the stored part to write, make the write visible to the next forward, bring a dense gradient to the owners.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from seft_dist.backends.group import Group
+from seft_dist.sparsity.partition import Interval, Partition
+
+
+class Backend(ABC):
+    """The weights of the target linears as this rank sees them; targets are numbered in their order."""
+
+    name: str
+
+    def __init__(self, targets: dict[str, nn.Linear], owners: Group, replicas: Group) -> None:
+        """Args:
+        targets: Module name to linear.
+        owners: The ranks that divide each weight among themselves.
+        replicas: The ranks that own the same intervals as this one (HSDP); one rank otherwise.
+        """
+        self.names = list(targets)
+        self.modules = list(targets.values())
+        self.owners = owners
+        self.replicas = replicas
+        self.partitions = [self._partition(i) for i in range(len(self.names))]
+
+    @property
+    def world_size(self) -> int:
+        """Data-parallel ranks: whose gradients are averaged."""
+        return self.owners.size * self.replicas.size
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank has sent through the backend's groups so far."""
+        return self.owners.bytes_sent + self.replicas.bytes_sent
+
+    @property
+    def replicates(self) -> bool:
+        """Whether a rank stores more than it owns, so that everybody must apply everybody's writes."""
+        return False
+
+    @abstractmethod
+    def shape(self, i: int) -> tuple[int, int]:
+        """Whole shape [out, in] of weight i. Local."""
+
+    @abstractmethod
+    def _partition(self, i: int) -> Partition:
+        """How weight i is divided. Local."""
+
+    @abstractmethod
+    def local(self, i: int) -> Tensor:
+        """The stored interval of weight i, flat, in the model's dtype; write into it inside ``writing()``. Local."""
+
+    @abstractmethod
+    def prepare_write(self) -> None:
+        """Drop gathered copies that would hide a write to the shards. Local."""
+
+    @abstractmethod
+    def publish_write(self) -> None:
+        """Make writes to the shards visible to the next forward. Local."""
+
+    @abstractmethod
+    def read(self, i: int, positions: Tensor) -> Tensor:
+        """Weights as the next forward will see them. **Collective**.
+
+        Args:
+            i: Which target.
+            positions: int64, flat positions; each rank may ask for others.
+
+        Returns:
+            Values in the model's dtype.
+        """
+
+    @abstractmethod
+    def full(self, parameter: Tensor) -> Tensor:
+        """The whole value of any parameter of the model, for one-at-a-time export. **Collective**."""
+
+    def interval(self, i: int) -> Interval:
+        """The interval of weight i that this rank owns. Local."""
+        return self.partitions[i].interval(self.owners.rank)
+
+    def stored(self, i: int) -> Interval:
+        """The interval of weight i that ``local(i)`` holds. Local."""
+        return Interval(0, prod(self.shape(i))) if self.replicates else self.interval(i)
+
+    def own(self, i: int) -> Tensor:
+        """The owned interval of weight i, flat, a view of ``local(i)``. Local."""
+        interval = self.interval(i)
+        offset = self.stored(i).start
+        return self.local(i)[interval.start - offset : interval.stop - offset]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Write to ``local(i)`` inside this context only. Local."""
+        self.prepare_write()
+        with torch.no_grad():
+            yield
+        self.publish_write()
+
+    def reduce_dense(self, i: int, grad: Tensor) -> Tensor:
+        """Average the dense gradient of weight i over all ranks; each keeps its own interval. **Collective**.
+
+        Args:
+            i: Which target.
+            grad: fp32 [out, in], this rank's.
+
+        Returns:
+            fp32 [len(interval(i))].
+        """
+        own = self.owners.sum_to_owners(grad.reshape(-1), self.partitions[i].sizes())
+        return self.replicas.sum(own) / self.world_size

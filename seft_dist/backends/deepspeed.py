@@ -1,0 +1,173 @@
+"""Weights sharded by DeepSpeed ZeRO-3, and what a ds_config says about the optimizer.
+
+ZeRO-3 cuts each flattened weight into equal chunks; the last is padded with uninitialised memory that nobody reads. The
+shard of a frozen weight is ``p.ds_tensor`` (on the CPU with offload_param) and a write to it is seen by the next gather,
+except while the engine keeps a gathered copy (parameters below ``stage3_param_persistence_threshold``).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seft_dist.backends.base import Backend
+from seft_dist.backends.group import Group
+from seft_dist.config import AdamConfig
+from seft_dist.sparsity.partition import Partition
+
+_ADAM_TYPES = ("adam", "adamw")
+
+
+def is_zero3(weight: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds this weight. Local."""
+    return hasattr(weight, "ds_id")
+
+
+class Zero3Backend(Backend):
+    """Flat chunks of ceil(numel / world size), the tail of the last rank being padding."""
+
+    name = "zero3"
+
+    def __init__(self, targets: dict[str, nn.Linear]) -> None:
+        """Args:
+        targets: Module name to linear.
+
+        Raises:
+            ValueError: A target is not held by ZeRO-3, or in a form whose shard cannot be written safely.
+        """
+        for name, module in targets.items():
+            _check_shard(name, module.weight)
+        group = next(iter(targets.values())).weight.ds_process_group
+        owners = Group(group if dist.get_world_size(group) > 1 else None)
+        super().__init__(targets, owners, replicas=Group(None))
+
+    def shape(self, i: int) -> tuple[int, int]:
+        rows, columns = self.modules[i].weight.ds_shape
+        return rows, columns
+
+    def _partition(self, i: int) -> Partition:
+        weight = self.modules[i].weight
+        return Partition(weight.ds_numel, weight.ds_tensor.numel(), self.owners.size)
+
+    def local(self, i: int) -> Tensor:
+        return self.modules[i].weight.ds_tensor.detach().view(-1)[: len(self.interval(i))]
+
+    def prepare_write(self) -> None:
+        pass
+
+    def publish_write(self) -> None:
+        # A gathered copy that outlives the step hides the write, silently: free it, the next forward gathers again.
+        for module in self.modules:
+            if module.weight.ds_status.name == "AVAILABLE":
+                module.weight.partition(param_list=[module.weight])
+
+    def read(self, i: int, positions: Tensor) -> Tensor:
+        return self.full(self.modules[i].weight).view(-1)[positions]
+
+    def full(self, parameter: Tensor) -> Tensor:
+        if not is_zero3(parameter):
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+
+def _check_shard(name: str, weight: Tensor) -> None:
+    if not is_zero3(weight):
+        raise ValueError(f"{name}.weight is not held by ZeRO-3 although other targets are: pass the whole model to deepspeed")
+    if weight.ds_tensor.__dict__.get("final_location") is not None and weight.ds_tensor.final_location.name == "nvme":
+        raise ValueError(
+            f"{name}.weight is offloaded to NVMe: its shard is not in memory to be written; "
+            'set offload_param.device to "cpu" or "none" in the ds_config'
+        )
+    if weight.ds_secondary_tensor is not None or weight.ds_zero_param_process_group is not None:
+        raise ValueError(
+            f"{name}.weight has a second copy (ZeRO++ hpZ) that would miss every update; "
+            "remove zero_hpz_partition_size from the ds_config"
+        )
+    if not weight.ds_tensor.is_floating_point() or hasattr(weight.ds_tensor, "ds_quant_scale"):
+        raise ValueError(f"{name}.weight is quantized by ZeRO: remove the zero_quantized_* keys from the ds_config")
+
+
+def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read a ds_config and refuse what this project cannot train with. Local.
+
+    Args:
+        ds_config: Path of a JSON file, or its content.
+
+    Returns:
+        The content, a new dict.
+
+    Raises:
+        ValueError: Unreadable, or fp16, ZeRO++ hpZ, quantized weights or NVMe parameters are asked for.
+    """
+    if isinstance(ds_config, str):
+        try:
+            content = json.loads(Path(ds_config).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"ds_config {ds_config}: {error}; needs a JSON file with DeepSpeed's keys") from error
+    else:
+        content = json.loads(json.dumps(ds_config))
+    zero = content.get("zero_optimization", {})
+    refused = {
+        "fp16.enabled": content.get("fp16", {}).get("enabled") not in (None, False),
+        "zero_optimization.zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "zero_optimization.zero_quantized_weights": bool(zero.get("zero_quantized_weights")),
+        "zero_optimization.zero_quantized_nontrainable_weights": bool(zero.get("zero_quantized_nontrainable_weights")),
+        "zero_optimization.offload_param.device=nvme": zero.get("offload_param", {}).get("device") == "nvme",
+        "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+    }
+    found = [key for key, present in refused.items() if present]
+    if found:
+        raise ValueError(
+            f"ds_config asks for {', '.join(found)}, which would scale gradients or hide updates of the deltas: "
+            "remove it (bf16 instead of fp16; offload_param to cpu instead of nvme)"
+        )
+    return content
+
+
+def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None = None) -> dict[str, Any]:
+    """Arguments for ``SeftOptimizer`` from a ds_config's optimizer block and gradient_clipping. Local.
+
+    Args:
+        ds_config: Path of a JSON file, or its content.
+        optim: What holds where the ds_config says nothing or "auto"; None: AdamConfig's defaults.
+
+    Returns:
+        lr, betas, eps, weight_decay, max_grad_norm.
+
+    Raises:
+        ValueError: An optimizer type other than Adam or AdamW, or a parameter that has no meaning here.
+    """
+    content = load_ds_config(ds_config)
+    optim = optim or AdamConfig()
+    args = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+    }
+    block = content.get("optimizer")
+    if block:
+        kind = str(block.get("type"))
+        if kind.lower() not in _ADAM_TYPES:
+            raise ValueError(f"ds_config optimizer type {kind}: needs AdamW or Adam, the update the deltas have; change the type")
+        params = {key: value for key, value in block.get("params", {}).items() if value != "auto"}
+        ignored = {"torch_adam", "fused", "adam_w_mode", "bias_correction"}
+        unknown = sorted(set(params) - set(args) - ignored)
+        if unknown:
+            raise ValueError(f"ds_config optimizer params {unknown} cannot be honoured: remove them")
+        if kind.lower() == "adam" and not params.get("adam_w_mode", True) and params.get("weight_decay"):
+            raise ValueError("ds_config optimizer Adam with adam_w_mode false and weight_decay: needs decoupled decay (AdamW)")
+        if params.get("bias_correction") is False:
+            raise ValueError("ds_config optimizer bias_correction false cannot be honoured: remove it")
+        args.update({key: value for key, value in params.items() if key not in ignored})
+        args["betas"] = tuple(args["betas"])
+    clip = content.get("gradient_clipping", "auto")
+    if clip != "auto":
+        args["max_grad_norm"] = float(clip) or None
+    return args

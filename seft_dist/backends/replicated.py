@@ -1,0 +1,65 @@
+"""Weights that every rank holds whole: one process, DDP, ZeRO stages 0 to 2.
+
+Ownership of deltas is an even flat split all the same, so optimizer state shrinks with the number of ranks.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from seft_dist.backends.base import Backend
+from seft_dist.backends.group import Group
+from seft_dist.sparsity.partition import Partition
+
+
+class ReplicatedBackend(Backend):
+    """Plain tensors; every rank applies everybody's writes."""
+
+    def __init__(self, targets: dict[str, nn.Linear], owners: Group) -> None:
+        """Args:
+        targets: Module name to linear.
+        owners: All data-parallel ranks.
+        """
+        self.name = "single" if owners.size == 1 else "ddp"
+        super().__init__(targets, owners, replicas=Group(None))
+
+    @property
+    def replicates(self) -> bool:
+        return self.owners.size > 1
+
+    def shape(self, i: int) -> tuple[int, int]:
+        rows, columns = self.modules[i].weight.shape
+        return rows, columns
+
+    def _partition(self, i: int) -> Partition:
+        return Partition.even(self.modules[i].weight.numel(), self.owners.size)
+
+    def local(self, i: int) -> Tensor:
+        return self.modules[i].weight.detach().view(-1)
+
+    def prepare_write(self) -> None:
+        pass  # forward reads the very tensor that is written
+
+    def publish_write(self) -> None:
+        pass
+
+    def read(self, i: int, positions: Tensor) -> Tensor:
+        return self.local(i)[positions]
+
+    def full(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    def check_replicas(self, i: int) -> None:
+        """Refuse a weight that is not the same on every rank. **Collective**.
+
+        Raises:
+            ValueError: Naming the weight and the ranks that differ from rank 0.
+        """
+        bits = self.local(i).view(torch.uint8).to(torch.int64)
+        digest = torch.stack([bits.sum(), (bits * (torch.arange(bits.numel(), device=bits.device) % 8191)).sum()])
+        rows = self.owners.stack(digest)
+        other = [rank for rank in range(self.owners.size) if not torch.equal(rows[rank], rows[0])]
+        if other:
+            raise ValueError(
+                f"{self.names[i]}.weight on ranks {other} differs from rank 0: replicated training needs the same model on "
+                "every rank; load the same checkpoint, or pass group= with the ranks that share this model"
+            )

@@ -1,0 +1,85 @@
+"""The part of any parameter that this rank stores, however it is sharded: for loading weights straight into shards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from seft_dist.backends.deepspeed import is_zero3
+from seft_dist.sparsity.partition import Partition
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where only a shard is present. Local."""
+    return tuple(parameter.ds_shape) if is_zero3(parameter) else tuple(parameter.shape)
+
+
+def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
+    """The stored part of a parameter, to be written before training begins. Local.
+
+    Args:
+        parameter: Plain, sharded by FSDP2 (``fully_shard``) or partitioned by ZeRO-3; of any shape.
+
+    Returns:
+        The values as a flat view without padding, maybe empty, and the position of the first in the flattened whole.
+    """
+    if is_zero3(parameter):
+        shard = parameter.ds_tensor.detach().view(-1)
+        world_size = dist.get_world_size(parameter.ds_process_group)
+        own = Partition(parameter.ds_numel, shard.numel(), world_size).interval(dist.get_rank(parameter.ds_process_group))
+        return shard[: len(own)], own.start
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        rows, width = parameter.shape[0], parameter[:1].numel() if parameter.dim() > 1 else 1
+        own = Partition.rows((rows, width), mesh.size(mesh.ndim - 1)).interval(mesh.get_local_rank(mesh.ndim - 1))
+        local = parameter.to_local().detach().view(-1)
+        assert local.numel() == len(own)
+        return local, own.start
+    return parameter.detach().view(-1), 0
+
+
+def shard_fsdp(model: nn.Module, layers: list[nn.Module], device: torch.device, replicas: int, offload: bool) -> None:
+    """Shard a model with FSDP2: each layer by itself, the rest with the root. **Collective.**
+
+    Args:
+        model: The root; its parameters may be on the meta device.
+        layers: Modules that are gathered one after the other.
+        device: Where this rank computes.
+        replicas: Groups of ranks that each hold a whole sharded copy (HSDP); 1: one copy.
+        offload: Keep the shards in CPU memory.
+
+    Raises:
+        ValueError: The ranks do not divide into that many replicas.
+    """
+    world_size = dist.get_world_size()
+    if world_size % replicas:
+        raise ValueError(f"replicas={replicas} with {world_size} ranks: needs a number that divides the ranks")
+    if replicas > 1:
+        mesh = dist.init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = dist.init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)
+
+
+@contextmanager
+def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Modules constructed inside are partitioned by ZeRO-3 parameter by parameter, with undefined values. **Collective.**
+
+    Args:
+        ds_config: The content of the ds_config, batch sizes filled in.
+    """
+    import deepspeed
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    # Without the second context the rotary frequencies would be computed in the weights' type.
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+        yield

@@ -1,0 +1,106 @@
+"""Exact distributed top-k for all layers together, and the check that all ranks chose the same.
+
+A *problem* is one ranking: a layer of its own, or all layers together (scope "global"). Candidates of a problem are ordered
+by layer, then position; ranks own consecutive intervals, so this is also the order (layer, rank, local index), and ties go
+to the first in it on every layout.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends.group import Group
+from seft_dist.config import Selection
+from seft_dist.sparsity.selection import BINS, DIGITS, descend, histogram, take, threshold_key, top_k
+
+
+def select(
+    group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int], form: Selection = "auto"
+) -> list[Tensor]:
+    """Select the largest keys of each problem over all ranks. **Collective**.
+
+    Args:
+        group: The ranks that own the candidates.
+        keys: This rank's keys of a layer, int32 [n]; called several times for each layer, so that only one layer's exist.
+        problems: The problem that each layer belongs to, 0 .. len(wanted) - 1.
+        wanted: How many entries of each problem are selected; all of them if fewer compete.
+        form: "gather", "radix", or "auto" for the one that moves fewer bytes. The result is the same.
+
+    Returns:
+        For each layer the selected local indices, int64, increasing.
+    """
+    if form == "auto":
+        candidates = sum(wanted[problem] for problem in problems)
+        form = "gather" if 4 * candidates < 2 * 8 * BINS * len(DIGITS) * len(wanted) else "radix"
+    chosen = _select_gather if form == "gather" and group.size > 1 else _select_radix
+    return chosen(group, keys, problems, wanted)
+
+
+def _select_radix(
+    group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]
+) -> list[Tensor]:
+    prefixes = torch.zeros(len(wanted), dtype=torch.int64)
+    left = torch.tensor(wanted, dtype=torch.int64)
+    for digit, (_, bits) in enumerate(DIGITS):
+        counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
+        for layer, problem in enumerate(problems):
+            counts[problem] += histogram(keys(layer), digit, int(prefixes[problem])).cpu()
+        group.sum(counts)
+        if not digit:
+            left = left.minimum(counts.sum(1))
+        found, left = descend(counts, left)
+        prefixes = prefixes << bits | found
+    thresholds = [threshold_key(int(prefix)) for prefix in prefixes]
+    ties = torch.tensor([int((keys(layer) == thresholds[problem]).sum()) for layer, problem in enumerate(problems)])
+    allowed = _share_ties(group.stack(ties), group.rank, problems, left.tolist())
+    return [take(keys(layer), thresholds[problem], allowed[layer]) for layer, problem in enumerate(problems)]
+
+
+def _share_ties(ties: Tensor, rank: int, problems: list[int], left: list[int]) -> list[int]:
+    """How many ties this rank takes in each layer; ``ties`` is int64 [ranks, layers]."""
+    allowed = []
+    left = list(left)
+    for layer, problem in enumerate(problems):
+        counts = ties[:, layer].tolist()
+        allowed.append(max(0, min(counts[rank], left[problem] - sum(counts[:rank]))))
+        left[problem] = max(0, left[problem] - sum(counts))
+    return allowed
+
+
+def _select_gather(
+    group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]
+) -> list[Tensor]:
+    own = [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
+    own_keys = torch.cat([keys(layer)[indices] for layer, indices in enumerate(own)])
+    lengths = group.stack(torch.tensor([indices.numel() for indices in own])).tolist()
+    pieces = [rank_keys.cpu().split(lengths[rank]) for rank, rank_keys in enumerate(group.gather(own_keys))]
+    selected: list[Tensor] = [indices[:0] for indices in own]
+    for problem, count in enumerate(wanted):
+        layers = [layer for layer, of in enumerate(problems) if of == problem]
+        order = [(layer, rank) for layer in layers for rank in range(group.size)]
+        candidates = torch.cat([pieces[rank][layer] for layer, rank in order])
+        is_chosen = torch.zeros(candidates.numel(), dtype=torch.bool)
+        is_chosen[torch.sort(candidates, descending=True, stable=True).indices[:count]] = True
+        for (layer, rank), part in zip(order, is_chosen.split([lengths[r][i] for i, r in order]), strict=True):
+            if rank == group.rank:
+                selected[layer] = own[layer][part.to(own[layer].device)]
+    return selected
+
+
+def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:
+    """Where ranks hold different values that should be equal. **Collective**.
+
+    Args:
+        group: The ranks to compare.
+        values: int64 [n], one value for each thing compared.
+
+    Returns:
+        Index of the thing to the ranks (of the group) whose value is not the commonest; empty if all agree.
+    """
+    rows = group.stack(values).cpu()
+    common = rows.mode(0).values
+    return {
+        int(column): (rows[:, column] != common[column]).nonzero().view(-1).tolist()
+        for column in (rows != common).any(0).nonzero().view(-1)
+    }

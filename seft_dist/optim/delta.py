@@ -1,0 +1,140 @@
+"""The deltas a rank owns, as columns, and where all ranks' deltas are.
+
+    layer        0            1                  layers lie one after another in every column;
+    indices   3 7 20 41    0 5 6                 inside a layer, entries are sorted by position
+    values    . .  .  .    . . .
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends.group import Group
+
+
+@dataclass
+class Columns:
+    """Entries of the support in this rank's intervals, [k] each, k over all layers."""
+
+    indices: Tensor
+    """int32, flat positions in the whole weight."""
+    base: Tensor
+    """fp32, the frozen weight below the delta."""
+    values: Tensor
+    """fp32, the delta."""
+    exp_avg: Tensor
+    """fp32, first Adam moment."""
+    exp_avg_sq: Tensor
+    """fp32, second Adam moment."""
+    age: Tensor
+    """int32, updates since the entry was grown (for the bias correction)."""
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Columns":
+        """No entries. Local."""
+        kinds = {"indices": torch.int32, "age": torch.int32}
+        return cls(**{f.name: torch.empty(0, dtype=kinds.get(f.name, torch.float32), device=device) for f in fields(cls)})
+
+    @classmethod
+    def grown(cls, indices: Tensor, base: Tensor) -> "Columns":
+        """New entries: delta, moments and age 0. Local.
+
+        Args:
+            indices: int64 [k], flat positions.
+            base: fp32 [k].
+        """
+        zeros = [torch.zeros_like(base) for _ in range(3)]
+        return cls(indices.to(torch.int32), base, *zeros, torch.zeros_like(indices, dtype=torch.int32))
+
+    def __len__(self) -> int:
+        return self.indices.numel()
+
+    def take(self, which: Tensor | slice) -> "Columns":
+        """The entries that an index, a mask or a slice names. Local."""
+        return Columns(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    @staticmethod
+    def cat(parts: list["Columns"]) -> "Columns":
+        """Entries of several, in their order. Local."""
+        return Columns(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Columns)})
+
+    def sorted(self) -> "Columns":
+        """The entries by position. Local."""
+        return self.take(self.indices.argsort())
+
+    def weight(self) -> Tensor:
+        """base + delta, fp32 [k]. Local."""
+        return self.base + self.values
+
+    @torch.no_grad()
+    def adamw_(self, grad: Tensor, group: dict[str, Any], decay_weight: bool) -> None:
+        """One AdamW update of the values, each entry's bias corrected by its own age. Local.
+
+        Args:
+            grad: fp32 [k].
+            group: A torch param group: lr, betas, eps, weight_decay.
+            decay_weight: Whether decay shrinks base + delta (AdamW on the weight) or only the delta.
+
+        Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+        """
+        if not len(self):
+            return
+        lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
+        self.age += 1
+        if decay:
+            self.values.sub_(self.weight() if decay_weight else self.values, alpha=lr * decay)
+        self.exp_avg.lerp_(grad, 1 - beta1)
+        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        # Ages take few values: the powers are tabulated in fp64 and looked up.
+        ages = torch.arange(int(self.age.max()) + 1, dtype=torch.float64, device=grad.device)
+        step_size = (lr / (1 - beta1**ages)).float()[self.age]
+        correction = (1 - beta2**ages).sqrt().float()[self.age]
+        denominator = self.exp_avg_sq.sqrt().div_(correction).add_(eps)
+        self.values.sub_(self.exp_avg.mul(step_size).div_(denominator))
+
+
+class Support:
+    """Positions of all ranks' deltas in one weight, as the rows and columns that a sampled gradient needs."""
+
+    def __init__(self, shape: tuple[int, int], parts: list[Tensor]) -> None:
+        """Args:
+        shape: [out, in] of the weight.
+        parts: Each owner's positions, int32, sorted, in rank order.
+        """
+        self.shape = shape
+        self.sizes = [part.numel() for part in parts]
+        """Entries of each owner."""
+        positions = torch.cat(parts)
+        rows = torch.bincount(positions // shape[1], minlength=shape[0])
+        self.crow = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).to(torch.int32)
+        """int32 [out + 1], where each row's entries begin."""
+        self.col = (positions % shape[1]).to(torch.int32)
+        """int32 [len], input feature of each entry."""
+
+    def __len__(self) -> int:
+        return self.col.numel()
+
+    def positions(self) -> Tensor:
+        """Flat positions, int64 [len], increasing. Local."""
+        rows = torch.arange(self.shape[0], device=self.col.device)
+        return rows.repeat_interleave(self.crow.diff()) * self.shape[1] + self.col
+
+
+def gather_supports(group: Group, columns: Columns, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:
+    """Tell every rank all positions of all layers. **Collective**.
+
+    Args:
+        group: The owners.
+        columns: This rank's entries.
+        lengths: How many of them each layer has.
+        shapes: [out, in] of each layer.
+
+    Returns:
+        Each layer's support.
+    """
+    table = group.stack(torch.tensor(lengths)).tolist()
+    parts = [positions.split(table[rank]) for rank, positions in enumerate(group.gather(columns.indices))]
+    return [Support(shape, [part[layer] for part in parts]) for layer, shape in enumerate(shapes)]

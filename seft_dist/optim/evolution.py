@@ -1,0 +1,257 @@
+"""One evolution: drop, grow, adapt. Every rank decides about its own interval; only the ranking is shared.
+
+    mask     1 1 1 0 0 1 0 1      S: positions with a delta
+    S          x       x          drop    the smallest |delta| leaves S            (here position 1)
+             . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: reactivated, joins the mask)
+    mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (2 becomes 0: as many active as before)
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.config import SeftConfig
+from seft_dist.optim.collectives import select
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.state import State
+from seft_dist.optim.window import Window
+from seft_dist.sparsity import scores
+from seft_dist.sparsity.bitmask import pack, unpack
+from seft_dist.sparsity.schedule import share
+from seft_dist.sparsity.selection import keys
+
+_DROP, _GROW = 1, 2  # keys of the random criteria's streams
+
+
+@dataclass(frozen=True)
+class EvolutionReport:
+    """What one evolution did, over all ranks and targets."""
+
+    step: int
+    first: bool
+    """Whether this was the first support."""
+    dropped: int
+    grown: int
+    reactivated: int
+    """Grown entries that were pruned positions."""
+    pruned: int
+    """Active positions that left the mask."""
+    support: int
+    """Deltas afterwards."""
+    replaced: float
+    """Grown entries as a share of the support."""
+    seconds: float
+    bytes_sent: int
+    """By this rank, for ranking and exchange."""
+    window_bytes: int
+    """By this rank, for the dense gradients of the window."""
+    digest: str
+    """Of all masks and supports; the same for every layout."""
+
+
+class Evolution:
+    """The working state of one evolution. Lists have one item for each target; offsets count from the own interval's start."""
+
+    def __init__(self, backend: Backend, config: SeftConfig, state: State, windows: list[Window], step: int) -> None:
+        """Args:
+        backend: Must be inside its ``writing()`` context.
+        config: The method.
+        state: Changed by ``run``.
+        windows: Folded statistics of each target.
+        step: Optimizer step, counted from 1.
+        """
+        self.backend, self.config, self.state, self.windows, self.step = backend, config, state, windows, step
+        self.intervals = [backend.interval(i) for i in range(len(windows))]
+        self.own = [backend.own(i) for i in range(len(windows))]
+        self.entries = list(state.layers())
+        self.sizes = [len(support) for support in state.supports]
+        self.dropped: list[Tensor] = []
+        self.grown: list[Tensor] = []
+        self.removed: list[Tensor] = []
+        self.reactivated = 0
+        self._norms: dict[int, Tensor] = {}
+
+    def run(self, fraction: float, betas: tuple[float, float], first: bool) -> EvolutionReport:
+        """Move the support and the mask. **Collective**.
+
+        Args:
+            fraction: Share of the support that is dropped, 0 to 1.
+            betas: Of Adam, for seeded moments.
+            first: Whether this is the first support.
+
+        Raises:
+            RuntimeError: A promise about masks or supports does not hold afterwards.
+        """
+        began, sent = time.perf_counter(), self.backend.bytes_sent
+        self.drop(fraction)
+        self.grow()
+        self.adapt()
+        self.commit(betas)
+        digest = self.state.verify(self.backend, self.config)
+        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed)] + [self.reactivated])
+        dropped, grown, pruned, reactivated = self.backend.owners.sum(own).tolist()
+        support = sum(map(len, self.state.supports))
+        return EvolutionReport(
+            step=self.step,
+            first=first,
+            dropped=dropped,
+            grown=grown,
+            reactivated=reactivated,
+            pruned=pruned,
+            support=support,
+            replaced=grown / max(support, 1),
+            seconds=time.perf_counter() - began,
+            bytes_sent=self.backend.bytes_sent - sent,
+            window_bytes=sum(window.bytes_sent for window in self.windows),
+            digest=digest,
+        )
+
+    def _offsets(self, i: int) -> Tensor:
+        return self.entries[i].indices.long() - self.intervals[i].start
+
+    def _mask(self, i: int) -> Tensor:
+        return unpack(self.state.masks[i], len(self.intervals[i]))
+
+    def _grad(self, i: int) -> Tensor:
+        total = self.windows[i].total
+        assert total is not None, "criterion without its statistics"
+        return total
+
+    def _select(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
+        problems = list(range(len(self.own))) if len(wanted) > 1 else [0] * len(self.own)
+        return select(self.backend.owners, key, problems, wanted, self.config.selection)
+
+    def drop(self, fraction: float) -> None:
+        """The entries with the smallest score leave the support. **Collective**."""
+        chosen = self._select(self._drop_key, [share(fraction, size) for size in self.sizes])
+        for i, which in enumerate(chosen):
+            offsets, base = self._offsets(i)[which], self.entries[i].base[which]
+            # base 0 is a position reactivated earlier: back at 0 it would be an active position with weight 0, so its
+            # delta (the weight as it stands) becomes the base, and Adapt decides about it.
+            restored = base != 0 if self.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
+            self.own[i][offsets[restored]] = base[restored].to(self.own[i].dtype)
+            stays = torch.ones(len(self.entries[i]), dtype=torch.bool, device=which.device)
+            stays[which] = False
+            self.entries[i] = self.entries[i].take(stays)
+            self.dropped.append(offsets)
+        lost = self.backend.owners.sum(torch.tensor([len(offsets) for offsets in self.dropped])).tolist()
+        self.sizes = [size - gone for size, gone in zip(self.sizes, lost, strict=True)]
+
+    def _drop_key(self, i: int) -> Tensor:
+        entries = self.entries[i]
+        if self.config.drop == "magnitude":
+            score = scores.drop_magnitude(entries.values)
+        elif self.config.drop == "movement":
+            score = scores.drop_movement(entries.values, self._grad(i)[self._offsets(i)])
+        else:
+            score = scores.uniform(entries.indices.long(), self.config.seed, i, self.step, _DROP)
+        return keys(score, largest=False)
+
+    def grow(self) -> None:
+        """The positions with the largest score enter the support, pruned ones too. **Collective**."""
+        wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
+        caps = [share(self.config.reactivation, count) for count in wanted]
+        if caps == wanted:
+            self.grown = self._select(lambda i: self._grow_key(i, self._free(i)), wanted)
+        else:
+            # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
+            pruned = self._select(lambda i: self._grow_key(i, self._free(i) & ~self._mask(i)), caps)
+
+            def with_best_pruned(i: int) -> Tensor:
+                free = self._free(i)
+                eligible = free & self._mask(i)
+                eligible[pruned[i]] = True
+                return self._grow_key(i, eligible)
+
+            self.grown = self._select(with_best_pruned, wanted)
+        for i, offsets in enumerate(self.grown):
+            mask = self._mask(i)
+            self.reactivated += int((~mask[offsets]).sum())
+            mask[offsets] = True
+            self.state.masks[i] = pack(mask)
+
+    def _free(self, i: int) -> Tensor:
+        free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.own[i].device)
+        free[self._offsets(i)] = False
+        free[self.dropped[i]] = False  # what left in this step may not come back in it
+        return free
+
+    def _grow_key(self, i: int, eligible: Tensor) -> Tensor:
+        start, numel = self.intervals[i].start, len(self.intervals[i])
+        if self.config.grow == "gradient":
+            score = scores.grow_gradient(self._grad(i))
+        elif self.config.grow == "momentum":
+            rows, cols = self.windows[i].rows, self.windows[i].cols
+            assert rows is not None and cols is not None, "criterion without its statistics"
+            score = scores.momentum(rows, cols, start, numel)
+        else:
+            positions = torch.arange(start, start + numel, device=self.own[i].device)
+            score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
+        return keys(score, largest=True, eligible=eligible)
+
+    def adapt(self) -> None:
+        """The active positions with the smallest score leave the mask until it has its size again. **Collective**."""
+        self.removed = [offsets[:0] for offsets in self.grown]
+        if self.config.adapt == "none":
+            return
+        active = self.state.active(self.backend)
+        excess = [have - want for have, want in zip(active, self.state.targets, strict=True)]
+        wanted = excess if self.config.scope == "layer" else [sum(excess)]
+        if self.config.adapt == "activation":
+            self._norms = {i: window.input_norms() for i, window in enumerate(self.windows)}
+        self.removed = self._select(self._adapt_key, wanted)
+        for i, offsets in enumerate(self.removed):
+            mask = self._mask(i)
+            mask[offsets] = False
+            self.state.masks[i] = pack(mask)
+            self.own[i][offsets] = 0
+            self.entries[i] = self.entries[i].take(mask[self._offsets(i)])
+        if self.config.scope == "global":
+            self.state.targets = self.state.active(self.backend)
+
+    def _adapt_key(self, i: int) -> Tensor:
+        weight = self.own[i].to(torch.float32, copy=True)
+        weight[self._offsets(i)] = self.entries[i].weight()  # fp32, before any cast
+        if self.config.adapt == "sensitivity":
+            score = scores.sensitivity(weight, self._grad(i))
+        elif self.config.adapt == "activation":
+            score = scores.activation(weight, self._norms[i], self.intervals[i].start)
+        else:
+            score = weight.abs()
+        eligible = self._mask(i)
+        eligible[self.grown[i]] = False  # their weight is still 0: the step would undo itself
+        return keys(score, largest=False, eligible=eligible)
+
+    def commit(self, betas: tuple[float, float]) -> None:
+        """Give the grown positions entries, and every rank all positions. **Collective**."""
+        for i, offsets in enumerate(self.grown):
+            new = Columns.grown(offsets + self.intervals[i].start, self.own[i][offsets].float())
+            if self.config.moments == "seeded":
+                self._seed(new, offsets, self.windows[i], betas)
+            self.entries[i] = Columns.cat([self.entries[i], new]).sorted()
+        self.state.set_entries(self.backend, self.entries)
+        if self.backend.replicates:
+            self._tell_replicas()
+
+    def _seed(self, new: Columns, offsets: Tensor, window: Window, betas: tuple[float, float]) -> None:
+        age = window.num_steps
+        assert window.total is not None and window.squares is not None, "seeded moments without their statistics"
+        new.exp_avg = (1 - betas[0] ** age) / age * window.total[offsets]
+        new.exp_avg_sq = (1 - betas[1] ** age) / age * window.squares[offsets]
+        new.age = torch.full_like(new.age, age)
+
+    def _tell_replicas(self) -> None:
+        """Write what changed outside the own interval. **Collective**."""
+        changed = [torch.cat([self.dropped[i], self.removed[i]]) for i in range(len(self.own))]
+        owners = self.backend.owners
+        lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()
+        positions = owners.gather(torch.cat([offsets + part.start for offsets, part in zip(changed, self.intervals, strict=True)]))
+        values = owners.gather(torch.cat([own[offsets] for own, offsets in zip(self.own, changed, strict=True)]))
+        for rank in range(owners.size):
+            parts = zip(positions[rank].split(lengths[rank]), values[rank].split(lengths[rank]), strict=True)
+            for i, (where, what) in enumerate(parts):
+                self.backend.local(i)[where] = what

@@ -1,0 +1,88 @@
+"""The state a run starts with, and every check of the model that can be made before a step."""
+
+import torch
+
+from seft_dist.backends import Backend
+from seft_dist.config import SeftConfig
+from seft_dist.optim.collectives import select
+from seft_dist.optim.delta import Columns, Support
+from seft_dist.optim.state import State
+from seft_dist.sparsity import scores
+from seft_dist.sparsity.bitmask import pack, unpack
+from seft_dist.sparsity.schedule import share
+from seft_dist.sparsity.selection import keys
+
+_INIT = 3  # key of the random first support's stream
+_LEAST_SPARSITY = 0.01
+
+
+def first_state(backend: Backend, config: SeftConfig) -> State:
+    """Masks from the weights as they are, no deltas. **Collective**.
+
+    Args:
+        backend: Holds the pruned weights.
+        config: The method.
+
+    Raises:
+        ValueError: The model is dense, a layer cannot hold the density, or weights are not finite, of several dtypes or
+            too large; every rank raises the same.
+    """
+    count = len(backend.names)
+    if len({backend.own(i).dtype for i in range(count)}) > 1:
+        raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
+    masks, table = [], []
+    for i in range(count):
+        own = backend.own(i)
+        active = own != 0
+        masks.append(pack(active))
+        table.append([int(active.sum()), int(torch.isfinite(own).logical_not().sum())])
+    counts = backend.owners.sum(torch.tensor(table))
+    targets, broken = counts.T.tolist()
+    numels = [partition.numel for partition in backend.partitions]
+    budgets = [share(config.density, numel) for numel in numels]
+    _check(backend.names, numels, targets, broken, budgets, config)
+    none = torch.empty(0, dtype=torch.int32, device=backend.own(0).device)
+    supports = [Support(backend.shape(i), [none] * backend.owners.size) for i in range(count)]
+    return State(Columns.empty(none.device), [0] * count, masks, targets, budgets, supports)
+
+
+def _check(
+    names: list[str], numels: list[int], targets: list[int], broken: list[int], budgets: list[int], config: SeftConfig
+) -> None:
+    for name, numel, target, bad, budget in zip(names, numels, targets, broken, budgets, strict=True):
+        if bad:
+            raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+        if numel >= 1 << 31:
+            raise ValueError(f"{name}.weight has {numel} positions: needs fewer than 2^31")
+        if budget > target:
+            raise ValueError(
+                f"{name}: density {config.density} asks for {budget} deltas, but only {target} of {numel} weights are "
+                f"active; choose a density of at most {target / numel:.4f}, or targets without this layer"
+            )
+    if not sum(budgets):
+        raise ValueError(f"density {config.density} gives no layer even one delta: choose a larger density")
+    sparsity = 1 - sum(targets) / sum(numels)
+    if sparsity < _LEAST_SPARSITY and not config.allow_dense:
+        raise ValueError(
+            f"the targets are dense ({sparsity:.2%} of their weights are 0): SEFT starts from a pruned model; prune it "
+            "first (launch/prune.py), or set allow_dense to train it as it is"
+        )
+
+
+def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
+    """Draw the first support from the active positions, the same for every layout. **Collective**."""
+
+    def key(i: int) -> torch.Tensor:
+        interval = backend.interval(i)
+        positions = torch.arange(interval.start, interval.stop, device=backend.own(i).device)
+        drawn = scores.uniform(positions, config.seed, i, _INIT)
+        return keys(drawn, largest=True, eligible=unpack(state.masks[i], len(interval)))
+
+    chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
+    state.set_entries(
+        backend,
+        [
+            Columns.grown(offsets + backend.interval(i).start, backend.own(i)[offsets].float())
+            for i, offsets in enumerate(chosen)
+        ],
+    )

@@ -1,0 +1,139 @@
+"""The topology and the deltas of a run as one rank holds them, and the promises they must keep."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.backends.group import Group
+from seft_dist.config import SeftConfig
+from seft_dist.optim.collectives import disagreeing
+from seft_dist.optim.delta import Columns, Support, gather_supports
+from seft_dist.sparsity import scores
+from seft_dist.sparsity.bitmask import popcount, unpack
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Counts of one target weight over all ranks."""
+
+    name: str
+    numel: int
+    target: int
+    """Active positions wanted."""
+    active: int
+    """Active positions of the mask."""
+    zeros: int
+    """Weights that are exactly 0."""
+    support: int
+    """Deltas."""
+
+
+@dataclass
+class State:
+    """Masks and deltas of this rank's intervals; lists have one item for each target."""
+
+    columns: Columns
+    lengths: list[int]
+    """Own entries of each layer in ``columns``."""
+    masks: list[Tensor]
+    """uint8, packed mask of the own interval."""
+    targets: list[int]
+    """Active positions wanted in each whole weight (under scope "global" only their sum is kept)."""
+    budgets: list[int]
+    """Most deltas each whole weight may carry."""
+    supports: list[Support]
+    """All ranks' positions."""
+
+    def layers(self) -> Iterator[Columns]:
+        """Own entries of each layer (views). Local."""
+        begin = 0
+        for length in self.lengths:
+            yield self.columns.take(slice(begin, begin + length))
+            begin += length
+
+    def set_entries(self, backend: Backend, entries: list[Columns]) -> None:
+        """Replace the own entries and tell every rank their positions. **Collective**."""
+        self.columns = Columns.cat(entries)
+        self.lengths = [len(layer) for layer in entries]
+        shapes = [backend.shape(i) for i in range(len(entries))]
+        self.supports = gather_supports(backend.owners, self.columns, self.lengths, shapes)
+
+    def active(self, backend: Backend) -> list[int]:
+        """Active positions of each whole weight. **Collective**."""
+        return backend.owners.sum(torch.tensor([popcount(mask) for mask in self.masks])).tolist()
+
+    def verify(self, backend: Backend, config: SeftConfig) -> str:
+        """Check every promise about masks and supports on all ranks. **Collective**.
+
+        Returns:
+            A digest of all masks and supports that is the same for every layout.
+
+        Raises:
+            RuntimeError: Naming the layer and the ranks that broke a promise or differ.
+        """
+        active = torch.tensor(self.active(backend))
+        wanted = torch.tensor(self.targets)
+        if config.scope == "global":
+            active, wanted = active.sum().view(1), wanted.sum().view(1)
+        if config.adapt != "none" and not torch.equal(active, wanted):
+            off = int((active != wanted).nonzero()[0])
+            where = backend.names[off] if config.scope == "layer" else "the model"
+            raise RuntimeError(f"{where}: mask has {active[off]} active positions, needs exactly {wanted[off]}")
+        for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
+            if len(support) > budget:
+                raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")
+        broken, mask_hash = self._local_promises(backend)
+        _refuse(backend.owners, broken, "an active delta outside the mask, or a non-zero weight there", expect_zero=True)
+        support_hash = torch.stack([_hash(support.positions()) for support in self.supports]).cpu()
+        for group in (backend.owners, backend.replicas):
+            _refuse(group, list(zip(backend.names, support_hash.tolist(), strict=True)), "another support")
+        _refuse(backend.replicas, list(zip(backend.names, mask_hash.tolist(), strict=True)), "another mask")
+        whole = torch.cat([support_hash, backend.owners.sum(mask_hash)])
+        return hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
+
+    def _local_promises(self, backend: Backend) -> tuple[list[tuple[str, int]], Tensor]:
+        broken, hashes = [], []
+        for i, (name, entries) in enumerate(zip(backend.names, self.layers(), strict=True)):
+            interval = backend.interval(i)
+            mask = unpack(self.masks[i], len(interval))
+            outside = (~mask[entries.indices.long() - interval.start]).sum()
+            outside += torch.count_nonzero(backend.own(i).masked_fill(mask, 0))
+            broken.append((name, int(outside)))
+            hashes.append(_hash(mask.nonzero().view(-1) + interval.start))
+        return broken, torch.stack(hashes).cpu()
+
+    def sparsity(self, backend: Backend) -> list[LayerSparsity]:
+        """Counts of every target. **Collective**."""
+        backend.prepare_write()  # shards, not gathered copies, are counted
+        zeros = backend.owners.sum(
+            torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
+        ).tolist()
+        active = self.active(backend)
+        return [
+            LayerSparsity(name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i]))
+            for i, name in enumerate(backend.names)
+        ]
+
+
+def _hash(positions: Tensor) -> Tensor:
+    """Order-free hash of a set of positions, int64 [] (wrapping)."""
+    return scores.mix(positions.to(torch.int64)).sum()
+
+
+def _refuse(group: Group, values: list[tuple[str, int]], what: str, expect_zero: bool = False) -> None:
+    names = [name for name, _ in values]
+    numbers = torch.tensor([number for _, number in values])
+    wrong = disagreeing(group, numbers)
+    if expect_zero:
+        rows = group.stack(numbers)
+        wrong = {int(i): rows[:, i].nonzero().view(-1).tolist() for i in rows.any(0).nonzero().view(-1)}
+    if wrong:
+        layer, ranks = next(iter(wrong.items()))
+        raise RuntimeError(
+            f"{names[layer]}: ranks {ranks} hold {what} ({len(wrong)} of {len(names)} layers affected); "
+            "the run stops, its last checkpoint is intact"
+        )
