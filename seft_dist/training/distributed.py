@@ -1,0 +1,207 @@
+"""Who am I among the ranks: the only file of the project that reads the environment.
+
+The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``; each of
+them tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
+_FIRST_PORT, _NUM_PORTS = 20000, 12000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int = 0
+    """Number of this process, 0 to world_size - 1."""
+    local_rank: int = 0
+    """Number of this process on its machine."""
+    world_size: int = 1
+    """Processes of the run."""
+    launcher: str = "python"
+    """Where the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
+    device: torch.device = torch.device("cpu")
+    """Where this process computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes files."""
+        return self.rank == 0
+
+
+def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
+    """Find this process's rank from what its launcher left in the environment. Local.
+
+    Args:
+        env: The environment; None: the process's own.
+
+    Returns:
+        The ranks, with the device this process should use.
+
+    Raises:
+        ValueError: The launcher's variables are incomplete or contradict each other.
+    """
+    env = os.environ if env is None else env
+    for launcher, rank, world_size, local_rank in (
+        ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+        ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ):
+        # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
+        # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
+        if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
+            continue
+        number, size, local = int(env[rank]), int(env[world_size]), int(env.get(local_rank, "0"))
+        if not 0 <= number < size:
+            raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
+        if size > 1 and local_rank not in env and torch.cuda.device_count() > 1:
+            raise ValueError(f"{rank} is set but {local_rank} is not: it is needed to choose this rank's GPU")
+        return Ranks(rank=number, local_rank=local, world_size=size, launcher=launcher, device=_device(local))
+    return Ranks(device=_device(0))
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm and containers may show a rank only its own GPU, which then is number 0 whatever the local rank.
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def start(*, deepspeed: bool = False, group: bool = False, timeout: float = 1800.0, threads: int | None = None) -> Ranks:
+    """Find the ranks, choose device and CPU threads, and start the default process group. **Collective.**
+
+    Args:
+        deepspeed: Also prepare the process for DeepSpeed (its accelerator choice, its rank variables).
+        group: Start a process group even for a single rank (FSDP2 needs one; so does DeepSpeed).
+        timeout: Seconds after which a collective that a rank did not enter fails.
+        threads: CPU threads of this rank. None: cores of this machine divided by the ranks on it, on CPU.
+
+    Returns:
+        This process's ranks.
+    """
+    ranks = find_ranks()
+    if (ranks.world_size > 1 or group or deepspeed) and not dist.is_initialized():
+        _set_rendezvous(ranks)
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+    if threads is None and ranks.device.type == "cpu":
+        threads = max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_machine())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if deepspeed:
+        _prepare_deepspeed(ranks)
+    return ranks
+
+
+def shutdown() -> None:
+    """End the process group, if there is one. **Collective.**"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_agreement(ranks: Ranks, settings: str) -> None:
+    """Check that every rank was started with the same settings. **Collective.**
+
+    Args:
+        ranks: This process.
+        settings: The run's settings as text, e.g. the configuration as JSON.
+
+    Raises:
+        ValueError: Ranks differ from rank 0; raised on every rank, naming those that differ.
+    """
+    if not dist.is_initialized():
+        return
+    digests: list[str] = [""] * ranks.world_size
+    dist.all_gather_object(digests, hashlib.sha256(settings.encode()).hexdigest())
+    different = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ValueError(
+            f"rank {', '.join(different)} was given another configuration than rank 0: every rank needs the same "
+            "options and the same recipe and ds_config files"
+        )
+
+
+def _ranks_on_this_machine() -> int:
+    if not dist.is_initialized():
+        return 1
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names.count(socket.gethostname())
+
+
+def _set_rendezvous(ranks: Ranks) -> None:
+    """Set MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    if ranks.world_size == 1:
+        address, port = "127.0.0.1", _free_port()
+    elif ranks.launcher == "mpi":
+        address, port = _mpi_rendezvous()
+    elif ranks.launcher == "slurm":
+        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", "0"))
+        address = first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+        port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
+    else:
+        raise ValueError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not: set them, or use torchrun")
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _mpi_rendezvous() -> tuple[str, int]:
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(
+            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to a "
+            "name of rank 0's machine and a free port on it"
+        )
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    return address, world.bcast(_free_port() if world.Get_rank() == 0 else None, root=0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_host(nodelist: str) -> str:
+    """First machine of a Slurm node list, e.g. "gpu017" of "gpu[017-031,040],big1". Local."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if found is None:
+        raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR and MASTER_PORT")
+    return "".join(part or "" for part in found.groups())
+
+
+def _prepare_deepspeed(ranks: Ranks) -> None:
+    # DeepSpeed reads the rank from the environment in many places, whoever started the process group.
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if ranks.device.type == "cpu":
+        # Else the first init compiles a shared-memory extension: minutes, and a lock that blocks later runs if killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
