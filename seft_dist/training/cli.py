@@ -17,6 +17,7 @@ import sys
 import traceback
 import types
 import typing
+from argparse import HelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,8 +34,8 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     """Make a configuration from the command line and ``--config`` files. **Local.**
 
     Later options win over earlier ones, options over defaults. Nested dataclasses take dotted names (``--data.path``).
-    ``--print_config`` prints the checked result as YAML and exits; ``--local_rank``, which DeepSpeed's launcher adds, is
-    accepted and ignored (the environment says the rank).
+    ``--print_config`` prints the checked result as YAML and exits. ``--local_rank``, which DeepSpeed's launcher adds,
+    is accepted and ignored (the environment says the rank).
 
     Args:
         config_class: A dataclass of ``seft_dist.config``.
@@ -71,7 +72,8 @@ def to_yaml(config: Any) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a door: errors of users print one message, on one rank, and exit with code 1. **Local.**
 
-    ``ValueError`` and ``FloatingPointError`` are errors of users. Every other exception is a bug and keeps its traceback.
+    ``ValueError`` and ``FloatingPointError`` are errors of users; every other exception is a bug and keeps its
+    traceback.
     """
     try:
         main()
@@ -98,8 +100,8 @@ class _Parser(ArgumentParser):
             getattr(self, "_optional", "") + f"\nOptions inside --{name}, which may be left out:\n{optional}\n"
         )
 
-    def format_help(self) -> str:
-        return super().format_help() + getattr(self, "_optional", "")
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return super().format_help(formatter) + getattr(self, "_optional", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if _speaks_first():
