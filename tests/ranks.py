@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -26,10 +27,11 @@ def _main(pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, 
         result = (True, fn(rank, world_size, *args))
     except BaseException:
         result = (False, traceback.format_exc())
+    # Plain pickle: the pipe's own pickler would share tensors through a process that is about to end.
     try:
-        pipe.send(result)
+        pipe.send_bytes(pickle.dumps(result))
     except Exception:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     pipe.close()
     os._exit(0 if result[0] else 1)  # no destructors: a rank whose peer failed must not wait for it here
 
@@ -74,7 +76,7 @@ def _collect(ranks: list[Any], pipes: list[Connection], timeout: float) -> list[
             for rank, pipe in enumerate(pipes):
                 if rank not in results and pipe.poll(0.005):
                     try:
-                        results[rank] = pipe.recv()
+                        results[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
                         ranks[rank].join(1)
                         results[rank] = (False, f"died without a word, exit code {ranks[rank].exitcode}")

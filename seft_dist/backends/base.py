@@ -34,7 +34,12 @@ class Backend(ABC):
         self.modules = list(targets.values())
         self.owners = owners
         self.replicas = replicas
+        # Taken once: while a layer is computed, its weight is gathered and no longer tells.
+        self.shapes = [self._shape(i) for i in range(len(self.names))]
+        """Whole shape [out, in] of each weight."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
+        self.device = self.local(0).device
+        """Where the shards are."""
 
     @property
     def world_size(self) -> int:
@@ -52,7 +57,7 @@ class Backend(ABC):
         return False
 
     @abstractmethod
-    def shape(self, i: int) -> tuple[int, int]:
+    def _shape(self, i: int) -> tuple[int, int]:
         """Whole shape [out, in] of weight i. Local."""
 
     @abstractmethod
@@ -93,7 +98,7 @@ class Backend(ABC):
 
     def stored(self, i: int) -> Interval:
         """The interval of weight i that ``local(i)`` holds. Local."""
-        return Interval(0, prod(self.shape(i))) if self.replicates else self.interval(i)
+        return Interval(0, prod(self.shapes[i])) if self.replicates else self.interval(i)
 
     def own(self, i: int) -> Tensor:
         """The owned interval of weight i, flat, a view of ``local(i)``. Local."""

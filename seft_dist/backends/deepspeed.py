@@ -43,7 +43,7 @@ class Zero3Backend(Backend):
         owners = Group(group if dist.get_world_size(group) > 1 else None)
         super().__init__(targets, owners, replicas=Group(None))
 
-    def shape(self, i: int) -> tuple[int, int]:
+    def _shape(self, i: int) -> tuple[int, int]:
         rows, columns = self.modules[i].weight.ds_shape
         return rows, columns
 

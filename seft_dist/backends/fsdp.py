@@ -54,12 +54,12 @@ class FsdpBackend(Backend):
         assert isinstance(weight, DTensor), f"{self.names[i]} is gathered"
         return weight
 
-    def shape(self, i: int) -> tuple[int, int]:
+    def _shape(self, i: int) -> tuple[int, int]:
         rows, columns = self._weight(i).shape
         return rows, columns
 
     def _partition(self, i: int) -> Partition:
-        partition = Partition.rows(self.shape(i), self.owners.size)
+        partition = Partition.rows(self.shapes[i], self.owners.size)
         assert self.local(i).numel() == partition.sizes()[self.owners.rank], self.names[i]
         return partition
 

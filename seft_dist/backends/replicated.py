@@ -26,7 +26,7 @@ class ReplicatedBackend(Backend):
     def replicates(self) -> bool:
         return self.owners.size > 1
 
-    def shape(self, i: int) -> tuple[int, int]:
+    def _shape(self, i: int) -> tuple[int, int]:
         rows, columns = self.modules[i].weight.shape
         return rows, columns
 

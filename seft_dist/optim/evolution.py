@@ -175,7 +175,7 @@ class Evolution:
             self.state.masks[i] = pack(mask)
 
     def _free(self, i: int) -> Tensor:
-        free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.own[i].device)
+        free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
         free[self._offsets(i)] = False
         free[self.dropped[i]] = False  # what left in this step may not come back in it
         return free
@@ -189,7 +189,7 @@ class Evolution:
             assert rows is not None and cols is not None, "criterion without its statistics"
             score = scores.momentum(rows, cols, start, numel)
         else:
-            positions = torch.arange(start, start + numel, device=self.own[i].device)
+            positions = torch.arange(start, start + numel, device=self.backend.device)
             score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
         return keys(score, largest=True, eligible=eligible)
 

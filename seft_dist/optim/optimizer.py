@@ -231,7 +231,7 @@ class SeftOptimizer(torch.optim.Optimizer):
     def _reduced_grad(self) -> Tensor:
         """Own entries' gradient, averaged over ranks, fp32 [own]. **Collective**; all layers in one call."""
         backend, supports = self.backend, self.sparse_state.supports
-        device = backend.own(0).device
+        device = backend.device
         per_layer = [
             (slot.grad if slot.grad is not None else torch.zeros(len(support), device=device)).split(support.sizes)
             for slot, support in zip(self._slots, supports, strict=True)
@@ -324,7 +324,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         backend, state = self.backend, self.sparse_state
         for i, entries in enumerate(state.layers()):
             yield LayerDelta(
-                backend.names[i], backend.shape(i), backend.interval(i), state.masks[i], state.targets[i], entries
+                backend.names[i], backend.shapes[i], backend.interval(i), state.masks[i], state.targets[i], entries
             )
 
     def detach(self) -> None:

@@ -41,9 +41,9 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     numels = [partition.numel for partition in backend.partitions]
     budgets = [share(config.density, numel) for numel in numels]
     _check(backend.names, numels, targets, broken, budgets, config)
-    none = torch.empty(0, dtype=torch.int32, device=backend.own(0).device)
-    supports = [Support(backend.shape(i), [none] * backend.owners.size) for i in range(count)]
-    return State(Columns.empty(none.device), [0] * count, masks, targets, budgets, supports)
+    none = torch.empty(0, dtype=torch.int32, device=backend.device)
+    supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
+    return State(Columns.empty(backend.device), [0] * count, masks, targets, budgets, supports)
 
 
 def _check(
@@ -74,7 +74,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
 
     def key(i: int) -> torch.Tensor:
         interval = backend.interval(i)
-        positions = torch.arange(interval.start, interval.stop, device=backend.own(i).device)
+        positions = torch.arange(interval.start, interval.stop, device=backend.device)
         drawn = scores.uniform(positions, config.seed, i, _INIT)
         return keys(drawn, largest=True, eligible=unpack(state.masks[i], len(interval)))
 

@@ -59,8 +59,7 @@ class State:
         """Replace the own entries and tell every rank their positions. **Collective**."""
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
-        shapes = [backend.shape(i) for i in range(len(entries))]
-        self.supports = gather_supports(backend.owners, self.columns, self.lengths, shapes)
+        self.supports = gather_supports(backend.owners, self.columns, self.lengths, backend.shapes)
 
     def active(self, backend: Backend) -> list[int]:
         """Active positions of each whole weight. **Collective**."""

@@ -68,7 +68,7 @@ class Window:
             dense: fp32 [out, in], this rank's.
         """
         sent = self._backend.bytes_sent
-        own = self._backend.reduce_dense(self._i, dense).to(self._device)
+        own = self._backend.reduce_dense(self._i, dense).to(self._backend.device)
         self.bytes_sent += self._backend.bytes_sent - sent
         self._step = own if self._step is None else self._step.add_(own)
 
@@ -92,7 +92,7 @@ class Window:
         if self._step_norms is not None:
             self.norms = self._step_norms if self.norms is None else self.norms + self._step_norms
         if self._needs.dense:
-            step = self._step if self._step is not None else torch.zeros(self._numel, device=self._device)
+            step = self._step if self._step is not None else torch.zeros(self._numel, device=self._backend.device)
             if self._needs.squares:
                 self.squares = step.square() if self.squares is None else self.squares.addcmul_(step, step)
             if self._needs.factored:
@@ -104,12 +104,8 @@ class Window:
     def _numel(self) -> int:
         return len(self._backend.interval(self._i))
 
-    @property
-    def _device(self) -> torch.device:
-        return self._backend.own(self._i).device
-
     def _fold_factored(self, step: Tensor) -> None:
-        (rows, cols), start = self._backend.shape(self._i), self._backend.interval(self._i).start
+        (rows, cols), start = self._backend.shapes[self._i], self._backend.interval(self._i).start
         if self.rows is None or self.cols is None:
             self.rows, self.cols = torch.zeros(rows, device=step.device), torch.zeros(cols, device=step.device)
         estimate = scores.momentum(self.rows, self.cols, start, step.numel()) + step.square()
@@ -120,6 +116,6 @@ class Window:
 
     def input_norms(self) -> Tensor:
         """L2 norm of each input feature over the window and all ranks, fp32 [in]. **Collective**."""
-        width = self._backend.shape(self._i)[1]
-        squared = self.norms.clone() if self.norms is not None else torch.zeros(width, device=self._device)
+        width = self._backend.shapes[self._i][1]
+        squared = self.norms.clone() if self.norms is not None else torch.zeros(width, device=self._backend.device)
         return self._backend.replicas.sum(self._backend.owners.sum(squared)).sqrt()
