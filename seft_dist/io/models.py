@@ -4,6 +4,7 @@ The way is the same for one process, DDP, FSDP2 and ZeRO-3: build the model with
 rank's part from the safetensors files. No rank ever holds more than its own part and one tensor's slice.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from seft_dist.backends.shards import shard_fsdp, stored_part, whole_shape, zero3_construction
 from seft_dist.config import ModelConfig
 from seft_dist.io.weights import Weights
+from seft_dist.optim.linear import ANCHOR
 
 Sharding = Literal["none", "fsdp", "zero3"]
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -56,7 +58,7 @@ def locate(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *_TOKENIZER_FILES]
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client has no common error type
         reason = str(error).strip().splitlines()[0]
@@ -174,12 +176,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _construct(source: Source) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(source.config, dtype=source.dtype, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(source.config), dtype=source.dtype, trust_remote_code=False
+    )
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by its first name; tied ones once."""
-    state: dict[str, Tensor] = dict(model.named_parameters())
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of a model by its first name, in order; tied ones once. Local.
+
+    ``state_dict()`` would name tied ones twice. The anchors of ``SeftOptimizer`` are not part of the model.
+    """
+    state: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if not name.endswith(ANCHOR)}
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -202,7 +209,7 @@ def _match(model: PreTrainedModel, source: Source) -> dict[str, str]:
     """
     found = source.weights.tensors
     aliases = _aliases(model)
-    state = _state(model)
+    state = named_state(model)
     names: dict[str, str] = {name: name for name in state if name in found}
     for alias, name in aliases.items():
         if alias in found:
@@ -241,7 +248,7 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, names: dict[str, str], source: Source) -> None:
-    state = _state(model)
+    state = named_state(model)
     for name, stored in names.items():
         part, start = stored_part(state[name])
         part.copy_(source.weights.read(stored, start, start + part.numel()))

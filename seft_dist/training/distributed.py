@@ -9,12 +9,15 @@ import importlib.util
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -138,6 +141,38 @@ def check_agreement(ranks: Ranks, settings: str) -> None:
             f"rank {', '.join(different)} was given another configuration than rank 0: every rank needs the same "
             "options and the same recipe and ds_config files"
         )
+
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do something local on every rank, such that a user's error on one of them stops all. **Collective.**
+
+    Without it the other ranks would wait in their next collective for the one that failed.
+
+    Args:
+        ranks: This process.
+        work: Must not enter collectives.
+
+    Returns:
+        What ``work`` returned.
+
+    Raises:
+        ValueError: Of this rank, or naming the rank where it happened.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except ValueError as error:
+        if ranks.world_size == 1:
+            raise
+        problem = str(error)
+    if ranks.world_size > 1:
+        problems: list[str | None] = [None] * ranks.world_size
+        dist.all_gather_object(problems, problem)
+        failed = [rank for rank, text in enumerate(problems) if text is not None]
+        if failed:
+            where = "" if len(failed) == ranks.world_size else f"rank {failed[0]}: "
+            raise ValueError(f"{where}{problems[failed[0]]}")
+    return cast(T, result)
 
 
 def _ranks_on_this_machine() -> int:

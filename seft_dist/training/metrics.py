@@ -1,0 +1,164 @@
+"""What a run tells: a progress bar, ``metrics.jsonl``, experiment trackers, a table at the end. Rank 0 only.
+
+A line of metrics.jsonl, one for each logged step (and for each step with an evolution):
+
+    {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5, "seconds": 67.5,
+     "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719, "pruned": 3719, "support": 1062,
+                   "replaced": 0.2, "seconds": 0.4, "bytes_sent": 120000, "window_bytes": 0, "digest": "..."}}
+
+loss is the mean over ranks and over the steps since the line before; tokens are counted over all ranks from the run's start.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from seft_dist.config import TrainConfig
+from seft_dist.optim.evolution import EvolutionReport
+
+FILE = "metrics.jsonl"
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that are not installed. Local.
+
+    Raises:
+        ValueError: Naming the package.
+    """
+    for name in config.trackers:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise ValueError(f"trackers has {name}, which is not installed: `pip install {_PACKAGES[name]}`, or leave it out")
+
+
+class Metrics:
+    """Records steps; does nothing on ranks other than 0, so that callers need not ask. Local."""
+
+    def __init__(self, config: TrainConfig, *, writes: bool, start: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
+        """Args:
+        config: The run.
+        writes: True on rank 0.
+        start: Steps already done (a resumed run); later lines of an earlier attempt are removed.
+        tokens: Tokens of those steps.
+        seconds: Seconds of those steps.
+        """
+        self.tokens = tokens
+        self.last_loss = float("nan")
+        """Loss of the last record, on rank 0."""
+        self._config, self._writes = config, writes
+        self._begin = self._last_time = time.perf_counter() - seconds
+        self._last_time += seconds
+        self._last_tokens = tokens
+        self._losses: list[float] = []
+        self._trackers: list[Any] = []
+        if not writes:
+            return
+        path = Path(config.output) / FILE
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=config.steps, initial=start, unit="step", desc="train", mininterval=0.2 if terminal else 20, dynamic_ncols=True
+        )
+        self._trackers = _start_trackers(config)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run's start, pauses between its parts not counted."""
+        return time.perf_counter() - self._begin
+
+    def step(
+        self, step: int, *, loss: float, tokens: int, lr: float, grad_norm: float, evolution: EvolutionReport | None
+    ) -> None:
+        """Record one optimizer step.
+
+        Args:
+            step: Counted from 1.
+            loss: Mean over the ranks.
+            tokens: Of this step, over all ranks.
+            lr: Learning rate of this step.
+            grad_norm: Global norm before clipping.
+            evolution: Of this step, if there was one.
+        """
+        self.tokens += tokens
+        if not self._writes:
+            return
+        self._losses.append(loss)
+        self._bar.update()
+        if step % self._config.log_every and evolution is None and step != self._config.steps:
+            return
+        now = time.perf_counter()
+        speed = (self.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
+        self._last_time, self._last_tokens = now, self.tokens
+        record: dict[str, Any] = {
+            "step": step,
+            "loss": sum(self._losses) / len(self._losses),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(self.seconds, 3),
+        }
+        self._losses, self.last_loss = [], record["loss"]
+        self._bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
+        if evolution is not None:
+            record["evolution"] = {key: value for key, value in dataclasses.asdict(evolution).items() if key != "step"}
+        self._file.write(json.dumps(record) + "\n")
+        for tracker in self._trackers:
+            tracker.log(_flat(record, numbers_only=True), step=step)
+
+    def close(self) -> None:
+        """End the progress bar, the file and the trackers."""
+        if not self._writes:
+            return
+        self._bar.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def summary(result: dict[str, Any]) -> None:
+    """Print a run's result as a table. Local, for rank 0."""
+    table = Table(title="Run", show_header=False)
+    for name, value in _flat(result, numbers_only=False).items():
+        table.add_row(name, f"{value:,.6g}" if isinstance(value, float) else str(value))
+    Console(stderr=True).print(table)
+
+
+def _start_trackers(config: TrainConfig) -> list[Any]:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    folder = Path(config.output).resolve()
+    trackers: list[Any] = []
+    for name in config.trackers:
+        if name == "tensorboard":
+            trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder)))
+        else:
+            trackers.append(WandBTracker("seft_dist", name=folder.name, dir=str(folder)))
+    for tracker in trackers:
+        tracker.main_process_only = False  # only rank 0 gets here; asking accelerate would start its own process state
+        tracker.start()
+        tracker.store_init_configuration(_flat(dataclasses.asdict(config), numbers_only=False))
+    return trackers
+
+
+def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted names; other values as text, or left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, numbers_only, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float)) and not (numbers_only and (isinstance(value, bool) or key == "step")):
+            flat[f"{prefix}{key}"] = value
+        elif not numbers_only:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

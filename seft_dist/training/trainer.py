@@ -1,0 +1,370 @@
+"""One fine-tuning run, from the configuration to the repaired model: the only file that sees every part."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
+from seft_dist.config import AdamConfig, TrainConfig
+from seft_dist.io.export import export_model
+from seft_dist.io.models import Source, load_model, locate, open_source
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.training import distributed
+from seft_dist.training.cli import to_yaml
+from seft_dist.training.distributed import Ranks, together
+from seft_dist.training.metrics import Metrics, check_trackers, summary
+
+RESULT, CONFIG, MODEL, DELTA = "result.json", "config.yaml", "model", "delta.safetensors"
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Run:
+    """The parts of a run that training moves."""
+
+    config: TrainConfig
+    ranks: Ranks
+    source: Source
+    model: PreTrainedModel
+    called: nn.Module
+    """What a forward pass calls: the model, or what wraps it."""
+    seft: SeftOptimizer
+    engine: Any = None
+    """The DeepSpeed engine, if there is one."""
+    backend: str = "single"
+    peak_lr: float = 0.0
+    evolutions: int = 0
+    """Evolutions after the first support."""
+    reactivated: int = 0
+    """Over all evolutions, the first support included."""
+
+    def accumulate(self, batches: list[Batch]) -> Tensor:
+        """Forward and backward over the micro-batches of one optimizer step. **Collective** if sharded.
+
+        Returns:
+            Mean loss of this rank, a scalar on its device.
+        """
+        total = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(batches):
+            loss = self.called(**{key: value.to(self.ranks.device) for key, value in batch.items()}).loss
+            if self.engine is None:
+                (loss / len(batches)).backward()
+            else:
+                self.engine.backward(loss)  # divides by itself
+                if i + 1 < len(batches):
+                    self.engine.step()  # only counts micro-batches here
+            total += loss.detach().float() / len(batches)
+        return total
+
+    def update(self, step: int) -> float:
+        """Let the optimizer do its step. **Collective.**
+
+        Returns:
+            The learning rate it used.
+        """
+        group = self.seft.param_groups[0]
+        if self.engine is not None and self.engine.lr_scheduler is not None:
+            lr = group["lr"]  # driven by the ds_config's scheduler block
+        else:
+            lr = group["lr"] = self.peak_lr * lr_factor(self.config.optim, step, self.config.steps)
+        if self.engine is not None:
+            self.engine.step()
+        else:
+            self.seft.step()
+            self.seft.zero_grad()
+        return float(lr)
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Fine-tune a pruned model as configured and write the run's folder. **Collective.**
+
+    Args:
+        config: The run.
+
+    Returns:
+        What result.json holds: backend, world_size, density, steps, sparsity (target, final, layers_off_target), evolutions,
+        reactivated, seconds, tokens, loss.
+
+    Raises:
+        ValueError: Configuration, model, data or run folder cannot be used; nothing was written.
+        FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
+    """
+    needs_group = config.backend in ("fsdp", "ddp") or config.replicas > 1 or config.offload
+    ranks = distributed.start(
+        deepspeed=config.deepspeed is not None, group=needs_group, timeout=config.timeout, threads=config.threads
+    )
+    together(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
+    together(ranks, lambda: check_trackers(config))
+    ds = together(ranks, lambda: ds_content(config, ranks.world_size) if config.deepspeed else None)
+    distributed.check_agreement(ranks, to_yaml(config) + json.dumps(ds, sort_keys=True))
+    batches = together(ranks, lambda: read_batches(config, ranks))
+    run = build(config, ranks, ds)
+    run.seft.attach()
+    if ranks.is_main:
+        open_run_folder(config)
+    metrics = Metrics(config, writes=ranks.is_main)
+    try:
+        fit(run, batches, metrics)
+    finally:
+        metrics.close()
+    return finish(run, metrics)
+
+
+def fit(run: Run, batches: Iterator[Batch], metrics: Metrics) -> None:
+    """The training loop. **Collective.**
+
+    Args:
+        run: What is trained.
+        batches: This rank's micro-batches, without end.
+        metrics: Where steps are recorded.
+
+    Raises:
+        FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
+    """
+    config = run.config
+    for step in range(run.seft.num_steps + 1, config.steps + 1):
+        micro = [next(batches) for _ in range(config.accumulate)]
+        loss, tokens = agree_on_loss(run.ranks, run.accumulate(micro), micro, step)
+        lr = run.update(step)
+        report = run.seft.evolution
+        if report is not None:
+            run.evolutions += not report.first
+            run.reactivated += report.reactivated
+        metrics.step(step, loss=loss, tokens=tokens, lr=lr, grad_norm=run.seft.grad_norm, evolution=report)
+
+
+def agree_on_loss(ranks: Ranks, loss: Tensor, micro: list[Batch], step: int) -> tuple[float, int]:
+    """Average the loss over the ranks, and stop all of them if one is not finite. **Collective.**
+
+    This waits for the device in every step: a bad loss must be known before the optimizer changes the weights.
+
+    Returns:
+        The mean loss, and the tokens of all ranks.
+
+    Raises:
+        FloatingPointError: Naming the step and the ranks.
+    """
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in micro)
+    row = torch.tensor([0.0, tokens], dtype=torch.float64, device=loss.device)
+    row[0] = loss
+    rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
+    if ranks.world_size > 1:
+        dist.all_gather(rows, row)
+    else:
+        rows = [row]
+    table = torch.stack(rows).tolist()
+    bad = [f"{rank} ({value})" for rank, (value, _) in enumerate(table) if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"step {step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step {step - 1}. Lower the "
+            "learning rate, or look at this batch"
+        )
+    return sum(value for value, _ in table) / ranks.world_size, int(sum(count for _, count in table))
+
+
+def lr_factor(optim: AdamConfig, step: int, steps: int) -> float:
+    """Learning rate of a step as a share of the peak. Local.
+
+    It is above 0 in every step, so that each update moves what the last evolution has grown.
+
+    Args:
+        optim: Warm-up and decay.
+        step: Counted from 1.
+        steps: Of the whole run.
+    """
+    warmup = round(optim.warmup * steps)
+    if step <= warmup:
+        return step / warmup
+    progress = (step - warmup - 1) / max(1, steps - warmup)
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if optim.schedule == "linear" else 1.0
+
+
+def chosen_backend(config: TrainConfig, world_size: int) -> str:
+    """Resolve backend "auto". Local.
+
+    Raises:
+        ValueError: "single" on several ranks.
+    """
+    if config.deepspeed is not None:
+        return "deepspeed"
+    if config.backend == "single" and world_size > 1:
+        raise ValueError(f"backend=single with {world_size} ranks: choose fsdp or ddp, or start one process")
+    if config.backend != "auto":
+        return config.backend
+    return "fsdp" if world_size > 1 or config.replicas > 1 or config.offload else "single"
+
+
+def ds_content(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Read the ds_config and fill in what the run's own options say. Local.
+
+    Args:
+        config: A run with a ds_config.
+        world_size: Number of ranks.
+
+    Returns:
+        The content to give to DeepSpeed, its optimizer block and gradient_clipping still inside.
+
+    Raises:
+        ValueError: It contradicts the run's batch sizes, or has an "auto" that nobody fills.
+    """
+    assert config.deepspeed is not None
+    content = load_ds_config(config.deepspeed)
+    filled = {
+        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
+        "gradient_accumulation_steps": ("accumulate", config.accumulate),
+        "train_batch_size": ("batch_size x accumulate x ranks", config.batch_size * config.accumulate * world_size),
+    }
+    for key, (option, value) in filled.items():
+        if content.setdefault(key, "auto") not in ("auto", value):
+            raise ValueError(f'{config.deepspeed}: {key} is {content[key]}, but {option} is {value}; make them equal, or say "auto"')
+        content[key] = value
+    content["zero_allow_untested_optimizer"] = True
+    handled = {"optimizer", "gradient_clipping"}
+    unfilled = [path for key in content.keys() - handled for path in _autos(content[key], key)]
+    if unfilled:
+        raise ValueError(f'{config.deepspeed}: {", ".join(sorted(unfilled))} is "auto": give a value, or leave it out for the default')
+    return content
+
+
+def _autos(tree: Any, path: str) -> list[str]:
+    if isinstance(tree, dict):
+        return [found for key, value in tree.items() for found in _autos(value, f"{path}.{key}")]
+    return [path] if tree == "auto" else []
+
+
+def build(config: TrainConfig, ranks: Ranks, ds: dict[str, Any] | None) -> Run:
+    """Load the model as the backend wants it, and put the optimizer and the backend's wrapper around it. **Collective.**
+
+    Args:
+        config: The run.
+        ranks: This process.
+        ds: What ``ds_content`` made of the ds_config; None without DeepSpeed.
+
+    Raises:
+        ValueError: The model cannot be used.
+    """
+    backend = together(ranks, lambda: chosen_backend(config, ranks.world_size))
+    stage = ds.get("zero_optimization", {}).get("stage", 0) if ds else 0
+    sharding = {"fsdp": "fsdp", "deepspeed": "zero3" if stage == 3 else "none"}.get(backend, "none")
+    args = dataclasses.asdict(config.optim)
+    args = {key: args[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
+    ds_dtype = None
+    if ds is not None:
+        ours, args = args, together(ranks, lambda: ds_optimizer_args(ds, config.optim))
+        for key in [key for key in args if args[key] != ours[key] and ranks.is_main]:
+            print(f"{config.deepspeed}: its {key}={args[key]} takes the place of optim.{key}={ours[key]}", file=sys.stderr)
+        ds = {key: value for key, value in ds.items() if key not in ("optimizer", "gradient_clipping")}
+        ds_dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
+    source = together(ranks, lambda: open_source(config.model, ds_dtype))
+    model = load_model(
+        source,
+        sharding=sharding,  # type: ignore[arg-type]
+        device=ranks.device,
+        replicas=config.replicas,
+        offload=config.offload,
+        ds_config=ds,
+        activation_checkpointing=config.model.activation_checkpointing,
+    )
+    seft = SeftOptimizer(model, dataclasses.replace(config.seft, steps=config.steps), **args)
+    run = Run(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
+    if backend == "ddp":
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    elif ds is not None:
+        import deepspeed
+
+        run.engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds)
+        run.called = run.engine
+        run.backend = f"zero{stage}"
+    elif config.replicas > 1:
+        run.backend = "hsdp"
+    return run
+
+
+def read_batches(config: TrainConfig, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's micro-batches, without end. Local.
+
+    Raises:
+        ValueError: The data or the tokenizer cannot be used.
+    """
+    raise NotImplementedError
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Refuse a folder that this run must not write to. Local, on rank 0.
+
+    Raises:
+        ValueError: It holds a finished run, or something else.
+    """
+    folder = Path(config.output)
+    if (folder / RESULT).exists():
+        raise ValueError(f"{folder} holds a finished run: choose another output, or remove the folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output={folder} is a file: needs a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise ValueError(f"{folder} is not empty and holds no run: choose another output")
+
+
+def open_run_folder(config: TrainConfig) -> None:
+    """Make the run's folder and save the configuration in it. Local, on rank 0."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(to_yaml(config))
+    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an attempt that was stopped while it exported
+
+
+def finish(run: Run, metrics: Metrics) -> dict[str, Any]:
+    """Check every layer's sparsity, export, and write the result. **Collective.**
+
+    Returns:
+        What result.json holds.
+    """
+    config, folder = run.config, Path(run.config.output)
+    layers = run.seft.sparsity()
+    numel = sum(layer.numel for layer in layers)
+    result = {
+        "backend": run.backend,
+        "world_size": run.ranks.world_size,
+        "density": config.seft.density,
+        "steps": config.steps,
+        "sparsity": {
+            "target": 1 - sum(layer.target for layer in layers) / numel,
+            "final": sum(layer.zeros for layer in layers) / numel,
+            "layers_off_target": sum(layer.zeros != layer.numel - layer.target for layer in layers),
+        },
+        "evolutions": run.evolutions,
+        "reactivated": run.reactivated,
+        "seconds": round(metrics.seconds, 3),
+        "tokens": metrics.tokens,
+        "loss": metrics.last_loss,
+    }
+    if config.export:
+        export_model(
+            run.model,
+            run.seft.backend.full,
+            folder / MODEL,
+            run.source,
+            writes=run.ranks.is_main,
+            tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
+            delta=folder / DELTA,
+            targets=run.seft.target_names,
+        )
+    if run.ranks.is_main:
+        (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        summary(result)
+    if dist.is_initialized():
+        dist.barrier()  # no rank returns before the files are there
+    return result
