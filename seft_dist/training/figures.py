@@ -1,0 +1,108 @@
+"""Figures of a run: loss, evolutions, perplexity. matplotlib (the extra ``plots``) is imported only here."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seft_dist.training.report import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours: distinct for colour-blind readers too
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#9A9A9A"
+_SIZE = (7.0, 4.0)
+_STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def write_figures(run: Run, folder: Path) -> list[Path]:
+    """Draw loss.png, evolutions.png (if there were any) and perplexity.png. **Local.**
+
+    Args:
+        run: The run.
+        folder: Where the files go; made if needed.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("figures need matplotlib: pip install 'seft_dist[plots]', or --figures false") from error
+    matplotlib.use("Agg")  # files only, no display
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = {"loss": _loss, "evolutions": _evolutions, "perplexity": _perplexity}
+    if not run.evolutions:
+        del drawings["evolutions"]
+    paths = []
+    with plt.rc_context(_STYLE):
+        for name, draw in drawings.items():
+            figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+            draw(run, axes)
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=150)
+            plt.close(figure)
+    return paths
+
+
+def _loss(run: Run, axes: "Axes") -> None:
+    steps = [line["step"] for line in run.steps]
+    losses = [line["loss"] for line in run.steps]
+    axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1)
+    axes.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="loss (pale: each step)")
+    for i, line in enumerate(run.evolutions):
+        axes.axvline(line["step"], color=GREY, linestyle=":", linewidth=1, label="evolution" if i == 0 else None)
+    axes.set(title="Training loss", xlabel="optimizer step", ylabel="cross-entropy, nats per token")
+    axes.set_xlim(left=0, right=run.result["steps"])
+    axes.grid(False, axis="x")
+    axes.legend()
+
+
+def _smooth(values: list[float], decay: float = 0.8) -> list[float]:
+    """Exponential mean with the usual correction for its start."""
+    smooth, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
+        smooth.append(mean / weight)
+    return smooth
+
+
+def _evolutions(run: Run, axes: "Axes") -> None:
+    # The first support is grown from nothing; beside it, the moves that follow would hardly be seen.
+    shown = [line for line in run.evolutions if not line.get("first")] or run.evolutions
+    groups = {"dropped": GREY, "grown": BLUE, "reactivated": ORANGE}
+    width = 0.8 / len(groups)
+    for i, (name, colour) in enumerate(groups.items()):
+        places = [position + (i - 1) * width for position in range(len(shown))]
+        label = "reactivated (grown at pruned positions)" if name == "reactivated" else name
+        axes.bar(places, [line[name] for line in shown], width, color=colour, label=label)
+    axes.set_xticks(range(len(shown)), [str(line["step"]) for line in shown])
+    title = "Entries moved in each evolution"
+    if len(shown) < len(run.evolutions):
+        first = run.evolutions[0]
+        title += f"\n(first support, not shown: {first['grown']:,} grown, {first['reactivated']:,} reactivated)"
+    axes.set(title=title, xlabel="optimizer step", ylabel="entries")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(False, axis="x")
+    axes.set_ylim(top=1.2 * max(line[name] for line in shown for name in groups) or 1)
+    axes.legend(ncols=len(groups), loc="upper left")
+
+
+def _perplexity(run: Run, axes: "Axes") -> None:
+    bars = axes.bar(list(run.perplexity), list(run.perplexity.values()), 0.6, color=[GREEN, GREY, BLUE])
+    axes.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=12)
+    axes.set(title=f"Perplexity on held-out text, {run.result['model']}", ylabel="perplexity (lower is better)")
+    axes.set_ylim(top=1.12 * max(run.perplexity.values()))
+    axes.grid(False, axis="x")
