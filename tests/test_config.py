@@ -1,0 +1,160 @@
+"""Every check of the configuration is raised once; defaults pass; unknown keys are refused at the doors."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from seft_dist.config import (
+    AdamConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PruneConfig,
+    SeftConfig,
+    TrainConfig,
+)
+from seft_dist.training.cli import parse, to_yaml
+
+MODEL, DATA = ModelConfig(path="m"), DataConfig(path="d")
+NEEDED: dict[type, dict[str, Any]] = {
+    SeftConfig: {},
+    AdamConfig: {},
+    ModelConfig: {"path": "m"},
+    DataConfig: {"path": "d"},
+    TrainConfig: {"model": MODEL, "data": DATA, "output": "o"},
+    PruneConfig: {"model": MODEL, "data": DATA, "output": "o"},
+    EvaluateConfig: {"models": {"dense": "m"}, "data": DATA},
+}
+
+# class, what the user sets, a word of the message
+BAD: list[tuple[type, dict[str, Any], str]] = [
+    (SeftConfig, {"density": 0.0}, "density=0.0"),
+    (SeftConfig, {"density": 1.5}, "at most 1"),
+    (SeftConfig, {"targets": ""}, "targets"),
+    (SeftConfig, {"interval": 0}, "interval=0"),
+    (SeftConfig, {"window": 0}, "window=0"),
+    (SeftConfig, {"window": 9, "interval": 8}, "window shorter"),
+    (SeftConfig, {"begin": 0}, "begin=0"),
+    (SeftConfig, {"drop_fraction": 1.1}, "drop_fraction=1.1"),
+    (SeftConfig, {"drop_fraction": -0.1}, "drop_fraction=-0.1"),
+    (SeftConfig, {"reactivation": 2.0}, "reactivation=2.0"),
+    (SeftConfig, {"steps": 0}, "steps=0"),
+    (SeftConfig, {"steps": 16, "interval": 8, "end": 16}, "last evolution"),
+    (SeftConfig, {"steps": 1}, "last evolution"),
+    (AdamConfig, {"lr": 0.0}, "optim.lr=0.0"),
+    (AdamConfig, {"betas": (0.9, 1.0)}, "optim.betas"),
+    (AdamConfig, {"eps": 0.0}, "optim.eps"),
+    (AdamConfig, {"weight_decay": -1.0}, "optim.weight_decay"),
+    (AdamConfig, {"warmup": 1.5}, "optim.warmup"),
+    (AdamConfig, {"max_grad_norm": 0.0}, "optim.max_grad_norm"),
+    (ModelConfig, {"path": ""}, "model.path"),
+    (DataConfig, {"path": ""}, "data.path"),
+    (DataConfig, {"seq_len": 1}, "data.seq_len=1"),
+    (DataConfig, {"holdout_every": 1}, "data.holdout_every=1"),
+    (DataConfig, {"holdout": True}, "holdout_every"),
+    (DataConfig, {"max_records": 0}, "data.max_records=0"),
+    *((TrainConfig, {name: 0}, f"{name}=0") for name in ("steps", "batch_size", "accumulate", "replicas", "log_every")),
+    (TrainConfig, {"save_every": -1}, "save_every=-1"),
+    (TrainConfig, {"timeout": 0.0}, "timeout=0.0"),
+    (TrainConfig, {"threads": 0}, "threads=0"),
+    (TrainConfig, {"output": ""}, "output"),
+    (TrainConfig, {"steps": 10, "seft": SeftConfig(interval=5, end=10)}, "last evolution"),
+    (TrainConfig, {"backend": "fsdp", "deepspeed": "zero3.json"}, "backend=fsdp"),
+    (TrainConfig, {"backend": "deepspeed"}, "--deepspeed FILE"),
+    (TrainConfig, {"replicas": 2, "backend": "ddp"}, "backend fsdp"),
+    (TrainConfig, {"offload": True, "deepspeed": "zero3.json"}, "backend fsdp"),
+    (PruneConfig, {"sparsity": 1.0}, "sparsity=1.0"),
+    (PruneConfig, {"sparsity": 0.0}, "sparsity=0.0"),
+    (PruneConfig, {"sequences": 0}, "sequences=0"),
+    (PruneConfig, {"data": None}, "calibration text"),
+    (PruneConfig, {"output": ""}, "output"),
+    (EvaluateConfig, {"models": {}}, "models is empty"),
+    (EvaluateConfig, {"batch_size": 0}, "batch_size=0"),
+    (EvaluateConfig, {"max_tokens": 1}, "max_tokens=1"),
+]
+
+
+@pytest.mark.parametrize(("config_class", "values", "word"), BAD, ids=[f"{c.__name__}-{v}" for c, v, _ in BAD])
+def test_a_bad_value_is_named_with_what_is_needed(config_class: type, values: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match="needs") as caught:
+        config_class(**{**NEEDED[config_class], **values})
+    assert word in str(caught.value)
+
+
+def test_every_check_is_raised_above() -> None:
+    """Counts the checks in the source: a new one needs a line in BAD."""
+    source = (
+        Path(dataclasses.__file__).read_text() and Path(str(SeftConfig.__init__.__globals__["__file__"])).read_text()
+    )
+    in_loop = 5 - 1  # one check runs for five names
+    assert source.count("_check(") - 1 + in_loop <= len(BAD)
+
+
+@pytest.mark.parametrize("config_class", NEEDED, ids=lambda c: c.__name__)
+def test_defaults_pass_and_nothing_can_be_changed(config_class: type) -> None:
+    made = config_class(**NEEDED[config_class])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.path = "x"
+    with pytest.raises(TypeError):
+        config_class("positional")
+
+
+@pytest.mark.parametrize(
+    ("values", "last"),
+    [
+        ({}, None),  # length unknown
+        ({"steps": 100, "interval": 8}, 80),  # 80 % of the steps
+        ({"steps": 100, "interval": 8, "end": 99}, 96),
+        ({"steps": 100, "interval": 8, "begin": 81}, 0),  # none fits
+        ({"steps": 2, "interval": 1}, 1),
+        ({"steps": 100, "static": True}, 0),
+    ],
+)
+def test_last_evolution(values: dict[str, Any], last: int | None) -> None:
+    assert SeftConfig(**values).last_evolution == last
+
+
+ARGV = ["--model.path", "m", "--data.path", "d", "--output", "o"]
+
+
+@pytest.mark.parametrize("extra", [["--seft.densty", "0.1"], ["--nothing", "1"], ["--seft.density", "much"]])
+def test_unknown_and_misspelt_options_are_refused(extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(TrainConfig, ARGV + extra)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert extra[0].removeprefix("--").split(".")[-1] in said and "Traceback" not in said
+
+
+def test_unknown_keys_in_a_recipe_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seft:\n  density: 0.1\n  budget: 3\n")
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--config", str(recipe), *ARGV])
+    assert "budget" in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_a_recipe_and_yaml_reads_back(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 50\nseft:\n  density: 0.1\n  interval: 5\noptim:\n  betas: [0.8, 0.9]\n")
+    made = parse(TrainConfig, ["--config", str(recipe), *ARGV, "--seft.interval", "7"])
+    assert (made.steps, made.seft.density, made.seft.interval, made.optim.betas) == (50, 0.1, 7, (0.8, 0.9))
+    recipe.write_text(to_yaml(made))
+    assert parse(TrainConfig, ["--config", str(recipe)]) == made
+    assert yaml.safe_load(to_yaml(made))["seft"]["interval"] == 7
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, PruneConfig, EvaluateConfig], ids=lambda c: c.__name__)
+def test_help_says_what_every_option_means(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(config_class, ["--help"])
+    assert caught.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(config_class):
+        assert f"--{field.name}" in said
+    assert "Traceback" not in said
+    if config_class is TrainConfig:
+        assert "Share of each target weight's positions that carry a trainable delta" in said
