@@ -60,8 +60,8 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
 def _loss(run: Run, axes: "Axes") -> None:
     steps = [line["step"] for line in run.steps]
     losses = [line["loss"] for line in run.steps]
-    axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1)
-    axes.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="loss (pale: each step)")
+    axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="as recorded")
+    axes.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="running mean")
     for i, line in enumerate(run.evolutions):
         axes.axvline(line["step"], color=GREY, linestyle=":", linewidth=1, label="evolution" if i == 0 else None)
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="cross-entropy, nats per token")
@@ -105,4 +105,4 @@ def _perplexity(run: Run, axes: "Axes") -> None:
     axes.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=12)
     axes.set(title=f"Perplexity on held-out text, {run.result['model']}", ylabel="perplexity (lower is better)")
     axes.set_ylim(top=1.12 * max(run.perplexity.values()))
-    axes.grid(False, axis="x")
+    axes.grid(False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -122,8 +123,8 @@ def print_tables(run: Run, console: Console) -> None:
     )
     if not run.evolutions:
         return
-    table = Table(title="Evolutions")
-    for name in ("step", "dropped", "grown", "reactivated", "pruned", "replaced", "seconds", "MB sent by a rank"):
+    table = Table(title="Evolutions (MB sent: by one rank)", box=SIMPLE, padding=(0, 1))
+    for name in ("step", "dropped", "grown", "reactivated", "pruned", "replaced", "seconds", "MB sent"):
         table.add_column(name, justify="right")
     for line in run.evolutions:
         counts = [f"{line[name]:,}" for name in ("dropped", "grown", "reactivated", "pruned")]

@@ -1,0 +1,175 @@
+"""The house rules that can be read off the source: who imports whom, how long things get, that no knob is dead."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import seft_dist
+from seft_dist import config
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "seft_dist").rglob("*.py"))
+DOORS = sorted((ROOT / "launch").glob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+CONFIG = ROOT / "seft_dist" / "config.py"
+FLOORS = {"config": 0, "sparsity": 1, "backends": 2, "optim": 3, "io": 4, "training": 5, "pruning": 5}
+
+MAX_FILE = 400
+MAX_FUNCTION = 60
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room_of(path: Path) -> str:
+    """Folder below seft_dist, or the file's own name for config.py and __init__.py."""
+    return path.relative_to(ROOT / "seft_dist").with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, wherever in it, e.g. "torch.distributed.tensor.DTensor"."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attributes_of(path: Path) -> Iterator[ast.Attribute]:
+    return (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute))
+
+
+def own_rooms(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imports_of(path)]
+    return {part[1] if len(part) > 1 and part[1] in FLOORS else "" for part in parts if part[0] == "seft_dist"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PACKAGE if p.name != "__init__.py" or p.parent.name != "seft_dist"], ids=name_of
+)
+def test_imports_only_lower_floors_or_the_own_folder(path: Path) -> None:
+    room = room_of(path)
+    for other in own_rooms(path):
+        assert other, f"{name_of(path)} imports from seft_dist itself: name the room"
+        assert other == room or FLOORS[other] < FLOORS[room], f"{name_of(path)} ({room}) imports {other}"
+
+
+def test_every_room_has_a_floor_and_says_what_it_is() -> None:
+    assert {room_of(path) for path in PACKAGE} == {*FLOORS, "__init__"}
+    silent = [
+        name_of(path)
+        for path in [*PACKAGE, *DOORS, *TESTS]
+        if path.stat().st_size and not ast.get_docstring(tree_of(path))
+    ]
+    assert not silent, f"no docstring at the top: {silent}"
+
+
+def test_the_pure_floor_knows_numbers_only() -> None:
+    for path in (ROOT / "seft_dist" / "sparsity").glob("*.py"):
+        for name in imports_of(path):
+            assert not name.startswith("torch.distributed"), f"{name_of(path)} imports {name}"
+            assert name.split(".")[0] not in {"os", "pathlib", "io", "sys"}, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE if FLOORS.get(room_of(p), 9) < 4], ids=name_of)
+def test_one_file_knows_each_framework(path: Path) -> None:
+    room, name = room_of(path), path.name
+    known = [
+        item for item in imports_of(path) if item.startswith(("torch.distributed.tensor", "torch.distributed.fsdp"))
+    ]
+    if room != "backends" or name not in {"fsdp.py", "shards.py"}:
+        assert not known, f"{name_of(path)} knows FSDP2: {known}"
+    known = [item for item in imports_of(path) if item.split(".")[0] == "deepspeed"]
+    known += [node.attr for node in attributes_of(path) if node.attr.startswith("ds_")]
+    if room != "backends" or name not in {"deepspeed.py", "shards.py"}:
+        assert not known, f"{name_of(path)} knows DeepSpeed: {known}"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_no_unpickling_no_foreign_code_and_one_reader_of_the_environment(path: Path) -> None:
+    pickles = [name for name in imports_of(path) if name.split(".")[0] in {"pickle", "dill", "joblib", "cloudpickle"}]
+    assert not pickles, f"{name_of(path)} imports {pickles}"
+    for node in ast.walk(tree_of(path)):
+        text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.keyword)) else ""
+        assert text != "torch.load", f"{name_of(path)}:{node.lineno} unpickles"  # type: ignore[attr-defined]
+        assert text != "trust_remote_code=True", f"{name_of(path)}: runs a model's own code"
+        if text in {"os.environ", "os.getenv"}:
+            assert path.name == "distributed.py", f"{name_of(path)} reads the environment"
+
+
+def test_the_package_imports_without_heavy_frameworks() -> None:
+    heavy = ("deepspeed", "mpi4py", "datasets")
+    script = f"import seft_dist, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *DOORS, *TESTS], ids=name_of)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_FILE, f"{name_of(path)} has {len(lines)} lines: needs at most {MAX_FILE}"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, (
+                f"{name_of(path)}: {node.name} has {length} lines: needs at most {MAX_FUNCTION}"
+            )
+
+
+CONFIG_CLASSES = [item for item in vars(config).values() if dataclasses.is_dataclass(item) and isinstance(item, type)]
+
+
+@pytest.mark.parametrize("config_class", CONFIG_CLASSES, ids=lambda c: c.__name__)
+def test_every_field_is_read_and_documented(config_class: type) -> None:
+    readers = [tree_of(path) for path in [*PACKAGE, *DOORS] if path.name != "config.py"]
+    # a property of the configuration reads for others, its check of itself does not
+    own = next(
+        node for node in tree_of(CONFIG).body if isinstance(node, ast.ClassDef) and node.name == config_class.__name__
+    )
+    properties = [node for node in own.body if isinstance(node, ast.FunctionDef) and node.name != "__post_init__"]
+    nodes = [node for tree in [*readers, *properties] for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    # optim's fields are also handed on by their names
+    read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    dead = [field.name for field in dataclasses.fields(config_class) if field.name not in read]
+    assert not dead, f"{config_class.__name__}: nobody reads {dead}"
+
+    nested = {item.__name__ for item in CONFIG_CLASSES}
+    for field, after in zip(own.body, own.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and not any(name in ast.unparse(field.annotation) for name in nested):
+            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert said, f"{config_class.__name__}.{ast.unparse(field.target)} has no docstring under it"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_public_functions_and_classes_are_documented(path: Path) -> None:
+    for node in tree_of(path).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{name_of(path)}: {node.name} has no docstring"
+
+
+def test_every_exported_name_says_how_it_is_used() -> None:
+    for name in seft_dist.__all__:
+        item = getattr(seft_dist, name)
+        assert (item.__doc__ or "").strip(), f"seft_dist.{name} has no docstring"
+        methods = (
+            {k: v for k, v in vars(item).items() if callable(v) and not k.startswith("_")}
+            if isinstance(item, type)
+            else {}
+        )
+        inherited = {key for base in getattr(item, "__mro__", ())[1:] for key in vars(base)}
+        silent = [key for key, method in methods.items() if not method.__doc__ and key not in inherited]
+        assert not silent, f"seft_dist.{name}: no docstring on {silent}"
