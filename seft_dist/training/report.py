@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 MODELS = ("dense", "pruned", "repaired")
-# Order of summary.json; all but perplexity is copied from result.json.
+# Order of summary.json; what is neither model nor perplexity is copied from result.json.
 _KEYS = (
     *("model", "backend", "world_size", "density", "steps", "perplexity"),
     *("sparsity", "evolutions", "reactivated", "seconds"),
@@ -36,6 +36,11 @@ class Run:
     """The lines of metrics.jsonl, by step."""
     perplexity: dict[str, float]
     """Of each model in MODELS."""
+
+    @property
+    def model(self) -> str:
+        """Name of the pruned model's folder."""
+        return Path(self.config["model"]["path"]).name
 
     @property
     def evolutions(self) -> list[dict[str, Any]]:
@@ -63,7 +68,7 @@ def read_run(folder: Path) -> Run:
     result = json.loads(_read(folder / "result.json", train))
     lines = [json.loads(line) for line in _read(folder / "metrics.jsonl", train).splitlines()]
     models = json.loads(_read(folder / "eval.json", evaluate))
-    missing = [key for key in _KEYS if key != "perplexity" and key not in result]
+    missing = [key for key in _KEYS if key not in ("model", "perplexity") and key not in result]
     if missing or not lines:
         raise ValueError(f"{folder} is not a whole run, it has no {', '.join(missing or ['steps'])}: {train}")
     missing = [name for name in MODELS if "perplexity" not in models.get(name, {})]
@@ -90,7 +95,7 @@ def write_summary(run: Run) -> Path:
     Returns:
         The file.
     """
-    values = {**run.result, "perplexity": run.perplexity}
+    values = {**run.result, "model": run.model, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n", encoding="utf-8")
@@ -106,7 +111,7 @@ def print_tables(run: Run, console: Console) -> None:
         console: Where to print.
     """
     result, sparsity = run.result, run.result["sparsity"]
-    table = Table(title=f"{result['model']}: held-out text")
+    table = Table(title=f"{run.model}: held-out text")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     table.add_column("of the pruned one", justify="right")
@@ -123,9 +128,9 @@ def print_tables(run: Run, console: Console) -> None:
     )
     if not run.evolutions:
         return
-    table = Table(title="Evolutions (MB sent: by one rank)", box=SIMPLE, padding=(0, 1))
+    table = Table(title="Evolutions (MB sent: by one rank)", box=SIMPLE, padding=0)
     for name in ("step", "dropped", "grown", "reactivated", "pruned", "replaced", "seconds", "MB sent"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for line in run.evolutions:
         counts = [f"{line[name]:,}" for name in ("dropped", "grown", "reactivated", "pruned")]
         sent = f"{line['bytes_sent'] / 1e6:.2f}"
