@@ -18,6 +18,7 @@ def model_folder(folder: Path, dtype: torch.dtype = torch.float32, sparsity: flo
     model = tiny_llama(dtype=dtype, **over)
     if sparsity:
         prune_(model, sparsity)
+    model.config.use_cache = True  # as every published model has it
     model.save_pretrained(folder)
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(NUM_WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

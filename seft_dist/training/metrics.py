@@ -135,8 +135,12 @@ def summary(result: dict[str, Any]) -> None:
 
 
 def _start_trackers(config: TrainConfig) -> list[Any]:
+    if not config.trackers:
+        return []
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState()  # the trackers log through it; it joins the process group that is there, without talking to other ranks
     folder = Path(config.output).resolve()
     trackers: list[Any] = []
     for name in config.trackers:
@@ -145,7 +149,6 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
         else:
             trackers.append(WandBTracker("seft_dist", name=folder.name, dir=str(folder)))
     for tracker in trackers:
-        tracker.main_process_only = False  # only rank 0 gets here; asking accelerate would start its own process state
         tracker.start()
         tracker.store_init_configuration(_flat(dataclasses.asdict(config), numbers_only=False))
     return trackers

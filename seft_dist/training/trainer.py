@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import AdamConfig, TrainConfig
+from seft_dist.io.data import Batch, BatchStream, load_sequences, load_tokenizer, pad_id
 from seft_dist.io.export import export_model
 from seft_dist.io.models import Source, load_model, locate, open_source
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -26,7 +27,6 @@ from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.metrics import Metrics, check_trackers, summary
 
 RESULT, CONFIG, MODEL, DELTA = "result.json", "config.yaml", "model", "delta.safetensors"
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -108,33 +108,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
     together(ranks, lambda: check_trackers(config))
     ds = together(ranks, lambda: ds_content(config, ranks.world_size) if config.deepspeed else None)
     distributed.check_agreement(ranks, to_yaml(config) + json.dumps(ds, sort_keys=True))
-    batches = together(ranks, lambda: read_batches(config, ranks))
-    run = build(config, ranks, ds)
+    source = together(ranks, lambda: open_source(config.model, ds_dtype(ds)))
+    data = read_batches(config, ranks)
+    run = build(config, ranks, source, ds)
     run.seft.attach()
     if ranks.is_main:
         open_run_folder(config)
     metrics = Metrics(config, writes=ranks.is_main)
     try:
-        fit(run, batches, metrics)
+        fit(run, data, metrics)
     finally:
         metrics.close()
     return finish(run, metrics)
 
 
-def fit(run: Run, batches: Iterator[Batch], metrics: Metrics) -> None:
+def fit(run: Run, data: BatchStream, metrics: Metrics) -> None:
     """The training loop. **Collective.**
 
     Args:
         run: What is trained.
-        batches: This rank's micro-batches, without end.
+        data: This rank's micro-batches.
         metrics: Where steps are recorded.
 
     Raises:
         FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
     """
     config = run.config
-    for step in range(run.seft.num_steps + 1, config.steps + 1):
-        micro = [next(batches) for _ in range(config.accumulate)]
+    done = run.seft.num_steps
+    for step, micro in zip(range(done + 1, config.steps + 1), data.batches(done), strict=False):
         loss, tokens = agree_on_loss(run.ranks, run.accumulate(micro), micro, step)
         lr = run.update(step)
         report = run.seft.evolution
@@ -245,12 +246,20 @@ def _autos(tree: Any, path: str) -> list[str]:
     return [path] if tree == "auto" else []
 
 
-def build(config: TrainConfig, ranks: Ranks, ds: dict[str, Any] | None) -> Run:
+def ds_dtype(ds: dict[str, Any] | None) -> torch.dtype | None:
+    """Type in which a ds_config trains; None without DeepSpeed. Local."""
+    if ds is None:
+        return None
+    return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
+
+
+def build(config: TrainConfig, ranks: Ranks, source: Source, ds: dict[str, Any] | None) -> Run:
     """Load the model as the backend wants it, and put the optimizer and the backend's wrapper around it. **Collective.**
 
     Args:
         config: The run.
         ranks: This process.
+        source: The pruned model.
         ds: What ``ds_content`` made of the ds_config; None without DeepSpeed.
 
     Raises:
@@ -261,14 +270,11 @@ def build(config: TrainConfig, ranks: Ranks, ds: dict[str, Any] | None) -> Run:
     sharding = {"fsdp": "fsdp", "deepspeed": "zero3" if stage == 3 else "none"}.get(backend, "none")
     args = dataclasses.asdict(config.optim)
     args = {key: args[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
-    ds_dtype = None
     if ds is not None:
         ours, args = args, together(ranks, lambda: ds_optimizer_args(ds, config.optim))
         for key in [key for key in args if args[key] != ours[key] and ranks.is_main]:
             print(f"{config.deepspeed}: its {key}={args[key]} takes the place of optim.{key}={ours[key]}", file=sys.stderr)
         ds = {key: value for key, value in ds.items() if key not in ("optimizer", "gradient_clipping")}
-        ds_dtype = torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
-    source = together(ranks, lambda: open_source(config.model, ds_dtype))
     model = load_model(
         source,
         sharding=sharding,  # type: ignore[arg-type]
@@ -294,13 +300,32 @@ def build(config: TrainConfig, ranks: Ranks, ds: dict[str, Any] | None) -> Run:
     return run
 
 
-def read_batches(config: TrainConfig, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's micro-batches, without end. Local.
+def read_batches(config: TrainConfig, ranks: Ranks) -> BatchStream:
+    """Read and tokenise the data. **Collective.**
 
     Raises:
         ValueError: The data or the tokenizer cannot be used.
     """
-    raise NotImplementedError
+    tokenizer = together(ranks, lambda: load_tokenizer(config.model))
+    pad = together(ranks, lambda: pad_id(tokenizer))
+    sequences: Sequence[Any] | None = None
+    for first in (True, False):  # one rank of each machine fills the cache, then the others read it
+        turn = (ranks.local_rank == 0) == first
+        read = together(ranks, lambda: load_sequences(config.data, tokenizer, progress=ranks.is_main) if turn else None)  # noqa: B023
+        sequences = read if turn else sequences
+    assert sequences is not None
+    return together(
+        ranks,
+        lambda: BatchStream(
+            sequences,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=config.seed,
+            pad_id=pad,
+        ),
+    )
 
 
 def check_run_folder(config: TrainConfig) -> None:

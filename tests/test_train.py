@@ -1,0 +1,326 @@
+"""launch/train.py's run, in forked ranks: every backend gives the same run; what users get and what bad input gets."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.training.cli import parse
+from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
+from seft_dist.training.trainer import lr_factor, train
+from tests.folders import model_folder, text_file
+from tests.ranks import run_ranks
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    model_folder(folder / "pruned")
+    text_file(folder / "text.jsonl")
+    return folder
+
+
+def make_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "model": ModelConfig(path=str(inputs / "pruned")),
+        "data": DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
+        "output": str(output),
+        "seft": SeftConfig(density=0.05, interval=3),
+        "optim": AdamConfig(lr=1e-2),
+        "steps": STEPS,
+        "batch_size": 12,
+        "threads": 1,
+    }
+    return TrainConfig(**(settings | over))
+
+
+def ds_file(folder: Path, content: dict[str, Any]) -> str:
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"steps_per_print": 1 << 30} | content))
+    return str(path)
+
+
+def run_train(config: TrainConfig, world_size: int = 1, timeout: float = 120) -> dict[str, Any]:
+    """Train in forked ranks; rank 0's result."""
+    return run_ranks(lambda rank, world: train(config), world_size, timeout=timeout)[0]
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def digests(output: Path) -> list[str]:
+    return [record["evolution"]["digest"] for record in records(output) if "evolution" in record]
+
+
+@pytest.fixture(scope="module")
+def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """One process."""
+    output = tmp_path_factory.mktemp("runs") / "single"
+    return run_train(make_config(inputs, output)), output
+
+
+def test_single_run_writes_its_folder(reference: tuple[dict[str, Any], Path]) -> None:
+    result, output = reference
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.yaml",
+        "delta.safetensors",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+    ]
+    assert json.loads((output / "result.json").read_text()) == result
+    assert result["backend"] == "single" and result["world_size"] == 1 and result["density"] == 0.05
+    assert result["steps"] == STEPS and result["evolutions"] == 2 and result["tokens"] == STEPS * 12 * 16
+    assert result["sparsity"]["layers_off_target"] == 0
+    assert result["sparsity"]["final"] == pytest.approx(result["sparsity"]["target"], abs=1e-12)
+    lines = records(output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] == result["loss"] < lines[0]["loss"] - 0.1
+    assert [line["step"] for line in lines if "evolution" in line] == [1, 3, 6]
+    reactivated = sum(line["evolution"]["reactivated"] for line in lines if "evolution" in line)
+    assert reactivated == result["reactivated"] > 0
+    assert parse(TrainConfig, ["--config", str(output / "config.yaml")]).steps == STEPS
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert model.config.use_cache
+    assert model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits.isfinite().all()
+
+
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("ddp", 2, {"backend": "ddp", "batch_size": 6}),
+    ("fsdp", 2, {"backend": "fsdp", "batch_size": 6}),
+    ("fsdp", 3, {"batch_size": 4}),
+    ("fsdp", 1, {"backend": "fsdp", "batch_size": 3, "accumulate": 4}),
+    ("fsdp", 2, {"batch_size": 6, "offload": True}),
+    ("hsdp", 4, {"batch_size": 3, "replicas": 2}),
+    ("zero0", 2, {"batch_size": 6}),
+    ("zero1", 2, {"batch_size": 6}),
+    ("zero2", 2, {"batch_size": 6}),
+    ("zero3", 2, {"batch_size": 6}),
+    ("zero3", 2, {"batch_size": 3, "accumulate": 2}),
+    ("zero3", 3, {"batch_size": 4}),
+]
+
+
+@pytest.mark.parametrize(("backend", "world_size", "over"), LAYOUTS)
+def test_every_backend_gives_the_single_run(
+    backend: str, world_size: int, over: dict[str, Any], inputs: Path, reference: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    if backend.startswith("zero"):
+        over = over | {"deepspeed": ds_file(tmp_path, {"zero_optimization": {"stage": int(backend[4])}})}
+    output = tmp_path / "run"
+    result = run_train(make_config(inputs, output, **over), world_size)
+    assert result["backend"] == backend and result["world_size"] == world_size
+    assert result["sparsity"]["layers_off_target"] == 0 and result["tokens"] == reference[0]["tokens"]
+    expected = [line["loss"] for line in records(reference[1])]
+    assert [line["loss"] for line in records(output)] == pytest.approx(expected, abs=2e-4)
+    # Sums over ranks differ in the last bits from one process's; nothing here ties so closely that a position differs.
+    assert digests(output) == digests(reference[1])
+
+
+def test_bf16_and_activation_checkpointing(inputs: Path, tmp_path: Path) -> None:
+    results = {}
+    for name, ds in (("fsdp", None), ("zero3", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}})):
+        model = ModelConfig(
+            path=str(inputs / "pruned"), dtype="auto" if ds else "bfloat16", activation_checkpointing=name == "fsdp"
+        )
+        over = {"deepspeed": ds_file(tmp_path, ds)} if ds else {}
+        config = make_config(inputs, tmp_path / name, model=model, batch_size=6, **over)
+        results[name] = run_train(config, 2)
+        assert results[name]["sparsity"]["layers_off_target"] == 0
+        weights = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").dtype == torch.bfloat16
+    assert results["fsdp"]["loss"] == pytest.approx(results["zero3"]["loss"], rel=0.02)
+
+
+def test_ds_config_blocks_are_honoured(inputs: Path, tmp_path: Path) -> None:
+    blocks = {
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.005, "betas": [0.8, 0.9], "weight_decay": 0.1}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.004, "warmup_num_steps": 4, "warmup_type": "linear"},
+        },
+        "gradient_clipping": 0.5,
+    }
+    output = tmp_path / "run"
+    run_train(make_config(inputs, output, deepspeed=ds_file(tmp_path, blocks), batch_size=6), 2)
+    rates = [line["lr"] for line in records(output)]
+    assert rates[-1] == pytest.approx(0.004) and rates[1] < rates[3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps is 3, but accumulate is 1"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size is \"auto\""),
+        ({"optimizer": {"type": "Lamb", "params": {}}}, "Lamb"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme"),
+    ],
+)
+def test_ds_config_that_cannot_be_honoured(content: dict[str, Any], message: str, inputs: Path, tmp_path: Path) -> None:
+    config = make_config(inputs, tmp_path / "run", deepspeed=ds_file(tmp_path, content))
+    assert message in failure(config)
+    assert not (tmp_path / "run").exists()
+
+
+def failure(config: TrainConfig, world_size: int = 1, kind: type[Exception] = ValueError) -> str:
+    """Train, which must fail on every rank with the same message, and return it."""
+
+    def on_rank(rank: int, world: int) -> str:
+        with pytest.raises(kind) as caught:
+            train(config)
+        return str(caught.value)
+
+    messages = run_ranks(on_rank, world_size)
+    assert len(set(messages)) == 1, messages
+    return messages[0]
+
+
+def test_a_folder_is_used_once(inputs: Path, reference: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    assert "finished run" in failure(make_config(inputs, reference[1]), world_size=2)
+    (tmp_path / "letter.txt").write_text("dear reader")
+    assert "holds no run" in failure(make_config(inputs, tmp_path))
+    assert (tmp_path / "letter.txt").read_text() == "dear reader" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path: Path) -> None:
+    pruned = model_folder(tmp_path / "pruned")
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e38)
+    model.save_pretrained(pruned)
+    message = failure(
+        make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(pruned)), batch_size=6), world_size, FloatingPointError
+    )
+    assert message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert records(tmp_path / "run") == []
+
+
+def test_bad_models_are_refused_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    dense = model_folder(tmp_path / "dense", sparsity=0)
+    assert "dense" in failure(make_config(inputs, output, model=ModelConfig(path=str(dense)))).lower()
+    no_match = make_config(inputs, output, seft=SeftConfig(targets="wrong_proj", interval=3))
+    assert "wrong_proj" in failure(no_match, 2)
+    assert "not a folder" in failure(make_config(inputs, output, model=ModelConfig(path="./nowhere")))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((dense / "config.json").read_text())
+    (pickled / "pytorch_model.bin").write_bytes(b"never read")
+    assert "save_pretrained" in failure(make_config(inputs, output, model=ModelConfig(path=str(pickled))))
+    too_dense = make_config(inputs, output, seft=SeftConfig(density=0.9, interval=3), batch_size=6)
+    assert "density" in failure(too_dense, 2)
+    assert "single" in failure(make_config(inputs, output, backend="single"), 2)
+    assert "replicas=3" in failure(make_config(inputs, output, replicas=3), 2)
+    ds = ds_file(tmp_path, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}})
+    float32 = ModelConfig(path=str(inputs / "pruned"), dtype="float32")
+    assert "bf16" in failure(make_config(inputs, output, deepspeed=ds, model=float32))
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
+    other = model_folder(tmp_path / "other", num_hidden_layers=1)
+    (other / "config.json").write_text((inputs / "pruned" / "config.json").read_text())
+    for over in ({}, {"deepspeed": ds_file(tmp_path, {"zero_optimization": {"stage": 3}})}):
+        config = make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(other)), batch_size=6, **over)
+        assert "model.layers.1.input_layernorm.weight" in failure(config, 2)
+    wide = model_folder(tmp_path / "wide", intermediate_size=64)
+    (wide / "config.json").write_text((inputs / "pruned" / "config.json").read_text())
+    assert "has shape (64, 32)" in failure(make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(wide))), 1)
+
+
+def test_ranks_with_different_settings(inputs: Path, tmp_path: Path) -> None:
+    def on_rank(rank: int, world: int) -> str:
+        with pytest.raises(ValueError) as caught:
+            train(make_config(inputs, tmp_path / "run", batch_size=2, seed=int(rank == 2)))
+        return str(caught.value)
+
+    for message in run_ranks(on_rank, 3):
+        assert message.startswith("rank 2 was given another configuration")
+
+
+def test_an_error_on_one_rank_stops_all() -> None:
+    def on_rank(rank: int, world: int) -> str:
+        def work() -> None:
+            if rank == 1:
+                raise ValueError("no disk")
+
+        with pytest.raises(ValueError) as caught:
+            together(start(), work)
+        return str(caught.value)
+
+    assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
+
+
+def test_agreement_of_one_process() -> None:
+    check_agreement(find_ranks({}), "anything")
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 0, 1, "python")),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}, (3, 1, 4, "torch")),
+        (
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "1"},
+            (2, 0, 4, "mpi"),
+        ),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (5, 1, 8, "slurm")),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "5", "PMI_SIZE": "8"}, (5, 1, 8, "slurm")),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1, "python")),  # a batch script
+    ],
+)
+def test_ranks_are_found_under_every_launcher(env: dict[str, str], expected: tuple[int, int, int, str]) -> None:
+    ranks = find_ranks(env)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.launcher) == expected
+
+
+def test_impossible_rank() -> None:
+    with pytest.raises(ValueError, match="below the number of ranks"):
+        find_ranks({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu017", "gpu017"), ("gpu[017-031,040],big1", "gpu017"), ("big1,gpu[1-2]", "big1"), ("r[1-2]n", "r1n")],
+)
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate(schedule: Any) -> None:
+    optim = AdamConfig(schedule=schedule, warmup=0.2)
+    factors = [lr_factor(optim, step, 10) for step in range(1, 11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert all(0 < later <= earlier for earlier, later in zip(factors[2:], factors[3:], strict=False))
+    assert factors[-1] == (1.0 if schedule == "constant" else pytest.approx(factors[-1], abs=0.2))
+    assert all(lr_factor(dataclasses.replace(optim, warmup=0.0), step, 1) > 0 for step in (1,))
+
+
+def test_trackers(inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    run_train(make_config(inputs, output, batch_size=6, trackers=("tensorboard",), log_every=5), 2)
+    assert [line["step"] for line in records(output)] == [1, 3, 5, 6, 10]  # those with an evolution too
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 3, 5, 6, 10]
+    assert "evolution.reactivated" in events.Tags()["scalars"]
