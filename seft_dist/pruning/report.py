@@ -1,0 +1,79 @@
+"""How many weights are 0, counted and shown."""
+
+import re
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ZeroCount:
+    """Zeros of one weight."""
+
+    name: str
+    """Module name of the linear."""
+    numel: int
+    """Weights it has."""
+    zeros: int
+    """Weights that are exactly 0."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / self.numel
+
+
+def count_zeros(targets: dict[str, nn.Linear]) -> list[ZeroCount]:
+    """Count the zeros of each target. Local; the weights must be whole.
+
+    Args:
+        targets: From ``find_targets``.
+    """
+    return [ZeroCount(name, linear.weight.numel(), int((linear.weight == 0).sum())) for name, linear in targets.items()]
+
+
+def total_sparsity(counts: list[ZeroCount]) -> float:
+    """Share of zeros over all weights. Local."""
+    return sum(count.zeros for count in counts) / sum(count.numel for count in counts)
+
+
+def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
+    """One row for each kind of linear over all layers (q_proj, ...), one column for each model. Local.
+
+    Args:
+        reports: Name of a model to its counts.
+        title: Of the table.
+    """
+    table = Table(title=title)
+    table.add_column("linear")
+    table.add_column("weights", justify="right")
+    for model in reports:
+        table.add_column(f"zeros {model}" if len(reports) > 1 else "zeros", justify="right")
+    groups = {model: _by_kind(counts) for model, counts in reports.items()}
+    for kind in {kind: None for group in groups.values() for kind in group}:
+        members = [group.get(kind, []) for group in groups.values()]
+        numel = max(sum(count.numel for count in member) for member in members)
+        table.add_row(
+            f"{kind} ({max(len(m) for m in members)} x)", f"{numel:,}", *(_share(member) for member in members)
+        )
+    table.add_section()
+    whole = [counts for counts in reports.values()]
+    table.add_row("all", f"{max(sum(c.numel for c in counts) for counts in whole):,}", *(_share(c) for c in whole))
+    return table
+
+
+def _by_kind(counts: list[ZeroCount]) -> dict[str, list[ZeroCount]]:
+    """Linears of one role together: what is left of a name when the layer's number and all before it go."""
+    groups: dict[str, list[ZeroCount]] = {}
+    for count in counts:
+        groups.setdefault(re.sub(r"^.*?\.\d+\.", "", count.name), []).append(count)
+    return groups
+
+
+def _share(counts: list[ZeroCount]) -> str:
+    if not counts:
+        return "-"
+    lowest, highest = min(c.sparsity for c in counts), max(c.sparsity for c in counts)
+    text = f"{100 * total_sparsity(counts):.2f} %"
+    return text if highest - lowest < 5e-5 else f"{text} ({100 * lowest:.2f} to {100 * highest:.2f})"
