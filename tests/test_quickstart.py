@@ -125,11 +125,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         result = {"backend": "zero3", "world_size": 2, "density": 0.01, "steps": 12, "sparsity": sparsity}
         result |= {"evolutions": 3, "reactivated": 500, "seconds": 18.2, "tokens": 6144, "loss": 2.0}
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"path": "models/tiny-wanda60"}, "steps": 12}))
+        seft = {"adapt": "sensitivity", "reactivation": 1.0}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"seft": seft, "steps": 12}))
+        values = {"dense": (17.0, 0.0), "pruned": (66.0, 0.6), "repaired": (29.0, 0.6)}
         models = {
-            name: {"perplexity": value} for name, value in {"dense": 17.0, "pruned": 66.0, "repaired": 29.0}.items()
+            name: {"path": f"models/tiny-{name}/", "perplexity": perplexity, "sparsity": sparsity}
+            for name, (perplexity, sparsity) in values.items()
         }
-        (folder / "eval.json").write_text(json.dumps(models))
+        (folder / "eval.json").write_text(json.dumps({"models": models}))
         return folder
 
     return make
@@ -144,7 +147,7 @@ def test_summary_has_exactly_the_promised_keys(make_run: Callable[..., Path]) ->
     )
     assert summary["perplexity"] == {"dense": 17.0, "pruned": 66.0, "repaired": 29.0}
     assert set(summary["sparsity"]) == {"target", "final", "layers_off_target"}
-    assert summary["model"] == "tiny-wanda60" and summary["world_size"] == 2
+    assert summary["model"] == "tiny-dense" and summary["world_size"] == 2
     assert not list(run.folder.glob("*.tmp"))
 
 
@@ -180,7 +183,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(make_run: Callab
 
 def test_missing_numbers_are_named(make_run: Callable[..., Path]) -> None:
     folder = make_run()
-    (folder / "eval.json").write_text('{"dense": {"perplexity": 1.0}}')
+    (folder / "eval.json").write_text('{"models": {"dense": {"perplexity": 1.0}}}')
     with pytest.raises(ValueError, match="perplexity of pruned, repaired"):
         read_run(folder)
     (folder / "result.json").write_text('{"backend": "zero3"}')

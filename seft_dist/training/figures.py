@@ -103,6 +103,6 @@ def _evolutions(run: Run, axes: "Axes") -> None:
 def _perplexity(run: Run, axes: "Axes") -> None:
     bars = axes.bar(list(run.perplexity), list(run.perplexity.values()), 0.6, color=[GREEN, GREY, BLUE])
     axes.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=12)
-    axes.set(title=f"Perplexity on held-out text, {run.model}", ylabel="perplexity (lower is better)")
+    axes.set(title=f"Perplexity on held-out text, {run.name}", ylabel="perplexity (lower is better)")
     axes.set_ylim(top=1.12 * max(run.perplexity.values()))
     axes.grid(False)

@@ -34,13 +34,18 @@ class Run:
     """The trainer's numbers."""
     steps: list[dict[str, Any]]
     """The lines of metrics.jsonl, by step."""
-    perplexity: dict[str, float]
-    """Of each model in MODELS."""
+    models: dict[str, dict[str, Any]]
+    """What was measured of each model in MODELS: path, perplexity, sparsity (share of zeros) ..."""
 
     @property
-    def model(self) -> str:
-        """Name of the pruned model's folder."""
-        return Path(self.config["model"]["path"]).name
+    def name(self) -> str:
+        """The model's name: that of the dense one's folder."""
+        return Path(self.models["dense"]["path"]).name
+
+    @property
+    def perplexity(self) -> dict[str, float]:
+        """Of each model in MODELS."""
+        return {name: self.models[name]["perplexity"] for name in MODELS}
 
     @property
     def evolutions(self) -> list[dict[str, Any]]:
@@ -67,7 +72,7 @@ def read_run(folder: Path) -> Run:
     config = yaml.safe_load(_read(folder / "config.yaml", train))
     result = json.loads(_read(folder / "result.json", train))
     lines = [json.loads(line) for line in _read(folder / "metrics.jsonl", train).splitlines()]
-    models = json.loads(_read(folder / "eval.json", evaluate))
+    models = json.loads(_read(folder / "eval.json", evaluate)).get("models", {})
     missing = [key for key in _KEYS if key not in ("model", "perplexity") and key not in result]
     if missing or not lines:
         raise ValueError(f"{folder} is not a whole run, it has no {', '.join(missing or ['steps'])}: {train}")
@@ -76,8 +81,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(
             f"{folder / 'eval.json'} has no perplexity of {', '.join(missing)}: {evaluate} and these names"
         )
-    perplexity = {name: float(models[name]["perplexity"]) for name in MODELS}
-    return Run(folder=folder, config=config, result=result, steps=lines, perplexity=perplexity)
+    return Run(folder=folder, config=config, result=result, steps=lines, models=models)
 
 
 def _read(path: Path, remedy: str) -> str:
@@ -95,7 +99,7 @@ def write_summary(run: Run) -> Path:
     Returns:
         The file.
     """
-    values = {**run.result, "model": run.model, "perplexity": run.perplexity}
+    values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n", encoding="utf-8")
@@ -111,20 +115,22 @@ def print_tables(run: Run, console: Console) -> None:
         console: Where to print.
     """
     result, sparsity = run.result, run.result["sparsity"]
-    table = Table(title=f"{run.model}: held-out text")
+    table = Table(title=f"{run.name}: held-out text")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     table.add_column("of the pruned one", justify="right")
     table.add_column("zero weights in targets", justify="right")
-    zeros = {"dense": "", "pruned": f"{sparsity['target']:.4%}", "repaired": f"{sparsity['final']:.4%}"}
     for name, value in run.perplexity.items():
-        table.add_row(name, f"{value:.2f}", f"{value / run.perplexity['pruned']:.0%}", zeros[name])
+        zeros = f"{run.models[name]['sparsity']:.4%}"
+        table.add_row(name, f"{value:.2f}", f"{value / run.perplexity['pruned']:.0%}", zeros)
     console.print(table)
 
+    seft = run.config["seft"]
     console.print(
         f"{result['steps']} steps on {result['world_size']} x {result['backend']} in {result['seconds']:.0f} s, "
-        f"{run.steps[-1]['tokens']:,} tokens; deltas on {result['density']:.2%} of the weights; "
-        f"layers with another number of zeros than before: {sparsity['layers_off_target']}"
+        f"{run.steps[-1]['tokens']:,} tokens; deltas on {result['density']:.2%} of the weights, adapt {seft['adapt']}, "
+        f"reactivation {seft['reactivation']}; layers with another number of zeros than before: "
+        f"{sparsity['layers_off_target']}"
     )
     if not run.evolutions:
         return
