@@ -1,0 +1,309 @@
+"""The method once more, written from its description and not from the optimizer: dense tensors, one process, no tricks.
+
+Every position of every target has a slot in every tensor here, autograd gives the whole weight gradient, and every
+ranking is a stable sort. It is the oracle of ``SeftOptimizer``, so it shares nothing with it but the configuration, the
+choice of targets and the random numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seft_dist.config import SeftConfig
+from seft_dist.optim.targets import find_targets
+from seft_dist.sparsity.scores import uniform
+
+
+@dataclass
+class Window:
+    """What a layer has seen since a window began: sums over its steps, before clipping."""
+
+    gradient: Tensor
+    square: Tensor
+    rows: Tensor
+    columns: Tensor
+    inputs: Tensor
+    steps: int = 0
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> "Window":
+        rows, columns = weight.shape
+        return cls(
+            torch.zeros(rows, columns),
+            torch.zeros(rows, columns),
+            torch.zeros(rows, 1),
+            torch.zeros(1, columns),
+            torch.zeros(columns),
+        )
+
+    def add(self, gradient: Tensor, inputs: Tensor) -> None:
+        self.steps += 1
+        self.gradient = self.gradient + gradient
+        self.square = self.square + gradient**2
+        estimate = torch.minimum(self.rows, self.columns) + gradient**2  # SM3-II
+        self.rows = estimate.amax(dim=1, keepdim=True)
+        self.columns = estimate.amax(dim=0, keepdim=True)
+        self.inputs = self.inputs + inputs
+
+
+@dataclass
+class Layer:
+    """One target linear; all tensors have its weight's shape."""
+
+    module: nn.Linear
+    budget: int
+    base: Tensor
+    mask: Tensor
+    support: Tensor
+    delta: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    age: Tensor
+    target: int
+    first_mask: Tensor
+    window: Window
+    inputs: Tensor
+    grown: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Linear, density: float) -> "Layer":
+        base = module.weight.detach().clone()
+        mask = base != 0
+        none = torch.zeros_like(mask)
+        zero = torch.zeros(base.shape)
+        return cls(
+            module=module,
+            budget=math.floor(density * base.numel() + 0.5),
+            base=base,
+            mask=mask,
+            support=none,
+            delta=zero,
+            exp_avg=zero,
+            exp_avg_sq=zero,
+            age=torch.zeros(base.shape, dtype=torch.int64),
+            target=int(mask.sum()),
+            first_mask=mask,
+            window=Window.empty(base),
+            inputs=torch.zeros(base.shape[1]),
+            grown=none,
+            dropped=none,
+        )
+
+    @property
+    def value(self) -> Tensor:
+        """The weight before any cast."""
+        return torch.where(self.support, self.base.float() + self.delta, self.base.float())
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.arange(self.base.numel()).view(self.base.shape)
+
+    def leave(self, which: Tensor) -> None:
+        """Entries leave the support and forget everything."""
+        self.support = self.support & ~which
+        for name in ("delta", "exp_avg", "exp_avg_sq"):
+            setattr(self, name, torch.where(which, 0.0, getattr(self, name)))
+        self.age = torch.where(which, 0, self.age)
+
+    def write(self) -> None:
+        assert not self.value[~self.mask].any()
+        with torch.no_grad():
+            self.module.weight.copy_(self.value)
+
+
+class DenseSeft:
+    """Sparsity evolution of a whole model in one process, with the arguments of ``SeftOptimizer``.
+
+    ``closest`` is the smallest relative distance seen so far between the last score that was chosen and the first that
+    was not (exact ties aside): where it is of the size of rounding errors, another order of summation may choose
+    otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SeftConfig,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.config, self.lr, self.betas, self.eps = config, lr, betas, eps
+        self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+        self.num_steps = 0
+        self.grad_norm = 0.0
+        self.closest = math.inf
+        model.requires_grad_(False)
+        targets = find_targets(model, config.targets)
+        self.layers = {name: Layer.of(module, config.density) for name, module in targets.items()}
+        for layer in self.layers.values():
+            layer.module.weight.requires_grad_(True)
+            layer.module.register_forward_pre_hook(self._observe(layer))
+        if config.init == "random":
+            for i, layer in enumerate(self.layers.values()):
+                draw = uniform(layer.positions, config.seed, i, 3)
+                layer.support = self._choose(draw, layer.mask, layer.budget, largest=True, random=True)
+
+    def step(self) -> None:
+        """One optimizer step on the gradients of ``backward``; then drops them."""
+        config, layers = self.config, list(self.layers.values())
+        self.num_steps = t = self.num_steps + 1
+        gradients = []
+        for layer in layers:
+            assert layer.module.weight.grad is not None
+            gradients.append(layer.module.weight.grad.float())
+            layer.module.weight.grad = None
+        for layer, gradient in zip(layers, gradients, strict=True):
+            if self._in_window(t):
+                layer.window.add(gradient, layer.inputs)
+        if t == 1 and config.init == "gradient":
+            windows = [Window.empty(layer.base) for layer in layers]
+            for window, layer, gradient in zip(windows, layers, gradients, strict=True):
+                window.add(gradient, layer.inputs)
+            self._evolve(windows)
+        self._update(gradients)
+        if self.evolves(t):
+            self._evolve([layer.window for layer in layers])
+            for layer in layers:
+                layer.window = Window.empty(layer.base)
+        for layer in layers:
+            layer.inputs = torch.zeros_like(layer.inputs)
+            layer.write()
+
+    def evolves(self, t: int) -> bool:
+        """Whether step ``t`` ends with an evolution (the first support aside)."""
+        config = self.config
+        last = config.last_step
+        return not config.static and t % config.interval == 0 and t >= config.begin and (last is None or t <= last)
+
+    def drop_fraction(self, t: int) -> float:
+        config = self.config
+        if config.steps is None or config.drop_schedule == "constant":
+            return config.drop_fraction
+        if config.drop_schedule == "linear":
+            return config.drop_fraction * (1 - t / config.steps)
+        return config.drop_fraction / 2 * (1 + math.cos(math.pi * t / config.steps))
+
+    def _in_window(self, t: int) -> bool:
+        return any(self.evolves(u) for u in range(t, t + self.config.window))
+
+    @staticmethod
+    def _observe(layer: Layer):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                x = args[0].detach().float().flatten(0, -2)
+                layer.inputs = layer.inputs + (x**2).sum(dim=0)
+
+        return hook
+
+    def _update(self, gradients: list[Tensor]) -> None:
+        """Clipping as torch.nn.utils.clip_grad_norm_, then torch.optim.AdamW with an age for each entry."""
+        layers = list(self.layers.values())
+        sparse = [torch.where(layer.support, g, 0.0) for layer, g in zip(layers, gradients, strict=True)]
+        self.grad_norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in sparse))
+        scale = 1.0
+        if self.max_grad_norm is not None:
+            scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+        beta1, beta2 = self.betas
+        for layer, gradient in zip(layers, sparse, strict=True):
+            g = gradient * scale
+            layer.age = layer.age + layer.support
+            layer.exp_avg = torch.where(layer.support, beta1 * layer.exp_avg + (1 - beta1) * g, 0.0)
+            layer.exp_avg_sq = torch.where(layer.support, beta2 * layer.exp_avg_sq + (1 - beta2) * g**2, 0.0)
+            age = layer.age.double()
+            first = layer.exp_avg / (1 - beta1**age).float()
+            second = layer.exp_avg_sq / (1 - beta2**age).float()
+            shrunk = layer.value if self.config.decay == "weight" else layer.delta
+            moved = layer.delta - self.lr * self.weight_decay * shrunk - self.lr * first / (second.sqrt() + self.eps)
+            layer.delta = torch.where(layer.support, moved, 0.0)
+
+    def _evolve(self, windows: list[Window]) -> None:
+        for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):
+            self._drop(i, layer, window)
+            self._grow(i, layer, window)
+        self._adapt(windows)
+
+    def _drop(self, i: int, layer: Layer, window: Window) -> None:
+        config, t = self.config, self.num_steps
+        count = math.floor(self.drop_fraction(t) * int(layer.support.sum()) + 0.5)
+        if config.drop == "magnitude":
+            score = layer.delta.abs()
+        elif config.drop == "movement":
+            score = -layer.delta * window.gradient
+        else:
+            score = uniform(layer.positions, config.seed, i, t, 1)
+        layer.dropped = self._choose(score, layer.support, count, largest=False, random=config.drop == "random")
+        commit = layer.dropped & ((layer.base == 0) | (config.on_drop == "keep"))
+        layer.base = torch.where(commit, layer.value.to(layer.base.dtype), layer.base)
+        layer.leave(layer.dropped)
+
+    def _grow(self, i: int, layer: Layer, window: Window) -> None:
+        config, t = self.config, self.num_steps
+        if config.grow == "gradient":
+            score = window.gradient.abs()
+        elif config.grow == "momentum":
+            score = torch.minimum(window.rows, window.columns)
+        else:
+            score = uniform(layer.positions, config.seed, i, t, 2)
+        free = ~layer.support & ~layer.dropped
+        count = min(layer.budget - int(layer.support.sum()), int(free.sum()))
+        cap = math.floor(config.reactivation * count + 0.5)
+        random = config.grow == "random"
+        grown = self._choose(score, free, count, True, random)
+        if int((grown & ~layer.mask).sum()) > cap:
+            pruned = self._choose(score, free & ~layer.mask, cap, True, random)
+            grown = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
+        layer.grown = grown
+        layer.support = layer.support | grown
+        layer.mask = layer.mask | grown
+        if config.moments == "seeded":
+            a, (beta1, beta2) = window.steps, self.betas
+            layer.exp_avg = torch.where(grown, (1 - beta1**a) * window.gradient / a, layer.exp_avg)
+            layer.exp_avg_sq = torch.where(grown, (1 - beta2**a) * window.square / a, layer.exp_avg_sq)
+            layer.age = torch.where(grown, a, layer.age)
+
+    def _adapt(self, windows: list[Window]) -> None:
+        if self.config.adapt == "none":
+            return
+        layers = list(self.layers.values())
+        scores = []
+        for layer, window in zip(layers, windows, strict=True):
+            if self.config.adapt == "sensitivity":
+                scores.append((layer.value * window.gradient).abs())
+            elif self.config.adapt == "activation":
+                scores.append(layer.value.abs() * window.inputs.sqrt())
+            else:
+                scores.append(layer.value.abs())
+        eligible = [layer.mask & ~layer.grown for layer in layers]
+        excess = [int(layer.mask.sum()) - layer.target for layer in layers]
+        if self.config.scope == "layer":
+            out = [self._choose(*args, largest=False) for args in zip(scores, eligible, excess, strict=True)]
+        else:
+            flat = self._choose(
+                torch.cat([score.flatten() for score in scores]),
+                torch.cat([e.flatten() for e in eligible]),
+                sum(excess),
+                largest=False,
+            )
+            parts = flat.split([score.numel() for score in scores])
+            out = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+        for layer, pruned in zip(layers, out, strict=True):
+            layer.mask = layer.mask & ~pruned
+            layer.base = torch.where(pruned, 0.0, layer.base)
+            layer.leave(pruned)
+
+    def _choose(self, score: Tensor, eligible: Tensor, count: int, largest: bool, random: bool = False) -> Tensor:
+        """The ``count`` best of the eligible; of equal ones those at smaller positions. Random scores are exact."""
+        positions = eligible.flatten().nonzero().flatten()
+        ranked, order = torch.sort(score.flatten()[positions], descending=largest, stable=True)
+        chosen = torch.zeros(score.numel(), dtype=torch.bool)
+        chosen[positions[order[: max(count, 0)]]] = True
+        if 0 < count < len(ranked) and not random:
+            inside, outside = float(ranked[count - 1]), float(ranked[count])
+            if inside != outside:
+                self.closest = min(self.closest, abs(inside - outside) / max(abs(inside), abs(outside)))
+        return chosen.view(score.shape)
