@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from seft_dist import SeftConfig, SeftOptimizer
@@ -44,22 +45,31 @@ def ds_engine(model: nn.Module, seft: SeftOptimizer, stage: int, **over: Any) ->
 
 
 def build(
-    layout: str, seft_config: SeftConfig, world_size: int = 1, model: nn.Module | None = None, **options: Any
+    layout: str, seft_config: SeftConfig, model: nn.Module | None = None, **options: Any
 ) -> tuple[nn.Module, SeftOptimizer, Callable[[torch.Tensor], None], Callable[[], None]]:
     """A model on a layout.
+
+    Args:
+        layout: One of ``LAYOUTS``, or "hsdp" (two replicas).
+        seft_config: The method.
+        model: What to train; None: the tiny pruned Llama.
+        options: Of SeftOptimizer; ``ds`` adds to the ds_config, ``fsdp`` to the arguments of fully_shard.
 
     Returns:
         What to call for a forward pass, the optimizer, how to run backward, how to step.
     """
-    over = options.pop("ds", {})
+    ds, fsdp = options.pop("ds", {}), options.pop("fsdp", {})
     model = model if model is not None else prune_(tiny_llama())
     seft = SeftOptimizer(model, seft_config, **({"lr": 1e-2, "max_grad_norm": 1.0} | options))
     called: Any = model
     if layout.startswith("zero"):
-        engine = ds_engine(model, seft, int(layout[4]), **over)
+        engine = ds_engine(model, seft, int(layout[4]), **ds)
         return engine, seft, engine.backward, engine.step
     if layout == "fsdp":
-        shard_fsdp(model)
+        shard_fsdp(model, **fsdp)
+    elif layout == "hsdp":
+        mesh = dist.init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+        shard_fsdp(model, mesh=mesh, **fsdp)
     elif layout == "ddp":
         called = nn.parallel.DistributedDataParallel(model)
 
@@ -72,8 +82,6 @@ def build(
 
 def snapshot(model: nn.Module, seft: SeftOptimizer) -> dict[str, Any]:
     """Whole masks, supports and weights of the targets, the same form for every layout. Collective."""
-    import torch.distributed as dist
-
     from seft_dist.sparsity.bitmask import unpack
 
     mine = {
@@ -105,32 +113,53 @@ def snapshot(model: nn.Module, seft: SeftOptimizer) -> dict[str, Any]:
 
 
 def train(
-    layout: str, world_size: int, seft_config: SeftConfig, steps: int, rank: int = 0, global_batch: int = 12, **options: Any
+    layout: str,
+    world_size: int,
+    seft_config: SeftConfig,
+    steps: int,
+    rank: int = 0,
+    global_batch: int = 12,
+    accumulate: int = 1,
+    prepare: Callable[[nn.Module], Any] | None = None,
+    between: Callable[[nn.Module], Any] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Train the tiny model; every layout sees the same global batches. Collective.
 
-    Returns:
-        losses (averaged over ranks), digests of the evolutions, snapshot.
-    """
-    import torch.distributed as dist
+    Args:
+        prepare: Called with the model before it is sharded.
+        between: Called after each step with what forward calls.
+        options: Of ``build``.
 
-    called, seft, backward, step = build(layout, seft_config, world_size, **options)
+    Returns:
+        losses (averaged over ranks), digests of the evolutions, snapshot, sparsity.
+    """
+    model = options.pop("model", None) or prune_(tiny_llama())
+    if prepare:
+        prepare(model)
+    if layout.startswith("zero"):
+        options["ds"] = {"gradient_accumulation_steps": accumulate} | options.get("ds", {})
+    called, seft, backward, step = build(layout, seft_config, model, **options)
     losses, digests = [], []
-    size = global_batch // world_size
+    size = global_batch // world_size // accumulate
     for t in range(steps):
         data = batch(t, size=global_batch)
-        part = {key: value[rank * size : (rank + 1) * size] for key, value in data.items()}
-        loss = called(**part).loss
-        backward(loss)
-        step()
-        mean = loss.detach().float().clone()
+        mean = torch.zeros(())
+        for micro in range(accumulate):
+            begin = (rank * accumulate + micro) * size
+            loss = called(**{key: value[begin : begin + size] for key, value in data.items()}).loss
+            backward(loss if layout.startswith("zero") else loss / accumulate)
+            mean += loss.detach().float() / accumulate
+            if layout.startswith("zero") or micro + 1 == accumulate:
+                step()
         if world_size > 1:
             dist.all_reduce(mean)
             mean /= world_size
         losses.append(mean.item())
         if seft.evolution:
             digests.append(seft.evolution.digest)
-    model = seft._model
+        if between:
+            between(called)
     return {"losses": losses, "digests": digests, "state": snapshot(model, seft), "sparsity": seft.sparsity()}
 
 

@@ -119,7 +119,7 @@ class Backend(ABC):
 
         Args:
             i: Which target.
-            grad: fp32 [out, in], this rank's.
+            grad: fp32 [out, in], this rank's; may be overwritten.
 
         Returns:
             fp32 [len(interval(i))].

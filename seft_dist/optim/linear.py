@@ -50,20 +50,18 @@ class Slot:
             grad: [T, out], gradient of its output.
         """
         self.touched = True
-        dense = None
+        dense = grad.float().T @ x.float() if self.window is not None and self.window.needs_dense else None
+        if self.support is not None:
+            if self.grad is None:
+                self.grad = torch.zeros(len(self.support), device=grad.device)
+            if dense is None:
+                sampled_grad_(self.grad, self.support, x, grad)
+            else:
+                self.grad += dense.view(-1)[self.support.positions()]
         if self.window is not None:
-            if self.window.needs_dense:
-                dense = grad.float().T @ x.float()
-                self.window.add(dense)
             self.window.add_norms(x)
-        if self.support is None:
-            return
-        if self.grad is None:
-            self.grad = torch.zeros(len(self.support), device=grad.device)
-        if dense is None:
-            sampled_grad_(self.grad, self.support, x, grad)
-        else:
-            self.grad += dense.view(-1)[self.support.positions()]
+            if dense is not None:
+                self.window.add(dense)  # last: the sum over ranks may be made in place
 
 
 def sampled_grad_(out: Tensor, support: Support, x: Tensor, grad: Tensor) -> None:
