@@ -50,7 +50,8 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         SystemExit: An option is unknown, missing or of the wrong type (code 2), or ``--help`` or ``--print_config``.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(description=description, print_config=None, usage="%(prog)s [--config FILE] [options]")
+    usage = "%(prog)s [--config FILE] [options]"
+    parser = _Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; may be repeated.")
     parser.add_argument("--print_config", action="store_true", help="Print the checked configuration as YAML and exit.")
     parser.add_class_arguments(config_class)

@@ -1,0 +1,155 @@
+"""Options of the doors, and what users see when something is wrong."""
+
+import dataclasses
+import io
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import torch
+
+from seft_dist import config as configs
+from seft_dist.config import EvaluateConfig, PruneConfig, TrainConfig
+from seft_dist.training.cli import parse, run, to_yaml
+from tests.ranks import run_ranks
+
+PRUNE = ["--model.path=m", "--output=o"]
+TRAIN = [*PRUNE, "--data.path=d"]
+
+
+def test_options_and_files_in_order(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: from_file}\nsteps: 50\noptim: {lr: 1e-4, betas: [0.8, 0.9]}\nseft: {density: 0.05}\n"
+    )
+    found = parse(
+        TrainConfig, ["--config", str(recipe), "--output=o", "--data.path=d", "--seft.interval=5", "--steps=70"]
+    )
+    assert (found.model.path, found.steps, found.optim.lr, found.optim.betas) == ("from_file", 70, 1e-4, (0.8, 0.9))
+    assert (found.seft.density, found.seft.interval, found.seft.window) == (0.05, 5, 1)
+
+
+def test_a_group_that_may_be_left_out() -> None:
+    assert parse(PruneConfig, [*PRUNE, "--method=magnitude"]).data is None
+    data = parse(PruneConfig, [*PRUNE, "--data.path=d", "--data.seq_len=64"]).data
+    assert data is not None and (data.path, data.seq_len) == ("d", 64)
+
+
+def test_models_by_name() -> None:
+    expected = {"a": "x", "b": "y/z"}
+    assert parse(EvaluateConfig, ["--models.a=x", "--models.b=y/z", "--data.path=d"]).models == expected
+    assert parse(EvaluateConfig, ["--models={a: x, b: y/z}", "--data.path=d"]).models == expected
+
+
+@pytest.mark.parametrize("extra", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"]])
+def test_deepspeeds_local_rank_is_ignored(extra: list[str]) -> None:
+    assert parse(TrainConfig, [*extra, *TRAIN]) == parse(TrainConfig, [*TRAIN, *extra]) == parse(TrainConfig, TRAIN)
+
+
+def test_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(TrainConfig, [*TRAIN, "--seft.density=0.03", "--trackers=[wandb]", "--print_config"])
+    assert ended.value.code == 0
+    (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
+    found = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml")])
+    assert found == parse(TrainConfig, [*TRAIN, "--seft.density=0.03", "--trackers=[wandb]"])
+    assert to_yaml(found) == (tmp_path / "a.yaml").read_text()
+    with pytest.raises(ValueError, match="density=2"):  # a dry run checks, too
+        parse(TrainConfig, [*TRAIN, "--seft.density=2", "--print_config"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TRAIN, "--bogus=1"], "unrecognized arguments: --bogus=1"),
+        ([*TRAIN, "--seft.densit=1"], "densit"),
+        ([*TRAIN, "--steps=many"], '"steps"'),
+        ([*TRAIN, "--seft.grow=luck"], '"seft.grow"'),
+        (PRUNE, "data.path"),
+        ([*TRAIN, "--config=gone.yaml"], "gone.yaml"),
+    ],
+)
+def test_wrong_options_give_one_short_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(TrainConfig, arguments)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and message in printed and "usage" not in printed and len(printed) < 700
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("model: {path: a, colour: red}", "colour: red", "data: {path: a, colour: red}"):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(SystemExit):
+            parse(PruneConfig, ["--config", str(tmp_path / "a.yaml"), *PRUNE])
+        assert "colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, PruneConfig, EvaluateConfig])
+def test_help_documents_every_field(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"], "What this does.")
+    printed = capsys.readouterr().out
+    words = " ".join(printed.split())
+    assert "What this does." in words and len(printed.splitlines()[0]) < 80
+    groups = {"": config_class, "model.": configs.ModelConfig, "data.": configs.DataConfig}
+    groups |= {"seft.": configs.SeftConfig, "optim.": configs.AdamConfig}
+    for prefix, group in groups.items():
+        names = [field.name for field in dataclasses.fields(config_class)]
+        if prefix and prefix[:-1] not in names:
+            continue
+        for field in dataclasses.fields(group):
+            assert f"--{prefix}{field.name}" in words, field.name
+    assert "Tokens in a sequence: the length of packed blocks" in words  # docstrings of fields, not only their names
+
+
+def said(error: BaseException | None) -> tuple[int, str]:
+    """Exit code and printed text of a door that ends with an error."""
+
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    printed = io.StringIO()
+    with redirect_stderr(printed):
+        try:
+            run(main)
+        except SystemExit as ended:
+            return int(str(ended.code)), printed.getvalue()
+    return 0, printed.getvalue()
+
+
+def test_errors_of_users_have_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch/prune.py"])
+    code, printed = said(ValueError("found this: needs that"))
+    assert code == 1 and printed.startswith("prune.py: error: found this: needs that")
+    assert said(FloatingPointError("loss is nan"))[0] == 1
+    assert said(None) == (0, "") and said(KeyboardInterrupt()) == (130, "")
+    with pytest.raises(RuntimeError):
+        said(RuntimeError("a bug"))
+
+
+def test_foreign_errors_say_where_they_arose() -> None:
+    def main() -> None:
+        torch.zeros(2).view(int("x"))
+
+    printed = io.StringIO()
+    with redirect_stderr(printed), pytest.raises(SystemExit):
+        run(main)
+    assert "test_cli.py" in printed.getvalue()
+
+    def ours() -> None:
+        PruneConfig(model=configs.ModelConfig(path="a"), output="o", sparsity=2)
+
+    with redirect_stderr(printed := io.StringIO()), pytest.raises(SystemExit):
+        run(ours)
+    assert "raised in" not in printed.getvalue() and "sparsity=2" in printed.getvalue()
+
+
+def test_several_ranks_speak_once() -> None:
+    def rank_fails(rank: int, world_size: int) -> str:
+        return said(ValueError("everybody fails"))[1]
+
+    assert sum("everybody fails" in printed for printed in run_ranks(rank_fails, 3)) == 1
