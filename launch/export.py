@@ -1,6 +1,6 @@
 """Make the repaired model from the pruned one and the delta file of a run.
 
-    python launch/export.py --base models/pruned --delta runs/r1/delta.safetensors --output models/repaired
+python launch/export.py --base models/pruned --delta runs/r1/delta.safetensors --output models/repaired
 """
 
 from pathlib import Path
@@ -27,4 +27,4 @@ def export(base: str, delta: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: auto_cli(export))
+    run(lambda: auto_cli(export, as_positional=False))

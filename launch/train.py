@@ -2,7 +2,7 @@
 
     python launch/train.py --model.path models/pruned --data.path data/train.jsonl --output runs/r1
     torchrun --nproc-per-node 8 launch/train.py --config launch/recipes/llama_fsdp.yaml
-    deepspeed --num_gpus 8 launch/train.py --config launch/recipes/llama_zero3.yaml --deepspeed ds_configs/zero3_bf16.json
+    deepspeed --num_gpus 8 launch/train.py --config launch/recipes/llama_zero3.yaml --deepspeed ds_configs/zero3.json
 
 The same script runs under accelerate launch, mpirun and srun.
 """

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.training.cli import parse
 from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
@@ -113,7 +114,12 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("backend", "world_size", "over"), LAYOUTS)
 def test_every_backend_gives_the_single_run(
-    backend: str, world_size: int, over: dict[str, Any], inputs: Path, reference: tuple[dict[str, Any], Path], tmp_path: Path
+    backend: str,
+    world_size: int,
+    over: dict[str, Any],
+    inputs: Path,
+    reference: tuple[dict[str, Any], Path],
+    tmp_path: Path,
 ) -> None:
     if backend.startswith("zero"):
         over = over | {"deepspeed": ds_file(tmp_path, {"zero_optimization": {"stage": int(backend[4])}})}
@@ -163,7 +169,7 @@ def test_ds_config_blocks_are_honoured(inputs: Path, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps is 3, but accumulate is 1"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "reduce_bucket_size is \"auto\""),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
         ({"optimizer": {"type": "Lamb", "params": {}}}, "Lamb"),
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
@@ -204,9 +210,13 @@ def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path
         model.get_output_embeddings().weight.mul_(1e38)
     model.save_pretrained(pruned)
     message = failure(
-        make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(pruned)), batch_size=6), world_size, FloatingPointError
+        make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(pruned)), batch_size=6),
+        world_size,
+        FloatingPointError,
     )
-    assert message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
+    assert (
+        message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
+    )
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
     assert records(tmp_path / "run") == []
 
@@ -277,11 +287,19 @@ def test_agreement_of_one_process() -> None:
         ({}, (0, 0, 1, "python")),
         ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}, (3, 1, 4, "torch")),
         (
-            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "1"},
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "SLURM_PROCID": "1",
+            },
             (2, 0, 4, "mpi"),
         ),
         ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (5, 1, 8, "slurm")),
-        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "5", "PMI_SIZE": "8"}, (5, 1, 8, "slurm")),
+        (
+            {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "5", "PMI_SIZE": "8"},
+            (5, 1, 8, "slurm"),
+        ),
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1, "python")),  # a batch script
     ],
 )

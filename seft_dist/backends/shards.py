@@ -16,7 +16,8 @@ from seft_dist.sparsity.partition import Partition
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter, also where only a shard is present. Local."""
-    return tuple(parameter.ds_shape) if is_zero3(parameter) else tuple(parameter.shape)
+    held: Any = parameter
+    return tuple(held.ds_shape if is_zero3(held) else held.shape)
 
 
 def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
@@ -29,9 +30,9 @@ def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
         The values as a flat view without padding, maybe empty, and the position of the first in the flattened whole.
     """
     if is_zero3(parameter):
-        shard = parameter.ds_tensor.detach().view(-1)
-        world_size = dist.get_world_size(parameter.ds_process_group)
-        own = Partition(parameter.ds_numel, shard.numel(), world_size).interval(dist.get_rank(parameter.ds_process_group))
+        held: Any = parameter
+        shard, group = held.ds_tensor.detach().view(-1), held.ds_process_group
+        own = Partition(held.ds_numel, shard.numel(), dist.get_world_size(group)).interval(dist.get_rank(group))
         return shard[: len(own)], own.start
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -60,7 +61,9 @@ def shard_fsdp(model: nn.Module, layers: list[nn.Module], device: torch.device, 
     if world_size % replicas:
         raise ValueError(f"replicas={replicas} with {world_size} ranks: needs a number that divides the ranks")
     if replicas > 1:
-        mesh = dist.init_device_mesh(device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = dist.init_device_mesh(
+            device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard")
+        )
     else:
         mesh = dist.init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
@@ -71,7 +74,7 @@ def shard_fsdp(model: nn.Module, layers: list[nn.Module], device: torch.device, 
 
 @contextmanager
 def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Modules constructed inside are partitioned by ZeRO-3 parameter by parameter, with undefined values. **Collective.**
+    """Modules constructed inside are partitioned by ZeRO-3, parameter by parameter, without values. **Collective.**
 
     Args:
         ds_config: The content of the ds_config, batch sizes filled in.

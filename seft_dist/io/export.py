@@ -1,4 +1,4 @@
-"""From the trained model to files: a plain Hugging Face folder, and the small delta file that makes it from the pruned one.
+"""From the trained model to files: a plain Hugging Face folder, and the small delta file that turns the pruned into it.
 
 A delta file holds, for each target weight that changed (positions count in the flattened weight):
 
@@ -187,16 +187,22 @@ def _read_delta(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a delta file ({error}); needs delta.safetensors of a run") from error
+        raise ValueError(
+            f"{path} cannot be read as a delta file ({error}); needs delta.safetensors of a run"
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {metadata.get('format')!r}; needs {FORMAT!r}, as launch/train.py writes it")
+        raise ValueError(
+            f"{path} has format {metadata.get('format')!r}; needs {FORMAT!r}, as launch/train.py writes it"
+        )
     return metadata, tensors
 
 
 def _check_targets(weights: Weights, targets: list[str], delta: Path) -> None:
     absent = [name for name in targets if name not in weights.tensors]
     if absent:
-        raise ValueError(f"{delta} changes {absent[0]}, which {weights.folder} does not have: give the model it was made from")
+        raise ValueError(
+            f"{delta} changes {absent[0]}, which {weights.folder} does not have: give the model it was made from"
+        )
 
 
 @contextmanager

@@ -54,11 +54,19 @@ def locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"model.path={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model")
+        raise ValueError(
+            f"model.path={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
+        patterns = [
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "config.json",
+            "generation_config.json",
+            *TOKENIZER_FILES,
+        ]
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client has no common error type
         reason = str(error).strip().splitlines()[0]
@@ -87,14 +95,16 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None) -> Source
         What ``load_model`` needs.
 
     Raises:
-        ValueError: No such model, weights that are not safetensors, quantized weights, remote code, or a contradicting dtype.
+        ValueError: No such model, weights that are not safetensors or are quantized, remote code, or a wrong dtype.
     """
     folder = locate(config.path)
     try:
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: no model that transformers knows ({reason}); needs a config.json of a causal LM") from error
+        raise ValueError(
+            f"{folder}: no model that transformers knows ({reason}); needs a config.json of a causal LM"
+        ) from error
     if getattr(hf, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized: needs plain float32 or bfloat16 weights")
     weights = Weights(folder)
@@ -135,7 +145,7 @@ def load_model(
         The model in training mode, its key-value cache off.
 
     Raises:
-        ValueError: The files hold too few or too many tensors or wrong shapes, or the ranks cannot be arranged as asked.
+        ValueError: The files hold too few or too many tensors or wrong shapes, or the ranks cannot be arranged so.
     """
     device = device or torch.device("cpu")
     if sharding == "zero3":
@@ -176,9 +186,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _construct(source: Source) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(
-        copy.deepcopy(source.config), dtype=source.dtype, trust_remote_code=False
-    )
+    return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=source.dtype, trust_remote_code=False)
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -221,13 +229,15 @@ def _match(model: PreTrainedModel, source: Source) -> dict[str, str]:
     kind = type(model).__name__
     if missing or extra:
         raise ValueError(
-            f"{source.folder} does not fit {kind}: {_some(missing)} missing, {_some(extra)} not expected. It may be of another "
-            "model, partly written, or an adapter; save it again with transformers' save_pretrained"
+            f"{source.folder} does not fit {kind}: {_some(missing)} missing, {_some(extra)} not expected. It may be "
+            "of another model, partly written, or an adapter; save it again with transformers' save_pretrained"
         )
     for name, stored in names.items():
         shape = whole_shape(state[name])
         if shape != found[stored].shape:
-            raise ValueError(f"{source.folder}: {stored} has shape {found[stored].shape}, {kind} needs {shape}; check config.json")
+            raise ValueError(
+                f"{source.folder}: {stored} has shape {found[stored].shape}, {kind} needs {shape}; check config.json"
+            )
     return names
 
 

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: safetensors files, read and written a piece at a time. Never anything pickled."""
+"""The weights of a Hugging Face folder: safetensors files, read and written a piece at a time; nothing pickled."""
 
 import json
 from dataclasses import dataclass
@@ -60,12 +60,16 @@ class Weights:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is not a whole safetensors file ({error}): write or download it again") from error
+                raise ValueError(
+                    f"{file} is not a whole safetensors file ({error}): write or download it again"
+                ) from error
             self._handles[file] = handle
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  # not a dict
                 piece = handle.get_slice(name)
                 if piece.get_dtype() not in _DTYPES:
-                    raise ValueError(f"{file}: {name} is of type {piece.get_dtype()}; needs plain weights, not quantized ones")
+                    raise ValueError(
+                        f"{file}: {name} is of type {piece.get_dtype()}; needs plain weights, not quantized ones"
+                    )
                 self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
 
     @property
@@ -116,10 +120,12 @@ def _weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise ValueError(
-            f"{folder} has its weights only as pickled files ({pickled[0]}), which can run code when loaded: convert it where "
-            "you trust it, with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} has its weights only as pickled files ({pickled[0]}), which can run code when loaded: convert "
+            "it where you trust it, with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise ValueError(f"{folder} has neither {_SINGLE} nor {_INDEX}: needs a Hugging Face folder with safetensors weights")
+    raise ValueError(
+        f"{folder} has neither {_SINGLE} nor {_INDEX}: needs a Hugging Face folder with safetensors weights"
+    )
 
 
 class WeightsWriter:

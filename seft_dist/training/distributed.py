@@ -1,7 +1,7 @@
 """Who am I among the ranks: the only file of the project that reads the environment.
 
-The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``; each of
-them tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
+The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``; each
+tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
 """
 
 import hashlib
@@ -83,7 +83,9 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def start(*, deepspeed: bool = False, group: bool = False, timeout: float = 1800.0, threads: int | None = None) -> Ranks:
+def start(
+    *, deepspeed: bool = False, group: bool = False, timeout: float = 1800.0, threads: int | None = None
+) -> Ranks:
     """Find the ranks, choose device and CPU threads, and start the default process group. **Collective.**
 
     Args:
@@ -196,7 +198,9 @@ def _set_rendezvous(ranks: Ranks) -> None:
         address = first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
         port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
     else:
-        raise ValueError("RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not: set them, or use torchrun")
+        raise ValueError(
+            "RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not: set them, or use torchrun"
+        )
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
 
@@ -204,8 +208,8 @@ def _set_rendezvous(ranks: Ranks) -> None:
 def _mpi_rendezvous() -> tuple[str, int]:
     if importlib.util.find_spec("mpi4py") is None:
         raise ValueError(
-            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to a "
-            "name of rank 0's machine and a free port on it"
+            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to "
+            "the name of rank 0's machine and a free port on it"
         )
     from mpi4py import MPI
 

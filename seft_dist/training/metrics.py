@@ -2,11 +2,12 @@
 
 A line of metrics.jsonl, one for each logged step (and for each step with an evolution):
 
-    {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5, "seconds": 67.5,
-     "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719, "pruned": 3719, "support": 1062,
-                   "replaced": 0.2, "seconds": 0.4, "bytes_sent": 120000, "window_bytes": 0, "digest": "..."}}
+    {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5,
+     "seconds": 67.5, "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719,
+                                    "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4,
+                                    "bytes_sent": 120000, "window_bytes": 8000000, "digest": "..."}}
 
-loss is the mean over ranks and over the steps since the line before; tokens are counted over all ranks from the run's start.
+loss is the mean over ranks and over the steps since the line before; tokens are all ranks' since the run's start.
 """
 
 import dataclasses
@@ -36,13 +37,17 @@ def check_trackers(config: TrainConfig) -> None:
     """
     for name in config.trackers:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ValueError(f"trackers has {name}, which is not installed: `pip install {_PACKAGES[name]}`, or leave it out")
+            raise ValueError(
+                f"trackers has {name}, which is not installed: `pip install {_PACKAGES[name]}`, or leave it out"
+            )
 
 
 class Metrics:
     """Records steps; does nothing on ranks other than 0, so that callers need not ask. Local."""
 
-    def __init__(self, config: TrainConfig, *, writes: bool, start: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
+    def __init__(
+        self, config: TrainConfig, *, writes: bool, start: int = 0, tokens: int = 0, seconds: float = 0.0
+    ) -> None:
         """Args:
         config: The run.
         writes: True on rank 0.
@@ -67,7 +72,12 @@ class Metrics:
         self._file = path.open("a", buffering=1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=config.steps, initial=start, unit="step", desc="train", mininterval=0.2 if terminal else 20, dynamic_ncols=True
+            total=config.steps,
+            initial=start,
+            unit="step",
+            desc="train",
+            mininterval=0.2 if terminal else 20,
+            dynamic_ncols=True,
         )
         self._trackers = _start_trackers(config)
 
@@ -140,7 +150,7 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    PartialState()  # the trackers log through it; it joins the process group that is there, without talking to other ranks
+    PartialState()  # the trackers log through it; it joins the process group that is there and talks to no other rank
     folder = Path(config.output).resolve()
     trackers: list[Any] = []
     for name in config.trackers:
@@ -160,7 +170,9 @@ def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[st
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, numbers_only, f"{prefix}{key}.")
-        elif isinstance(value, (bool, int, float)) and not (numbers_only and (isinstance(value, bool) or key == "step")):
+        elif isinstance(value, (bool, int, float)) and not (
+            numbers_only and (isinstance(value, bool) or key == "step")
+        ):
             flat[f"{prefix}{key}"] = value
         elif not numbers_only:
             flat[f"{prefix}{key}"] = str(value)

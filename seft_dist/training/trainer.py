@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import AdamConfig, TrainConfig
 from seft_dist.io.data import Batch, BatchStream, load_sequences, load_tokenizer, pad_id
 from seft_dist.io.export import export_model
-from seft_dist.io.models import Source, load_model, locate, open_source
+from seft_dist.io.models import Sharding, Source, load_model, locate, open_source
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training import distributed
 from seft_dist.training.cli import to_yaml
 from seft_dist.training.distributed import Ranks, together
+from seft_dist.training.ds_config import DsConfig, read_ds_config
 from seft_dist.training.metrics import Metrics, check_trackers, summary
 
 RESULT, CONFIG, MODEL, DELTA = "result.json", "config.yaml", "model", "delta.safetensors"
@@ -93,8 +93,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config: The run.
 
     Returns:
-        What result.json holds: backend, world_size, density, steps, sparsity (target, final, layers_off_target), evolutions,
-        reactivated, seconds, tokens, loss.
+        What result.json holds: backend, world_size, density, steps, sparsity (target, final, layers_off_target),
+        evolutions, reactivated, seconds, tokens, loss.
 
     Raises:
         ValueError: Configuration, model, data or run folder cannot be used; nothing was written.
@@ -106,9 +106,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     together(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     together(ranks, lambda: check_trackers(config))
-    ds = together(ranks, lambda: ds_content(config, ranks.world_size) if config.deepspeed else None)
-    distributed.check_agreement(ranks, to_yaml(config) + json.dumps(ds, sort_keys=True))
-    source = together(ranks, lambda: open_source(config.model, ds_dtype(ds)))
+    ds = together(ranks, lambda: read_ds_config(config, ranks.world_size))
+    distributed.check_agreement(ranks, to_yaml(config) + repr(ds))
+    source = together(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
     data = read_batches(config, ranks)
     run = build(config, ranks, source, ds)
     run.seft.attach()
@@ -168,8 +168,8 @@ def agree_on_loss(ranks: Ranks, loss: Tensor, micro: list[Batch], step: int) -> 
     bad = [f"{rank} ({value})" for rank, (value, _) in enumerate(table) if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"step {step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step {step - 1}. Lower the "
-            "learning rate, or look at this batch"
+            f"step {step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step {step - 1}. "
+            "Lower the learning rate, or look at this batch"
         )
     return sum(value for value, _ in table) / ranks.world_size, int(sum(count for _, count in table))
 
@@ -208,80 +208,34 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
     return "fsdp" if world_size > 1 or config.replicas > 1 or config.offload else "single"
 
 
-def ds_content(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Read the ds_config and fill in what the run's own options say. Local.
-
-    Args:
-        config: A run with a ds_config.
-        world_size: Number of ranks.
-
-    Returns:
-        The content to give to DeepSpeed, its optimizer block and gradient_clipping still inside.
-
-    Raises:
-        ValueError: It contradicts the run's batch sizes, or has an "auto" that nobody fills.
-    """
-    assert config.deepspeed is not None
-    content = load_ds_config(config.deepspeed)
-    filled = {
-        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
-        "gradient_accumulation_steps": ("accumulate", config.accumulate),
-        "train_batch_size": ("batch_size x accumulate x ranks", config.batch_size * config.accumulate * world_size),
-    }
-    for key, (option, value) in filled.items():
-        if content.setdefault(key, "auto") not in ("auto", value):
-            raise ValueError(f'{config.deepspeed}: {key} is {content[key]}, but {option} is {value}; make them equal, or say "auto"')
-        content[key] = value
-    content["zero_allow_untested_optimizer"] = True
-    handled = {"optimizer", "gradient_clipping"}
-    unfilled = [path for key in content.keys() - handled for path in _autos(content[key], key)]
-    if unfilled:
-        raise ValueError(f'{config.deepspeed}: {", ".join(sorted(unfilled))} is "auto": give a value, or leave it out for the default')
-    return content
-
-
-def _autos(tree: Any, path: str) -> list[str]:
-    if isinstance(tree, dict):
-        return [found for key, value in tree.items() for found in _autos(value, f"{path}.{key}")]
-    return [path] if tree == "auto" else []
-
-
-def ds_dtype(ds: dict[str, Any] | None) -> torch.dtype | None:
-    """Type in which a ds_config trains; None without DeepSpeed. Local."""
-    if ds is None:
-        return None
-    return torch.bfloat16 if ds.get("bf16", {}).get("enabled") else torch.float32
-
-
-def build(config: TrainConfig, ranks: Ranks, source: Source, ds: dict[str, Any] | None) -> Run:
-    """Load the model as the backend wants it, and put the optimizer and the backend's wrapper around it. **Collective.**
+def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> Run:
+    """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. **Collective.**
 
     Args:
         config: The run.
         ranks: This process.
         source: The pruned model.
-        ds: What ``ds_content`` made of the ds_config; None without DeepSpeed.
+        ds: None without DeepSpeed.
 
     Raises:
         ValueError: The model cannot be used.
     """
     backend = together(ranks, lambda: chosen_backend(config, ranks.world_size))
-    stage = ds.get("zero_optimization", {}).get("stage", 0) if ds else 0
-    sharding = {"fsdp": "fsdp", "deepspeed": "zero3" if stage == 3 else "none"}.get(backend, "none")
-    args = dataclasses.asdict(config.optim)
-    args = {key: args[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
+    sharding: Sharding = "fsdp" if backend == "fsdp" else "zero3" if ds is not None and ds.stage == 3 else "none"
+    adam = dataclasses.asdict(config.optim)
+    args = {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
     if ds is not None:
-        ours, args = args, together(ranks, lambda: ds_optimizer_args(ds, config.optim))
-        for key in [key for key in args if args[key] != ours[key] and ranks.is_main]:
-            print(f"{config.deepspeed}: its {key}={args[key]} takes the place of optim.{key}={ours[key]}", file=sys.stderr)
-        ds = {key: value for key, value in ds.items() if key not in ("optimizer", "gradient_clipping")}
+        for key in [key for key in args if args[key] != ds.optimizer[key] and ranks.is_main]:
+            value = ds.optimizer[key]
+            print(f"{config.deepspeed}: its {key} {value} takes the place of optim.{key} {args[key]}", file=sys.stderr)
+        args = ds.optimizer
     model = load_model(
         source,
-        sharding=sharding,  # type: ignore[arg-type]
+        sharding=sharding,
         device=ranks.device,
         replicas=config.replicas,
         offload=config.offload,
-        ds_config=ds,
+        ds_config=ds.content if ds else None,
         activation_checkpointing=config.model.activation_checkpointing,
     )
     seft = SeftOptimizer(model, dataclasses.replace(config.seft, steps=config.steps), **args)
@@ -292,9 +246,9 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: dict[str, Any] 
     elif ds is not None:
         import deepspeed
 
-        run.engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds)
+        run.engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds.content)
         run.called = run.engine
-        run.backend = f"zero{stage}"
+        run.backend = f"zero{ds.stage}"
     elif config.replicas > 1:
         run.backend = "hsdp"
     return run

@@ -1,0 +1,74 @@
+"""A run's ds_config: the file's own keys, with the batch sizes filled in from the run's options."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
+from seft_dist.config import TrainConfig
+
+_OURS = ("optimizer", "gradient_clipping")
+"""Keys that SeftOptimizer honours in place of the engine."""
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A ds_config, ready to use."""
+
+    content: dict[str, Any]
+    """What DeepSpeed gets."""
+    optimizer: dict[str, Any]
+    """What SeftOptimizer gets: lr, betas, eps, weight_decay, max_grad_norm."""
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.content.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return torch.bfloat16 if self.content.get("bf16", {}).get("enabled") else torch.float32
+
+
+def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
+    """Read the ds_config and fill in what the run's own options say. Local.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+
+    Returns:
+        None without ``config.deepspeed``.
+
+    Raises:
+        ValueError: It cannot be honoured, contradicts the run's batch sizes, or has an "auto" that nobody fills.
+    """
+    if config.deepspeed is None:
+        return None
+    content = load_ds_config(config.deepspeed)
+    optimizer = ds_optimizer_args(content, config.optim)
+    content = {key: value for key, value in content.items() if key not in _OURS}
+    filled = {
+        "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
+        "gradient_accumulation_steps": ("accumulate", config.accumulate),
+        "train_batch_size": ("batch_size x accumulate x ranks", config.batch_size * config.accumulate * world_size),
+    }
+    for key, (option, value) in filled.items():
+        if content.setdefault(key, "auto") not in ("auto", value):
+            raise ValueError(
+                f'{config.deepspeed}: {key} is {content[key]}, but {option} is {value}; make them equal, or say "auto"'
+            )
+        content[key] = value
+    content["zero_allow_untested_optimizer"] = True
+    unfilled = ", ".join(sorted(path for key, value in content.items() for path in _autos(value, key)))
+    if unfilled:
+        raise ValueError(f'{config.deepspeed}: {unfilled} is "auto": give a value, or leave it out for the default')
+    return DsConfig(content, optimizer)
+
+
+def _autos(tree: Any, path: str) -> list[str]:
+    if isinstance(tree, dict):
+        return [found for key, value in tree.items() for found in _autos(value, f"{path}.{key}")]
+    return [path] if tree == "auto" else []

@@ -1,0 +1,106 @@
+"""Every file of ds_configs/ starts an engine and trains; every recipe of launch/recipes/ loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tests.preload  # noqa: F401
+from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.training.cli import parse
+from seft_dist.training.trainer import train
+from tests.folders import model_folder, text_file
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    model_folder(folder / "pruned")
+    text_file(folder / "text.jsonl")
+    return folder
+
+
+def test_the_set_is_complete() -> None:
+    assert {path.stem for path in DS_CONFIGS} == {
+        f"{name}{kind}" for name in ("zero0", "zero1", "zero2", "zero3", "zero3_offload") for kind in ("", "_bf16")
+    }
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_ds_config_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
+    content = json.loads(path.read_text())
+    config = TrainConfig(
+        model=ModelConfig(path=str(inputs / "pruned")),
+        data=DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
+        output=str(tmp_path / "run"),
+        seft=SeftConfig(density=0.05, interval=2),
+        deepspeed=str(path),
+        steps=5,
+        threads=1,
+    )
+
+    def on_rank(rank: int, world: int) -> tuple[dict[str, Any], list[str]]:
+        import warnings
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = train(config)
+        return result, [str(warning.message) for warning in caught if "config" in str(warning.message).lower()]
+
+    result, complaints = run_ranks(on_rank, 2)[0]
+    assert result["backend"] == f"zero{content['zero_optimization']['stage']}"
+    assert result["sparsity"]["layers_off_target"] == 0 and result["evolutions"] == 2
+    assert complaints == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = path.read_text()
+    config = parse(TrainConfig, ["--config", str(path)])
+    assert text.startswith("#") and config.output.startswith("runs/")
+    if config.deepspeed is not None:
+        assert (ROOT / config.deepspeed).is_file()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "quickstart" not in path.stem], ids=lambda path: path.stem
+)
+def test_recipe_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
+    """With a tiny model and data in place of the user's own; the method, backend and types are the recipe's."""
+    data = inputs / "text.jsonl"
+    if "instruction" in path.stem:
+        data = tmp_path / "instructions.jsonl"
+        rows = [{"instruction": f"w{i} w{i + 1}", "input": "", "output": f"w{i + 2} w{i + 3}"} for i in range(40)]
+        data.write_text("\n".join(json.dumps(row) for row in rows))
+    argv = [
+        "--config",
+        str(path),
+        "--model.path",
+        str(inputs / "pruned"),
+        "--data.path",
+        str(data),
+        "--data.seq_len",
+        "16",
+    ]
+    argv += [
+        "--output",
+        str(tmp_path / "run"),
+        "--steps",
+        "4",
+        "--seft.interval",
+        "2",
+        "--seft.end",
+        "3",
+        "--threads",
+        "1",
+    ]
+    argv += ["--save_every", "0"]
+    world_size = 1 if "single" in path.stem else 2
+    result = run_ranks(lambda rank, world: train(parse(TrainConfig, argv)), world_size)[0]
+    assert result["sparsity"]["layers_off_target"] == 0 and result["loss"] < 8
