@@ -32,7 +32,8 @@ def select(
     """
     if form == "auto":
         candidates = sum(wanted[problem] for problem in problems)
-        form = "gather" if 4 * candidates < 2 * 8 * BINS * len(DIGITS) * len(wanted) else "radix"
+        # Bytes of a rank on a ring, both divided by (size - 1) / size.
+        form = "gather" if 4 * candidates * group.size < 2 * 8 * BINS * len(DIGITS) * len(wanted) else "radix"
     chosen = _select_gather if form == "gather" and group.size > 1 else _select_radix
     return chosen(group, keys, problems, wanted)
 
