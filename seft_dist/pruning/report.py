@@ -76,4 +76,4 @@ def _share(counts: list[ZeroCount]) -> str:
         return "-"
     lowest, highest = min(c.sparsity for c in counts), max(c.sparsity for c in counts)
     text = f"{100 * total_sparsity(counts):.2f} %"
-    return text if highest - lowest < 5e-5 else f"{text} ({100 * lowest:.2f} to {100 * highest:.2f})"
+    return text if highest - lowest < 1e-3 else f"{text} ({100 * lowest:.2f} to {100 * highest:.2f})"
