@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from seft_dist.io.models import TOKENIZER_FILES, Source, named_state
-from seft_dist.io.weights import Weights, WeightsWriter
+from seft_dist.io.weights import Weights, WeightsWriter, write_safetensors
 
 FORMAT = "seft_dist delta 1"
 _INT_OF_SIZE = {2: torch.int16, 4: torch.int32}
@@ -115,7 +114,7 @@ class DeltaWriter:
         """Write the file; one that exists is replaced."""
         metadata = {**self._metadata, "base": self._print.hexdigest(), "targets": json.dumps(self._names)}
         part = path.with_name(path.name + ".part")
-        save_file(self._tensors, part, metadata=metadata)
+        write_safetensors(part, self._tensors, metadata)
         part.rename(path)
 
 

@@ -128,6 +128,12 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one file, readable to those who may read its folder (safetensors itself lets only the owner). Local."""
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 class WeightsWriter:
     """Writes tensors, given one at a time, as the safetensors files of a Hugging Face folder. Local, on one rank."""
 
@@ -174,6 +180,6 @@ class WeightsWriter:
         return self._folder / f"part-{i}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._tensors, self._part(len(self._files)), metadata={"format": "pt"})
+        write_safetensors(self._part(len(self._files)), self._tensors, {"format": "pt"})
         self._files.append(list(self._tensors))
         self._tensors, self._bytes = {}, 0

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -240,6 +241,8 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed calls collectives by the names they had before torch 2.13: nothing that its user could change.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if ranks.device.type == "cpu":
         # Else the first init compiles a shared-memory extension: minutes, and a lock that blocks later runs if killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

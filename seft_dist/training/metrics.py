@@ -43,7 +43,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 class Metrics:
-    """Records steps; does nothing on ranks other than 0, so that callers need not ask. Local."""
+    """Counts steps on every rank and writes them down on rank 0. Local."""
 
     def __init__(
         self, config: TrainConfig, *, writes: bool, start: int = 0, tokens: int = 0, seconds: float = 0.0
@@ -57,7 +57,7 @@ class Metrics:
         """
         self.tokens = tokens
         self.last_loss = float("nan")
-        """Loss of the last record, on rank 0."""
+        """Loss of the last record."""
         self._config, self._writes = config, writes
         self._begin = self._last_time = time.perf_counter() - seconds
         self._last_time += seconds
@@ -100,26 +100,30 @@ class Metrics:
             evolution: Of this step, if there was one.
         """
         self.tokens += tokens
-        if not self._writes:
-            return
         self._losses.append(loss)
-        self._bar.update()
+        if self._writes:
+            self._bar.update()
         if step % self._config.log_every and evolution is None and step != self._config.steps:
             return
+        self.last_loss = sum(self._losses) / len(self._losses)
+        self._losses = []
+        if self._writes:
+            self._record(step, lr, grad_norm, evolution)
+
+    def _record(self, step: int, lr: float, grad_norm: float, evolution: EvolutionReport | None) -> None:
         now = time.perf_counter()
         speed = (self.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
         self._last_time, self._last_tokens = now, self.tokens
         record: dict[str, Any] = {
             "step": step,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": self.last_loss,
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": self.tokens,
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.seconds, 3),
         }
-        self._losses, self.last_loss = [], record["loss"]
-        self._bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
+        self._bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
         if evolution is not None:
             record["evolution"] = {key: value for key, value in dataclasses.asdict(evolution).items() if key != "step"}
         self._file.write(json.dumps(record) + "\n")

@@ -1,0 +1,145 @@
+"""Weights go straight into shards: the same bits as transformers' own loading, and no rank holds the whole model."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+import tests.preload  # noqa: F401
+from seft_dist.backends.shards import stored_part
+from seft_dist.config import ModelConfig
+from seft_dist.io.models import load_model, named_state, open_source
+from tests.folders import model_folder
+from tests.models import prune_, tiny_llama
+from tests.ranks import run_ranks
+
+DS = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+IDS = torch.arange(16).view(1, 16)
+
+
+def load(folder: Path, sharding: Any, dtype: str = "auto", **over: Any) -> Any:
+    ds = DS | {"bf16": {"enabled": dtype == "bfloat16"}}
+    if sharding == "zero3":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    source = open_source(ModelConfig(path=str(folder), dtype=dtype))  # type: ignore[arg-type]
+    return load_model(source, sharding=sharding, ds_config=ds, **over)
+
+
+def whole(parameter: Any) -> Tensor:
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("sharding", "world_size", "dtype", "over"),
+    [
+        ("none", 1, "auto", {}),
+        ("none", 1, "bfloat16", {"activation_checkpointing": True}),
+        ("fsdp", 1, "auto", {}),
+        ("fsdp", 3, "bfloat16", {}),
+        ("fsdp", 4, "auto", {"replicas": 2}),
+        ("fsdp", 2, "auto", {"offload": True}),
+        ("zero3", 1, "auto", {}),
+        ("zero3", 3, "bfloat16", {}),
+    ],
+)
+def test_the_bits_of_from_pretrained(
+    sharding: str, world_size: int, dtype: str, over: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    model = prune_(tiny_llama(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path, max_shard_size="15KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+
+    def on_rank(rank: int, world: int) -> float:
+        loaded = load(tmp_path, sharding, dtype, **over)
+        assert loaded.training and not loaded.config.use_cache
+        shared = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        assert shared == tied
+        for (name, mine), theirs in zip(named_state(loaded).items(), expected.parameters(), strict=True):
+            assert torch.equal(whole(mine), theirs), name
+        for mine, theirs in zip(loaded.buffers(), expected.buffers(), strict=True):
+            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        if sharding == "zero3":  # runs only inside an engine
+            return 0.0
+        with torch.no_grad():
+            return float((loaded(IDS).logits - expected(IDS).logits).abs().max())
+
+    assert run_ranks(on_rank, world_size) == [0.0] * world_size
+
+
+def test_old_and_foreign_keys(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    computed = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | computed, folder / "model.safetensors", {"format": "pt"})
+    load(folder, "none")  # transformers of old stored these
+    for change, message in (
+        ({"lora_A.weight": torch.ones(1)}, "lora_A.weight not expected"),
+        ({"model.norm.weight": None}, "model.norm.weight missing"),
+    ):
+        changed = {name: value for name, value in (weights | change).items() if value is not None}
+        save_file(changed, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load(folder, "none")
+
+
+def test_half_precision_needs_a_choice(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", torch.float16)
+    with pytest.raises(ValueError, match="--model.dtype float32 or bfloat16"):
+        load(folder, "none")
+    assert load(folder, "none", "bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
+def test_memory_of_a_rank_falls_with_the_number_of_ranks(sharding: str, tmp_path: Path) -> None:
+    model = tiny_llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, vocab_size=8192)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    largest = max(parameter.numel() for parameter in model.parameters()) * 4
+    model.save_pretrained(tmp_path)
+    del model
+
+    def on_rank(rank: int, world: int) -> tuple[int, int]:
+        before, peak, done = anonymous(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.is_set():
+                peak = max(peak, anonymous())
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        loaded = load(tmp_path, sharding)
+        done.set()
+        thread.join()
+        stored = sum(stored_part(parameter)[0].numel() for parameter in loaded.parameters()) * 4
+        return peak - before, stored
+
+    # Beside its part a rank holds one tensor at a time (ZeRO-3 cuts each whole one up), what libraries allocate, and
+    # what malloc does not give back at once.
+    slack = 4 * largest + 30e6
+    for world_size in (1, 4):
+        for peak, stored in run_ranks(on_rank, world_size):
+            assert stored <= size / world_size * 1.01
+            assert peak < stored + slack < (0.7 * size if world_size == 4 else 2 * size), (peak, stored, size)
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's, i.e. not the page cache of the model's files."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024
