@@ -12,7 +12,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from seft_dist.pruning.report import sparsity_table
+    from seft_dist.io.tables import sparsity_table
     from seft_dist.training.evaluation import evaluate, result_table
 
     results = evaluate(config)

@@ -12,8 +12,8 @@ def main() -> None:
 
     from rich.console import Console
 
+    from seft_dist.io.tables import sparsity_table
     from seft_dist.pruning.prune import prune_folder
-    from seft_dist.pruning.report import sparsity_table
 
     counts = prune_folder(config)
     Console().print(sparsity_table({"pruned": counts}, f"{config.output}: {config.method}, per {config.group}"))

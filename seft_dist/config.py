@@ -177,7 +177,8 @@ class DataConfig:
     """Which records, and how they become token sequences."""
 
     path: str
-    """A file (.txt, .json, .jsonl, .parquet), a folder of such files, or the hub name of a dataset."""
+    """A file (.txt, .json, .jsonl, .parquet), a folder of such files, or the hub name of a dataset. A .txt file is one
+    record."""
     name: str | None = None
     """Configuration of a hub dataset, e.g. "wikitext-2-raw-v1"."""
     split: str = "train"
@@ -198,11 +199,11 @@ class DataConfig:
     seq_len: int = 1024
     """Tokens in a sequence: the length of packed blocks, and the limit at which longer records are cut."""
     holdout_every: int = 0
-    """Keep every n-th record (counted from the first) out of training, for evaluation. 0: keep none out."""
+    """Keep every n-th record (the n-th, 2n-th, ...) out of training, for evaluation. 0: keep none out."""
     holdout: bool = False
     """True: read the records that holdout_every keeps out, instead of the others."""
     max_records: int | None = None
-    """Read at most this many records. None: all."""
+    """Read at most this many records, after holding out. None: all."""
 
     def __post_init__(self) -> None:
         _check(bool(self.path), "data.path is empty", "a file, a folder or the hub name of a dataset")

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from seft_dist.config import DataConfig, EvaluateConfig
 from seft_dist.io.data import IGNORE
+from seft_dist.io.tables import sparsity_table
 from seft_dist.optim.targets import find_targets
-from seft_dist.pruning.report import ZeroCount, count_zeros, sparsity_table, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 from seft_dist.training.evaluation import Evaluation, PerplexityResult, evaluate, limit_tokens, perplexity, result_table
 from tests.models import prune_, tiny_llama
 from tests.texts import VOCAB, dense_folder, fast_tokenizer, sentencepiece_tokenizer, text_jsonl

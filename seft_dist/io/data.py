@@ -278,10 +278,6 @@ class BatchStream:
             yield self.step(start_step)
             start_step += 1
 
-    def epoch(self, step: int) -> float:
-        """Passes over the data set completed before optimizer step ``step``."""
-        return step * self.global_batch / len(self._sequences)
-
     def _sample(self, position: int) -> int:
         epoch, place = divmod(position, len(self._sequences))
         if epoch not in self._orders:

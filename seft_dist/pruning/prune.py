@@ -20,8 +20,8 @@ from seft_dist.io.models import Source, load_model, locate, open_source
 from seft_dist.optim.targets import find_targets
 from seft_dist.pruning.calibrate import find_layers, layer_by_layer, sample_sequences
 from seft_dist.pruning.magnitude import magnitude_scores, num_pruned, prune_weight
-from seft_dist.pruning.report import ZeroCount, count_zeros, total_sparsity
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 log = logging.getLogger(__name__)
 

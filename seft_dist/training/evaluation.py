@@ -15,10 +15,18 @@ from torch import nn
 from tqdm import tqdm
 
 from seft_dist.config import EvaluateConfig, ModelConfig
-from seft_dist.io.data import IGNORE, Sample, check_vocabulary, collate, load_sequences, load_tokenizer
+from seft_dist.io.data import (
+    IGNORE,
+    Sample,
+    check_vocabulary,
+    collate,
+    count_loss_tokens,
+    load_sequences,
+    load_tokenizer,
+)
 from seft_dist.io.models import load_model, open_source
 from seft_dist.optim.targets import find_targets
-from seft_dist.pruning.report import ZeroCount, count_zeros, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,11 @@ def perplexity(
             stop = min(start + batch_size, len(sequences))
             batch = collate([sequences[index] for index in range(start, stop)], pad=0)
             check_vocabulary(batch, model)
+            scored += count_loss_tokens(batch)
             labels = batch.pop("labels").to(device)
             logits = model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).logits
             for scores, answer in zip(logits[:, :-1], labels[:, 1:], strict=True):  # fp32 copies one sequence at a time
                 total += float(F.cross_entropy(scores.float(), answer, ignore_index=IGNORE, reduction="sum"))
-            scored += int((labels[:, 1:] != IGNORE).sum())
             if progress is not None:
                 progress()
     finally:

@@ -1,41 +1,10 @@
-"""How many weights are 0, counted and shown."""
+"""Tables for people (rich)."""
 
 import re
-from dataclasses import dataclass
 
 from rich.table import Table
-from torch import nn
 
-
-@dataclass(frozen=True)
-class ZeroCount:
-    """Zeros of one weight."""
-
-    name: str
-    """Module name of the linear."""
-    numel: int
-    """Weights it has."""
-    zeros: int
-    """Weights that are exactly 0."""
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros."""
-        return self.zeros / self.numel
-
-
-def count_zeros(targets: dict[str, nn.Linear]) -> list[ZeroCount]:
-    """Count the zeros of each target. Local; the weights must be whole.
-
-    Args:
-        targets: From ``find_targets``.
-    """
-    return [ZeroCount(name, linear.weight.numel(), int((linear.weight == 0).sum())) for name, linear in targets.items()]
-
-
-def total_sparsity(counts: list[ZeroCount]) -> float:
-    """Share of zeros over all weights. Local."""
-    return sum(count.zeros for count in counts) / sum(count.numel for count in counts)
+from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
 
 def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
@@ -58,8 +27,8 @@ def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
             f"{kind} ({max(len(m) for m in members)} x)", f"{numel:,}", *(_share(member) for member in members)
         )
     table.add_section()
-    whole = [counts for counts in reports.values()]
-    table.add_row("all", f"{max(sum(c.numel for c in counts) for counts in whole):,}", *(_share(c) for c in whole))
+    numel = max(sum(count.numel for count in counts) for counts in reports.values())
+    table.add_row("all", f"{numel:,}", *(_share(counts) for counts in reports.values()))
     return table
 
 
