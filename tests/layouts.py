@@ -21,7 +21,7 @@ DS_BASE = {
 LAYOUTS = ["single", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 
 
-def shard_fsdp(model: nn.Module, **options: Any) -> None:
+def shard_fsdp(model: Any, **options: Any) -> None:
     """fully_shard every decoder layer, then the root."""
     from torch.distributed.fsdp import fully_shard
 

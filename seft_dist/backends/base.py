@@ -106,6 +106,11 @@ class Backend(ABC):
         offset = self.stored(i).start
         return self.local(i)[interval.start - offset : interval.stop - offset]
 
+    def share_own(self, i: int) -> None:
+        """Bring every rank's own interval of weight i to all ranks that store it. **Collective** if replicated."""
+        if self.replicates:
+            self.local(i).copy_(torch.cat(self.owners.gather(self.own(i))))
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Write to ``local(i)`` inside this context only. Local."""

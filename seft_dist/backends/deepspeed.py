@@ -39,29 +39,33 @@ class Zero3Backend(Backend):
         """
         for name, module in targets.items():
             _check_shard(name, module.weight)
-        group = next(iter(targets.values())).weight.ds_process_group
+        first: Any = next(iter(targets.values())).weight
+        group = first.ds_process_group
         owners = Group(group if dist.get_world_size(group) > 1 else None)
         super().__init__(targets, owners, replicas=Group(None))
 
+    def _weight(self, i: int) -> Any:
+        return self.modules[i].weight  # with DeepSpeed's ds_* attributes
+
     def _shape(self, i: int) -> tuple[int, int]:
-        rows, columns = self.modules[i].weight.ds_shape
+        rows, columns = self._weight(i).ds_shape
         return rows, columns
 
     def _partition(self, i: int) -> Partition:
-        weight = self.modules[i].weight
+        weight = self._weight(i)
         return Partition(weight.ds_numel, weight.ds_tensor.numel(), self.owners.size)
 
     def local(self, i: int) -> Tensor:
-        return self.modules[i].weight.ds_tensor.detach().view(-1)[: len(self.interval(i))]
+        return self._weight(i).ds_tensor.detach().view(-1)[: len(self.interval(i))]
 
     def prepare_write(self) -> None:
         pass
 
     def publish_write(self) -> None:
         # A gathered copy that outlives the step hides the write, silently: free it, the next forward gathers again.
-        for module in self.modules:
-            if module.weight.ds_status.name == "AVAILABLE":
-                module.weight.partition(param_list=[module.weight])
+        for weight in map(self._weight, range(len(self.names))):
+            if weight.ds_status.name == "AVAILABLE":
+                weight.partition(param_list=[weight])
 
     def read(self, i: int, positions: Tensor) -> Tensor:
         return self.full(self.modules[i].weight).view(-1)[positions]
@@ -75,9 +79,11 @@ class Zero3Backend(Backend):
             return parameter.detach().clone()
 
 
-def _check_shard(name: str, weight: Tensor) -> None:
+def _check_shard(name: str, weight: Any) -> None:
     if not is_zero3(weight):
-        raise ValueError(f"{name}.weight is not held by ZeRO-3 although other targets are: pass the whole model to deepspeed")
+        raise ValueError(
+            f"{name}.weight is not held by ZeRO-3 although other targets are: pass the whole model to deepspeed"
+        )
     if weight.ds_tensor.__dict__.get("final_location") is not None and weight.ds_tensor.final_location.name == "nvme":
         raise ValueError(
             f"{name}.weight is offloaded to NVMe: its shard is not in memory to be written; "
@@ -144,7 +150,7 @@ def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None 
     """
     content = load_ds_config(ds_config)
     optim = optim or AdamConfig()
-    args = {
+    args: dict[str, Any] = {
         "lr": optim.lr,
         "betas": optim.betas,
         "eps": optim.eps,
@@ -155,14 +161,18 @@ def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None 
     if block:
         kind = str(block.get("type"))
         if kind.lower() not in _ADAM_TYPES:
-            raise ValueError(f"ds_config optimizer type {kind}: needs AdamW or Adam, the update the deltas have; change the type")
+            raise ValueError(
+                f"ds_config optimizer type {kind}: needs AdamW or Adam, the update the deltas have; change the type"
+            )
         params = {key: value for key, value in block.get("params", {}).items() if value != "auto"}
         ignored = {"torch_adam", "fused", "adam_w_mode", "bias_correction"}
         unknown = sorted(set(params) - set(args) - ignored)
         if unknown:
             raise ValueError(f"ds_config optimizer params {unknown} cannot be honoured: remove them")
         if kind.lower() == "adam" and not params.get("adam_w_mode", True) and params.get("weight_decay"):
-            raise ValueError("ds_config optimizer Adam with adam_w_mode false and weight_decay: needs decoupled decay (AdamW)")
+            raise ValueError(
+                "ds_config optimizer Adam with adam_w_mode false and weight_decay: needs decoupled decay (AdamW)"
+            )
         if params.get("bias_correction") is False:
             raise ValueError("ds_config optimizer bias_correction false cannot be honoured: remove it")
         args.update({key: value for key, value in params.items() if key not in ignored})

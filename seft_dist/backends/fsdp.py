@@ -80,12 +80,14 @@ class FsdpBackend(Backend):
         return values
 
     def full(self, parameter: Tensor) -> Tensor:
-        return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _mesh_of(name: str, weight: Tensor):  # type: ignore[no-untyped-def]  # DeviceMesh
     if not isinstance(weight, DTensor):
-        raise ValueError(f"{name}.weight is not sharded although parts of the model are: call fully_shard(model) on the root")
+        raise ValueError(
+            f"{name}.weight is not sharded although parts of the model are: call fully_shard(model) on the root"
+        )
     *outer, last = weight.placements
     if last != Shard(0) or any(placement != Replicate() for placement in outer) or len(outer) > 1:
         raise ValueError(
@@ -101,4 +103,6 @@ def _unit_of(model: nn.Module, name: str) -> FSDPModule:
         module = model.get_submodule(".".join(parts[:depth]))
         if isinstance(module, FSDPModule):
             return module
-    raise ValueError(f"{name} is not inside a module on which fully_shard was called: call fully_shard(model) on the root")
+    raise ValueError(
+        f"{name} is not inside a module on which fully_shard was called: call fully_shard(model) on the root"
+    )

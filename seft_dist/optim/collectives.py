@@ -38,9 +38,7 @@ def select(
     return chosen(group, keys, problems, wanted)
 
 
-def _select_radix(
-    group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]
-) -> list[Tensor]:
+def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]) -> list[Tensor]:
     prefixes = torch.zeros(len(wanted), dtype=torch.int64)
     left = torch.tensor(wanted, dtype=torch.int64)
     for digit, (_, bits) in enumerate(DIGITS):
@@ -69,9 +67,7 @@ def _share_ties(ties: Tensor, rank: int, problems: list[int], left: list[int]) -
     return allowed
 
 
-def _select_gather(
-    group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]
-) -> list[Tensor]:
+def _select_gather(group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]) -> list[Tensor]:
     own = [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
     own_keys = torch.cat([keys(layer)[indices] for layer, indices in enumerate(own)])
     lengths = group.stack(torch.tensor([indices.numel() for indices in own])).tolist()

@@ -1,8 +1,8 @@
 """The deltas a rank owns, as columns, and where all ranks' deltas are.
 
-    layer        0            1                  layers lie one after another in every column;
-    indices   3 7 20 41    0 5 6                 inside a layer, entries are sorted by position
-    values    . .  .  .    . . .
+layer        0            1                  layers lie one after another in every column;
+indices   3 7 20 41    0 5 6                 inside a layer, entries are sorted by position
+values    . .  .  .    . . .
 """
 
 from dataclasses import dataclass, fields
@@ -35,7 +35,9 @@ class Columns:
     def empty(cls, device: torch.device) -> "Columns":
         """No entries. Local."""
         kinds = {"indices": torch.int32, "age": torch.int32}
-        return cls(**{f.name: torch.empty(0, dtype=kinds.get(f.name, torch.float32), device=device) for f in fields(cls)})
+        return cls(
+            **{f.name: torch.empty(0, dtype=kinds.get(f.name, torch.float32), device=device) for f in fields(cls)}
+        )
 
     @classmethod
     def grown(cls, indices: Tensor, base: Tensor) -> "Columns":
@@ -45,8 +47,9 @@ class Columns:
             indices: int64 [k], flat positions.
             base: fp32 [k].
         """
-        zeros = [torch.zeros_like(base) for _ in range(3)]
-        return cls(indices.to(torch.int32), base, *zeros, torch.zeros_like(indices, dtype=torch.int32))
+        age = torch.zeros_like(indices, dtype=torch.int32)
+        values, exp_avg, exp_avg_sq = (torch.zeros_like(base) for _ in range(3))
+        return cls(indices.to(torch.int32), base, values, exp_avg, exp_avg_sq, age)
 
     def __len__(self) -> int:
         return self.indices.numel()

@@ -1,9 +1,9 @@
 """One evolution: drop, grow, adapt. Every rank decides about its own interval; only the ranking is shared.
 
-    mask     1 1 1 0 0 1 0 1      S: positions with a delta
-    S          x       x          drop    the smallest |delta| leaves S            (here position 1)
-             . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: reactivated, joins the mask)
-    mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (2 becomes 0: as many active as before)
+mask     1 1 1 0 0 1 0 1      S: positions with a delta
+S          x       x          drop    the smallest |delta| leaves S            (here position 1)
+         . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: reactivated, joins the mask)
+mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (2 becomes 0: as many active as before)
 """
 
 import time
@@ -92,7 +92,9 @@ class Evolution:
         self.adapt()
         self.commit(betas)
         digest = self.state.verify(self.backend, self.config)
-        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed)] + [self.reactivated])
+        own = torch.tensor(
+            [sum(map(len, done)) for done in (self.dropped, self.grown, self.removed)] + [self.reactivated]
+        )
         dropped, grown, pruned, reactivated = self.backend.owners.sum(own).tolist()
         support = sum(map(len, self.state.supports))
         return EvolutionReport(
@@ -132,12 +134,16 @@ class Evolution:
             offsets, base = self._offsets(i)[which], self.entries[i].base[which]
             # base 0 is a position reactivated earlier: back at 0 it would be an active position with weight 0, so its
             # delta (the weight as it stands) becomes the base, and Adapt decides about it.
-            restored = base != 0 if self.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
+            restored = (
+                base != 0 if self.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
+            )
             self.own[i][offsets[restored]] = base[restored].to(self.own[i].dtype)
             stays = torch.ones(len(self.entries[i]), dtype=torch.bool, device=which.device)
             stays[which] = False
             self.entries[i] = self.entries[i].take(stays)
             self.dropped.append(offsets)
+            committed = (offsets[~restored] + self.intervals[i].start).to(torch.int32)
+            self.state.committed[i] = torch.cat([self.state.committed[i], committed]).unique()
         lost = self.backend.owners.sum(torch.tensor([len(offsets) for offsets in self.dropped])).tolist()
         self.sizes = [size - gone for size, gone in zip(self.sizes, lost, strict=True)]
 
@@ -210,6 +216,8 @@ class Evolution:
             self.state.masks[i] = pack(mask)
             self.own[i][offsets] = 0
             self.entries[i] = self.entries[i].take(mask[self._offsets(i)])
+            committed = self.state.committed[i]
+            self.state.committed[i] = committed[mask[committed.long() - self.intervals[i].start]]
         if self.config.scope == "global":
             self.state.targets = self.state.active(self.backend)
 
@@ -249,7 +257,9 @@ class Evolution:
         changed = [torch.cat([self.dropped[i], self.removed[i]]) for i in range(len(self.own))]
         owners = self.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()
-        positions = owners.gather(torch.cat([offsets + part.start for offsets, part in zip(changed, self.intervals, strict=True)]))
+        positions = owners.gather(
+            torch.cat([offsets + part.start for offsets, part in zip(changed, self.intervals, strict=True)])
+        )
         values = owners.gather(torch.cat([own[offsets] for own, offsets in zip(self.own, changed, strict=True)]))
         for rank in range(owners.size):
             parts = zip(positions[rank].split(lengths[rank]), values[rank].split(lengths[rank]), strict=True)

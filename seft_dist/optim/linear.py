@@ -86,7 +86,7 @@ def sampled_grad_(out: Tensor, support: Support, x: Tensor, grad: Tensor) -> Non
         return
     # Never run on a GPU. sampled_addmm takes no bf16 there: a dense product for one block of rows at a time.
     block = max(1, (1 << 24) // columns)
-    crow = support.crow[:: block].tolist() + [len(support)]
+    crow = support.crow[::block].tolist() + [len(support)]
     positions = support.positions()
     for number, first in enumerate(range(0, rows, block)):
         begin, end = crow[number], crow[number + 1]

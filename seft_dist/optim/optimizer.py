@@ -5,7 +5,7 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from seft_dist.optim.setup import first_state, random_support
 from seft_dist.optim.state import LayerSparsity, State
 from seft_dist.optim.targets import find_targets
 from seft_dist.optim.window import Needs, Window
+from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.partition import Interval
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution
 
@@ -43,6 +44,12 @@ class LayerDelta:
     target: int
     """Active positions wanted in the whole weight."""
     columns: Columns
+    committed: Tensor
+    """int32, positions whose delta became part of the base once."""
+    committed_values: Tensor
+    """Their weights now, in the model's dtype."""
+    window: Window | None
+    """Statistics of a window that has begun; None outside one."""
 
 
 class SeftOptimizer(torch.optim.Optimizer):
@@ -158,11 +165,13 @@ class SeftOptimizer(torch.optim.Optimizer):
         for ranks in (backend.owners, backend.replicas):
             wrong = disagreeing(ranks, torch.tensor([digest]))
             if wrong:
-                raise ValueError(f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}")
+                raise ValueError(
+                    f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}"
+                )
 
     def _prepare_step(self) -> None:
         """Tell the slots what the coming step's backward must record. Local."""
-        backend, state, coming = self.backend, self.sparse_state, self.num_steps + 1
+        state, coming = self.sparse_state, self.num_steps + 1
         first = self._is_first(coming)
         for i, slot in enumerate(self._slots):
             slot.armed = True
@@ -171,7 +180,13 @@ class SeftOptimizer(torch.optim.Optimizer):
             if not (first or in_window(self.config, coming)):
                 slot.window = None
             elif slot.window is None:
-                slot.window = Window(backend, i, dataclasses.replace(self._needs, dense=True) if first else self._needs)
+                slot.window = self.new_window(i)
+
+    def new_window(self, i: int) -> Window:
+        """An empty window of target i for the coming step. Local."""
+        # The first support's gradient is read from its window, whatever the criteria need.
+        first = self._is_first(self.num_steps + 1)
+        return Window(self.backend, i, dataclasses.replace(self._needs, dense=True) if first else self._needs)
 
     def _is_first(self, step: int) -> bool:
         return step == 1 and self.config.init == "gradient"
@@ -250,7 +265,9 @@ class SeftOptimizer(torch.optim.Optimizer):
     def _refuse_non_finite(self, grad: Tensor) -> None:
         squared = self._squared_norms(grad)
         windows = [slot.window for slot in self._slots]
-        bad = torch.stack([window.is_finite().logical_not().cpu() if window else torch.tensor(False) for window in windows])
+        bad = torch.stack(
+            [window.is_finite().logical_not().cpu() if window else torch.tensor(False) for window in windows]
+        )
         wrong = self.backend.owners.sum(bad.double()).bool() | torch.isfinite(squared).logical_not().cpu()
         if wrong.any():
             names = [name for name, is_wrong in zip(self.target_names, wrong.tolist(), strict=True) if is_wrong]
@@ -322,10 +339,50 @@ class SeftOptimizer(torch.optim.Optimizer):
     def deltas(self) -> Iterator[LayerDelta]:
         """This rank's masks and deltas, target by target. Local."""
         backend, state = self.backend, self.sparse_state
+        backend.prepare_write()
         for i, entries in enumerate(state.layers()):
+            interval = backend.interval(i)
+            committed = state.committed[i]
             yield LayerDelta(
-                backend.names[i], backend.shapes[i], backend.interval(i), state.masks[i], state.targets[i], entries
+                name=backend.names[i],
+                shape=backend.shapes[i],
+                interval=interval,
+                mask=state.masks[i],
+                target=state.targets[i],
+                columns=entries,
+                committed=committed,
+                committed_values=backend.own(i)[committed.long() - interval.start],
+                window=self._slots[i].window,
             )
+
+    def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
+        """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. **Collective**.
+
+        Args:
+            num_steps: Optimizer steps done.
+            layers: This rank's part of every target, in order; only one is held at a time.
+
+        Raises:
+            RuntimeError: What was given breaks a promise about masks or supports.
+        """
+        self.attach()
+        backend, state = self.backend, self.sparse_state
+        entries = []
+        with backend.writing():
+            for i, layer in enumerate(layers):
+                own, start = backend.own(i), layer.interval.start
+                assert (layer.name, layer.interval) == (backend.names[i], backend.interval(i))
+                own[layer.committed.long() - start] = layer.committed_values.to(own)
+                own.masked_fill_(~unpack(layer.mask, len(layer.interval)), 0)
+                own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
+                state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
+                self._slots[i].window = layer.window
+                entries.append(layer.columns)
+                backend.share_own(i)
+            state.set_entries(backend, entries)
+        state.verify(backend, self.config)
+        self.num_steps = num_steps
+        self._prepare_step()
 
     def detach(self) -> None:
         """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards. Local."""

@@ -6,7 +6,7 @@ from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.optim.collectives import select
 from seft_dist.optim.delta import Columns, Support
-from seft_dist.optim.state import State
+from seft_dist.optim.state import State, fingerprint
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
@@ -35,15 +35,17 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         own = backend.own(i)
         active = own != 0
         masks.append(pack(active))
-        table.append([int(active.sum()), int(torch.isfinite(own).logical_not().sum())])
+        broken_values = int(torch.isfinite(own).logical_not().sum())
+        table.append([int(active.sum()), broken_values, int(fingerprint(own, backend.interval(i).start))])
     counts = backend.owners.sum(torch.tensor(table))
-    targets, broken = counts.T.tolist()
+    targets, broken, prints = counts.T.tolist()
     numels = [partition.numel for partition in backend.partitions]
     budgets = [share(config.density, numel) for numel in numels]
     _check(backend.names, numels, targets, broken, budgets, config)
     none = torch.empty(0, dtype=torch.int32, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
-    return State(Columns.empty(backend.device), [0] * count, masks, targets, budgets, supports)
+    columns = Columns.empty(backend.device)
+    return State(columns, [0] * count, masks, targets, budgets, supports, [none] * count, prints)
 
 
 def _check(

@@ -47,6 +47,11 @@ class State:
     """Most deltas each whole weight may carry."""
     supports: list[Support]
     """All ranks' positions."""
+    committed: list[Tensor]
+    """int32, own positions whose delta became part of the base once: what, beside masks and columns, makes the weights
+    differ from the pruned model. They stay listed when they enter the support again."""
+    fingerprint: list[int]
+    """Hash of each whole weight as loaded, the same for every layout."""
 
     def layers(self) -> Iterator[Columns]:
         """Own entries of each layer (views). Local."""
@@ -86,7 +91,9 @@ class State:
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")
         broken, mask_hash = self._local_promises(backend)
-        _refuse(backend.owners, broken, "an active delta outside the mask, or a non-zero weight there", expect_zero=True)
+        _refuse(
+            backend.owners, broken, "an active delta outside the mask, or a non-zero weight there", expect_zero=True
+        )
         support_hash = torch.stack([_hash(support.positions()) for support in self.supports]).cpu()
         for group in (backend.owners, backend.replicas):
             _refuse(group, list(zip(backend.names, support_hash.tolist(), strict=True)), "another support")
@@ -113,9 +120,23 @@ class State:
         ).tolist()
         active = self.active(backend)
         return [
-            LayerSparsity(name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i]))
+            LayerSparsity(
+                name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i])
+            )
             for i, name in enumerate(backend.names)
         ]
+
+
+def fingerprint(weight: Tensor, start: int) -> Tensor:
+    """Hash of the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's (wrapping). Local.
+
+    Args:
+        weight: [n], in the model's dtype.
+        start: Flat position of the first.
+    """
+    active = weight.nonzero().view(-1)
+    bits = weight[active].float().view(torch.int32).to(torch.int64)
+    return (scores.mix(active + start) * (bits | 1 << 32)).sum()
 
 
 def _hash(positions: Tensor) -> Tensor:

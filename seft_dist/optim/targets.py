@@ -28,7 +28,9 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, nn.Li
         found = {name: module for name, module in linears.items() if re.search(pattern, name)}
     if not found:
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears})) or "none"
-        raise ValueError(f"targets={pattern!r} matches no linear of {type(model).__name__}; its linears end in: {known}")
+        raise ValueError(
+            f"targets={pattern!r} matches no linear of {type(model).__name__}; its linears end in: {known}"
+        )
     for name, module in found.items():
         if type(module).forward is not nn.Linear.forward:
             raise ValueError(

@@ -26,7 +26,13 @@ class Needs:
     def of(cls, config: SeftConfig) -> "Needs":
         """Derive them. Local."""
         seeded, factored = config.moments == "seeded", config.grow == "momentum"
-        dense = seeded or factored or config.grow == "gradient" or config.adapt == "sensitivity" or config.drop == "movement"
+        dense = (
+            seeded
+            or factored
+            or config.grow == "gradient"
+            or config.adapt == "sensitivity"
+            or config.drop == "movement"
+        )
         return cls(dense, config.adapt == "activation", seeded, factored)
 
 

@@ -95,6 +95,7 @@ def _mix_int(x: int) -> int:
 
 def mix(x: Tensor) -> Tensor:
     """Scramble integers, int64 of any shape, without losing any (SplitMix64). Local."""
+
     # int64 arithmetic wraps as uint64 does; a logical shift is an arithmetic one with the copied sign bits cut off.
     def shift(value: Tensor, by: int) -> Tensor:
         return (value >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,207 @@
+"""A run goes on from a checkpoint on any number of ranks and any backend as if it had not been interrupted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist.io import checkpoint
+from tests.layouts import build, snapshot
+from tests.models import batch, prune_, tiny_llama
+from tests.ranks import run_ranks
+
+STEPS, GLOBAL = 16, 12
+CONFIG = SeftConfig(density=0.05, interval=4, window=3, steps=STEPS)
+
+
+def run(
+    layout: str, world_size: int, first: int, last: int, folder: Path, config: SeftConfig = CONFIG, save: bool = True
+) -> dict[str, Any]:
+    """Train steps first .. last - 1 (counted from 0), loading and saving checkpoints."""
+
+    def on_rank(rank: int, world: int) -> dict[str, Any]:
+        model = prune_(tiny_llama())
+        called, seft, backward, step = build(layout, config, model)
+        if first:
+            newest = checkpoint.latest(folder)
+            assert newest is not None
+            assert checkpoint.load(seft, newest) == {"first": first}
+        digests = []
+        size = GLOBAL // world
+        for t in range(first, last):
+            part = {key: value[rank * size : (rank + 1) * size] for key, value in batch(t, size=GLOBAL).items()}
+            backward(called(**part).loss)
+            step()
+            if seft.evolution:
+                digests.append(seft.evolution.digest)
+        if save:
+            checkpoint.save(seft, folder, {"first": last})
+        return {"digests": digests, "state": snapshot(model, seft)}
+
+    return run_ranks(on_rank, world_size, timeout=120)[0]
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], exact: bool) -> None:
+    assert one["digests"][-1] == other["digests"][-1]
+    for name, layer in one["state"].items():
+        for key in ("mask", "support"):
+            assert torch.equal(layer[key], other["state"][name][key]), (name, key)
+        if exact:
+            assert torch.equal(layer["weight"], other["state"][name]["weight"]), name
+            assert torch.equal(layer["values"], other["state"][name]["values"]), name
+        else:
+            assert torch.allclose(layer["weight"], other["state"][name]["weight"], rtol=1e-4, atol=2e-6), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "at"),
+    [
+        ("single", 1, 5),
+        ("single", 1, 7),
+        ("single", 1, 8),
+        ("fsdp", 2, 7),
+        ("ddp", 2, 7),
+        ("zero3", 2, 5),
+        ("zero3", 2, 8),
+    ],
+)
+def test_same_layout_is_bitwise(layout: str, world_size: int, at: int, tmp_path: Path) -> None:
+    """At step 7 a window has begun; step 8 was an evolution."""
+    whole = run(layout, world_size, 0, STEPS, tmp_path, save=False)
+    run(layout, world_size, 0, at, tmp_path)
+    assert_same(run(layout, world_size, at, STEPS, tmp_path), whole, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("zero3", 4), ("fsdp", 2)),
+        (("fsdp", 4), ("single", 1)),
+        (("single", 1), ("zero3", 3)),
+        (("ddp", 2), ("zero3", 2)),
+        (("hsdp", 4), ("ddp", 3)),
+        (("zero2", 2), ("hsdp", 4)),
+    ],
+)
+@pytest.mark.slow
+def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp_path: Path) -> None:
+    whole = run("single", 1, 0, STEPS, tmp_path, save=False)
+    run(*first, 0, 7, tmp_path)
+    assert_same(run(*then, 7, STEPS, tmp_path), whole, exact=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moments": "seeded"},
+        {"grow": "momentum"},
+        {"adapt": "activation"},
+        {"scope": "global"},
+        {"on_drop": "keep"},
+        {"init": "random"},
+    ],
+)
+def test_every_kind_of_state_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
+    config = SeftConfig(density=0.05, interval=4, window=3, steps=STEPS, **options)
+    whole = run("fsdp", 2, 0, STEPS, tmp_path, config, save=False)
+    run("fsdp", 2, 0, 7, tmp_path, config)
+    assert_same(run("single", 1, 7, STEPS, tmp_path, config), whole, exact=False)
+
+
+def saved(folder: Path, config: SeftConfig = CONFIG, keep: int = 2) -> Path:
+    """A checkpoint after one step in this process."""
+    seft = stepped(prune_(tiny_llama()), config)
+    return checkpoint.save(seft, folder, {}, keep)
+
+
+def stepped(model: nn.Module, config: SeftConfig, steps: int = 1) -> SeftOptimizer:
+    seft = SeftOptimizer(model, config, lr=1e-2)
+    for t in range(steps):
+        model(**batch(t)).loss.backward()
+        seft.step()
+        seft.zero_grad()
+    return seft
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    for t in range(4):
+        model(**batch(t)).loss.backward()
+        seft.step()
+        newest = checkpoint.save(seft, tmp_path, {}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    assert checkpoint.latest(tmp_path) == newest
+
+
+def test_checkpoint_is_small(tmp_path: Path) -> None:
+    path = saved(tmp_path, SeftConfig(density=0.01))
+    seft = SeftOptimizer(prune_(tiny_llama()), CONFIG)
+    seft.attach()
+    numel = sum(layer.numel for layer in seft.sparsity())
+    data = path / "rank-00000-of-00001.safetensors"
+    header = 8 + int.from_bytes(data.read_bytes()[:8], "little")
+    assert data.stat().st_size - header <= numel / 8 + 0.011 * numel * 24 + 64 * 14
+
+
+def test_unfinished_checkpoint_is_not_found(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / checkpoint.MANIFEST).unlink()
+    assert checkpoint.latest(tmp_path) is None
+    seft = SeftOptimizer(prune_(tiny_llama()), CONFIG)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint.load(seft, path)
+
+
+def test_altered_file_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    file = path / "rank-00000-of-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rank-00000-of-00001\.safetensors is damaged"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+    file.unlink()
+    with pytest.raises(OSError, match="rank-00000"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+
+
+def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(ValueError, match="another base model"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama(seed=1)), CONFIG), path)
+    with pytest.raises(ValueError, match="another model or of other targets"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama(num_hidden_layers=1)), CONFIG), path)
+    with pytest.raises(ValueError, match="has shape"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama(intermediate_size=24)), CONFIG), path)
+    with pytest.raises(ValueError, match=r"density=0\.05 there, 0\.02 here"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.02, interval=4, window=3)), path)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+
+
+def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) -> None:
+    def on_rank(rank: int, world_size: int) -> str | None:
+        model = prune_(tiny_llama())
+        called, seft, backward, step = build("fsdp", CONFIG, model)
+        backward(called(**batch(0, rank)).loss)
+        step()
+        good = checkpoint.save(seft, tmp_path, {})
+        backward(called(**batch(1, rank)).loss)
+        step()
+        if rank == 1:
+            checkpoint._tensors = lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
+        with pytest.raises(OSError, match="No space left" if rank else "1 other ranks"):
+            checkpoint.save(seft, tmp_path, {})
+        dist.barrier()
+        assert checkpoint.latest(tmp_path) == good
+        return good.name
+
+    assert run_ranks(on_rank, 2) == ["step-00000001"] * 2
