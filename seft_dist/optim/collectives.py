@@ -12,7 +12,17 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import Selection
-from seft_dist.sparsity.selection import BINS, DIGITS, descend, histogram, take, threshold_key, top_k
+from seft_dist.sparsity.selection import (
+    BINS,
+    DIGITS,
+    descend,
+    first_histogram,
+    histogram,
+    survivors,
+    take,
+    threshold_key,
+    top_k,
+)
 
 
 def select(
@@ -22,7 +32,7 @@ def select(
 
     Args:
         group: The ranks that own the candidates.
-        keys: This rank's keys of a layer, int32 [n]; called several times for each layer, so that only one layer's exist.
+        keys: This rank's keys of a layer, int32 [n]; called twice for each layer, so that only one layer's exist.
         problems: The problem that each layer belongs to, 0 .. len(wanted) - 1.
         wanted: How many entries of each problem are selected; all of them if fewer compete.
         form: "gather", "radix", or "auto" for the one that moves fewer bytes. The result is the same.
@@ -39,21 +49,29 @@ def select(
 
 
 def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]) -> list[Tensor]:
-    prefixes = torch.zeros(len(wanted), dtype=torch.int64)
-    left = torch.tensor(wanted, dtype=torch.int64)
-    for digit, (_, bits) in enumerate(DIGITS):
-        counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
+    counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
+    for layer, problem in enumerate(problems):
+        counts[problem] += first_histogram(keys(layer)).cpu()
+    group.sum(counts)
+    prefixes, left = descend(counts, torch.tensor(wanted).minimum(counts.sum(1)))
+    # From here on only those above the first digit's bin matter, and the keys are computed once more for them.
+    indices, kept = [], []
+    for layer, problem in enumerate(problems):
+        key = keys(layer)
+        indices.append(survivors(key, int(prefixes[problem])))
+        kept.append(key[indices[-1]])
+    for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
+        counts.zero_()
         for layer, problem in enumerate(problems):
-            counts[problem] += histogram(keys(layer), digit, int(prefixes[problem])).cpu()
-        group.sum(counts)
-        if not digit:
-            left = left.minimum(counts.sum(1))
-        found, left = descend(counts, left)
+            counts[problem] += histogram(kept[layer], digit, int(prefixes[problem])).cpu()
+        found, left = descend(group.sum(counts), left)
         prefixes = prefixes << bits | found
     thresholds = [threshold_key(int(prefix)) for prefix in prefixes]
-    ties = torch.tensor([int((keys(layer) == thresholds[problem]).sum()) for layer, problem in enumerate(problems)])
+    ties = torch.tensor([int((kept[layer] == thresholds[problem]).sum()) for layer, problem in enumerate(problems)])
     allowed = _share_ties(group.stack(ties), group.rank, problems, left.tolist())
-    return [take(keys(layer), thresholds[problem], allowed[layer]) for layer, problem in enumerate(problems)]
+    return [
+        indices[layer][take(kept[layer], thresholds[problem], allowed[layer])] for layer, problem in enumerate(problems)
+    ]
 
 
 def _share_ties(ties: Tensor, rank: int, problems: list[int], left: list[int]) -> list[int]:

@@ -26,33 +26,57 @@ def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tenso
         int32 [n].
     """
     assert scores.dtype == torch.float32
-    bits = (scores + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     if not largest:
-        ordered = ~ordered
-    return ordered if eligible is None else ordered.masked_fill(~eligible, INELIGIBLE)
+        ordered.bitwise_not_()
+    return ordered if eligible is None else ordered.masked_fill_(~eligible, INELIGIBLE)
+
+
+def first_histogram(key: Tensor) -> Tensor:
+    """Count the first digit of all competing keys. Local.
+
+    Args:
+        key: int32 [n].
+
+    Returns:
+        int64 [BINS].
+    """
+    shift = DIGITS[0][0]
+    counts = torch.bincount((key >> shift).add_(BINS // 2), minlength=BINS)
+    counts[0] = 0  # of finite scores none comes here: these are the ineligible
+    return counts
+
+
+def survivors(key: Tensor, first: int) -> Tensor:
+    """Indices of the keys that can still be selected once the first digit of the last selected one is known. Local.
+
+    Args:
+        key: int32 [n].
+        first: That digit.
+
+    Returns:
+        int64, increasing; few, so that what follows costs little.
+    """
+    shift = DIGITS[0][0]
+    return (key >= max((first - BINS // 2) << shift, INELIGIBLE + 1)).nonzero().view(-1)
 
 
 def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
-    """Count the values of one digit among the keys whose more significant digits are ``prefix``. Local.
+    """Count the values of a later digit among the keys whose more significant digits are ``prefix``. Local.
 
     Args:
-        key: int32 [n]; ineligible ones are not counted.
-        digit: Which of ``DIGITS``.
-        prefix: The digits before it, as one number (0 for the first digit).
+        key: int32 [n], of survivors.
+        digit: Which of ``DIGITS``, not the first.
+        prefix: The digits before it, as one number.
 
     Returns:
         int64 [BINS].
     """
     shift, bits = DIGITS[digit]
-    competing = key != INELIGIBLE
-    if digit:
-        above = shift + bits
-        competing &= (key >> above) == prefix - (1 << (31 - above))
-    digits = (key[competing] >> shift) & ((1 << bits) - 1)
-    if not digit:
-        digits ^= 1 << (bits - 1)  # the sign bit: negative keys come first
-    return torch.bincount(digits, minlength=BINS)
+    above = shift + bits
+    same = key[(key >> above) == prefix - (1 << (31 - above))]
+    return torch.bincount((same >> shift) & ((1 << bits) - 1), minlength=BINS)
 
 
 def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +127,11 @@ def top_k(key: Tensor, k: int) -> Tensor:
     Returns:
         int64, increasing.
     """
-    prefix, wanted = 0, torch.tensor([k])
-    for digit, (_, bits) in enumerate(DIGITS):
-        counts = histogram(key, digit, prefix).cpu().unsqueeze(0)
-        if not digit:
-            wanted = wanted.minimum(counts.sum(1))
-        found, wanted = descend(counts, wanted)
+    counts = first_histogram(key).cpu().unsqueeze(0)
+    found, wanted = descend(counts, torch.tensor([k]).minimum(counts.sum(1)))
+    left = survivors(key, int(found))
+    key, prefix = key[left], int(found)
+    for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
+        found, wanted = descend(histogram(key, digit, prefix).cpu().unsqueeze(0), wanted)
         prefix = prefix << bits | int(found)
-    return take(key, threshold_key(prefix), int(wanted))
+    return left[take(key, threshold_key(prefix), int(wanted))]
