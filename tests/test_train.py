@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 def test_single_run_writes_its_folder(reference: tuple[dict[str, Any], Path]) -> None:
     result, output = reference
     assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "delta.safetensors",
         "metrics.jsonl",
@@ -217,7 +219,7 @@ def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path
     assert (
         message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
     )
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
     assert records(tmp_path / "run") == []
 
 
@@ -252,6 +254,59 @@ def test_a_checkpoint_of_another_model_is_refused(inputs: Path, tmp_path: Path) 
     wide = model_folder(tmp_path / "wide", intermediate_size=64)
     (wide / "config.json").write_text((inputs / "pruned" / "config.json").read_text())
     assert "has shape (64, 32)" in failure(make_config(inputs, tmp_path / "run", model=ModelConfig(path=str(wide))), 1)
+
+
+def as_if_killed(run: Path, step: int) -> None:
+    """Take a finished run back to the moment after a checkpoint, in the middle of writing a later line."""
+    for name in ("result.json", "delta.safetensors"):
+        (run / name).unlink()
+    for path in (run / "checkpoints").glob("step-*"):
+        if path.name != f"step-{step:08d}":
+            shutil.rmtree(path)
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines[: lines.index(f'{{"step": {step + 3}') + 20])
+
+
+@pytest.mark.parametrize(
+    ("backend", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)]
+)
+def test_a_stopped_run_goes_on(backend: str, world_size: int, inputs: Path, tmp_path: Path) -> None:
+    over: dict[str, Any] = {"save_every": 5, "log_every": 2, "batch_size": 12 // world_size}
+    if backend.startswith("zero"):
+        rate = {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 8, "warmup_type": "linear"}
+        blocks = {"scheduler": {"type": "WarmupLR", "params": rate}} if backend == "zero2" else {}
+        stage = {"zero_optimization": {"stage": int(backend[4])}}
+        over["deepspeed"] = ds_file(tmp_path, stage | blocks)
+    elif backend == "ddp":
+        over["backend"] = "ddp"
+    config = make_config(inputs, tmp_path / "run", seft=SeftConfig(density=0.05, interval=3, window=2), **over)
+    whole = run_train(config, world_size)
+    before = (records(tmp_path / "run"), load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    as_if_killed(tmp_path / "run", 5)
+    resumed = run_train(config, world_size)
+    after = (records(tmp_path / "run"), load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+    for one, other in zip(before[0], after[0], strict=True):
+        for line in (one, one.get("evolution", {}), other, other.get("evolution", {})):
+            for key in ("seconds", "tokens_per_second", "bytes_sent", "window_bytes"):  # of this attempt
+                line.pop(key, None)
+        assert one == other
+    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+
+
+def test_going_on_with_other_ranks_and_other_settings(inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    whole = run_train(make_config(inputs, output, batch_size=6, save_every=5), 2)
+    expected = digests(output)
+    as_if_killed(output, 5)
+    assert "sequences a step is 6, was 12" in failure(make_config(inputs, output, batch_size=6))
+    assert "seed is 1, was 0" in failure(make_config(inputs, output, batch_size=6, seed=1), 2)
+    other = SeftConfig(density=0.04, interval=3)
+    assert "density" in failure(make_config(inputs, output, batch_size=6, seft=other), 2)
+    zero3 = ds_file(tmp_path, {"zero_optimization": {"stage": 3}})
+    resumed = run_train(make_config(inputs, output, batch_size=4, deepspeed=zero3), 3)
+    assert digests(output) == expected and resumed["backend"] == "zero3"
+    assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-4) and resumed["tokens"] == whole["tokens"]
 
 
 def test_ranks_with_different_settings(inputs: Path, tmp_path: Path) -> None:

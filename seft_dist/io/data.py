@@ -248,6 +248,7 @@ class BatchStream:
             ValueError: The data set is smaller than one global batch.
         """
         self.global_batch = batch_size * accumulate * world_size
+        self.num_sequences = len(sequences)
         if len(sequences) < self.global_batch:
             raise ValueError(
                 f"the data set has {len(sequences)} sequences, one optimizer step needs {self.global_batch} (batch_size"

@@ -46,29 +46,33 @@ class Metrics:
     """Counts steps on every rank and writes them down on rank 0. Local."""
 
     def __init__(
-        self, config: TrainConfig, *, writes: bool, start: int = 0, tokens: int = 0, seconds: float = 0.0
+        self, config: TrainConfig, *, writes: bool, start: int = 0, state: dict[str, Any] | None = None
     ) -> None:
         """Args:
         config: The run.
         writes: True on rank 0.
         start: Steps already done (a resumed run); later lines of an earlier attempt are removed.
-        tokens: Tokens of those steps.
-        seconds: Seconds of those steps.
+        state: What ``state()`` gave after those steps.
         """
-        self.tokens = tokens
-        self.last_loss = float("nan")
-        """Loss of the last record."""
+        state = state or {}
+        self.tokens: int = state.get("tokens", 0)
+        """Of all ranks."""
+        self.evolutions: int = state.get("evolutions", 0)
+        """After the first support."""
+        self.reactivated: int = state.get("reactivated", 0)
+        """Over all evolutions, the first support included."""
+        self.last_loss: float = state.get("loss", float("nan"))
+        """Of the last record."""
         self._config, self._writes = config, writes
-        self._begin = self._last_time = time.perf_counter() - seconds
-        self._last_time += seconds
-        self._last_tokens = tokens
-        self._losses: list[float] = []
+        self._last_time = time.perf_counter()
+        self._begin = self._last_time - state.get("seconds", 0.0)
+        self._last_tokens = self.tokens
+        self._losses: list[float] = state.get("losses", [])
         self._trackers: list[Any] = []
         if not writes:
             return
         path = Path(config.output) / FILE
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
-        path.write_text("".join(line + "\n" for line in kept))
+        path.write_text("".join(_lines_until(path, start)))
         self._file = path.open("a", buffering=1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -86,6 +90,11 @@ class Metrics:
         """Since the run's start, pauses between its parts not counted."""
         return time.perf_counter() - self._begin
 
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to count on; JSON."""
+        counts = {"tokens": self.tokens, "evolutions": self.evolutions, "reactivated": self.reactivated}
+        return counts | {"loss": self.last_loss, "losses": self._losses, "seconds": self.seconds}
+
     def step(
         self, step: int, *, loss: float, tokens: int, lr: float, grad_norm: float, evolution: EvolutionReport | None
     ) -> None:
@@ -101,6 +110,9 @@ class Metrics:
         """
         self.tokens += tokens
         self._losses.append(loss)
+        if evolution is not None:
+            self.evolutions += not evolution.first
+            self.reactivated += evolution.reactivated
         if self._writes:
             self._bar.update()
         if step % self._config.log_every and evolution is None and step != self._config.steps:
@@ -166,6 +178,14 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
         tracker.start()
         tracker.store_init_configuration(_flat(dataclasses.asdict(config), numbers_only=False))
     return trackers
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps done; the last one may have been cut when the run was stopped."""
+    if not step or not path.exists():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in whole if json.loads(line)["step"] <= step]
 
 
 def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +24,15 @@ from seft_dist.training.cli import to_yaml
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import DsConfig, read_ds_config
 from seft_dist.training.metrics import Metrics, check_trackers, summary
-
-RESULT, CONFIG, MODEL, DELTA = "result.json", "config.yaml", "model", "delta.safetensors"
+from seft_dist.training.run_folder import (
+    DELTA,
+    MODEL,
+    RESULT,
+    check_run_folder,
+    open_run_folder,
+    resume,
+    save_checkpoint,
+)
 
 
 @dataclass
@@ -44,10 +50,11 @@ class Run:
     """The DeepSpeed engine, if there is one."""
     backend: str = "single"
     peak_lr: float = 0.0
-    evolutions: int = 0
-    """Evolutions after the first support."""
-    reactivated: int = 0
-    """Over all evolutions, the first support included."""
+
+    @property
+    def scheduler(self) -> Any:
+        """DeepSpeed's scheduler of the learning rate, if the ds_config has one; else the rate is ours."""
+        return self.engine.lr_scheduler if self.engine is not None else None
 
     def accumulate(self, batches: list[Batch]) -> Tensor:
         """Forward and backward over the micro-batches of one optimizer step. **Collective** if sharded.
@@ -74,8 +81,8 @@ class Run:
             The learning rate it used.
         """
         group = self.seft.param_groups[0]
-        if self.engine is not None and self.engine.lr_scheduler is not None:
-            lr = group["lr"]  # driven by the ds_config's scheduler block
+        if self.scheduler is not None:
+            lr = group["lr"]
         else:
             lr = group["lr"] = self.peak_lr * lr_factor(self.config.optim, step, self.config.steps)
         if self.engine is not None:
@@ -112,9 +119,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     data = read_batches(config, ranks)
     run = build(config, ranks, source, ds)
     run.seft.attach()
-    if ranks.is_main:
-        open_run_folder(config)
-    metrics = Metrics(config, writes=ranks.is_main)
+    state = resume(config, run.seft, data) or {}
+    together(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
+    if "scheduler" in state and run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.seft.param_groups[0]["lr"] = state["lr"]  # the scheduler itself sets it only after the next step
+    metrics = Metrics(config, writes=ranks.is_main, start=run.seft.num_steps, state=state.get("metrics"))
     try:
         fit(run, data, metrics)
     finally:
@@ -138,11 +148,12 @@ def fit(run: Run, data: BatchStream, metrics: Metrics) -> None:
     for step, micro in zip(range(done + 1, config.steps + 1), data.batches(done), strict=False):
         loss, tokens = agree_on_loss(run.ranks, run.accumulate(micro), micro, step)
         lr = run.update(step)
-        report = run.seft.evolution
-        if report is not None:
-            run.evolutions += not report.first
-            run.reactivated += report.reactivated
-        metrics.step(step, loss=loss, tokens=tokens, lr=lr, grad_norm=run.seft.grad_norm, evolution=report)
+        metrics.step(step, loss=loss, tokens=tokens, lr=lr, grad_norm=run.seft.grad_norm, evolution=run.seft.evolution)
+        if step == config.steps or (config.save_every and step % config.save_every == 0):
+            state: dict[str, Any] = {"metrics": metrics.state()}
+            if run.scheduler is not None:
+                state |= {"scheduler": run.scheduler.state_dict(), "lr": run.seft.param_groups[0]["lr"]}
+            save_checkpoint(config, run.seft, data, state)
 
 
 def agree_on_loss(ranks: Ranks, loss: Tensor, micro: list[Batch], step: int) -> tuple[float, int]:
@@ -282,29 +293,6 @@ def read_batches(config: TrainConfig, ranks: Ranks) -> BatchStream:
     )
 
 
-def check_run_folder(config: TrainConfig) -> None:
-    """Refuse a folder that this run must not write to. Local, on rank 0.
-
-    Raises:
-        ValueError: It holds a finished run, or something else.
-    """
-    folder = Path(config.output)
-    if (folder / RESULT).exists():
-        raise ValueError(f"{folder} holds a finished run: choose another output, or remove the folder")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={folder} is a file: needs a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise ValueError(f"{folder} is not empty and holds no run: choose another output")
-
-
-def open_run_folder(config: TrainConfig) -> None:
-    """Make the run's folder and save the configuration in it. Local, on rank 0."""
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(to_yaml(config))
-    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an attempt that was stopped while it exported
-
-
 def finish(run: Run, metrics: Metrics) -> dict[str, Any]:
     """Check every layer's sparsity, export, and write the result. **Collective.**
 
@@ -324,8 +312,8 @@ def finish(run: Run, metrics: Metrics) -> dict[str, Any]:
             "final": sum(layer.zeros for layer in layers) / numel,
             "layers_off_target": sum(layer.zeros != layer.numel - layer.target for layer in layers),
         },
-        "evolutions": run.evolutions,
-        "reactivated": run.reactivated,
+        "evolutions": metrics.evolutions,
+        "reactivated": metrics.reactivated,
         "seconds": round(metrics.seconds, 3),
         "tokens": metrics.tokens,
         "loss": metrics.last_loss,
