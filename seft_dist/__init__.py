@@ -1,8 +1,26 @@
 """Sparsity Evolution Fine-Tuning of pruned language models, on sharded weights."""
 
-from seft_dist.backends.deepspeed import ds_optimizer_args
-from seft_dist.config import SeftConfig
-from seft_dist.optim.evolution import EvolutionReport
-from seft_dist.optim.optimizer import SeftOptimizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seft_dist.backends.deepspeed import ds_optimizer_args
+    from seft_dist.config import SeftConfig
+    from seft_dist.optim.evolution import EvolutionReport
+    from seft_dist.optim.optimizer import SeftOptimizer
 
 __all__ = ["EvolutionReport", "SeftConfig", "SeftOptimizer", "ds_optimizer_args"]
+
+_HOMES = {
+    "EvolutionReport": "seft_dist.optim.evolution",
+    "SeftConfig": "seft_dist.config",
+    "SeftOptimizer": "seft_dist.optim.optimizer",
+    "ds_optimizer_args": "seft_dist.backends.deepspeed",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: the doors' --help needs the configuration only, not torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

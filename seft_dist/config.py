@@ -208,9 +208,21 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(bool(self.path), "data.path is empty", "a file, a folder or the hub name of a dataset")
         _check(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "at least 2 tokens")
-        _check(self.holdout_every == 0 or self.holdout_every >= 2, f"data.holdout_every={self.holdout_every}", "0 or at least 2")
-        _check(not self.holdout or self.holdout_every >= 2, "data.holdout without holdout_every", "data.holdout_every of 2 or more")
-        _check(self.max_records is None or self.max_records >= 1, f"data.max_records={self.max_records}", "at least 1, or null")
+        _check(
+            self.holdout_every == 0 or self.holdout_every >= 2,
+            f"data.holdout_every={self.holdout_every}",
+            "0 or at least 2",
+        )
+        _check(
+            not self.holdout or self.holdout_every >= 2,
+            "data.holdout without holdout_every",
+            "data.holdout_every of 2 or more",
+        )
+        _check(
+            self.max_records is None or self.max_records >= 1,
+            f"data.max_records={self.max_records}",
+            "at least 1, or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +282,11 @@ class TrainConfig:
                 "--deepspeed FILE with backend deepspeed (or auto), and without it otherwise",
             )
         if self.replicas > 1 or self.offload:
-            _check(self.deepspeed is None and self.backend in ("auto", "fsdp"), "replicas or offload without FSDP", "backend fsdp")
+            _check(
+                self.deepspeed is None and self.backend in ("auto", "fsdp"),
+                "replicas or offload without FSDP",
+                "backend fsdp",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +314,11 @@ class PruneConfig:
     def __post_init__(self) -> None:
         _check(0 < self.sparsity < 1, f"sparsity={self.sparsity}", "a share above 0 and below 1")
         _check(self.sequences >= 1, f"sequences={self.sequences}", "at least 1")
-        _check(self.method == "magnitude" or self.data is not None, "method=wanda without data", "calibration text: --data.path FILE")
+        _check(
+            self.method == "magnitude" or self.data is not None,
+            "method=wanda without data",
+            "calibration text: --data.path FILE",
+        )
         _check(bool(self.output), "output is empty", "a folder for the pruned model")
 
 

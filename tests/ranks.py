@@ -12,7 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def _main(pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: Any) -> None:
+def _main(
+    pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: Any
+) -> None:
     import torch
     import torch.distributed as dist
 

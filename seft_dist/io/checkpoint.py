@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from seft_dist.backends import Backend
+from seft_dist.io.weights import write_safetensors
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import LayerDelta, SeftOptimizer
 from seft_dist.optim.window import Window
@@ -70,7 +70,7 @@ def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = 2
 
     def write() -> None:
         if backend.replicas.rank == 0:
-            save_file(_tensors(seft, norms if is_main else []), file)
+            write_safetensors(file, _tensors(seft, norms if is_main else []), {"format": "seft_dist checkpoint"})
             digest.copy_(torch.tensor(list(_sync(file))))
 
     _everywhere(backend, write)
