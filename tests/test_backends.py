@@ -1,6 +1,5 @@
 """Every way of holding weights, and every trap known of it, follows the single-process run or is refused."""
 
-import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from seft_dist.backends.deepspeed import Zero3Backend
 from seft_dist.config import AdamConfig
 from tests.layouts import build, ds_engine, shard_fsdp, train, train_on
 from tests.models import batch, prune_, tiny_llama
-from tests.ranks import run_ranks
+from tests.ranks import return_freed_memory, run_ranks
 
 STEPS = 10
 CONFIG = SeftConfig(density=0.05, interval=3, window=2, steps=STEPS)
@@ -330,8 +329,7 @@ def peak_of_training(world_size: int) -> int:
     import resource
 
     def on_rank(rank: int, world: int) -> int:
-        # Freed blocks go back to the system at once: otherwise the allocator's hoard is measured, not the program's need.
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
+        return_freed_memory()
         train_linears(64, 2)  # what a first step loads and compiles is not counted
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         train_linears(1024, 24)

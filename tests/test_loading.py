@@ -17,7 +17,7 @@ from seft_dist.config import ModelConfig
 from seft_dist.io.models import load_model, named_state, open_source
 from tests.folders import model_folder
 from tests.models import prune_, tiny_llama
-from tests.ranks import run_ranks
+from tests.ranks import return_freed_memory, run_ranks
 
 DS = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 IDS = torch.arange(16).view(1, 16)
@@ -115,6 +115,7 @@ def test_memory_of_a_rank_falls_with_the_number_of_ranks(sharding: str, tmp_path
     del model
 
     def on_rank(rank: int, world: int) -> tuple[int, int]:
+        return_freed_memory()
         before, peak, done = anonymous(), 0, threading.Event()
 
         def watch() -> None:
