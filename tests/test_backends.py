@@ -82,12 +82,14 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_follows_one_process(variant: str, reference: dict[str, Any]) -> None:
     layout, world_size, options = VARIANTS[variant]
     follows(train_on(layout, world_size, CONFIG, STEPS, **options), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 4), ("zero3", 4), ("ddp", 4)])
 def test_ranks_that_own_nothing(layout: str, world_size: int) -> None:
     """Three rows on four ranks: FSDP2's last rank owns none, ZeRO-3's last chunk is mostly padding."""
@@ -100,6 +102,7 @@ def test_ranks_that_own_nothing(layout: str, world_size: int) -> None:
     follows(train_on(layout, world_size, config, STEPS, model=small()), single)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["single", "zero0", "zero1", "zero2", "zero3", "fsdp"])
 def test_bf16_weights_with_fp32_deltas(layout: str) -> None:
     options: dict[str, Any] = {"model": prune_(tiny_llama(dtype=torch.bfloat16))}

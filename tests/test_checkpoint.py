@@ -58,6 +58,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], exact: bool) -> None
             assert torch.allclose(layer["weight"], other["state"][name]["weight"], rtol=1e-4, atol=2e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "world_size", "at"),
     [
@@ -95,6 +96,7 @@ def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp
     assert_same(run(*then, 7, STEPS, tmp_path), whole, exact=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -32,6 +32,7 @@ def test_the_set_is_complete() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_ds_config_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
     content = json.loads(path.read_text())
@@ -68,6 +69,7 @@ def test_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ROOT / config.deepspeed).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [path for path in RECIPES if "quickstart" not in path.stem], ids=lambda path: path.stem
 )

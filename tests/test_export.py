@@ -85,6 +85,7 @@ def train_and_export(
     run_ranks(on_rank, world_size, timeout=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "sharding", "world_size"),

@@ -37,9 +37,9 @@ def assert_same_run(run: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 def cases() -> list[Any]:
-    """Every backend on 1 to 4 ranks; more than 2 ranks in the slow tier."""
+    """Every backend on 1 to 4 ranks; all but one case in the slow tier."""
     return [
-        pytest.param(layout, world_size, marks=[pytest.mark.slow] if world_size > 2 else [])
+        pytest.param(layout, world_size, marks=[] if (layout, world_size) == ("fsdp", 2) else [pytest.mark.slow])
         for layout in LAYOUTS
         if layout != "single"
         for world_size in (1, 2, 3, 4)
@@ -81,6 +81,7 @@ def test_selection_forms_choose_the_same() -> None:
     assert forms[0]["digests"] == forms[1]["digests"] == oracle(CONFIG)["digests"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 2)])
 def test_same_command_same_bits(layout: str, world_size: int) -> None:
     first, second = (train_on(layout, world_size, CONFIG, 18) for _ in range(2))

@@ -106,6 +106,7 @@ def test_half_precision_needs_a_choice(tmp_path: Path) -> None:
     assert load(folder, "none", "bfloat16").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
 def test_memory_of_a_rank_falls_with_the_number_of_ranks(sharding: str, tmp_path: Path) -> None:
     model = tiny_llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, vocab_size=8192)

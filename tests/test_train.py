@@ -114,6 +114,7 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "world_size", "over"), LAYOUTS)
 def test_every_backend_gives_the_single_run(
     backend: str,
@@ -135,6 +136,7 @@ def test_every_backend_gives_the_single_run(
     assert digests(output) == digests(reference[1])
 
 
+@pytest.mark.slow
 def test_bf16_and_activation_checkpointing(inputs: Path, tmp_path: Path) -> None:
     results = {}
     for name, ds in (("fsdp", None), ("zero3", {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}})):
@@ -267,6 +269,7 @@ def as_if_killed(run: Path, step: int) -> None:
     (run / "metrics.jsonl").write_text(lines[: lines.index(f'{{"step": {step + 3}') + 20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)]
 )
@@ -294,6 +297,7 @@ def test_a_stopped_run_goes_on(backend: str, world_size: int, inputs: Path, tmp_
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_going_on_with_other_ranks_and_other_settings(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     whole = run_train(make_config(inputs, output, batch_size=6, save_every=5), 2)
