@@ -126,12 +126,11 @@ def test_every_backend_gives_the_single_run(
 ) -> None:
     if backend.startswith("zero"):
         over = over | {"deepspeed": ds_file(tmp_path, {"zero_optimization": {"stage": int(backend[4])}})}
-    output = tmp_path / "run"
-    result = run_train(make_config(inputs, output, **over), world_size)
+    result = run_train(make_config(inputs, output := tmp_path / "run", **over), world_size)
     assert result["backend"] == backend and result["world_size"] == world_size
     assert result["sparsity"]["layers_off_target"] == 0 and result["tokens"] == reference[0]["tokens"]
-    expected = [line["loss"] for line in records(reference[1])]
-    assert [line["loss"] for line in records(output)] == pytest.approx(expected, abs=2e-4)
+    losses, expected = ([line["loss"] for line in records(run)] for run in (output, reference[1]))
+    assert losses == pytest.approx(expected, abs=2e-4)
     # Sums over ranks differ in the last bits from one process's; nothing here ties so closely that a position differs.
     assert digests(output) == digests(reference[1])
 
@@ -265,29 +264,27 @@ def as_if_killed(run: Path, step: int) -> None:
     for path in (run / "checkpoints").glob("step-*"):
         if path.name != f"step-{step:08d}":
             shutil.rmtree(path)
-    lines = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(lines[: lines.index(f'{{"step": {step + 3}') + 20])
+    metrics = run / "metrics.jsonl"
+    metrics.write_text((lines := metrics.read_text())[: lines.index(f'{{"step": {step + 3}') + 20])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "world_size"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2)]
-)
-def test_a_stopped_run_goes_on(backend: str, world_size: int, inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "zero2", "zero3"])
+def test_a_stopped_run_goes_on(backend: str, inputs: Path, tmp_path: Path) -> None:
+    world_size = 1 if backend == "single" else 2
     over: dict[str, Any] = {"save_every": 5, "log_every": 2, "batch_size": 12 // world_size}
     if backend.startswith("zero"):
         rate = {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 8, "warmup_type": "linear"}
         blocks = {"scheduler": {"type": "WarmupLR", "params": rate}} if backend == "zero2" else {}
-        stage = {"zero_optimization": {"stage": int(backend[4])}}
-        over["deepspeed"] = ds_file(tmp_path, stage | blocks)
+        over["deepspeed"] = ds_file(tmp_path, {"zero_optimization": {"stage": int(backend[4])}} | blocks)
     elif backend == "ddp":
         over["backend"] = "ddp"
     config = make_config(inputs, tmp_path / "run", seft=SeftConfig(density=0.05, interval=3, window=2), **over)
     whole = run_train(config, world_size)
-    before = (records(tmp_path / "run"), load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    weights = tmp_path / "run/model/model.safetensors"
+    before = (records(tmp_path / "run"), load_file(weights))
     as_if_killed(tmp_path / "run", 5)
-    resumed = run_train(config, world_size)
-    after = (records(tmp_path / "run"), load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    resumed, after = run_train(config, world_size), (records(tmp_path / "run"), load_file(weights))
     assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
     for one, other in zip(before[0], after[0], strict=True):
         for line in (one, one.get("evolution", {}), other, other.get("evolution", {})):
