@@ -34,10 +34,10 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,plots,quickstart]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime]'
 	touch $@
 
-test: lint  ## lint, types and every test (15 minutes at most on 2 cores)
+test: lint  ## lint, types and every test (20 minutes at most on 2 cores)
 	python -m pytest -n $(JOBS) --dist loadfile
 
 test-quick: $(INSTALLED)  ## the tests that take under a minute together

@@ -1,22 +1,36 @@
-"""Prune a causal language model to a plain Hugging Face folder.
+"""Prune a causal language model to a plain Hugging Face folder, or show the zeros it has (--method none).
 
-Example: python launch/prune.py --model.path MODEL --data.path TEXT.jsonl --output PRUNED --sparsity 0.6
+    python launch/prune.py --model.path MODEL --data.path TEXT.jsonl --output PRUNED --sparsity 0.6
+    torchrun --nproc_per_node 8 launch/prune.py --model.path MODEL --data.path TEXT.jsonl --output PRUNED \\
+      --method sparsegpt --pattern 2:4
+
+On several ranks the text and the rows of the weights are shared between them; the result is the same.
 """
 
 from seft_dist.config import PruneConfig
-from seft_dist.training.cli import parse, run
+from seft_dist.training.cli import parse, run, to_yaml
 
 
 def main() -> None:
     config = parse(PruneConfig, description=__doc__)
 
+    import torch.distributed as dist
     from rich.console import Console
 
+    from seft_dist.backends.group import Group
     from seft_dist.io.tables import sparsity_table
-    from seft_dist.pruning.prune import prune_folder
+    from seft_dist.pruning.prune import prepare, prune
+    from seft_dist.training.distributed import check_agreement, shutdown, start, together
 
-    counts = prune_folder(config)
-    Console().print(sparsity_table({"pruned": counts}, f"{config.output}: {config.method}, per {config.group}"))
+    ranks = start()
+    check_agreement(ranks, to_yaml(config))
+    plan = together(ranks, lambda: prepare(config, device=ranks.device, progress=ranks.is_main))
+    group = Group(dist.group.WORLD if ranks.world_size > 1 else None)
+    counts = prune(plan, group, progress=ranks.is_main)
+    if ranks.is_main:
+        title = f"{config.output or config.model.path}: {config.method}"
+        Console().print(sparsity_table({"pruned": counts}, title))
+    shutdown()
 
 
 if __name__ == "__main__":

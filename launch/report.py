@@ -19,8 +19,8 @@ def report(folder: Path, figures: bool = True) -> None:
     """
     from rich.console import Console
 
-    from seft_dist.training.figures import write_figures
-    from seft_dist.training.report import print_tables, read_run, write_summary
+    from seft_dist.results.figures import write_figures
+    from seft_dist.results.report import print_tables, read_run, write_summary
 
     finished = read_run(folder)
     paths = write_figures(finished, folder / "figures") if figures else []

@@ -39,6 +39,16 @@ def prune_(model: torch.nn.Module, sparsity: float = 0.6, pattern: str = "all-li
     return model
 
 
+@torch.no_grad()
+def prune_groups_(model: torch.nn.Module, pattern: str, targets: str = "all-linear") -> torch.nn.Module:
+    """Keep the N largest of each M consecutive weights of a row of each target, in place; pattern is "N:M"."""
+    most, size = map(int, pattern.split(":"))
+    for module in find_targets(model, targets).values():
+        grouped = module.weight.view(-1, size)
+        grouped.scatter_(1, grouped.abs().argsort(dim=1, stable=True)[:, : size - most], 0.0)
+    return model
+
+
 def batch(step: int, rank: int = 0, size: int = 2, length: int = 16, vocab: int = VOCAB) -> dict[str, torch.Tensor]:
     """Learnable token sequences (arithmetic progressions), a function of step and rank."""
     generator = torch.Generator().manual_seed(1000 * step + rank)

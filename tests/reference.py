@@ -254,7 +254,9 @@ class DenseSeft:
         cap = math.floor(config.reactivation * count + 0.5)
         random = config.grow == "random"
         grown = self._choose(score, free, count, True, random)
-        if int((grown & ~layer.mask).sum()) > cap:
+        if config.pattern:
+            grown = self._walk(layer, score, free, count, cap)
+        elif int((grown & ~layer.mask).sum()) > cap:
             pruned = self._choose(score, free & ~layer.mask, cap, True, random)
             grown = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
         layer.grown = grown
@@ -280,7 +282,9 @@ class DenseSeft:
                 scores.append(layer.value.abs())
         eligible = [layer.mask & ~layer.grown for layer in layers]
         excess = [int(layer.mask.sum()) - layer.target for layer in layers]
-        if self.config.scope == "layer":
+        if self.config.pattern:
+            out = [self._pay(*args) for args in zip(layers, scores, strict=True)]
+        elif self.config.scope == "layer":
             out = [self._choose(*args, largest=False) for args in zip(scores, eligible, excess, strict=True)]
         else:
             flat = self._choose(
@@ -295,6 +299,55 @@ class DenseSeft:
             layer.mask = layer.mask & ~pruned
             layer.base = torch.where(pruned, 0.0, layer.base)
             layer.leave(pruned)
+
+    def _group_size(self) -> int:
+        assert self.config.pattern
+        return int(self.config.pattern.split(":")[1])
+
+    def _walk(self, layer: Layer, score: Tensor, free: Tensor, count: int, cap: int) -> Tensor:
+        """Growth under an N:M pattern, one position after the other, best first."""
+        size = self._group_size()
+        scores, is_free, active = score.flatten().tolist(), free.flatten().tolist(), layer.mask.flatten().tolist()
+        grown = torch.zeros(len(scores), dtype=torch.bool)
+        took: dict[int, int] = {}  # of each group
+        passed: dict[int, float] = {}  # score of the last one taken of each group
+        last = math.inf
+        taken = pruned = 0
+        for at in sorted((p for p, it_is in enumerate(is_free) if it_is), key=lambda p: (-scores[p], p)):
+            group = at // size
+            full = took.get(group, 0) == sum(active[group * size : (group + 1) * size])
+            if full or (not active[at] and pruned == cap):
+                self._note(passed[group] if full and group in passed else last, scores[at])
+                continue
+            if taken == count:
+                self._note(last, scores[at])
+                break
+            taken += 1
+            grown[at], last, passed[group] = True, scores[at], scores[at]
+            took[group] = took.get(group, 0) + 1
+            pruned += not active[at]
+        return grown.view(score.shape)
+
+    def _pay(self, layer: Layer, score: Tensor) -> Tensor:
+        """What leaves the mask under an N:M pattern: of each group as many as it has too many."""
+        size = self._group_size()
+        before, first = layer.mask.view(-1, size), layer.first_mask.view(-1, size)
+        out = torch.zeros_like(before)
+        for group in range(len(before)):
+            inside = torch.zeros_like(before)
+            inside[group] = True
+            excess = int(before[group].sum()) - int(first[group].sum())
+            assert excess >= 0
+            eligible = layer.mask & ~layer.grown & inside.view(layer.mask.shape)
+            if excess:
+                assert int(eligible.sum()) >= excess
+                out |= self._choose(score, eligible, excess, largest=False).view(-1, size)
+        return out.view(layer.mask.shape)
+
+    def _note(self, inside: float, outside: float) -> None:
+        """Remember how close a decision was."""
+        if inside != outside and math.isfinite(inside) and self.config.grow != "random":
+            self.closest = min(self.closest, abs(inside - outside) / max(abs(inside), abs(outside)))
 
     def _choose(self, score: Tensor, eligible: Tensor, count: int, largest: bool, random: bool = False) -> Tensor:
         """The ``count`` best of the eligible; of equal ones those at smaller positions. Random scores are exact."""

@@ -11,6 +11,8 @@ from torch import nn
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.io import checkpoint
+from seft_dist.io.checkpoint import writer
+from seft_dist.io.checkpoint.files import MANIFEST
 from tests.layouts import build, snapshot
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
@@ -153,7 +155,7 @@ def test_checkpoint_is_small(tmp_path: Path) -> None:
 
 def test_unfinished_checkpoint_is_not_found(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    (path / checkpoint.MANIFEST).unlink()
+    (path / MANIFEST).unlink()
     assert checkpoint.latest(tmp_path) is None
     seft = SeftOptimizer(prune_(tiny_llama()), CONFIG)
     with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -169,7 +171,7 @@ def test_altered_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rank-00000-of-00001\.safetensors is damaged"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
     file.unlink()
-    with pytest.raises(OSError, match="rank-00000"):
+    with pytest.raises(checkpoint.DamagedError, match="rank-00000-of-00001.safetensors is missing"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
 
 
@@ -183,10 +185,20 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         checkpoint.load(SeftOptimizer(prune_(tiny_llama(intermediate_size=24)), CONFIG), path)
     with pytest.raises(ValueError, match=r"density=0\.05 there, 0\.02 here"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.02, interval=4, window=3)), path)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+    (path / MANIFEST).write_text(json.dumps(manifest | {"num_steps": 2}))
+    with pytest.raises(checkpoint.DamagedError, match="its checksum does not fit"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+    (path / MANIFEST).write_text(json.dumps(manifest)[:300])
+    with pytest.raises(checkpoint.DamagedError, match="no complete checkpoint"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
+
+
+def no_space(file: Path) -> bytes:
+    raise OSError(28, "No space left on device", str(file))
 
 
 def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) -> None:
@@ -199,11 +211,83 @@ def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) ->
         backward(called(**batch(1, rank)).loss)
         step()
         if rank == 1:
-            checkpoint._tensors = lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
-        with pytest.raises(OSError, match="No space left" if rank else "1 other ranks"):
+            writer.sync = no_space
+        where = "" if rank else "rank 1: "
+        with pytest.raises(OSError, match=f"checkpoint of step 2 could not be written: {where}.*No space left"):
             checkpoint.save(seft, tmp_path, {})
         dist.barrier()
         assert checkpoint.latest(tmp_path) == good
+        assert [path.name for path in tmp_path.iterdir()] == [good.name]  # the failed one gave its space back
         return good.name
 
     assert run_ranks(on_rank, 2) == ["step-00000001"] * 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The copy is of the step at which it was taken, whatever training does before it is on disk."""
+    model = prune_(tiny_llama())
+    seft = stepped(model, CONFIG, 3)
+    at_once = checkpoint.save(seft, tmp_path / "at_once", extra := {"losses": [1.0]})
+    saver = checkpoint.Saver(seft, tmp_path / "later")
+    saver.start(extra)
+    assert checkpoint.latest(tmp_path / "later") is None
+    for t in range(3, 6):
+        model(**batch(t)).loss.backward()
+        seft.step()
+        extra["losses"].append(2.0)
+    later = saver.finish()
+    assert later is not None and later.name == at_once.name and saver.finish() is None
+    for file in at_once.iterdir():
+        assert file.read_bytes() == (later / file.name).read_bytes()
+
+
+def test_a_step_saved_twice_is_there_at_every_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seft = stepped(prune_(tiny_llama()), CONFIG)
+    checkpoint.save(seft, tmp_path, {"attempt": 1})
+    renames, really_rename = [], writer.os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        renames.append(checkpoint.latest(tmp_path))
+        really_rename(old, new)
+        renames.append(checkpoint.latest(tmp_path))
+
+    monkeypatch.setattr(writer.os, "rename", rename)
+    newest = checkpoint.save(seft, tmp_path, {"attempt": 2})
+    assert len(renames) == 4 and None not in renames
+    assert checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), newest) == {"attempt": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in range(4)])
+def test_a_deepspeed_checkpoint_does_not_lose_masks_and_deltas_in_silence(stage: int, tmp_path: Path) -> None:
+    """engine.save_checkpoint says what it leaves out; engine.load_checkpoint alone is refused, and works after ours."""
+    config = SeftConfig(density=0.05, interval=2, steps=STEPS)
+
+    def begin() -> Any:
+        return build(f"zero{stage}", config, prune_(tiny_llama()))
+
+    def on_rank(rank: int, world: int) -> None:
+        engine, seft, backward, step = begin()
+        for t in range(3):
+            backward(engine(**batch(t, rank)).loss)
+            step()
+        path = checkpoint.save(seft, tmp_path / "ours", {})
+        with pytest.warns(UserWarning, match=r"not in state_dict\(\), so neither in engine\.save_checkpoint"):
+            engine.save_checkpoint(str(tmp_path / "engine"))
+        backward(engine(**batch(3, rank)).loss)
+        step()
+        expected = snapshot(engine.module, seft)
+
+        engine, seft, backward, step = begin()
+        with pytest.raises(ValueError, match="has done 0 steps, the state_dict is of step 3"):
+            engine.load_checkpoint(str(tmp_path / "engine"))
+        engine, seft, backward, step = begin()
+        checkpoint.load(seft, path)
+        engine.load_checkpoint(str(tmp_path / "engine"))
+        backward(engine(**batch(3, rank)).loss)
+        step()
+        for name, layer in snapshot(engine.module, seft).items():
+            for key in ("mask", "support", "values", "weight"):
+                assert torch.equal(layer[key], expected[name][key]), (name, key)
+
+    run_ranks(on_rank, 2)

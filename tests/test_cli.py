@@ -124,8 +124,9 @@ def said(error: BaseException | None) -> tuple[int, str]:
 def test_errors_of_users_have_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/prune.py"])
     code, printed = said(ValueError("found this: needs that"))
-    assert code == 1 and printed.startswith("prune.py: error: found this: needs that")
-    assert said(FloatingPointError("loss is nan"))[0] == 1
+    assert code == 2 and printed.startswith("prune.py: error: found this: needs that")
+    assert said(FloatingPointError("loss is nan"))[0] == 2
+    assert said(OSError("the disk is full"))[0] == 1
     assert said(None) == (0, "") and said(KeyboardInterrupt()) == (130, "")
     with pytest.raises(RuntimeError):
         said(RuntimeError("a bug"))

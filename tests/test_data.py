@@ -279,32 +279,47 @@ def numbered(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.tensor([number, number]), torch.tensor([number, number])) for number in range(count)]
 
 
-def global_order(count: int, steps: int, batch_size: int, accumulate: int, world_size: int, seed: int = 0) -> list[int]:
+def global_order(
+    count: int, steps: int, batch_size: int, global_batch: int, world_size: int, seed: int = 0
+) -> list[int]:
     """Sample numbers of all ranks in the global order, read from the batches themselves."""
     streams = [
         BatchStream(
-            numbered(count), batch_size=batch_size, accumulate=accumulate, rank=r, world_size=world_size, seed=seed
+            numbered(count), batch_size=batch_size, global_batch=global_batch, rank=r, world_size=world_size, seed=seed
         )
         for r in range(world_size)
     ]
     order = []
     for step in range(steps):
         parts = [stream.step(step) for stream in streams]
-        order += [n for micro in range(accumulate) for part in parts for n in part[micro]["input_ids"][:, 0].tolist()]
+        for micro in zip(*parts, strict=True):  # as many forward passes on every rank
+            for batch in micro:
+                assert len(batch["input_ids"]) <= batch_size
+                learnt = (batch["labels"] != IGNORE).any(1)
+                assert learnt.all() or (len(learnt) == 1 and not learnt.any())
+                order += batch["input_ids"][learnt, 0].tolist()
     return order
 
 
-def test_global_order_does_not_depend_on_the_layout() -> None:
-    expected = global_order(37, 9, 12, 1, 1)
-    for layout in [(1, 12, 1), (4, 3, 1), (1, 1, 12), (2, 3, 2), (3, 1, 4), (2, 2, 3)]:
-        assert global_order(37, 9, *layout) == expected, layout
-    assert global_order(37, 9, 12, 1, 1, seed=1) != expected
+@given(
+    global_batch=st.integers(1, 12), batch_size=st.integers(1, 5), world_size=st.integers(1, 7), seed=st.integers(0, 9)
+)
+def test_global_order_does_not_depend_on_the_layout(
+    global_batch: int, batch_size: int, world_size: int, seed: int
+) -> None:
+    expected = global_order(37, 5, global_batch, global_batch, 1, seed)
+    assert len(expected) == 5 * global_batch
+    assert global_order(37, 5, batch_size, global_batch, world_size, seed) == expected
 
 
-@given(count=st.integers(4, 40), batch_size=st.integers(1, 2), accumulate=st.integers(1, 2), seed=st.integers(0, 9))
-def test_every_epoch_is_a_new_permutation(count: int, batch_size: int, accumulate: int, seed: int) -> None:
-    steps = -(-3 * count // (batch_size * accumulate))
-    order = global_order(count, steps, batch_size, accumulate, 1, seed)
+def test_another_seed_is_another_order() -> None:
+    assert global_order(37, 9, 12, 12, 1) != global_order(37, 9, 12, 12, 1, seed=1)
+
+
+@given(count=st.integers(4, 40), global_batch=st.integers(1, 4), seed=st.integers(0, 9))
+def test_every_epoch_is_a_new_permutation(count: int, global_batch: int, seed: int) -> None:
+    steps = -(-3 * count // global_batch)
+    order = global_order(count, steps, 2, global_batch, 1, seed)
     epochs = [order[start : start + count] for start in range(0, 3 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 10 or epochs[0] != epochs[1] != epochs[2]
@@ -312,7 +327,7 @@ def test_every_epoch_is_a_new_permutation(count: int, batch_size: int, accumulat
 
 def test_any_step_can_be_the_first() -> None:
     def stream() -> BatchStream:
-        return BatchStream(numbered(11), batch_size=2, accumulate=2, rank=1, world_size=2, seed=3)
+        return BatchStream(numbered(11), batch_size=2, global_batch=7, rank=1, world_size=2, seed=3)
 
     whole = [stream().step(step) for step in range(9)]
     later = stream().batches(start_step=5)
@@ -322,7 +337,5 @@ def test_any_step_can_be_the_first() -> None:
 
 
 def test_data_smaller_than_a_global_batch_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"has 11 sequences, one optimizer step needs 12 \(batch_size 2 x accumulate 3"
-    ):
-        BatchStream(numbered(11), batch_size=2, accumulate=3, world_size=2)
+    with pytest.raises(ValueError, match=r"has 11 sequences, one optimizer step needs 12 \(global_batch; "):
+        BatchStream(numbered(11), batch_size=2, global_batch=12, world_size=2)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,25 @@ import datasets
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seft_dist.config import DataConfig, EvaluateConfig
-from seft_dist.io.data import IGNORE
+from seft_dist.io.data import IGNORE, load_sequences
 from seft_dist.io.tables import sparsity_table
 from seft_dist.optim.targets import find_targets
+from seft_dist.results.evaluation import Evaluation, evaluate, result_table
+from seft_dist.results.evaluation_perplexity import (
+    PerplexityResult,
+    SlidingWindows,
+    limit_tokens,
+    perplexity,
+    plan_passes,
+)
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
-from seft_dist.training.evaluation import Evaluation, PerplexityResult, evaluate, limit_tokens, perplexity, result_table
+from seft_dist.training.distributed import Ranks
 from tests.models import prune_, tiny_llama
-from tests.texts import VOCAB, dense_folder, fast_tokenizer, sentencepiece_tokenizer, text_jsonl
+from tests.ranks import run_ranks
+from tests.texts import VOCAB, dense_folder, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,11 +86,64 @@ def test_perplexity_weighs_every_token_the_same(batch_size: int) -> None:
     assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
 
 
+def sliding(model: Any, stream: list[int], window: int, stride: int) -> tuple[float, int]:
+    """The usual loop over windows, one token's logarithm at a time, in float64."""
+    losses, scored_up_to = [], 1
+    for begin in range(0, len(stream), stride):
+        end = min(begin + window, len(stream))
+        with torch.no_grad():
+            scores = model(torch.tensor([stream[begin:end]])).logits[0].double().log_softmax(dim=-1)
+        losses += [-float(scores[i - 1 - begin, stream[i]]) for i in range(scored_up_to, end)]
+        scored_up_to = end
+        if end == len(stream):
+            break
+    return math.fsum(losses) / len(losses), len(losses)
+
+
+SHAPES = [(2, 16, 8), (10, 16, 8), (16, 16, 8), (17, 16, 15), (40, 16, 4), (41, 16, 15), (60, 16, 7), (23, 8, 1)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("tokens", "window", "stride"), SHAPES)
+def test_sliding_windows_are_the_usual_loop(tokens: int, window: int, stride: int, batch_size: int) -> None:
+    model = tiny_llama().eval()
+    stream = torch.randint(128, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    windows = SlidingWindows(stream, window, stride)
+    masks: list[Any] = []
+    hook = lambda _, __, given: masks.append(given["attention_mask"])  # noqa: E731
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    result = perplexity(model, windows, batch_size)
+    handle.remove()
+    assert all(bool(mask.all()) for mask in masks), "padded"
+    assert sum(len(mask) for mask in masks) == len(windows)
+    loss, count = sliding(model, stream.tolist(), window, stride)
+    assert result.num_tokens == count == tokens - 1
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_sliding_windows_score_each_token_once_with_the_context_promised() -> None:
+    for tokens, window, stride in SHAPES:
+        seen = [0] * tokens
+        windows = SlidingWindows(torch.arange(tokens), window, stride)
+        for number, (ids, labels) in enumerate(windows):
+            assert len(ids) == window or number == len(windows) - 1
+            for place, label in enumerate(labels.tolist()[1:], start=1):
+                if label != IGNORE:
+                    assert label == ids[place] and place >= min(label, window - stride)
+                    seen[label] += 1
+        assert seen == [0] + [1] * (tokens - 1)
+
+
+def test_passes_take_each_sequence_once_and_the_longest_first() -> None:
+    lengths = [3, 9, 3, 9, 4, 9]
+    assert plan_passes(lengths, 2, pad=True) == [[1, 3], [5, 4], [0, 2]]
+    assert plan_passes(lengths, 2, pad=False) == [[1, 3], [5], [4], [0, 2]]
+
+
 def test_perplexity_leaves_the_model_as_it_was() -> None:
     model = tiny_llama(attention_dropout=0.5).train()
-    passes: list[None] = []
-    first = perplexity(model, ragged(), 3, progress=lambda: passes.append(None))
-    assert model.training and len(passes) == 3
+    first = perplexity(model, ragged(), 3)
+    assert model.training
     assert first == perplexity(model, ragged(), 3)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -133,12 +197,16 @@ def test_evaluate_compares_models_and_writes_json(folders: dict[str, str], tmp_p
         output=str(tmp_path / "deep" / "result.json"),
     )
     results = evaluate(config, show=False)
-    assert [entry.result.num_tokens for entry in results] == [15 * 63, 15 * 63]
+    assert [entry.result and entry.result.num_tokens for entry in results] == [15 * 63, 15 * 63]
     assert [total_sparsity(entry.zeros) for entry in results] == [0.0, 0.5]
     written = json.loads((tmp_path / "deep" / "result.json").read_text())
     assert list(written["models"]) == ["dense", "pruned"] and written["data"]["seq_len"] == 64
     pruned = written["models"]["pruned"]
-    assert pruned["perplexity"] == results[1].result.perplexity and pruned["sparsity"] == 0.5
+    assert results[1].result and pruned["perplexity"] == results[1].result.perplexity
+    assert (pruned["window"], pruned["stride"], pruned["tasks"]) == (64, None, {}) and pruned["seconds"] > 0
+    assert written["world_size"] == 1 and written["versions"]["torch"] == torch.__version__
+    assert written["settings"]["batch_size"] == 4
+    assert pruned["perplexity"] > 1 and pruned["sparsity"] == 0.5
     assert pruned["layers"]["model.layers.1.mlp.down_proj"] == {"weights": 1536, "zeros": 768, "share": 0.5}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
@@ -148,18 +216,129 @@ def test_evaluate_with_a_sentencepiece_tokenizer(folders: dict[str, str], tmp_pa
     sentencepiece_tokenizer(tmp_path)
     config = EvaluateConfig(models={"sp": str(tmp_path)}, data=DataConfig(path=folders["text.jsonl"], seq_len=64))
     (entry,) = evaluate(config, show=False)
-    assert entry.result.num_tokens % 63 == 0 and 1 < entry.result.perplexity < 10 * VOCAB
+    assert entry.result and entry.result.num_tokens % 63 == 0 and 1 < entry.result.perplexity < 10 * VOCAB
+
+
+def stream_of(folder: str) -> list[int]:
+    """Every document's tokens and one eos behind it, end to end."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [token for text in texts() for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+def test_a_stride_makes_one_stream_of_all_documents_to_the_last_token(folders: dict[str, str]) -> None:
+    data = DataConfig(path=folders["text.jsonl"], seq_len=64)
+    stream = stream_of(folders["dense"])
+    assert len(stream) % 64
+    (entry,) = evaluate(EvaluateConfig(models={"a": folders["dense"]}, data=data, stride=48), show=False)
+    loss, count = sliding(AutoModelForCausalLM.from_pretrained(folders["dense"]), stream, 64, 48)
+    assert entry.result and entry.result.num_tokens == count == len(stream) - 1
+    assert entry.result.loss == pytest.approx(loss, rel=1e-6)
+    config = EvaluateConfig(models={"a": folders["dense"]}, data=data, stride=48, max_tokens=100)
+    (entry,) = evaluate(config, show=False)
+    assert entry.result and entry.result.num_tokens == 99
+
+
+def answers(path: Path) -> DataConfig:
+    """Instructions with answers of several lengths."""
+    words = texts()[3].split()
+    records = [
+        {"instruction": " ".join(words[i : i + 6]), "output": " ".join(words[i + 6 : i + 9 + i % 5])} for i in range(11)
+    ]
+    return DataConfig(path=str(write_jsonl(path / "answers.jsonl", records)), seq_len=128)
+
+
+def test_of_instructions_only_the_answers_count(folders: dict[str, str], tmp_path: Path) -> None:
+    data = answers(tmp_path)
+    (entry,) = evaluate(EvaluateConfig(models={"a": folders["dense"]}, data=data), show=False)
+    samples = list(iter_samples(load_sequences(data, AutoTokenizer.from_pretrained(folders["dense"]), progress=False)))
+    loss, count = reference(AutoModelForCausalLM.from_pretrained(folders["dense"]), samples)
+    assert entry.result and entry.result.num_tokens == count < sum(len(ids) - 1 for ids, _ in samples)
+    assert entry.result.loss == pytest.approx(loss, rel=1e-6)
+    with pytest.raises(ValueError, match="stride=8, but .* holds instructions or chats"):
+        evaluate(EvaluateConfig(models={"a": folders["dense"]}, data=data, stride=8), show=False)
+
+
+def iter_samples(sequences: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return (sequences[index] for index in range(len(sequences)))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("kind", ["blocks", "windows", "answers"])
+def test_sharded_over_ranks_it_is_the_result_of_one_process(
+    folders: dict[str, str], tmp_path: Path, kind: str, world_size: int
+) -> None:
+    text = DataConfig(path=folders["text.jsonl"], seq_len=64, max_records=7)
+    config = EvaluateConfig(
+        models={name: folders[name] for name in ("dense", "pruned")},
+        data=answers(tmp_path) if kind == "answers" else text,
+        stride=40 if kind == "windows" else None,
+        batch_size=3,
+        output=str(tmp_path / "out.json"),
+    )
+
+    def work(rank: int, size: int) -> list[Evaluation]:
+        return evaluate(config, ranks=Ranks(rank=rank, local_rank=rank, world_size=size), show=False)
+
+    (alone,) = run_ranks(work, 1)
+    every = run_ranks(work, world_size)
+    assert json.loads((tmp_path / "out.json").read_text())["world_size"] == world_size
+    for entries in every:
+        assert [entry.result for entry in entries] == [entry.result for entry in alone]
+        assert [entry.zeros for entry in entries] == [entry.zeros for entry in alone]
+    assert total_sparsity(alone[1].zeros) == 0.5
+
+
+def test_a_wrong_token_stops_every_rank(folders: dict[str, str], tmp_path: Path) -> None:
+    tiny_llama(vocab_size=50, max_position_embeddings=128).save_pretrained(tmp_path)
+    fast_tokenizer(tmp_path)
+    config = EvaluateConfig(models={"small": str(tmp_path)}, data=DataConfig(path=folders["text.jsonl"], seq_len=64))
+
+    def work(rank: int, size: int) -> str:
+        with pytest.raises(ValueError, match="the model has 50 embeddings") as caught:
+            evaluate(config, ranks=Ranks(rank=rank, local_rank=rank, world_size=size), show=False)
+        return str(caught.value)
+
+    assert len(set(run_ranks(work, 2))) == 1
+
+
+def test_the_folder_of_a_run_is_no_model(folders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    config = EvaluateConfig(models={"mine": str(tmp_path / "run")}, data=DataConfig(path=folders["text.jsonl"]))
+    with pytest.raises(ValueError, match=r"models.mine=.* without an exported model: write it with launch/export.py"):
+        evaluate(config, show=False)
+    dense_folder(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match=r"is the folder of a run: needs its exported model, .*run/model"):
+        evaluate(config, show=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "neither data nor tasks"),
+        ({"stride": 64}, "stride=64 with data.seq_len=64"),
+        ({"data": None, "stride": 8, "tasks": "a"}, "stride=8 without data"),
+        ({"limit": 5}, "limit without tasks"),
+        ({"tasks": "a,,b"}, "tasks='a,,b'"),
+        ({"tasks": "a", "task_files": {"b": "x.json"}}, "task_files names b"),
+        ({"tasks": "a", "fewshot": -1}, "fewshot=-1"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, Any], words: str) -> None:
+    data = {} if words.startswith("neither") else {"data": DataConfig(path="text.jsonl", seq_len=64)}
+    with pytest.raises(ValueError, match=words):
+        EvaluateConfig(**({"models": {"a": "b"}} | data | options))
 
 
 def test_tables_warn_of_different_tokenizers() -> None:
     zeros = [ZeroCount("a", 2, 1)]
-    entries = [Evaluation(str(n), "path", PerplexityResult(2.0, 0.69, n), zeros) for n in (5, 6)]
+    entries = [Evaluation(str(n), "path", zeros, PerplexityResult(2.0, 0.69, n)) for n in (5, 6)]
     assert result_table(entries[:1]).caption is None
     assert "cannot be compared" in str(result_table(entries).caption)
 
 
-def door(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *arguments]
+def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "launch" / "evaluate.py"), *arguments]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cache), "COLUMNS": "100"}
     return subprocess.run(
         command,
@@ -178,3 +357,21 @@ def test_door_prints_tables(folders: dict[str, str], tmp_path: Path, cache: Path
     result = json.loads((tmp_path / "out.json").read_text())["models"]["pruned"]
     assert "Perplexity" in done.stdout and f"{result['perplexity']:.3f}" in done.stdout and "50.00 %" in done.stdout
     assert "Evaluating dense" in done.stderr
+
+
+@pytest.mark.slow
+def test_door_on_two_ranks_says_what_it_says_on_one(folders: dict[str, str], tmp_path: Path, cache: Path) -> None:
+    models = [f"--models.{name}={folders[name]}" for name in ("dense", "pruned")]
+    data = ["--data.path", folders["text.jsonl"], "--data.seq_len=64", "--stride=32", "--max_tokens=1500"]
+    found = []
+    for ranks in (1, 2):
+        done = door(*models, *data, f"--output={tmp_path / 'out.json'}", cache=cache, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Perplexity") == 1  # one rank speaks
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    one, two = found
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    for name in ("dense", "pruned"):
+        assert one["models"][name]["num_tokens"] == two["models"][name]["num_tokens"] == 1499
+        assert one["models"][name]["loss"] == pytest.approx(two["models"][name]["loss"], rel=1e-7)
+        assert one["models"][name]["layers"] == two["models"][name]["layers"]

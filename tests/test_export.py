@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.config import ModelConfig
-from seft_dist.io.export import DeltaWriter, apply_delta, export_model
+from seft_dist.io.delta import KINDS, apply_delta
+from seft_dist.io.export import export_model
 from seft_dist.io.models import load_model, open_source
 from seft_dist.io.weights import Weights, WeightsWriter
 from tests.folders import model_folder
@@ -115,7 +114,7 @@ def test_export_and_delta(dtype: str, sharding: str, world_size: int, tied: bool
     assert same_bits(*logits)
     with safe_open(tmp_path / "delta.safetensors", "pt") as delta:
         kinds = {name.rsplit(".", 1)[1] for name in delta.keys()}  # noqa: SIM118  # not a dict
-    assert kinds == {"changed", "changed_values", "reactivated", "reactivated_values", "pruned"}
+    assert kinds == {f"{kind}{ending}" for kind in KINDS for ending in ("", "_xor")}
 
 
 def test_delta_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -138,27 +137,6 @@ def test_delta_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             apply_delta(open_source(ModelConfig(path=str(pruned))), tmp_path / file, tmp_path / "repaired")
     assert not list(tmp_path.glob("repaired*"))
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_delta_gives_the_bits_back(
-    data: st.DataObject, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Also signed zeros, subnormals, and weights where nothing or everything changed."""
-    values = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-40, 3e38])
-    size = data.draw(st.integers(1, 12))
-    base, new = (torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=dtype) for _ in "ab")
-    folder = tmp_path_factory.mktemp("delta")
-    model_folder(folder / "pruned")  # for its config.json
-    (folder / "pruned" / "model.safetensors").unlink()
-    save_file({"t.weight": base, "other": torch.ones(2, dtype=dtype)}, folder / "pruned" / "model.safetensors")
-    writer = DeltaWriter(dtype)
-    writer.add("t.weight", base, new)
-    writer.close(folder / "delta.safetensors")
-    source = open_source(ModelConfig(path=str(folder / "pruned"), dtype="float32"))
-    apply_delta(source, folder / "delta.safetensors", folder / "repaired")
-    assert same_bits(load_file(folder / "repaired" / "model.safetensors")["t.weight"], new)
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
@@ -204,4 +182,4 @@ def test_the_door(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_same_model(tmp_path / "model", tmp_path / "repaired")
     failed = run(tmp_path / "nowhere", "again")
-    assert failed.returncode == 1 and "is not a folder" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 2 and "is not a folder" in failed.stderr and "Traceback" not in failed.stderr

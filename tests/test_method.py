@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.sparsity.bitmask import unpack
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, prune_, prune_groups_, tiny_llama
 from tests.reference import DenseSeft
 
 STEPS = 13
@@ -65,6 +65,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "some_targets": ({"targets": "q_proj|down_proj"}, {}),
     "one_target": ({"targets": "down_proj", "scope": "global"}, {}),
     "dense_product": ({"density": 0.25}, {}),
+    "2:4": ({"pattern": "2:4"}, {}),
+    "4:8": ({"pattern": "4:8"}, {}),
+    "1:4": ({"pattern": "1:4"}, {}),
+    "2:4_crowded": ({"pattern": "2:4", "density": 0.4}, {}),
+    "2:4_cap": ({"pattern": "2:4", "density": 0.3, "reactivation": 0.4}, {}),
+    "2:4_fixed": ({"pattern": "2:4", "reactivation": 0.0}, {}),
+    "4:8_activation": ({"pattern": "4:8", "adapt": "activation"}, {}),
+    "1:4_random": ({"pattern": "1:4", "density": 0.2, "grow": "random", "adapt": "magnitude", "init": "random"}, {}),
+    "2:4_every_step": ({"pattern": "2:4", "interval": 1, "window": 1}, {"eps": 1e-2}),
+    "2:4_keep_seeded": ({"pattern": "2:4", "on_drop": "keep", "moments": "seeded"}, {}),
+    "2:4_drop_everything": ({"pattern": "2:4", "drop_fraction": 1.0, "drop_schedule": "constant"}, {}),
 }
 
 
@@ -72,19 +83,19 @@ class NearTieError(Exception):
     """The two differ where scores are so close that rounding may decide: says nothing; take another seed."""
 
 
-def make_model(seed: int = 0) -> torch.nn.Module:
-    """One decoder layer; no weight's size is a multiple of 8 (masks are packed in bytes)."""
+def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
+    """One decoder layer; without a pattern, no weight's size is a multiple of 8 (masks are packed in bytes)."""
     model = tiny_llama(
         seed,
         vocab_size=VOCAB,
-        hidden_size=20,
-        intermediate_size=33,
+        hidden_size=24 if pattern else 20,
+        intermediate_size=40 if pattern else 33,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         attention_bias=True,
     )
-    return prune_(model, 0.55)
+    return prune_groups_(model, pattern) if pattern else prune_(model, 0.55)
 
 
 def assert_same(seft: SeftOptimizer, dense: DenseSeft, lr: float, rel: float) -> None:
@@ -128,7 +139,7 @@ def assert_same_report(seft: SeftOptimizer, dense: DenseSeft, mask_before: list[
 
 def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float = 1e-5) -> DenseSeft:
     """Train both, compare after every step to a relative difference of ``rel``."""
-    model = make_model(seed)
+    model = make_model(seed, config.pattern)
     twin = copy.deepcopy(model)
     seft, dense = SeftOptimizer(model, config, **(ADAM | adam)), DenseSeft(twin, config, **(ADAM | adam))
     for t in range(1, STEPS + 1):

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.io.data import load_sequences, load_tokenizer
 from seft_dist.optim.targets import find_targets
-from seft_dist.pruning.calibrate import find_layers, layer_by_layer, sample_sequences
-from seft_dist.pruning.magnitude import prune_weight
+from seft_dist.pruning.calibrate import Calibration, Visit, find_layers, sample_sequences
+from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 from tests.texts import dense_folder, sentencepiece_tokenizer, text_jsonl
@@ -98,6 +99,11 @@ def reference_wanda(model: Any, sequences: list[torch.Tensor], sparsity: float, 
             norm = np.sqrt((np.concatenate(seen[name]) ** 2).sum(axis=0))
             scores = np.abs(linear.weight.detach().double().numpy()) * norm
             linear.weight.data *= torch.from_numpy(reference_mask(scores, sparsity, group))
+
+
+def layer_by_layer(model: Any, sequences: list[torch.Tensor], visit: Visit) -> None:
+    for _ in Calibration(model, sequences, Group(None)).walk(visit, progress=False):
+        pass
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])
@@ -180,9 +186,9 @@ def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
     def visit(name: str, layer: nn.Module, run: Any) -> None:
         listening = {f"{name}.{n}": InputNorm(m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
         run()
-        norms.update({key: norm.close(key) for key, norm in listening.items()})
+        norms.update({key: norm.close(key, Group(None)) for key, norm in listening.items()})
 
-    layer_by_layer(model, sequences, visit, progress=False)
+    layer_by_layer(model, sequences, visit)
     assert find_layers(model)[0] == "model.layers"
     targets = find_targets(model)
     assert norms.keys() == targets.keys()
@@ -191,7 +197,7 @@ def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
         for sequence in sequences:
             model(sequence[None])
     for name in targets:
-        torch.testing.assert_close(norms[name], listening[name].close(name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norms[name], listening[name].close(name, Group(None)), rtol=1e-5, atol=1e-6)
 
 
 def test_layers_in_another_place_are_found() -> None:
@@ -200,7 +206,7 @@ def test_layers_in_another_place_are_found() -> None:
     )
     model = transformers.OPTForCausalLM(settings).eval()
     visited: list[str] = []
-    layer_by_layer(model, [torch.arange(9)], lambda name, layer, run: visited.append(name), progress=False)
+    layer_by_layer(model, [torch.arange(9)], lambda name, layer, run: visited.append(name))
     assert visited == ["model.decoder.layers.0", "model.decoder.layers.1"]
 
 
@@ -219,7 +225,7 @@ def test_models_that_are_no_plain_chain_are_refused() -> None:
         if name.endswith("correct_output_scale"):  # starts at 0, which would hide what each layer gets from the tokens
             nn.init.ones_(parameter)
     with pytest.raises(ValueError, match="more than the output of the layer before"):
-        layer_by_layer(model, [torch.arange(9)], lambda name, layer, run: run(), progress=False)
+        layer_by_layer(model, [torch.arange(9)], lambda name, layer, run: run())
     model._no_split_modules = []
     with pytest.raises(ValueError, match="has 0 lists of decoder layers"):
         find_layers(model)
@@ -238,7 +244,7 @@ def test_selection_is_exact_with_ties_zeros_and_dead_inputs(data: Any) -> None:
     ranked = np.where(weight.numpy() == 0, -1.0, scores.numpy())
     expected = weight.numpy() * reference_mask(ranked, sparsity, group)
     pruned = weight.clone()
-    prune_weight(pruned, scores, sparsity, group)
+    pruned[choose(scores, weight, Ranking(group, sparsity), Group(None))] = 0.0
     assert np.array_equal(pruned.numpy(), expected)
     size = columns if group == "row" else rows * columns
     before, after = (int((w.view(-1, size)[0] == 0).sum()) for w in (weight, pruned))
@@ -248,11 +254,11 @@ def test_selection_is_exact_with_ties_zeros_and_dead_inputs(data: Any) -> None:
 def test_a_linear_that_sees_no_token_or_a_broken_one() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="no calibration token reached expert"):
-        InputNorm(linear).close("expert")
+        InputNorm(linear).close("expert", Group(None))
     norm = InputNorm(linear)
     linear(torch.tensor([[1.0, float("inf"), 0.0]]))
     with pytest.raises(ValueError, match="inputs of it are not finite"):
-        norm.close("it")
+        norm.close("it", Group(None))
 
 
 def spoiled(folder: Path, to: Path, name: str, value: float) -> Path:
@@ -346,5 +352,5 @@ def test_door_prunes_from_a_recipe(dense: Path, tmp_path: Path, cache: Path) -> 
 
 def test_door_tells_users_what_is_wrong(tmp_path: Path, cache: Path) -> None:
     done = door("--model.path=gone", "--data.path=x.txt", "--sparsity=60", f"--output={tmp_path / 'out'}", cache=cache)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == "prune.py: error: sparsity=60.0: needs a share above 0 and below 1"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from seft_dist.io import demo
-from seft_dist.training.figures import write_figures
-from seft_dist.training.report import print_tables, read_run, write_summary
+from seft_dist.results.figures import write_figures
+from seft_dist.results.report import print_tables, read_run, write_summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,6 +199,6 @@ def test_the_doors_speak_plainly(make_run: Callable[..., Path], tmp_path: Path) 
     done = door("launch/report.py", str(make_run()), "--figures", "false")
     assert done.returncode == 0 and "summary.json" in done.stdout, done.stderr
     done = door("launch/report.py", str(tmp_path / "absent"))
-    assert done.returncode == 1 and "config.yaml is missing" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "config.yaml is missing" in done.stderr and "Traceback" not in done.stderr
     done = door("launch/quickstart.py", "text", "--output", str(tmp_path / "text"))
     assert done.returncode == 0 and "train.jsonl" in done.stdout, done.stderr

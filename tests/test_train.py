@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.training.build import lr_factor
 from seft_dist.training.cli import parse
-from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
-from seft_dist.training.trainer import lr_factor, train
+from seft_dist.training.run_folder import check_run_folder
+from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
 
@@ -72,10 +73,11 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def test_single_run_writes_its_folder(reference: tuple[dict[str, Any], Path]) -> None:
     result, output = reference
-    assert sorted(path.name for path in output.iterdir()) == [
+    assert sorted(path.name for path in output.iterdir() if path.suffix != ".diff") == [
         "checkpoints",
         "config.yaml",
         "delta.safetensors",
+        "manifest.json",
         "metrics.jsonl",
         "model",
         "result.json",
@@ -102,15 +104,16 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("ddp", 2, {"backend": "ddp", "batch_size": 6}),
     ("fsdp", 2, {"backend": "fsdp", "batch_size": 6}),
     ("fsdp", 3, {"batch_size": 4}),
-    ("fsdp", 1, {"backend": "fsdp", "batch_size": 3, "accumulate": 4}),
+    ("fsdp", 1, {"backend": "fsdp", "batch_size": 3, "global_batch": 12}),
     ("fsdp", 2, {"batch_size": 6, "offload": True}),
+    ("fsdp", 5, {"batch_size": 2, "global_batch": 12}),  # some ranks have nothing left in the second forward pass
     ("hsdp", 4, {"batch_size": 3, "replicas": 2}),
     ("zero0", 2, {"batch_size": 6}),
     ("zero1", 2, {"batch_size": 6}),
     ("zero2", 2, {"batch_size": 6}),
     ("zero3", 2, {"batch_size": 6}),
-    ("zero3", 2, {"batch_size": 3, "accumulate": 2}),
-    ("zero3", 3, {"batch_size": 4}),
+    ("zero3", 2, {"batch_size": 3, "global_batch": 12}),
+    ("zero3", 5, {"batch_size": 2, "global_batch": 12}),
 ]
 
 
@@ -171,7 +174,7 @@ def test_ds_config_blocks_are_honoured(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps is 3, but accumulate is 1"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps is 3, but global_batch"),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
         ({"optimizer": {"type": "Lamb", "params": {}}}, "Lamb"),
         ({"fp16": {"enabled": True}}, "fp16"),
@@ -200,9 +203,12 @@ def failure(config: TrainConfig, world_size: int = 1, kind: type[Exception] = Va
 
 def test_a_folder_is_used_once(inputs: Path, reference: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     assert "finished run" in failure(make_config(inputs, reference[1]), world_size=2)
+    (tmp_path / "slurm").mkdir()  # a batch script writes there before the run
     (tmp_path / "letter.txt").write_text("dear reader")
     assert "holds no run" in failure(make_config(inputs, tmp_path))
-    assert (tmp_path / "letter.txt").read_text() == "dear reader" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "letter.txt").read_text() == "dear reader" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "letter.txt").unlink()
+    check_run_folder(make_config(inputs, tmp_path))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -220,7 +226,8 @@ def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path
     assert (
         message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
     )
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    left = {path.name for path in (tmp_path / "run").iterdir() if path.suffix != ".diff"}
+    assert left == {"checkpoints", "config.yaml", "diagnosis", "manifest.json", "metrics.jsonl"}
     assert records(tmp_path / "run") == []
 
 
@@ -300,12 +307,12 @@ def test_going_on_with_other_ranks_and_other_settings(inputs: Path, tmp_path: Pa
     whole = run_train(make_config(inputs, output, batch_size=6, save_every=5), 2)
     expected = digests(output)
     as_if_killed(output, 5)
-    assert "sequences a step is 6, was 12" in failure(make_config(inputs, output, batch_size=6))
+    assert "global_batch is 6, was 12" in failure(make_config(inputs, output, batch_size=6, global_batch=6))
     assert "seed is 1, was 0" in failure(make_config(inputs, output, batch_size=6, seed=1), 2)
     other = SeftConfig(density=0.04, interval=3)
     assert "density" in failure(make_config(inputs, output, batch_size=6, seft=other), 2)
     zero3 = ds_file(tmp_path, {"zero_optimization": {"stage": 3}})
-    resumed = run_train(make_config(inputs, output, batch_size=4, deepspeed=zero3), 3)
+    resumed = run_train(make_config(inputs, output, batch_size=6, deepspeed=zero3), 3)
     assert digests(output) == expected and resumed["backend"] == "zero3"
     assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-4) and resumed["tokens"] == whole["tokens"]
 
@@ -318,63 +325,6 @@ def test_ranks_with_different_settings(inputs: Path, tmp_path: Path) -> None:
 
     for message in run_ranks(on_rank, 3):
         assert message.startswith("rank 2 was given another configuration")
-
-
-def test_an_error_on_one_rank_stops_all() -> None:
-    def on_rank(rank: int, world: int) -> str:
-        def work() -> None:
-            if rank == 1:
-                raise ValueError("no disk")
-
-        with pytest.raises(ValueError) as caught:
-            together(start(), work)
-        return str(caught.value)
-
-    assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
-
-
-def test_agreement_of_one_process() -> None:
-    check_agreement(find_ranks({}), "anything")
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, (0, 0, 1, "python")),
-        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}, (3, 1, 4, "torch")),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "2",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-                "OMPI_COMM_WORLD_SIZE": "4",
-                "SLURM_PROCID": "1",
-            },
-            (2, 0, 4, "mpi"),
-        ),
-        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (5, 1, 8, "slurm")),
-        (
-            {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "5", "PMI_SIZE": "8"},
-            (5, 1, 8, "slurm"),
-        ),
-        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1, "python")),  # a batch script
-    ],
-)
-def test_ranks_are_found_under_every_launcher(env: dict[str, str], expected: tuple[int, int, int, str]) -> None:
-    ranks = find_ranks(env)
-    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.launcher) == expected
-
-
-def test_impossible_rank() -> None:
-    with pytest.raises(ValueError, match="below the number of ranks"):
-        find_ranks({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu017", "gpu017"), ("gpu[017-031,040],big1", "gpu017"), ("big1,gpu[1-2]", "big1"), ("r[1-2]n", "r1n")],
-)
-def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -1,23 +1,25 @@
 """Which backend holds a model's weights, found by looking at them."""
 
+from collections.abc import Mapping
+
 import torch.distributed as dist
 from torch import nn
 
-from seft_dist.backends.base import Backend
+from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.deepspeed import Zero3Backend, is_zero3
 from seft_dist.backends.fsdp import FsdpBackend, is_fsdp
 from seft_dist.backends.group import Group
 from seft_dist.backends.replicated import ReplicatedBackend
 
-__all__ = ["Backend", "find_backend"]
+__all__ = ["Backend", "Holder", "find_backend"]
 
 
-def find_backend(model: nn.Module, targets: dict[str, nn.Linear], group: dist.ProcessGroup | None) -> Backend:
+def find_backend(model: nn.Module, targets: Mapping[str, Holder], group: dist.ProcessGroup | None) -> Backend:
     """Choose the backend that fits how the targets' weights are held now. Local.
 
     Args:
         model: The root module that is trained.
-        targets: Module name to linear.
+        targets: Name to what has the weight.
         group: Data-parallel ranks of replicated weights; None: all ranks of the default group if there is one.
 
     Raises:

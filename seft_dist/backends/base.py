@@ -3,20 +3,32 @@
     world_size 2, weight [4, 3]         FSDP2 / ZeRO-3                 replicated (DDP, ZeRO-0/1/2)
     position  0 .. 5 | 6 .. 11          rank 0 stores and owns 0..5    both store 0..11, rank 0 owns 0..5
 
+Every weight is seen as a matrix [rows, columns]: a linear's [out, in], a Conv1D's [in, out], and the fused weight of E
+experts as [E * out, in], one expert below the other.
+
 A backend knows nothing of deltas. It answers: which interval of a weight does this rank own, which does it store, give me
 the stored part to write, make the write visible to the next forward, bring a dense gradient to the owners.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.sparsity.partition import Interval, Partition
+
+
+class Holder(Protocol):
+    """Whatever has a weight: a linear, or one fused weight of a module of experts."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is held now; while sharded, maybe only a part of it."""
 
 
 class Backend(ABC):
@@ -24,9 +36,9 @@ class Backend(ABC):
 
     name: str
 
-    def __init__(self, targets: dict[str, nn.Linear], owners: Group, replicas: Group) -> None:
+    def __init__(self, targets: Mapping[str, Holder], owners: Group, replicas: Group) -> None:
         """Args:
-        targets: Module name to linear.
+        targets: Name to what has the weight.
         owners: The ranks that divide each weight among themselves.
         replicas: The ranks that own the same intervals as this one (HSDP); one rank otherwise.
         """
@@ -36,7 +48,7 @@ class Backend(ABC):
         self.replicas = replicas
         # Taken once: while a layer is computed, its weight is gathered and no longer tells.
         self.shapes = [self._shape(i) for i in range(len(self.names))]
-        """Whole shape [out, in] of each weight."""
+        """Whole shape [rows, columns] of each weight."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         self.device = self.local(0).device
         """Where the shards are."""
@@ -56,9 +68,13 @@ class Backend(ABC):
         """Whether a rank stores more than it owns, so that everybody must apply everybody's writes."""
         return False
 
+    def _matrix(self, shape: Sequence[int]) -> tuple[int, int]:
+        """A weight's shape as rows and columns. Local."""
+        return prod(shape[:-1]), shape[-1]
+
     @abstractmethod
     def _shape(self, i: int) -> tuple[int, int]:
-        """Whole shape [out, in] of weight i. Local."""
+        """Whole shape [rows, columns] of weight i. Local."""
 
     @abstractmethod
     def _partition(self, i: int) -> Partition:
@@ -124,7 +140,7 @@ class Backend(ABC):
 
         Args:
             i: Which target.
-            grad: fp32 [out, in], this rank's; may be overwritten.
+            grad: fp32 [rows, columns], this rank's; may be overwritten.
 
         Returns:
             fp32 [len(interval(i))].

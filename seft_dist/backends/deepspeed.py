@@ -6,13 +6,14 @@ except while the engine keeps a gathered copy (parameters below ``stage3_param_p
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from seft_dist.backends.base import Backend
+from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
 from seft_dist.sparsity.partition import Partition
@@ -30,9 +31,9 @@ class Zero3Backend(Backend):
 
     name = "zero3"
 
-    def __init__(self, targets: dict[str, nn.Linear]) -> None:
+    def __init__(self, targets: Mapping[str, Holder]) -> None:
         """Args:
-        targets: Module name to linear.
+        targets: Name to what has the weight.
 
         Raises:
             ValueError: A target is not held by ZeRO-3, or in a form whose shard cannot be written safely.
@@ -48,8 +49,7 @@ class Zero3Backend(Backend):
         return self.modules[i].weight  # with DeepSpeed's ds_* attributes
 
     def _shape(self, i: int) -> tuple[int, int]:
-        rows, columns = self._weight(i).ds_shape
-        return rows, columns
+        return self._matrix(self._weight(i).ds_shape)
 
     def _partition(self, i: int) -> Partition:
         weight = self._weight(i)

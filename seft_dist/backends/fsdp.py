@@ -1,10 +1,16 @@
-"""Weights sharded by FSDP2 (``fully_shard``): whole rows for each rank, also under HSDP and CPU offload."""
+"""Weights sharded by FSDP2 (``fully_shard``): whole rows for each rank, also under HSDP and CPU offload.
+
+A fused weight of experts is cut between experts, so that a rank may own none.
+"""
+
+from collections.abc import Mapping
+from math import prod
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from seft_dist.backends.base import Backend
+from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.sparsity.partition import Partition
 
@@ -29,10 +35,10 @@ class FsdpBackend(Backend):
 
     name = "fsdp"
 
-    def __init__(self, model: nn.Module, targets: dict[str, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, targets: Mapping[str, Holder]) -> None:
         """Args:
         model: The root on which ``fully_shard`` was called.
-        targets: Module name to linear.
+        targets: Name to what has the weight.
 
         Raises:
             ValueError: A target is not sharded, or not by rows over one mesh.
@@ -55,11 +61,11 @@ class FsdpBackend(Backend):
         return weight
 
     def _shape(self, i: int) -> tuple[int, int]:
-        rows, columns = self._weight(i).shape
-        return rows, columns
+        return self._matrix(self._weight(i).shape)
 
     def _partition(self, i: int) -> Partition:
-        partition = Partition.rows(self.shapes[i], self.owners.size)
+        shape = self._weight(i).shape
+        partition = Partition.rows((shape[0], prod(shape[1:])), self.owners.size)
         assert self.local(i).numel() == partition.sizes()[self.owners.rank], self.names[i]
         return partition
 
@@ -98,9 +104,9 @@ def _mesh_of(name: str, weight: Tensor):  # type: ignore[no-untyped-def]  # Devi
 
 
 def _unit_of(model: nn.Module, name: str) -> FSDPModule:
-    parts = name.split(".")
+    modules, parts = dict(model.named_modules()), name.split(".")
     for depth in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
+        module = modules.get(".".join(parts[:depth]))  # none for the last part of a fused parameter's name
         if isinstance(module, FSDPModule):
             return module
     raise ValueError(

@@ -3,10 +3,12 @@
 Ownership of deltas is an even flat split all the same, so optimizer state shrinks with the number of ranks.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
 
-from seft_dist.backends.base import Backend
+import torch
+from torch import Tensor
+
+from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.sparsity.partition import Partition
 
@@ -14,9 +16,9 @@ from seft_dist.sparsity.partition import Partition
 class ReplicatedBackend(Backend):
     """Plain tensors; every rank applies everybody's writes."""
 
-    def __init__(self, targets: dict[str, nn.Linear], owners: Group) -> None:
+    def __init__(self, targets: Mapping[str, Holder], owners: Group) -> None:
         """Args:
-        targets: Module name to linear.
+        targets: Name to what has the weight.
         owners: All data-parallel ranks.
         """
         self.name = "single" if owners.size == 1 else "ddp"
@@ -27,8 +29,7 @@ class ReplicatedBackend(Backend):
         return self.owners.size > 1
 
     def _shape(self, i: int) -> tuple[int, int]:
-        rows, columns = self.modules[i].weight.shape
-        return rows, columns
+        return self._matrix(self.modules[i].weight.shape)
 
     def _partition(self, i: int) -> Partition:
         return Partition.even(self.modules[i].weight.numel(), self.owners.size)

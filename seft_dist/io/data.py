@@ -147,6 +147,15 @@ class PackedBlocks(Sequence[Sample]):
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         return ids, ids.clone()
 
+    def contents(self, start: int, stop: int) -> Iterator[Any]:
+        """Lengths and tokens of the sequences start <= i < stop, as int32 arrays end to end, for a digest. Local."""
+        yield np.full(stop - start, self._seq_len, dtype=np.int32)
+        start, stop = start * self._seq_len, stop * self._seq_len
+        for begin, chunk in zip(self._starts, self._chunks, strict=False):
+            part = chunk[max(0, start - begin) : max(0, stop - begin)]
+            if len(part):
+                yield part
+
 
 class Conversations(Sequence[Sample]):
     """One sequence for each record that has an answer."""
@@ -170,6 +179,13 @@ class Conversations(Sequence[Sample]):
         assert 0 <= index < len(self)
         row = self._encoded[index]
         return torch.from_numpy(row["input_ids"].astype(np.int64)), torch.from_numpy(row["labels"].astype(np.int64))
+
+    def contents(self, start: int, stop: int) -> Iterator[Any]:
+        """Lengths, tokens and labels of the sequences start <= i < stop, as int32 arrays, for a digest. Local."""
+        rows = self._encoded.with_format("arrow")[start:stop]
+        yield rows["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        for name in ("input_ids", "labels"):
+            yield rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def collate(samples: Sequence[Sample], pad: int) -> Batch:
@@ -214,6 +230,17 @@ def count_loss_tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
+def num_micro(global_batch: int, batch_size: int, world_size: int) -> int:
+    """Forward passes of a rank in one optimizer step. Local.
+
+    Args:
+        global_batch: Sequences of the step over all ranks.
+        batch_size: Most sequences of a rank in one forward pass.
+        world_size: Number of ranks.
+    """
+    return -(-global_batch // (batch_size * world_size))
+
+
 class BatchStream:
     """The batches of one rank, a function of the optimizer step: nothing to save, any step can be the first. Local.
 
@@ -222,6 +249,9 @@ class BatchStream:
     samples, whatever the world size; inside it micro-step m of rank r takes ``batch_size`` samples::
 
         | micro 0: rank 0 | rank 1 | ... | micro 1: rank 0 | rank 1 | ... |
+
+    The last micro-step shares out what is left; a rank for which nothing is left gets a batch without any label to
+    learn, so that it still takes part in the collectives of forward and backward.
     """
 
     def __init__(
@@ -229,7 +259,7 @@ class BatchStream:
         sequences: Sequence[Sample],
         *,
         batch_size: int,
-        accumulate: int = 1,
+        global_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
@@ -237,8 +267,8 @@ class BatchStream:
     ) -> None:
         """Args:
             sequences: The data set.
-            batch_size: Sequences of a rank in one micro-batch.
-            accumulate: Micro-batches of a rank in one optimizer step.
+            batch_size: Most sequences of a rank in one micro-batch.
+            global_batch: Sequences of one optimizer step over all ranks. None: batch_size for each rank.
             rank: This rank.
             world_size: Number of ranks.
             seed: Seed of the order.
@@ -247,31 +277,45 @@ class BatchStream:
         Raises:
             ValueError: The data set is smaller than one global batch.
         """
-        self.global_batch = batch_size * accumulate * world_size
+        self.global_batch = global_batch if global_batch is not None else batch_size * world_size
         self.num_sequences = len(sequences)
         if len(sequences) < self.global_batch:
             raise ValueError(
-                f"the data set has {len(sequences)} sequences, one optimizer step needs {self.global_batch} (batch_size"
-                f" {batch_size} x accumulate {accumulate} x {world_size} ranks): use more data, a smaller data.seq_len "
-                "or a smaller batch"
+                f"the data set has {len(sequences)} sequences, one optimizer step needs {self.global_batch}"
+                f" (global_batch; by default batch_size {batch_size} x {world_size} ranks): use more data, a smaller "
+                "data.seq_len or a smaller batch"
             )
         assert 0 <= rank < world_size
         self._sequences = sequences
-        self._batch_size, self._accumulate = batch_size, accumulate
+        self._batch_size, self._num_micro = batch_size, num_micro(self.global_batch, batch_size, world_size)
         self._rank, self._world_size = rank, world_size
         self._seed, self._pad = seed, pad_id
         self._orders: dict[int, Tensor] = {}
 
+    @property
+    def sequences(self) -> Any:
+        """The data set, in the order of its records."""
+        return self._sequences
+
     def indices(self, step: int) -> list[list[int]]:
         """Numbers of this rank's samples in optimizer step ``step`` (from 0), for each micro-batch."""
-        first = step * self.global_batch + self._rank * self._batch_size
-        stride = self._world_size * self._batch_size
-        starts = [first + micro * stride for micro in range(self._accumulate)]
-        return [[self._sample(position) for position in range(start, start + self._batch_size)] for start in starts]
+        found, begin, end = [], step * self.global_batch, (step + 1) * self.global_batch
+        for _ in range(self._num_micro):
+            size = min(self._batch_size * self._world_size, end - begin)
+            first, stop = (begin + size * rank // self._world_size for rank in (self._rank, self._rank + 1))
+            found.append([self._sample(position) for position in range(first, stop)])
+            begin += size
+        return found
 
     def step(self, step: int) -> list[Batch]:
-        """The ``accumulate`` micro-batches of optimizer step ``step`` (from 0)."""
-        return [collate([self._sequences[index] for index in micro], self._pad) for micro in self.indices(step)]
+        """The micro-batches of optimizer step ``step`` (from 0), as many on every rank."""
+        return [self._batch(micro) for micro in self.indices(step)]
+
+    def _batch(self, samples: list[int]) -> Batch:
+        if samples:
+            return collate([self._sequences[index] for index in samples], self._pad)
+        ids, labels = self._sequences[0]
+        return collate([(ids, torch.full_like(labels, IGNORE))], self._pad)
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of step ``start_step`` and every later one, without end."""

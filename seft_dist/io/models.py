@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from seft_dist.backends.shards import shard_fsdp, stored_part, whole_shape, zero3_construction
 from seft_dist.config import ModelConfig
+from seft_dist.io.packed import open_weights
 from seft_dist.io.weights import Weights
 from seft_dist.optim.linear import ANCHOR
 
@@ -107,7 +108,7 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None) -> Source
         ) from error
     if getattr(hf, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized: needs plain float32 or bfloat16 weights")
-    weights = Weights(folder)
+    weights = open_weights(folder)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     if dtype is not None and named not in (None, dtype):
         raise ValueError(
@@ -172,6 +173,27 @@ def load_model(
     return model.train()
 
 
+def outline(source: Source) -> tuple[PreTrainedModel, dict[str, str]]:
+    """Build a model whose parameters have shapes but no values; buffers are real. Local.
+
+    Args:
+        source: The model on disk.
+
+    Returns:
+        The model in evaluation mode, and for each name of ``named_state`` the name of its tensor in the files.
+
+    Raises:
+        ValueError: The files hold too few or too many tensors or wrong shapes.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _construct(source)
+    model.tie_weights()
+    model.config.use_cache = False
+    return model.eval(), _match(model, source)
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a model, as transformers names them. Local.
 
@@ -215,15 +237,17 @@ def _match(model: PreTrainedModel, source: Source) -> dict[str, str]:
     Returns:
         Name in the model to name in the files.
     """
-    found = source.weights.tensors
+    weights = source.weights
+    found = weights.tensors
     aliases = _aliases(model)
     state = named_state(model)
-    names: dict[str, str] = {name: name for name in state if name in found}
+    names: dict[str, str] = {name: stored for name in state if (stored := weights.find(name)) is not None}
     for alias, name in aliases.items():
         if alias in found:
             names.setdefault(name, alias)
     ignored = "|".join([_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())])
-    known = state.keys() | aliases.keys()
+    known = {*state, *aliases, *names.values()}
+    known.update(piece for stored in names.values() for piece in weights.info(stored).pieces)
     extra = sorted(name for name in found if name not in known and not re.search(ignored, name))
     missing = sorted(state.keys() - names.keys())
     kind = type(model).__name__
@@ -234,10 +258,9 @@ def _match(model: PreTrainedModel, source: Source) -> dict[str, str]:
         )
     for name, stored in names.items():
         shape = whole_shape(state[name])
-        if shape != found[stored].shape:
-            raise ValueError(
-                f"{source.folder}: {stored} has shape {found[stored].shape}, {kind} needs {shape}; check config.json"
-            )
+        held = weights.info(stored).shape
+        if shape != held:
+            raise ValueError(f"{source.folder}: {stored} has shape {held}, {kind} needs {shape}; check config.json")
     return names
 
 

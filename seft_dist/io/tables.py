@@ -36,8 +36,13 @@ def _by_kind(counts: list[ZeroCount]) -> dict[str, list[ZeroCount]]:
     """Linears of one role together: what is left of a name when the layer's number and all before it go."""
     groups: dict[str, list[ZeroCount]] = {}
     for count in counts:
-        groups.setdefault(re.sub(r"^.*?\.\d+\.", "", count.name), []).append(count)
+        groups.setdefault(kind_of(count.name), []).append(count)
     return groups
+
+
+def kind_of(name: str) -> str:
+    """Role of a linear in its layer, e.g. "mlp.up_proj": a module's name without the layer's number and all before. Local."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _share(counts: list[ZeroCount]) -> str:

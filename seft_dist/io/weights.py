@@ -1,7 +1,21 @@
-"""The weights of a Hugging Face folder: safetensors files, read and written a piece at a time; nothing pickled."""
+"""The weights of a Hugging Face folder: safetensors files, read and written a piece at a time; nothing pickled.
+
+Mixtures of experts are published with one tensor for each expert and projection; transformers holds them fused:
+
+    mlp.experts.0.gate_proj.weight  [I, H]  .
+    mlp.experts.0.up_proj.weight    [I, H]   |  mlp.experts.gate_up_proj  [E, 2 I, H]
+    mlp.experts.1.gate_proj.weight  [I, H]   |
+    ...                                     '
+
+So a fused weight is tensors of the files laid end to end. Here it can be read under its fused name; files are always
+written as those that were read.
+"""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +27,7 @@ from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -27,13 +41,22 @@ _DTYPES = {
 }
 
 
+# Projections of one expert, in the order in which they are fused; the second name is Mixtral's
+_GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_MIXTRAL = ".block_sparse_moe."
+"""What Mixtral's files call the module that transformers calls ".mlp."."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor."""
+    """What a file's header says of one tensor, or what follows for one that is fused from several."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    pieces: tuple[str, ...] = ()
+    """Of a fused one: the tensors of the files it consists of, in order."""
 
     @property
     def numel(self) -> int:
@@ -66,11 +89,11 @@ class Weights:
             self._handles[file] = handle
             for name in handle.keys():  # noqa: SIM118  # not a dict
                 piece = handle.get_slice(name)
-                if piece.get_dtype() not in _DTYPES:
+                if piece.get_dtype() not in DTYPES:
                     raise ValueError(
                         f"{file}: {name} is of type {piece.get_dtype()}; needs plain weights, not quantized ones"
                     )
-                self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+                self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,17 +104,58 @@ class Weights:
                 counts[info.dtype] = counts.get(info.dtype, 0) + info.numel
         return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
+    @cached_property
+    def fused(self) -> dict[str, TensorInfo]:
+        """Weights of all experts of a layer, by the name that transformers gives them."""
+        return _fuse(self.tensors)
+
+    def find(self, name: str) -> str | None:
+        """The name under which a model's weight can be read here; None: it is not in the files. Local.
+
+        Files of a base model without its head, as GPT-2's, have no prefix ("transformer.").
+        """
+        for known in (name, name.replace(".mlp.", _MIXTRAL), name.partition(".")[2]):
+            if known in self.tensors or known in self.fused:
+                return known
+        return None
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of a tensor of the files, or of a fused one. Local."""
+        return self.tensors[name] if name in self.tensors else self.fused[name]
+
+    def split(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A model's weight as the tensors that the files hold. Local.
+
+        Args:
+            name: The model's name for it.
+            whole: Its values.
+
+        Yields:
+            Names in the files (the model's, if they do not hold it), and views of ``whole``.
+        """
+        found = self.find(name) or name
+        pieces = self.fused[found].pieces if found in self.fused else ()
+        if not pieces:
+            yield found, whole
+        flat, start = whole.reshape(-1), 0
+        for piece in pieces:
+            info = self.tensors[piece]
+            yield piece, flat[start : start + info.numel].view(info.shape)
+            start += info.numel
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read positions start <= i < stop of a flattened tensor; only their rows are touched on disk. Local.
 
         Args:
-            name: Key of the tensor.
+            name: Key of the tensor, or of a fused one.
             start: First position.
             stop: Position behind the last; None: the end.
 
         Returns:
             [stop - start], in the file's dtype, on the CPU.
         """
+        if name in self.fused:
+            return self._read_fused(name, start, stop)
         info = self.tensors[name]
         stop = info.numel if stop is None else stop
         if stop <= start:
@@ -103,6 +167,44 @@ class Weights:
         first = start // width
         rows = handle.get_slice(name)[first : -(-stop // width)]
         return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def _read_fused(self, name: str, start: int, stop: int | None) -> Tensor:
+        info, offset, parts = self.fused[name], 0, []
+        stop = info.numel if stop is None else stop
+        for piece in info.pieces:
+            numel = self.tensors[piece].numel
+            if start < offset + numel and stop > offset:
+                parts.append(self.read(piece, max(start - offset, 0), min(stop - offset, numel)))
+            offset += numel
+        return torch.cat(parts) if parts else torch.empty(0, dtype=info.dtype)
+
+
+def _fuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The fused weights that the tensors of single experts make up; incomplete or uneven ones are left out."""
+    layers: dict[str, dict[tuple[int, str], str]] = {}
+    for name in tensors:
+        found = _EXPERT.match(name)
+        if found:
+            layers.setdefault(found[1], {})[int(found[2]), found[3]] = name
+    fused = {}
+    for experts, names in layers.items():
+        count = 1 + max(number for number, _ in names)
+        for key, kinds in (("gate_up_proj", (_GATE, _UP)), ("up_proj", (_UP,)), ("down_proj", (_DOWN,))):
+            wanted = [
+                next((names[i, kind] for kind in kind_names if (i, kind) in names), "")
+                for i in range(count)
+                for kind_names in kinds
+            ]
+            infos = [tensors.get(name) for name in wanted]
+            first = infos[0]
+            if first is None or len(first.shape) != 2:
+                continue
+            if any(info is None or (info.shape, info.dtype) != (first.shape, first.dtype) for info in infos):
+                continue
+            shape = (count, first.shape[0] * len(kinds), first.shape[1])
+            name = f"{experts}.{key}".replace(_MIXTRAL, ".mlp.")
+            fused[name] = TensorInfo(first.file, shape, first.dtype, tuple(wanted))
+    return fused
 
 
 def _weight_files(folder: Path) -> list[Path]:

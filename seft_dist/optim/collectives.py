@@ -15,6 +15,7 @@ from seft_dist.config import Selection
 from seft_dist.sparsity.selection import (
     BINS,
     DIGITS,
+    INELIGIBLE,
     descend,
     first_histogram,
     histogram,
@@ -23,6 +24,9 @@ from seft_dist.sparsity.selection import (
     threshold_key,
     top_k,
 )
+
+NEAR = 1 << 10
+"""In units of the last place of an fp32 score: 0.6e-4 to 1.2e-4 of it."""
 
 
 def select(
@@ -101,6 +105,36 @@ def _select_gather(group: Group, keys: Callable[[int], Tensor], problems: list[i
             if rank == group.rank:
                 selected[layer] = own[layer][part.to(own[layer].device)]
     return selected
+
+
+def near_ties(group: Group, keys: Callable[[int], Tensor], problems: list[int], chosen: list[Tensor]) -> list[int]:
+    """Count the candidates so close to the border of a selection that rounding could put them on the other side. **Collective**.
+
+    Args:
+        group: The ranks that own the candidates.
+        keys: This rank's keys of a layer; called twice for each layer.
+        problems: The problem that each layer belongs to.
+        chosen: What ``select`` returned.
+
+    Returns:
+        Of each layer, over all ranks, the candidates whose score is within NEAR of the last selected one's; that one is
+        not counted, nor is anything where none was selected.
+    """
+    nothing = 1 << 32
+    borders = torch.full((max(problems) + 1,), -nothing)
+    for layer, problem in enumerate(problems):
+        if chosen[layer].numel():
+            borders[problem] = torch.maximum(borders[problem], -keys(layer)[chosen[layer]].min().cpu().long())
+    found = torch.zeros(len(problems), dtype=torch.int64)
+    for layer, border in enumerate((-group.max(borders))[problems].tolist()):
+        if border < nothing:
+            key = keys(layer)
+            found[layer] = ((key >= max(border - NEAR, INELIGIBLE + 1)) & (key <= border + NEAR)).sum()
+    group.sum(found)
+    for problem in range(len(borders)):  # take off the last selected one itself
+        layer = max((layer for layer, of in enumerate(problems) if of == problem), key=lambda layer: int(found[layer]))
+        found[layer] -= int(found[layer] > 0)
+    return found.tolist()
 
 
 def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:

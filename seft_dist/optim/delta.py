@@ -5,6 +5,7 @@ indices   3 7 20 41    0 5 6                 inside a layer, entries are sorted 
 values    . .  .  .    . . .
 """
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -119,6 +120,19 @@ class Support:
 
     def __len__(self) -> int:
         return self.col.numel()
+
+    def blocks(self, count: int) -> list["Support"]:
+        """The entries of each of ``count`` equal blocks of rows, numbered from the block's first row on (views). Local."""
+        rows = self.shape[0] // count
+        bounds = self.crow[::rows].tolist()
+        blocks = []
+        for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            part = Support.__new__(Support)
+            part.shape, part.sizes = (rows, self.shape[1]), [end - begin]
+            part.crow = self.crow[block * rows : (block + 1) * rows + 1] - begin
+            part.col = self.col[begin:end]
+            blocks.append(part)
+        return blocks
 
     def positions(self) -> Tensor:
         """Flat positions, int64 [len], increasing. Local."""

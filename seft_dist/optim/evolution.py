@@ -15,14 +15,15 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
-from seft_dist.optim.collectives import select
+from seft_dist.optim.collectives import near_ties, select
 from seft_dist.optim.delta import Columns
+from seft_dist.optim.groups import GroupRanking, Groups
 from seft_dist.optim.state import State
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
-from seft_dist.sparsity.selection import keys
+from seft_dist.sparsity.selection import INELIGIBLE, keys
 
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
@@ -72,8 +73,10 @@ class Evolution:
         self.dropped: list[Tensor] = []
         self.grown: list[Tensor] = []
         self.removed: list[Tensor] = []
-        self.reactivated = 0
+        self.reactivated: list[Tensor] = []
         self._norms: dict[int, Tensor] = {}
+        self.groups = Groups(backend, config.pattern) if config.pattern else None
+        """Of an N:M pattern."""
 
     def run(self, fraction: float, betas: tuple[float, float], first: bool) -> EvolutionReport:
         """Move the support and the mask. **Collective**.
@@ -92,9 +95,7 @@ class Evolution:
         self.adapt()
         self.commit(betas)
         digest = self.state.verify(self.backend, self.config)
-        own = torch.tensor(
-            [sum(map(len, done)) for done in (self.dropped, self.grown, self.removed)] + [self.reactivated]
-        )
+        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed, self.reactivated)])
         dropped, grown, pruned, reactivated = self.backend.owners.sum(own).tolist()
         support = sum(map(len, self.state.supports))
         return EvolutionReport(
@@ -125,7 +126,11 @@ class Evolution:
 
     def _select(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
         problems = list(range(len(self.own))) if len(wanted) > 1 else [0] * len(self.own)
-        return select(self.backend.owners, key, problems, wanted, self.config.selection)
+        chosen = select(self.backend.owners, key, problems, wanted, self.config.selection)
+        if self.state.near_ties is not None:
+            near = near_ties(self.backend.owners, key, problems, chosen)
+            self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, near, strict=True)]
+        return chosen
 
     def drop(self, fraction: float) -> None:
         """The entries with the smallest score leave the support. **Collective**."""
@@ -161,11 +166,13 @@ class Evolution:
         """The positions with the largest score enter the support, pruned ones too. **Collective**."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
         caps = [share(self.config.reactivation, count) for count in wanted]
+        any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
+        ranking = any_free
         if caps == wanted:
-            self.grown = self._select(lambda i: self._grow_key(i, self._free(i)), wanted)
+            self.grown = self._select(any_free, wanted)
         else:
             # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
-            pruned = self._select(lambda i: self._grow_key(i, self._free(i) & ~self._mask(i)), caps)
+            pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps)
 
             def with_best_pruned(i: int) -> Tensor:
                 free = self._free(i)
@@ -173,12 +180,27 @@ class Evolution:
                 eligible[pruned[i]] = True
                 return self._grow_key(i, eligible)
 
-            self.grown = self._select(with_best_pruned, wanted)
+            ranking = self._inside_groups(with_best_pruned)
+            self.grown = self._select(ranking, wanted)
+        self._count_close_calls(ranking, self.grown)
         for i, offsets in enumerate(self.grown):
             mask = self._mask(i)
-            self.reactivated += int((~mask[offsets]).sum())
+            self.reactivated.append(offsets[~mask[offsets]])
             mask[offsets] = True
             self.state.masks[i] = pack(mask)
+
+    def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """In each group only the best compete to grow, as many as it has active positions. **Collective** with a pattern.
+
+        What is reactivated costs its group an active position that did not grow: so there are always enough of them.
+        """
+        return GroupRanking(self.groups, key, self.groups.counter(self._mask)) if self.groups else key
+
+    def _count_close_calls(self, ranking: Callable[[int], Tensor], chosen: list[Tensor]) -> None:
+        if self.state.near_ties is not None and isinstance(ranking, GroupRanking):
+            near = torch.tensor([ranking.close_calls(i, offsets) for i, offsets in enumerate(chosen)])
+            total = self.backend.owners.sum(near).tolist()
+            self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, total, strict=True)]
 
     def _free(self, i: int) -> Tensor:
         free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
@@ -204,12 +226,9 @@ class Evolution:
         self.removed = [offsets[:0] for offsets in self.grown]
         if self.config.adapt == "none":
             return
-        active = self.state.active(self.backend)
-        excess = [have - want for have, want in zip(active, self.state.targets, strict=True)]
-        wanted = excess if self.config.scope == "layer" else [sum(excess)]
         if self.config.adapt == "activation":
             self._norms = {i: window.input_norms() for i, window in enumerate(self.windows)}
-        self.removed = self._select(self._adapt_key, wanted)
+        self.removed = self._best_of_layers() if self.groups is None else self._best_of_groups(self.groups)
         for i, offsets in enumerate(self.removed):
             mask = self._mask(i)
             mask[offsets] = False
@@ -220,6 +239,24 @@ class Evolution:
             self.state.committed[i] = committed[mask[committed.long() - self.intervals[i].start]]
         if self.config.scope == "global":
             self.state.targets = self.state.active(self.backend)
+
+    def _best_of_layers(self) -> list[Tensor]:
+        active = self.state.active(self.backend)
+        excess = [have - want for have, want in zip(active, self.state.targets, strict=True)]
+        return self._select(self._adapt_key, excess if self.config.scope == "layer" else [sum(excess)])
+
+    def _best_of_groups(self, groups: Groups) -> list[Tensor]:
+        """Each group gives up as many as it got back."""
+
+        def reactivated(i: int) -> Tensor:
+            marks = torch.zeros(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
+            marks[self.reactivated[i]] = True
+            return marks
+
+        ranking = GroupRanking(groups, self._adapt_key, groups.counter(reactivated))
+        removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(self.own))]
+        self._count_close_calls(ranking, removed)
+        return removed
 
     def _adapt_key(self, i: int) -> Tensor:
         weight = self.own[i].to(torch.float32, copy=True)

@@ -5,8 +5,8 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,39 +17,21 @@ from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.optim.collectives import disagreeing
-from seft_dist.optim.delta import Columns
 from seft_dist.optim.evolution import Evolution, EvolutionReport
 from seft_dist.optim.linear import install, uninstall
 from seft_dist.optim.setup import first_state, random_support
-from seft_dist.optim.state import LayerSparsity, State
-from seft_dist.optim.targets import find_targets
+from seft_dist.optim.state import LayerDelta, LayerSparsity, State
+from seft_dist.optim.targets import check_criteria, find_targets
 from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import unpack
-from seft_dist.sparsity.partition import Interval
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution
 
+_NOT_IN_STATE_DICT = (
+    "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
+    "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
+)
 _CHECKED_LAYERS = 4
 _CHECKED_POSITIONS = 64
-
-
-@dataclass(frozen=True)
-class LayerDelta:
-    """What this rank owns of one target (views, not copies)."""
-
-    name: str
-    shape: tuple[int, int]
-    interval: Interval
-    mask: Tensor
-    """uint8, packed mask of the interval."""
-    target: int
-    """Active positions wanted in the whole weight."""
-    columns: Columns
-    committed: Tensor
-    """int32, positions whose delta became part of the base once."""
-    committed_values: Tensor
-    """Their weights now, in the model's dtype."""
-    window: Window | None
-    """Statistics of a window that has begun; None outside one."""
 
 
 class SeftOptimizer(torch.optim.Optimizer):
@@ -100,6 +82,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.evolution: EvolutionReport | None = None
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
+        check_criteria(self._targets, self.config)
         model.requires_grad_(False)
         installed = {name: install(module) for name, module in self._targets.items()}
         self._slots = [slot for _, slot in installed.values()]
@@ -383,6 +366,29 @@ class SeftOptimizer(torch.optim.Optimizer):
         state.verify(backend, self.config)
         self.num_steps = num_steps
         self._prepare_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``. Local.
+
+        A rank's part of them is of no use on another number of ranks, and many savers keep rank 0's dict alone.
+        """
+        if self.num_steps:
+            warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
+        return super().state_dict() | {"seft_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the param group. Local.
+
+        Raises:
+            ValueError: It is of another step than the masks and deltas that are here.
+        """
+        steps = state_dict.get("seft_steps", 0)
+        if steps != self.num_steps:
+            raise ValueError(
+                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {steps}. {_NOT_IN_STATE_DICT}, and "
+                "load them with seft_dist.io.checkpoint.load(seft, checkpoint) before anything that calls load_state_dict"
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
     def detach(self) -> None:
         """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards. Local."""

@@ -6,7 +6,9 @@ from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.optim.collectives import select
 from seft_dist.optim.delta import Columns, Support
+from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
+from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
@@ -24,8 +26,8 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         config: The method.
 
     Raises:
-        ValueError: The model is dense, a layer cannot hold the density, or weights are not finite, of several dtypes or
-            too large; every rank raises the same.
+        ValueError: The model is dense, a layer cannot hold the density, weights are not finite, of several dtypes or too
+            large, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
     if len({backend.own(i).dtype for i in range(count)}) > 1:
@@ -42,10 +44,32 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     numels = [partition.numel for partition in backend.partitions]
     budgets = [share(config.density, numel) for numel in numels]
     _check(backend.names, numels, targets, broken, budgets, config)
+    group_prints = _check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=torch.int32, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
     columns = Columns.empty(backend.device)
-    return State(columns, [0] * count, masks, targets, budgets, supports, [none] * count, prints)
+    return State(columns, [0] * count, masks, targets, budgets, supports, [none] * count, prints, group_prints)
+
+
+def _check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
+    """See that the model has the N:M pattern; gives what later tells whether it still has."""
+    if config.pattern is None:
+        return []
+    most, size = pattern_sizes(config.pattern)
+    for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
+        if width % size:
+            raise ValueError(
+                f"{name}: {width} inputs are no multiple of {size}, so its rows have no {config.pattern} pattern; leave "
+                "the layer out (targets), or set no pattern"
+            )
+    groups = Groups(backend, config.pattern)
+    for name, (_, width), (group, found) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
+        if found > most:
+            raise ValueError(
+                f"{name}: {place(group, size, width)} hold {found} non-zero weights, pattern {config.pattern} allows "
+                f"{most}; prune the model to {config.pattern} first, leave the layer out (targets), or set no pattern"
+            )
+    return groups.fingerprints(masks)
 
 
 def _check(

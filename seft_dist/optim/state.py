@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from seft_dist.backends.group import Group
 from seft_dist.config import SeftConfig
 from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.delta import Columns, Support, gather_supports
+from seft_dist.optim.groups import Groups
+from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import popcount, unpack
+from seft_dist.sparsity.partition import Interval
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,26 @@ class LayerSparsity:
     """Weights that are exactly 0."""
     support: int
     """Deltas."""
+
+
+@dataclass(frozen=True)
+class LayerDelta:
+    """What this rank owns of one target (views, not copies)."""
+
+    name: str
+    shape: tuple[int, int]
+    interval: Interval
+    mask: Tensor
+    """uint8, packed mask of the interval."""
+    target: int
+    """Active positions wanted in the whole weight."""
+    columns: Columns
+    committed: Tensor
+    """int32, positions whose delta became part of the base once."""
+    committed_values: Tensor
+    """Their weights now, in the model's dtype."""
+    window: Window | None
+    """Statistics of a window that has begun; None outside one."""
 
 
 @dataclass
@@ -52,6 +75,11 @@ class State:
     differ from the pruned model. They stay listed when they enter the support again."""
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
+    group_prints: list[int] = field(default_factory=list)
+    """Of an N:M pattern: hash of each whole weight's active positions by group at the start (``Groups.fingerprints``)."""
+    near_ties: list[int] | None = None
+    """None: not counted. Else, of each layer, the candidates that a selection took or left by so little that rounding
+    could have decided (``collectives.near_ties``), added up until somebody sets it back."""
 
     def layers(self) -> Iterator[Columns]:
         """Own entries of each layer (views). Local."""
@@ -87,6 +115,8 @@ class State:
             off = int((active != wanted).nonzero()[0])
             where = backend.names[off] if config.scope == "layer" else "the model"
             raise RuntimeError(f"{where}: mask has {active[off]} active positions, needs exactly {wanted[off]}")
+        if config.pattern:
+            Groups(backend, config.pattern).check(self.masks, self.group_prints)
         for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")

@@ -67,6 +67,11 @@ class Window:
         """Whether ``add`` must be called."""
         return self._needs.dense
 
+    @property
+    def needs_norms(self) -> bool:
+        """Whether ``add_norms`` must be called."""
+        return self._needs.norms
+
     def add(self, dense: Tensor) -> None:
         """Bring one backward's dense gradient to its owners. **Collective**.
 
@@ -80,7 +85,7 @@ class Window:
 
     def add_norms(self, x: Tensor) -> None:
         """Count one forward's input, [T, in]. Local."""
-        if self._needs.norms:
+        if self.needs_norms:
             squared = x.float().square().sum(0)
             self._step_norms = squared if self._step_norms is None else self._step_norms + squared
 

@@ -2,10 +2,11 @@
 
 Only the hidden states between two layers are held. Each layer runs twice: once for somebody to look at the inputs of
 its linears, and, when those are pruned, once more for the input of the next layer, so that every layer sees what the
-pruned layers before it produce.
+pruned layers before it produce. Ranks run different batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from seft_dist.backends.group import Group
 from seft_dist.io.data import Sample, check_vocabulary
 
 _TOKENS_AT_ONCE = 2048
@@ -77,50 +79,186 @@ def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list
     return [sequences[int(index)][0] for index in order]
 
 
-@torch.no_grad()
-def layer_by_layer(
-    model: PreTrainedModel,
-    sequences: Sequence[Tensor],
-    visit: Callable[[str, nn.Module, Callable[[], None]], None],
-    device: torch.device | None = None,
-    progress: bool = True,
-) -> None:
-    """Run calibration text through a model, layer by layer. Local.
+Visit = Callable[[str, nn.Module, Callable[[], None]], None]
+Hold = Callable[[str], AbstractContextManager[None]]
 
-    Args:
-        model: A causal LM in evaluation mode, on the CPU.
-        sequences: Token numbers, 1-D int64 each; equal lengths run together.
-        visit: Called for each layer with its name, the layer (on ``device``) and ``run``; ``run()`` passes all text
-            through the layer once, outputs thrown away. It may change the layer's weights.
-        device: Where layers compute, one at a time; None: the CPU.
-        progress: Show a bar.
 
-    Raises:
-        ValueError: The model's layers are not a plain chain, or its tokens are not the tokenizer's.
-    """
-    prefix, layers = find_layers(model)
-    device = device or torch.device("cpu")
-    batches = _batches(sequences)
-    for batch in batches:
-        check_vocabulary({"input_ids": batch}, model)
-    calls = {shape: _record_calls(model, layers, batch) for shape, batch in {b.shape: b for b in batches}.items()}
-    _check_chain(model, layers, batches[0], calls[batches[0].shape])
-    hidden = [_first_input(model, layers, batch) for batch in batches]
-    for number, layer in enumerate(tqdm(layers, desc="Pruning layers", disable=not progress)):
-        layer.to(device)
-        local = {shape: _to(recorded[number], device) for shape, recorded in calls.items()}
+class Calibration:
+    """Calibration text on its way through a model's decoder layers, spread over ranks batch by batch."""
 
-        def outputs(index: int, layer: nn.Module = layer, local: dict[torch.Size, _Call] = local) -> Tensor:
-            return _run(layer, hidden[index].to(device), local[batches[index].shape])
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sequences: Sequence[Tensor],
+        ranks: Group,
+        *,
+        hold: Hold = lambda name: nullcontext(),
+        hold_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
+        device: torch.device | None = None,
+    ) -> None:
+        """Look at how the model calls its layers. Local; ``ranks`` only says which batches are this rank's.
 
-        def run() -> None:
-            for index in range(len(hidden)):
-                outputs(index)  # noqa: B023  # called before the next layer's turn
+        Args:
+            model: A causal LM in evaluation mode.
+            sequences: Token numbers, 1-D int64 each, the same on every rank; equal lengths run together.
+            ranks: Who shares the work.
+            hold: Called with a layer's name: makes its weights real, on ``device``, while the context is open.
+            hold_rest: The same for everything outside the decoder layers and the head.
+            device: Where the model computes; None: the CPU. Hidden states wait on the CPU.
 
-        visit(f"{prefix}.{number}", layer, run)
-        for index in range(len(hidden)):
-            hidden[index] = outputs(index).to(hidden[index].device)
-        layer.to("cpu")
+        Raises:
+            ValueError: The model's layers are not a plain chain, or its tokens are not the tokenizer's.
+        """
+        self._model, self._hold, self._hold_rest = model, hold, hold_rest
+        self._device = device or torch.device("cpu")
+        self._prefix, self._layers = find_layers(model)
+        batches = _batches(sequences)
+        for batch in batches:
+            check_vocabulary({"input_ids": batch}, model)
+        # Batches do not depend on the number of ranks, so neither do the sums over each of them.
+        first, last = (len(batches) * number // ranks.size for number in (ranks.rank, ranks.rank + 1))
+        self._own = batches[first:last]
+        self._calls = {
+            shape: self._record_calls(batch) for shape, batch in {batch.shape: batch for batch in batches}.items()
+        }
+        self._check_chain(batches[0])
+
+    @torch.no_grad()
+    def walk(self, visit: Visit, *, changes: bool = True, progress: bool = True) -> Iterator[str]:
+        """Visit every decoder layer in order; after each the caller's turn comes, with the layer still there. Local.
+
+        Args:
+            visit: Called with a layer's name, the layer, and ``run``, which passes all of this rank's text through it.
+            changes: Whether ``visit`` may change weights after ``run()``: then the next layer's input is computed anew.
+            progress: Show a bar.
+
+        Yields:
+            The layer's name.
+        """
+        with self._hold_rest():
+            hidden = [self._first_input(batch) for batch in self._own]
+        bar = tqdm(self._layers, desc="Pruning layers" if changes else "Measuring layers", disable=not progress)
+        for number, layer in enumerate(bar):
+            outputs: list[Tensor] = []
+            with self._hold(f"{self._prefix}.{number}"):
+
+                def run(number: int = number, layer: nn.Module = layer, outputs: list[Tensor] = outputs) -> None:
+                    outputs.clear()
+                    for index, batch in enumerate(self._own):
+                        call = self._calls[batch.shape][number]
+                        result = _run(layer, hidden[index].to(self._device), call)  # noqa: B023  # called in this turn only
+                        if changes:
+                            del result  # of no use: the weights are about to change
+                        else:
+                            outputs.append(result.cpu())
+
+                visit(f"{self._prefix}.{number}", layer, run)
+                yield f"{self._prefix}.{number}"
+                if changes or len(outputs) < len(hidden):
+                    if number + 1 < len(self._layers):
+                        for index, batch in enumerate(self._own):
+                            call = self._calls[batch.shape][number]
+                            hidden[index] = _run(layer, hidden[index].to(self._device), call).cpu()
+                else:
+                    hidden = outputs
+
+    def _forward(self, tokens: Tensor) -> None:
+        # without the head: nobody reads its large output
+        self._model.base_model(input_ids=tokens.to(self._device), use_cache=False)
+
+    @contextmanager
+    def _held_in_turn(self) -> Iterator[None]:
+        """While open, a forward of the whole model has one decoder layer's weights at a time."""
+        opened: list[ExitStack] = []
+
+        def enter(name: str) -> Callable[..., None]:
+            def before(module: nn.Module, args: Any) -> None:
+                opened.append(ExitStack())
+                opened[-1].enter_context(self._hold(name))
+
+            return before
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            opened.pop().close()
+
+        with ExitStack() as stack:
+            stack.enter_context(self._hold_rest())
+            for number, layer in enumerate(self._layers):
+                stack.callback(layer.register_forward_pre_hook(enter(f"{self._prefix}.{number}"), prepend=True).remove)
+                stack.callback(layer.register_forward_hook(leave).remove)
+            try:
+                yield
+            finally:
+                while opened:
+                    opened.pop().close()
+
+    def _record_calls(self, tokens: Tensor) -> list[_Call]:
+        """What the model passes to each layer beside hidden states: positions, masks; some models vary it by layer."""
+        calls = [_Call() for _ in self._layers]
+
+        def recorder(call: _Call) -> Callable[..., None]:
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                call.args = args[1:]
+                call.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+            return record
+
+        with ExitStack() as stack:
+            for layer, call in zip(self._layers, calls, strict=True):
+                stack.callback(layer.register_forward_pre_hook(recorder(call), with_kwargs=True).remove)
+            with self._held_in_turn():
+                self._forward(tokens)
+        return calls
+
+    def _first_input(self, tokens: Tensor) -> Tensor:
+        """Hidden states that enter the first layer, [sequences, tokens, hidden]."""
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self._layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            self._forward(tokens)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0].cpu()
+
+    def _check_chain(self, tokens: Tensor) -> None:
+        """Refuse models whose layers get more than what the layer before gives: the chain would be silently wrong.
+
+        Other tokens than the recorded ones are used, so that a call that depends on them is noticed.
+        """
+        calls, tokens = self._calls[tokens.shape], tokens.flip(1)
+        chain: list[Tensor] = []
+        ends: list[Tensor] = []
+
+        def follow(call: _Call) -> Callable[..., None]:
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                # inside the model's own forward, while the layer is there; .forward, for hooks are not wanted twice
+                chain.append(_tensor(module.forward(chain.pop(), *call.args, **call.kwargs)))
+                ends[:] = [_tensor(output)]
+
+            return after
+
+        with self._hold_rest():
+            chain.append(self._first_input(tokens).to(self._device))
+        with ExitStack() as stack:
+            for layer, call in zip(self._layers, calls, strict=True):
+                stack.callback(layer.register_forward_hook(follow(call)).remove)
+            with self._held_in_turn():
+                self._forward(tokens)
+        # Both ran the same operations on the same shapes; the tolerance is for libraries that look at memory alignment.
+        tolerance = 8 * torch.finfo(chain[0].dtype).eps * float(ends[0].abs().max())
+        if not torch.allclose(ends[0], chain[0], rtol=0, atol=tolerance):
+            raise ValueError(
+                f"{type(self._model).__name__} passes its layers more than the output of the layer before: "
+                "layer-by-layer calibration does not fit it; use --method magnitude"
+            )
 
 
 def _batches(sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -135,88 +273,9 @@ def _batches(sequences: Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _forward(model: PreTrainedModel, tokens: Tensor) -> None:
-    model.base_model(input_ids=tokens, use_cache=False)  # without the head: nobody reads its large output
-
-
-def _record_calls(model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor) -> list[_Call]:
-    """What the model passes to each layer beside hidden states: positions, masks; some models vary it by layer."""
-    calls = [_Call() for _ in layers]
-
-    def recorder(call: _Call) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call.args = args[1:]
-            call.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
-        return record
-
-    handles = [
-        layer.register_forward_pre_hook(recorder(call), with_kwargs=True)
-        for layer, call in zip(layers, calls, strict=True)
-    ]
-    try:
-        _forward(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _first_input(model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """Hidden states that enter the first layer, [sequences, tokens, hidden]."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        _forward(model, tokens)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def _check_chain(model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor, calls: list[_Call]) -> None:
-    """Refuse models whose layers get more than what the layer before gives: the chain would be silently wrong.
-
-    Other tokens than the recorded ones are used, so that a call that depends on them is noticed.
-    """
-    tokens = tokens.flip(1)
-    ends: list[Tensor] = []
-    handle = layers[-1].register_forward_hook(lambda module, args, output: ends.append(_tensor(output)))
-    try:
-        _forward(model, tokens)
-        hidden = _first_input(model, layers, tokens)
-        for layer, call in zip(layers, calls, strict=True):
-            hidden = _run(layer, hidden, call)
-    finally:
-        handle.remove()
-    # Both ran the same operations on the same shapes; the tolerance is for libraries that look at memory alignment.
-    tolerance = 8 * torch.finfo(hidden.dtype).eps * float(ends[0].abs().max())
-    if not torch.allclose(ends[0], hidden, rtol=0, atol=tolerance):
-        raise ValueError(
-            f"{type(model).__name__} passes its layers more than the output of the layer before: layer-by-layer "
-            "calibration does not fit it; use --method magnitude"
-        )
-
-
 def _run(layer: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
     return _tensor(layer(hidden, *call.args, **call.kwargs))
 
 
 def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, _Call):
-        return _Call(_to(value.args, device), _to(value.kwargs, device))
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return type(value)(_to(item, device) for item in value) if type(value) in (list, tuple) else value

@@ -1,148 +1,221 @@
-"""A dense model folder in, a pruned model folder out."""
+"""A dense model folder in, a pruned model folder out; on one process or many ranks, with the same result.
+
+No rank ever holds the model: writing it asks for one weight after the other, and asking for the first weight of a decoder
+layer is what prunes that layer.
+"""
 
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.io.data import load_sequences, load_tokenizer
 from seft_dist.io.export import export_model
-from seft_dist.io.models import Source, load_model, locate, open_source
-from seft_dist.optim.targets import find_targets
-from seft_dist.pruning.calibrate import find_layers, layer_by_layer, sample_sequences
-from seft_dist.pruning.magnitude import magnitude_scores, num_pruned, prune_weight
-from seft_dist.pruning.wanda import InputNorm, wanda_scores
-from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
+from seft_dist.io.models import locate, open_source
+from seft_dist.optim.targets import ExpertWeight, Target, from_rows, is_conv1d, matrix, weight_name
+from seft_dist.pruning.calibrate import find_layers, sample_sequences
+from seft_dist.pruning.kept import KeptIndex
+from seft_dist.pruning.masks import Ranking
+from seft_dist.pruning.methods import Pruner
+from seft_dist.pruning.owl import read_sparsities
+from seft_dist.pruning.stream import StreamedModel
+from seft_dist.pruning.survey import count_stored_zeros, describe, refuse_pruned
+from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
 log = logging.getLogger(__name__)
 
-# A dense model has a few zeros by chance; more than this share was pruned on purpose.
-_DENSE = 0.05
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked pruning run, nothing of it done yet."""
+
+    config: PruneConfig
+    stream: StreamedModel
+    targets: dict[str, Target]
+    shapes: dict[str, tuple[int, int]]
+    """Of the targets' weights as matrices [out, in]."""
+    sparsities: dict[str, float]
+    """Of each target; OWL's are not known yet."""
+    sequences: list[Tensor]
+    """Calibration text, if the method needs it."""
+    kept: KeptIndex | None
+    """Of method "mask"."""
 
 
-def prune_folder(config: PruneConfig, *, progress: bool = True) -> list[ZeroCount]:
-    """Prune a model and write it, its tokenizer and ``pruning.json`` to ``config.output``. Local.
-
-    The folder appears complete or not at all.
+def prepare(config: PruneConfig, *, device: torch.device | None = None, progress: bool = True) -> Plan:
+    """Check everything that can be checked before work starts. Local.
 
     Args:
         config: What to prune, and how.
+        device: Where layers compute; None: the CPU.
         progress: Show progress bars.
 
-    Returns:
-        Zeros of each target.
-
     Raises:
-        ValueError: No such model or data, output exists, model pruned already or not finite, too little text, targets
-            that cannot be pruned.
+        ValueError: No such model or data, output exists, too little text, targets that cannot be pruned so.
     """
-    output = Path(config.output).expanduser()
-    if output.exists():
-        raise ValueError(f"output={output} exists already: choose another folder, or remove it")
-    source = open_source(config.model)
-    model = load_model(source).eval()
-    targets = find_targets(model, config.targets)
-    _check_dense(targets, source)
-    tokens = 0
-    if config.method == "wanda":
-        tokens = _prune_by_activation(model, targets, config, progress)
-    else:
-        for linear in tqdm(targets.values(), desc="Pruning weights", disable=not progress):
-            prune_weight(linear.weight, magnitude_scores(linear.weight), config.sparsity, config.group)
-    counts = count_zeros(targets)
-    _warn_off_target(counts, targets, config)
-    _write(model, source, config, counts, tokens, output)
-    return counts
+    if config.method != "none" and Path(config.output).expanduser().exists():
+        raise ValueError(f"output={config.output} exists already: choose another folder, or remove it")
+    stream = StreamedModel(open_source(config.model), device or torch.device("cpu"))
+    targets = stream.find_targets(config.targets)
+    shapes = {name: matrix(target) for name, target in targets.items()}
+    check_method(config, targets)
+    for name, (_, columns) in shapes.items():
+        Ranking(config.ranking, config.share).check(name, columns)
+    sparsities = dict.fromkeys(shapes, config.share)
+    if config.layer_ratios not in ("uniform", "owl"):
+        sparsities = read_sparsities(config.layer_ratios, shapes, config.sparsity)
+    kept = KeptIndex(config.mask, shapes) if config.mask is not None else None
+    sequences: list[Tensor] = []
+    if needs_text(config):
+        prefix, _ = find_layers(stream.model)
+        outside = [name for name in targets if not name.startswith(f"{prefix}.")]
+        if outside:
+            raise ValueError(
+                f"target {outside[0]} is outside the decoder layers ({prefix}): choose other --targets, or "
+                "--method magnitude"
+            )
+        assert config.data is not None
+        data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
+        sequences = sample_sequences(data, config.sequences, config.seed)
+    return Plan(config, stream, targets, shapes, sparsities, sequences, kept)
 
 
-def _check_dense(targets: dict[str, nn.Linear], source: Source) -> None:
-    for name, linear in targets.items():
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{source.folder}: {name}.weight has values that are not finite; needs a sound checkpoint")
-    share = total_sparsity(count_zeros(targets))
-    if share > _DENSE:
-        raise ValueError(
-            f"{source.folder}: {100 * share:.1f} % of the target weights are 0, it was pruned already: needs the "
-            "dense model"
-        )
-
-
-def _prune_by_activation(
-    model: PreTrainedModel, targets: dict[str, nn.Linear], config: PruneConfig, progress: bool
-) -> int:
-    """Prune by scores that look at the inputs of each linear; returns the calibration tokens read."""
-    prefix, _ = find_layers(model)
-    outside = [name for name in targets if not name.startswith(f"{prefix}.")]
-    if outside:
-        raise ValueError(
-            f"target {outside[0]} is outside the decoder layers ({prefix}): choose other --targets, or "
-            "--method magnitude"
-        )
-    assert config.data is not None
-    tokenizer = load_tokenizer(config.model)
-    data = load_sequences(config.data, tokenizer, progress=progress)
-    sequences = sample_sequences(data, config.sequences, config.seed)
-
-    def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
-        linears = {name: linear for name, linear in targets.items() if name.startswith(f"{layer_name}.")}
-        if not linears:
-            return
-        norms = {name: InputNorm(linear) for name, linear in linears.items()}
-        run()
-        for name, linear in linears.items():
-            scores = wanda_scores(linear.weight, norms[name].close(name))
-            prune_weight(linear.weight, scores, config.sparsity, config.group)
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layer_by_layer(model, sequences, visit, device, progress)
-    return sum(len(sequence) for sequence in sequences)
-
-
-def _warn_off_target(counts: list[ZeroCount], targets: dict[str, nn.Linear], config: PruneConfig) -> None:
-    """Some dense models have rows that are 0 as a whole: those stay, and the count is above what was asked for."""
-    for count in counts:
-        rows, columns = targets[count.name].weight.shape
-        by_row = num_pruned(config.sparsity, columns) * rows
-        wanted = by_row if config.group == "row" else num_pruned(config.sparsity, rows * columns)
-        assert count.zeros >= wanted
-        if count.zeros > wanted:
-            log.warning(
-                "%s has %d zeros, %d asked for: the dense weight had more in places", count.name, count.zeros, wanted
+def check_method(config: PruneConfig, targets: dict[str, Target]) -> None:
+    """Raise a ValueError if a target is of a kind that the method cannot prune. Local."""
+    for name, target in targets.items():
+        refused = isinstance(target, ExpertWeight) and config.method == "sparsegpt"
+        if refused or (is_conv1d(target) and config.method == "mask"):
+            raise ValueError(
+                f"{name}: method {config.method} is not supported yet for the weights of a "
+                f"{type(getattr(target, 'module', target)).__name__}; choose --method wanda or magnitude, or --targets without it"
             )
 
 
-def _write(
-    model: PreTrainedModel, source: Source, config: PruneConfig, counts: list[ZeroCount], tokens: int, output: Path
-) -> None:
+def needs_text(config: PruneConfig) -> bool:
+    """Whether a run looks at activations. Local."""
+    return config.method in ("wanda", "sparsegpt") or (config.method == "magnitude" and config.layer_ratios == "owl")
+
+
+def prune(plan: Plan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:
+    """Prune a model and write it, its tokenizer and ``pruning.json`` to ``config.output``. **Collective.**
+
+    The folder appears complete or not at all; the first rank writes it.
+
+    Args:
+        plan: From ``prepare``, the same on every rank.
+        ranks: Who shares the work; None: this process alone.
+        progress: Show progress bars.
+
+    Returns:
+        Zeros of each target; with method "none", those it has.
+
+    Raises:
+        ValueError: Model pruned already or not finite, or statistics that cannot be used; on every rank.
+    """
+    ranks = ranks or Group(None)
+    config, stream = plan.config, plan.stream
+    counts, pattern = count_stored_zeros(stream, plan.shapes, ranks)
+    if config.method == "none":
+        if ranks.rank == 0:
+            print(f"{stream.source.folder}: {describe(counts, pattern)}")
+        return counts
+    if config.method != "mask":
+        refuse_pruned(stream, counts, pattern)
+    pruner = Pruner(
+        config, stream, plan.targets, plan.shapes, plan.sparsities, plan.sequences, plan.kept, ranks, progress
+    )
+    pulled = _Pulled(stream, pruner.pruned(), plan.targets)
+    _write(plan, pulled, pruner, ranks)
+    return [pulled.counts[name] for name in plan.shapes]
+
+
+def prune_folder(config: PruneConfig, *, progress: bool = True) -> list[ZeroCount]:
+    """``prepare`` and ``prune`` on this process alone. Local."""
+    return prune(prepare(config, progress=progress), progress=progress)
+
+
+class _Pulled:
+    """Gives each weight of the model when it is asked for; targets as they come out of the pruner."""
+
+    def __init__(self, stream: StreamedModel, pruned: Iterator[tuple[str, Tensor]], targets: dict[str, Target]) -> None:
+        self.counts: dict[str, ZeroCount] = {}
+        self._stream, self._pruned, self._targets = stream, pruned, targets
+        self._names = {weight_name(name, target): name for name, target in targets.items()}
+        self._waiting: dict[str, Tensor] = {}
+
+    def __call__(self, value: Tensor) -> Tensor:
+        name = self._stream.name_of(value)
+        target = self._names.get(name)
+        if target is None:
+            return self._stream.read(name)
+        while target not in self._waiting:
+            found, weight = next(self._pruned)
+            self.counts[found] = ZeroCount(found, weight.numel(), int((weight == 0).sum()))
+            self._waiting[found] = from_rows(self._targets[found], weight)
+        return self._waiting.pop(target)
+
+
+def _write(plan: Plan, pulled: _Pulled, pruner: Pruner, ranks: Group) -> None:
+    config, source = plan.config, plan.stream.source
+    output = Path(config.output).expanduser()
     tokenizer = locate(config.model.tokenizer) if config.model.tokenizer else None
     staged = output.with_name(output.name + ".new")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        export_model(model, lambda weight: weight.detach(), staged, source, writes=True, tokenizer=tokenizer)
-        (staged / "pruning.json").write_text(json.dumps(_record(config, counts, tokens), indent=2) + "\n")
-    except BaseException:
+    first = ranks.rank == 0
+    if first:
         shutil.rmtree(staged, ignore_errors=True)
+    try:
+        export_model(plan.stream.model, pulled, staged, source, writes=first, tokenizer=tokenizer)
+        if first:
+            _warn_off_target(list(pulled.counts.values()), plan, pruner)
+            (staged / "pruning.json").write_text(json.dumps(_record(plan, pulled, pruner), indent=2) + "\n")
+    except BaseException:
+        if first:
+            shutil.rmtree(staged, ignore_errors=True)
         raise
-    staged.rename(output)
+    if first:
+        staged.rename(output)
+    ranks.sum(torch.zeros(1))  # nobody goes on before the folder is there
 
 
-def _record(config: PruneConfig, counts: list[ZeroCount], tokens: int) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
+def _warn_off_target(counts: list[ZeroCount], plan: Plan, pruner: Pruner) -> None:
+    """Rows that are 0 in the dense model, dead inputs: the count is above what was asked for."""
+    if plan.config.ranking == "global" or plan.config.method == "mask":
+        return
+    for count in counts:
+        wanted = Ranking(plan.config.ranking, pruner.sparsities[count.name]).zeros(*plan.shapes[count.name])
+        assert count.zeros >= wanted, (count, wanted)
+        if count.zeros > wanted:
+            log.warning(
+                "%s has %d zeros, %d asked for: the dense weight had more in places, or inputs that are always 0",
+                count.name,
+                count.zeros,
+                wanted,
+            )
+
+
+def _record(plan: Plan, pulled: _Pulled, pruner: Pruner) -> dict[str, Any]:
+    settings = dataclasses.asdict(plan.config)
     del settings["output"]
+    if plan.config.method != "mask":
+        settings |= {"sparsity": plan.config.share, "group": plan.config.ranking}
+    counts = [pulled.counts[name] for name in plan.shapes]
+    asked = pruner.sparsities if plan.config.layer_ratios != "uniform" else {}
     return {
         **settings,
-        "calibration_tokens": tokens,
+        "calibration_tokens": sum(len(sequence) for sequence in plan.sequences),
         "reached": total_sparsity(counts),
         "targets_pruned": {
-            count.name: {"weights": count.numel, "zeros": count.zeros, "share": count.sparsity} for count in counts
+            count.name: {"weights": count.numel, "zeros": count.zeros, "share": count.sparsity}
+            | ({"asked": asked[count.name]} if count.name in asked else {})
+            for count in counts
         },
     }

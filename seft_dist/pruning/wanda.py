@@ -3,45 +3,94 @@
 Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695.
 """
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from seft_dist.backends.group import Group
+from seft_dist.optim.linear import watch_experts
+from seft_dist.optim.targets import ExpertWeight, Target, as_rows
+
+log = logging.getLogger(__name__)
 
 
 class InputNorm:
-    """The L2 norm of each input feature of one linear over all tokens that pass while it listens."""
+    """The L2 norm of each input feature of one target over all tokens that pass, on any rank, while it listens.
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.num_tokens = 0
-        self._sum = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-        self._handle: RemovableHandle = linear.register_forward_pre_hook(self._listen)
+    Fused experts have a norm each, of the tokens that chose them.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._rows, self._columns = as_rows(target).shape
+        self._experts = len(target.weight) if isinstance(target, ExpertWeight) else 1
+        self._terms: list[Tensor] = []
+        self._tokens = torch.zeros(self._experts, dtype=torch.int64)
+        self._empty = torch.zeros(0, dtype=torch.float64, device=target.weight.device)
+        self._end: Callable[[], None]
+        if isinstance(target, ExpertWeight):
+            self._end = watch_experts(target, self._count)
+        else:
+            self._end = target.register_forward_pre_hook(self._listen).remove
 
     def _listen(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].detach().reshape(-1, len(self._sum)).float()
-        self.num_tokens += len(inputs)
-        self._sum += inputs.square().sum(dim=0, dtype=torch.float64)
+        inputs = args[0].detach().reshape(-1, self._columns)
+        self._count(inputs, [len(inputs)])
 
-    def close(self, name: str) -> Tensor:
-        """Stop listening. Local.
+    def _count(self, inputs: Tensor, ends: list[int]) -> None:
+        sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        self._tokens += torch.tensor(sizes)
+        squares = [part.float().square().sum(dim=0, dtype=torch.float64) for part in inputs.detach().split(sizes)]
+        self._terms.append(torch.cat(squares))
+
+    def close(self, name: str, ranks: Group) -> Tensor:
+        """Stop listening and put all ranks' tokens together. **Collective.**
+
+        The terms of the batches are added in the order of the batches, whichever rank ran them.
 
         Args:
-            name: Of the linear, for messages.
+            name: Of the target, for messages.
+            ranks: Who ran calibration text.
 
         Returns:
-            [in], fp32.
+            fp32, the same bits on every rank: [in], or of fused experts [experts * out, in], one row for each of the
+            weight's. An expert that no token chose gets the mean norm of the others, with a warning.
 
         Raises:
-            ValueError: No token came by, or an input was not finite.
+            ValueError: No token came by, or an input was not finite; on every rank.
         """
-        self._handle.remove()
-        if self.num_tokens == 0:
-            raise ValueError(
-                f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
-            )
-        norm = self._sum.sqrt().float()
+        self._end()
+        width = self._experts * self._columns
+        terms = torch.cat(ranks.gather(torch.cat([self._empty, *self._terms]))).view(-1, width)
+        tokens = ranks.sum(self._tokens)
+        if int(tokens.sum()) == 0:
+            raise ValueError(no_tokens(name))
+        norm = terms.sum(dim=0).sqrt().float()
         if not norm.isfinite().all():
-            raise ValueError(f"inputs of {name} are not finite: try --model.dtype float32, or check the model")
-        return norm
+            raise ValueError(not_finite(name))
+        if self._experts == 1:
+            return norm
+        norm, unused = norm.view(self._experts, self._columns), tokens == 0
+        if unused.any():
+            norm[unused] = norm[~unused].mean(0)
+            log.warning(
+                "%s: no calibration token chose experts %s: they are pruned by the mean norm of the others' inputs; use "
+                "more calibration text (--sequences)",
+                name,
+                unused.nonzero().view(-1).tolist(),
+            )
+        return norm.repeat_interleave(self._rows // self._experts, dim=0)
+
+
+def no_tokens(name: str) -> str:
+    """Message: a linear was never used. Local."""
+    return f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
+
+
+def not_finite(name: str) -> str:
+    """Message: a linear got inf or NaN. Local."""
+    return f"inputs of {name} are not finite: try --model.dtype float32, or check the model"
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:

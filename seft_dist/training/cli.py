@@ -65,23 +65,29 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     return config
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain dicts and lists, for JSON or YAML. **Local.**"""
+    return _plain(dataclasses.asdict(config))
+
+
 def to_yaml(config: Any) -> str:
     """Write a configuration dataclass as YAML that ``--config`` reads back. **Local.**"""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a door: errors of users print one message, on one rank, and exit with code 1. **Local.**
+    """Run a door: errors of users print one message, on one rank, and no traceback. **Local.**
 
-    ``ValueError`` and ``FloatingPointError`` are errors of users; every other exception is a bug and keeps its
-    traceback.
+    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command would
+    fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs
+    or ranks that were lost, and keep their traceback.
     """
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if _speaks_first():
             print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,45 @@ def start(
     if deepspeed:
         _prepare_deepspeed(ranks)
     return ranks
+
+
+# Variables that may change a result, or say how it was made; none of them holds a secret.
+_TELLING = (
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "ATEN_",
+    "ONEDNN_",
+    "CUDA_",
+    "CUBLAS_",
+    "NVIDIA_TF32_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "DS_",
+)
+
+
+def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the environment says about this process's start, for the manifest of a run. Local.
+
+    Args:
+        env: The environment; None: the process's own.
+
+    Returns:
+        ``host``; ``slurm`` (job, restarts, nodes) or None; ``environment``, variables of libraries that may change a result.
+    """
+    env = os.environ if env is None else env
+    slurm = {
+        "job_id": env.get("SLURM_JOB_ID"),
+        "restart_count": int(env.get("SLURM_RESTART_COUNT", "0")),
+        "nodes": env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"),
+    }
+    return {
+        "host": socket.gethostname(),
+        "slurm": slurm if slurm["job_id"] else None,
+        "environment": {name: env[name] for name in sorted(env) if name.startswith(_TELLING)},
+    }
 
 
 def shutdown() -> None:

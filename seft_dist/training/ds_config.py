@@ -7,6 +7,7 @@ import torch
 
 from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import TrainConfig
+from seft_dist.io.data import num_micro
 
 _OURS = ("optimizer", "gradient_clipping")
 """Keys that SeftOptimizer honours in place of the engine."""
@@ -36,7 +37,7 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
     """Read the ds_config and fill in what the run's own options say. Local.
 
     Args:
-        config: The run.
+        config: The run; its global batch is known.
         world_size: Number of ranks.
 
     Returns:
@@ -50,10 +51,12 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
     content = load_ds_config(config.deepspeed)
     optimizer = ds_optimizer_args(content, config.optim)
     content = {key: value for key, value in content.items() if key not in _OURS}
+    assert config.global_batch is not None
+    accumulate = num_micro(config.global_batch, config.batch_size, world_size)
     filled = {
         "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
-        "gradient_accumulation_steps": ("accumulate", config.accumulate),
-        "train_batch_size": ("batch_size x accumulate x ranks", config.batch_size * config.accumulate * world_size),
+        "gradient_accumulation_steps": ("global_batch / (batch_size x ranks), rounded up,", accumulate),
+        "train_batch_size": ("that x batch_size x ranks", accumulate * config.batch_size * world_size),
     }
     for key, (option, value) in filled.items():
         if content.setdefault(key, "auto") not in ("auto", value):

@@ -72,7 +72,7 @@ class Metrics:
         if not writes:
             return
         path = Path(config.output) / FILE
-        path.write_text("".join(_lines_until(path, start)))
+        path.write_text("".join(lines_until(path, start)))
         self._file = path.open("a", buffering=1)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -160,6 +160,16 @@ def summary(result: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
+def stopped(config: TrainConfig, signal: str, step: int) -> None:
+    """Say that a signal has stopped the run. Local, for rank 0."""
+    print(
+        f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "
+        "goes on from there",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _start_trackers(config: TrainConfig) -> list[Any]:
     if not config.trackers:
         return []
@@ -180,8 +190,8 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
     return trackers
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines of the steps done; the last one may have been cut when the run was stopped."""
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps done; the last one may have been cut when the run was stopped. Local."""
     if not step or not path.exists():
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

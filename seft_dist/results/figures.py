@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seft_dist.training.report import Run
+from seft_dist.results.report import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,24 @@
+"""Every knob of the project, once: frozen, keyword-only, checked when made.
+
+A field's docstring says its meaning, its unit and its special values; ``--help`` of each door prints it.
+"""
+
+from seft_dist.config.inputs import DataConfig, DType, ModelConfig
+from seft_dist.config.method import AdamConfig, SeftConfig, Selection
+from seft_dist.config.pruning import PruneConfig
+from seft_dist.config.results import EvaluateConfig, SweepConfig
+from seft_dist.config.training import ReproduceConfig, TrainConfig
+
+__all__ = [
+    "AdamConfig",
+    "DType",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "PruneConfig",
+    "ReproduceConfig",
+    "SeftConfig",
+    "Selection",
+    "SweepConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,79 @@
+"""Models and data, as every door reads them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from seft_dist.config.checks import check
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how its weights are held."""
+
+    path: str
+    """Folder of a Hugging Face causal LM (config.json, *.safetensors, tokenizer), or a hub name."""
+    dtype: DType = "auto"
+    """Type of the weights: "float32", "bfloat16", or "auto", that of the checkpoint."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; None: the model's own."""
+    activation_checkpointing: bool = False
+    """True: keep only each decoder layer's input and compute the layer again in backward (less memory, about 1/3 more
+    time)."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.path), "model.path is empty", "a folder of a Hugging Face causal LM, or a hub name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which records, and how they become token sequences."""
+
+    path: str
+    """A file (.txt, .json, .jsonl, .parquet), a folder of such files, or the hub name of a dataset. A .txt file is one
+    record."""
+    name: str | None = None
+    """Configuration of a hub dataset, e.g. "wikitext-2-raw-v1"."""
+    split: str = "train"
+    """Split of a hub dataset; local files are one split named "train"."""
+    kind: Literal["auto", "text", "instruction", "chat"] = "auto"
+    """How a record is read: "text" (packed into full blocks), "instruction" (prompt and answer; loss on the answer),
+    "chat" (a list of messages; loss on the assistant's turns); "auto" decides by the columns."""
+    text_field: str = "text"
+    """Column with the text."""
+    prompt_field: str = "instruction"
+    """Column with the instruction or question."""
+    input_field: str = "input"
+    """Column with an optional further input, appended to the instruction where present and not empty."""
+    answer_field: str = "output"
+    """Column with the answer."""
+    messages_field: str = "messages"
+    """Column with a list of {"role", "content"} messages."""
+    seq_len: int = 1024
+    """Tokens in a sequence: the length of packed blocks, and the limit at which longer records are cut."""
+    holdout_every: int = 0
+    """Keep every n-th record (the n-th, 2n-th, ...) out of training, for evaluation. 0: keep none out."""
+    holdout: bool = False
+    """True: read the records that holdout_every keeps out, instead of the others."""
+    max_records: int | None = None
+    """Read at most this many records, after holding out. None: all."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.path), "data.path is empty", "a file, a folder or the hub name of a dataset")
+        check(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "at least 2 tokens")
+        check(
+            self.holdout_every == 0 or self.holdout_every >= 2,
+            f"data.holdout_every={self.holdout_every}",
+            "0 or at least 2",
+        )
+        check(
+            not self.holdout or self.holdout_every >= 2,
+            "data.holdout without holdout_every",
+            "data.holdout_every of 2 or more",
+        )
+        check(
+            self.max_records is None or self.max_records >= 1,
+            f"data.max_records={self.max_records}",
+            "at least 1, or null",
+        )

@@ -1,0 +1,149 @@
+"""The method and its optimizer (docs/algorithm.md)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from seft_dist.config.checks import check
+from seft_dist.pattern import check_kept
+
+DropSchedule = Literal["cosine", "linear", "constant"]
+OnDrop = Literal["commit_reactivated", "keep"]
+Init = Literal["gradient", "random"]
+Moments = Literal["zero", "seeded"]
+Drop = Literal["magnitude", "movement", "random"]
+Grow = Literal["gradient", "momentum", "random"]
+Adapt = Literal["sensitivity", "activation", "magnitude", "none"]
+Scope = Literal["layer", "global"]
+Selection = Literal["auto", "gather", "radix"]
+Decay = Literal["weight", "delta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeftConfig:
+    """The method: how many deltas, where they may go, when they move (docs/algorithm.md)."""
+
+    density: float = 0.01
+    """Share of each target weight's positions that carry a trainable delta, above 0 and at most 1. It may not exceed the
+    share of active (non-zero) weights of any target."""
+    targets: str = "all-linear"
+    """Which linears get deltas: "all-linear" (every nn.Linear except the output head and tied weights), or a regular
+    expression that is searched in module names, e.g. "q_proj|v_proj"."""
+    steps: int | None = None
+    """Optimizer steps of the whole run, T of the drop schedule. None: unknown, the drop fraction stays constant.
+    launch/train.py sets it from its own --steps."""
+    interval: int = 60
+    """Optimizer steps between evolutions: one happens at each step divisible by it."""
+    window: int = 1
+    """Optimizer steps, ending with the evolution's, over which the dense gradient is accumulated. At most interval."""
+    begin: int = 1
+    """First optimizer step (counted from 1) at which an evolution may happen."""
+    end: int | None = None
+    """Last optimizer step at which an evolution may happen. None: 80 % of steps, or never ending if steps is None."""
+    static: bool = False
+    """True: no evolution; the first support is kept to the end (the static baseline)."""
+    drop_fraction: float = 0.2
+    """Share of the support that moves in an evolution at the start of the run, f0, 0 to 1."""
+    drop_schedule: DropSchedule = "cosine"
+    """How the moving share falls to 0 at the last step: "cosine", "linear", or "constant" (does not fall)."""
+    on_drop: OnDrop = "commit_reactivated"
+    """What a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at reactivated
+    positions (base 0), whose delta becomes the base. "keep": every dropped delta becomes part of the base."""
+    reactivation: float = 1.0
+    """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the mask never moves."""
+    init: Init = "gradient"
+    """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
+    positions drawn from the seed)."""
+    moments: Moments = "zero"
+    """Adam moments of a grown entry: "zero" (age 0) or "seeded" from the window's mean gradient and mean square."""
+    drop: Drop = "magnitude"
+    """What is dropped: smallest "magnitude" |delta|, smallest "movement" -delta x accumulated gradient, or "random"."""
+    grow: Grow = "gradient"
+    """What is grown: largest |accumulated "gradient"|, largest row/column second "momentum" (SM3), or "random"."""
+    adapt: Adapt = "sensitivity"
+    """What leaves the mask again: smallest "sensitivity" |weight x accumulated gradient|, smallest "activation"
+    |weight| x input norm (Wanda), smallest "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned model)."""
+    scope: Scope = "layer"
+    """Where Adapt ranks: inside each "layer", which keeps its own target, or "global" over all of them with one target."""
+    pattern: str | None = None
+    """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active (in
+    YAML with quotation marks). None: any position may be active."""
+    selection: Selection = "auto"
+    """Form of the distributed top-k: "gather" candidates, "radix" histograms, or "auto", the one that moves fewer bytes. All
+    give the same result."""
+    decay: Decay = "weight"
+    """What weight_decay shrinks: the "weight" (base + delta, as torch.optim.AdamW) or only the "delta" (towards the base)."""
+    allow_dense: bool = False
+    """True: accept a model whose targets have no pruned positions."""
+    seed: int = 0
+    """Seed of the random criteria and of the random first support."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.density <= 1, f"density={self.density}", "a share above 0 and at most 1, e.g. 0.01 for 1 %")
+        check(bool(self.targets), "targets is empty", '"all-linear" or a regular expression for module names')
+        check(self.interval >= 1, f"interval={self.interval}", "at least 1 optimizer step")
+        check(
+            1 <= self.window <= self.interval,
+            f"window={self.window} with interval={self.interval}",
+            "a window of 1 to interval steps; make the window shorter or the interval longer",
+        )
+        check(self.begin >= 1, f"begin={self.begin}", "an optimizer step from 1 on")
+        check(0 <= self.drop_fraction <= 1, f"drop_fraction={self.drop_fraction}", "a share from 0 to 1")
+        check(0 <= self.reactivation <= 1, f"reactivation={self.reactivation}", "a share from 0 to 1")
+        check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1 optimizer step")
+        check_kept(self.pattern, self.scope, self.adapt, self.reactivation)
+        last = self.last_evolution
+        if self.steps is not None and last is not None:
+            check(
+                last < self.steps,
+                f"the last evolution would be at step {last} of {self.steps}",
+                "at least one update after it (grown weights start at 0); set end below steps, or raise steps",
+            )
+
+    @property
+    def last_step(self) -> int | None:
+        """Last step at which an evolution may happen, None if there is no such limit."""
+        if self.end is not None or self.steps is None:
+            return self.end
+        return min(int(0.8 * self.steps), self.steps - 1)
+
+    @property
+    def last_evolution(self) -> int | None:
+        """Step of the run's last evolution, the first support included; None if unknown, 0 if there is none."""
+        first = 1 if self.init == "gradient" and self.steps is not None and self.steps == 1 else 0
+        if self.static:
+            return first
+        if self.last_step is None:
+            return None
+        last = self.last_step // self.interval * self.interval
+        return last if last >= self.begin else first
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """The update of the deltas and its learning rate. With --deepspeed, keys of the ds_config's optimizer block and its
+    gradient_clipping take the place of these (a warning says so where they differ)."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two Adam moments, each 0 to below 1."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per step, as a multiple of the learning rate (see seft.decay)."""
+    max_grad_norm: float | None = 1.0
+    """Largest global norm of the deltas' gradient; it is scaled down to this. None: no clipping."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay of the learning rate after the warm-up, to 0 at the last step; "constant" does not decay. A scheduler block
+    in the ds_config takes its place."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises linearly from 0, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr={self.lr}", "a learning rate above 0")
+        check(all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas}", "two rates from 0 to below 1")
+        check(self.eps > 0, f"optim.eps={self.eps}", "a number above 0")
+        check(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}", "a number from 0 on")
+        check(0 <= self.warmup <= 1, f"optim.warmup={self.warmup}", "a share from 0 to 1")
+        if self.max_grad_norm is not None:
+            check(self.max_grad_norm > 0, f"optim.max_grad_norm={self.max_grad_norm}", "a norm above 0, or null")

@@ -1,0 +1,135 @@
+"""Runs of launch/prune.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from seft_dist.config.checks import check
+from seft_dist.config.inputs import DataConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """One run of launch/prune.py (docs/pruning.md)."""
+
+    model: ModelConfig
+    output: str = ""
+    """Folder for the pruned model (must not exist yet). Needed unless method is "none"."""
+    data: DataConfig | None = None
+    """Calibration text; needed by wanda, sparsegpt and OWL."""
+    method: Literal["wanda", "sparsegpt", "magnitude", "mask", "none"] = "wanda"
+    """What is pruned: the smallest |weight| x norm of its input ("wanda"), what costs least once the others make up for
+    it ("sparsegpt", also changes the weights that stay), the smallest |weight| ("magnitude"), or what a file of kept
+    positions leaves out ("mask"). "none" prunes nothing: it shows the zeros that a model has."""
+    sparsity: float | None = None
+    """Share of the targets' weights that become 0, above 0 and below 1. None: what the pattern says, else 0.6."""
+    pattern: str | None = None
+    """N:M, e.g. "2:4": of M weights that follow each other in a row, N stay. None: unstructured."""
+    group: Literal["auto", "row", "layer", "global"] = "auto"
+    """Where weights are ranked against each other: inside each output "row", over the whole weight of a linear ("layer"),
+    or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer" for
+    sparsegpt, "row" for the others."""
+    layer_ratios: str = "uniform"
+    """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a JSON
+    or YAML file from names (of decoder layers or linears) to sparsities; what it does not name gets --sparsity."""
+    owl_threshold: float = 5.0
+    """OWL: a score above this many times the mean of its decoder layer is an outlier (M in the paper)."""
+    owl_lambda: float = 0.08
+    """OWL: no two decoder layers' sparsities differ by more than twice this."""
+    mask: str | None = None
+    """Method "mask": a safetensors file with, for each target, its kept positions (docs/pruning.md)."""
+    dampening: float = 0.01
+    """SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal; raised tenfold, twice at most, where
+    the Hessian cannot be inverted."""
+    targets: str = "all-linear"
+    """Which linears are pruned: as seft.targets."""
+    sequences: int = 128
+    """Calibration sequences of data.seq_len tokens."""
+    seed: int = 0
+    """Seed for drawing the calibration sequences."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.sparsity is None or 0 < self.sparsity < 1,
+            f"sparsity={self.sparsity}",
+            "a share above 0 and below 1",
+        )
+        check(self.sequences >= 1, f"sequences={self.sequences}", "at least 1")
+        check(self.owl_threshold > 0, f"owl_threshold={self.owl_threshold}", "a number above 0")
+        check(0 < self.owl_lambda < 1, f"owl_lambda={self.owl_lambda}", "a share above 0 and below 1")
+        check(0 < self.dampening <= 1, f"dampening={self.dampening}", "a share above 0 and at most 1")
+        check(bool(self.output) or self.method == "none", "output is empty", "a folder for the pruned model")
+        check(bool(self.layer_ratios), "layer_ratios is empty", '"uniform", "owl" or a file')
+        check(
+            (self.mask is not None) == (self.method == "mask"),
+            f"method={self.method} with mask={self.mask}",
+            "--method mask together with --mask FILE",
+        )
+        if self.pattern is not None:
+            self._check_pattern()
+        self._check_choices()
+
+    def _check_pattern(self) -> None:
+        kept, width = self.kept_of
+        check(0 < kept < width, f"pattern={self.pattern}", 'N:M with 0 < N < M, e.g. "2:4"')
+        check(
+            self.sparsity is None or abs(self.sparsity - (1 - kept / width)) < 1e-6,
+            f"sparsity={self.sparsity} with pattern={self.pattern}",
+            f"sparsity {1 - kept / width:g}, or none: the pattern says it",
+        )
+        check(
+            self.group == "auto",
+            f"group={self.group} with pattern={self.pattern}",
+            "one of them: a pattern ranks inside each M weights",
+        )
+        check(
+            self.layer_ratios == "uniform",
+            f"layer_ratios={self.layer_ratios} with pattern={self.pattern}",
+            "uniform: a pattern has one sparsity",
+        )
+
+    def _check_choices(self) -> None:
+        if self.method in ("mask", "none"):
+            choices = (self.sparsity, self.pattern, self.group, self.layer_ratios)
+            check(
+                choices == (None, None, "auto", "uniform"),
+                f"method={self.method} with sparsity, pattern, group or layer_ratios",
+                "none of them: they say nothing here",
+            )
+            return
+        calibrated = self.method != "magnitude" or self.layer_ratios == "owl"
+        check(
+            not calibrated or self.data is not None,
+            f"method={self.method}, layer_ratios={self.layer_ratios} without data",
+            "calibration text: --data.path FILE",
+        )
+        check(
+            self.group != "global" or self.method != "sparsegpt",
+            "group=global with method=sparsegpt",
+            "row or layer: SparseGPT decides block by block, before later layers are seen",
+        )
+        check(
+            self.group != "global" or self.layer_ratios == "uniform",
+            f"group=global with layer_ratios={self.layer_ratios}",
+            "one of them: both decide how many weights each layer loses",
+        )
+
+    @property
+    def kept_of(self) -> tuple[int, int]:
+        """N and M of the pattern."""
+        parts = (self.pattern or "").split(":")
+        check(len(parts) == 2 and all(p.isdecimal() for p in parts), f"pattern={self.pattern}", 'N:M, e.g. "2:4"')
+        return int(parts[0]), int(parts[1])
+
+    @property
+    def share(self) -> float:
+        """The sparsity, resolved."""
+        if self.pattern is not None:
+            return 1 - self.kept_of[0] / self.kept_of[1]
+        return 0.6 if self.sparsity is None else self.sparsity
+
+    @property
+    def ranking(self) -> str:
+        """The group, resolved: "row", "layer", "global" or the pattern."""
+        if self.pattern is not None:
+            return self.pattern
+        return self.group if self.group != "auto" else "layer" if self.method == "sparsegpt" else "row"

@@ -1,0 +1,86 @@
+"""Reading what runs have left: launch/evaluate.py and launch/sweep.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from seft_dist.config.checks import check
+from seft_dist.config.inputs import DataConfig
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of launch/evaluate.py."""
+
+    models: dict[str, str]
+    """Models to evaluate side by side, as name: folder."""
+    data: DataConfig | None = None
+    """Text for perplexity. None: no perplexity, only tasks."""
+    dtype: DType = "auto"
+    """Type of the weights: "float32", "bfloat16", or "auto", that of each checkpoint."""
+    batch_size: int = 4
+    """Sequences of a rank in one forward pass."""
+    stride: int | None = None
+    """Perplexity of a text in sliding windows of data.seq_len tokens that begin every so many tokens, below data.seq_len:
+    each token is scored once, with at least data.seq_len - stride tokens before it. None: windows side by side (blocks),
+    the first token of each not scored. Chats and instructions have no windows: each record is a sequence of its own."""
+    max_tokens: int | None = None
+    """Measure perplexity on at most this many tokens. None: all."""
+    tasks: str | None = None
+    """Tasks of lm-evaluation-harness (extra "eval"), with commas in between, e.g. "arc_easy,boolq". None: none."""
+    task_files: dict[str, str] = field(default_factory=dict)
+    """Tasks whose records are read from a file (.json, .jsonl, .parquet), as task: file, instead of the hub. The file has
+    the columns of the task's data set; it serves for the questions and for few-shot examples."""
+    tasks_path: str | None = None
+    """Folder with task descriptions of your own (.yaml), as lm-eval's --include_path."""
+    fewshot: int | None = None
+    """Solved examples before each question. None: what each task says."""
+    limit: int | None = None
+    """Ask only the first so many questions of each task. None: all."""
+    chat_template: bool = False
+    """True: put the questions into the tokenizer's chat template, as lm-eval's --apply_chat_template."""
+    targets: str = "all-linear"
+    """Which linears the sparsity report covers: as seft.targets."""
+    output: str | None = None
+    """JSON file for the results. None: only print them."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.models), "models is empty", "at least one name: folder")
+        check(self.batch_size >= 1, f"batch_size={self.batch_size}", "at least 1")
+        check(self.max_tokens is None or self.max_tokens >= 2, f"max_tokens={self.max_tokens}", "at least 2, or null")
+        check(self.data is not None or bool(self.tasks), "neither data nor tasks", "--data.path FILE or --tasks NAMES")
+        if self.stride is not None:
+            check(self.data is not None, f"stride={self.stride} without data", "--data.path FILE")
+            window = self.data.seq_len if self.data is not None else 0
+            check(
+                1 <= self.stride < window,
+                f"stride={self.stride} with data.seq_len={window}",
+                "a stride of 1 to data.seq_len - 1 tokens",
+            )
+        names = [name.strip() for name in (self.tasks or "").split(",")]
+        check(
+            not self.tasks or all(names), f"tasks={self.tasks!r}", "names with commas in between, e.g. arc_easy,boolq"
+        )
+        unused = sorted(self.task_files.keys() - set(names))
+        check(not unused, f"task_files names {', '.join(unused)}", f"only tasks that --tasks names ({self.tasks})")
+        for name in ("tasks_path", "fewshot", "limit"):
+            check(getattr(self, name) is None or bool(self.tasks), f"{name} without tasks", "--tasks NAMES")
+        check(not self.chat_template or bool(self.tasks), "chat_template without tasks", "--tasks NAMES")
+        check(self.fewshot is None or self.fewshot >= 0, f"fewshot={self.fewshot}", "0 or more, or null")
+        check(self.limit is None or self.limit >= 1, f"limit={self.limit}", "at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The table of a sweep, made by launch/sweep.py."""
+
+    folder: str
+    """Folder whose subfolders are runs of launch/train.py. With tasks.tsv in it (slurm/sweep.sbatch writes that: a line
+    for each run, its name, a tab, its options), runs that have not begun are listed too. Gets sweep.csv, sweep.md and
+    sweep.png."""
+    figure: bool = True
+    """False: no sweep.png (it needs matplotlib)."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.folder), "folder is empty", "the folder of a sweep")

@@ -1,0 +1,103 @@
+"""Runs of launch/train.py and launch/reproduce.py."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from seft_dist.config.checks import check
+from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.method import AdamConfig, SeftConfig
+
+Backend = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One fine-tuning run of launch/train.py."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str
+    """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
+    seft: SeftConfig = field(default_factory=SeftConfig)
+    optim: AdamConfig = field(default_factory=AdamConfig)
+    steps: int = 1000
+    """Optimizer steps of the run."""
+    batch_size: int = 1
+    """Most sequences of a rank in one forward pass."""
+    global_batch: int | None = None
+    """Sequences of one optimizer step over all ranks: as many forward passes as that takes are accumulated, and every
+    token that is learnt weighs the same. None: batch_size for each rank; a resumed run keeps what it began with, on any
+    number of ranks. A ds_config's batch sizes must agree or be "auto"."""
+    backend: Backend = "auto"
+    """How weights are held on several ranks: "fsdp" (FSDP2, sharded), "ddp" (a full copy each), "deepspeed" (chosen by
+    --deepspeed), "single" (one process), or "auto": deepspeed if --deepspeed is given, else fsdp if there are several
+    ranks, else single."""
+    deepspeed: str | None = None
+    """A ds_config file, e.g. ds_configs/zero3.json: train with DeepSpeed."""
+    replicas: int = 1
+    """FSDP only: number of groups of ranks that each hold a whole sharded copy (HSDP). 1: plain FSDP."""
+    offload: bool = False
+    """FSDP only: keep the weight shards in CPU memory (DeepSpeed: use ds_configs/zero3_offload.json)."""
+    seed: int = 0
+    """Seed of the data order."""
+    log_every: int = 1
+    """Optimizer steps between records in metrics.jsonl and the trackers."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
+    trace: bool = False
+    """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each optimizer
+    step (about 0.2 kB for each layer and step), so that launch/compare.py finds the first step and layer that differ."""
+    export: bool = True
+    """True: write the repaired model as a Hugging Face folder, and the delta file, at the end."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers beside metrics.jsonl."""
+    threads: int | None = None
+    """CPU threads of a rank. None: the machine's cores divided by the ranks on it (CPU runs only)."""
+    timeout: float = 1800.0
+    """Seconds after which a collective that a rank did not enter stops the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "replicas", "log_every"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
+        check(self.save_every >= 0, f"save_every={self.save_every}", "0 or a number of steps")
+        check(self.global_batch is None or self.global_batch >= 1, f"global_batch={self.global_batch}", "at least 1")
+        check(self.timeout > 0, f"timeout={self.timeout}", "seconds above 0")
+        check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
+        check(bool(self.output), "output is empty", "a folder for the run")
+        dataclasses.replace(self.seft, steps=self.steps)  # checks the schedule against the run's length
+        if self.backend != "auto":
+            check(
+                (self.backend == "deepspeed") == (self.deepspeed is not None),
+                f"backend={self.backend} with deepspeed={self.deepspeed}",
+                "--deepspeed FILE with backend deepspeed (or auto), and without it otherwise",
+            )
+        if self.replicas > 1 or self.offload:
+            check(
+                self.deepspeed is None and self.backend in ("auto", "fsdp"),
+                "replicas or offload without FSDP",
+                "backend fsdp",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """One check of launch/reproduce.py: the same run several times and on several layouts."""
+
+    output: str
+    """Folder of the check: a run folder and a log for each run, comparisons, reproduce.json. The same command again goes
+    on where it was stopped."""
+    layouts: str = "single:1"
+    """What to run on, with commas in between: BACKEND:RANKS, BACKEND being single, ddp, fsdp, zero0 to zero3 or
+    zero3_offload. Options of launch/train.py may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2". All
+    get the same global batch: --global_batch, or batch_size for each rank of the first layout."""
+    runs: int = 2
+    """How often each layout is run; the later ones must equal the first one bit for bit."""
+    launcher: str | None = None
+    """Command that starts the ranks, with {ranks} for their number, e.g. "srun --ntasks={ranks} python" for the nodes of a
+    Slurm job. None: python for one rank, torchrun on this machine for several."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.output), "output is empty", "a folder for the runs")
+        check(bool(self.layouts.strip()), "layouts is empty", "at least one BACKEND:RANKS, e.g. fsdp:2")
+        check(self.runs >= 1, f"runs={self.runs}", "at least 1")

@@ -1,0 +1,19 @@
+"""Checkpoints that fit any number of ranks and any backend.
+
+A checkpoint holds what training changed, not the frozen model: for each target the mask, the deltas with moments, ages and
+base values, positions whose delta became part of the base, and a window that has begun. It is loaded on top of the
+pruned model.
+
+    step-00000040/checkpoint.json                    format, step, method, shapes, fingerprints, checksums; written last
+                 /rank-00000-of-00002.safetensors    what rank 0 owned, positions counted in the whole weight
+                 /rank-00001-of-00002.safetensors
+
+The folder is written under another name, synced, then renamed: a folder named step-* is complete, and the highest number is
+the pointer to the newest. Nothing is unpickled.
+"""
+
+from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest
+from seft_dist.io.checkpoint.reader import load
+from seft_dist.io.checkpoint.writer import Saver, save
+
+__all__ = ["DamagedError", "Saver", "complete", "latest", "load", "read_manifest", "save"]

@@ -1,0 +1,169 @@
+"""Reading a checkpoint into any layout: each rank reads what its own intervals need."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from seft_dist.io.checkpoint.files import WINDOW_DENSE, WINDOW_SHARED, check_sum, everywhere, rank_file, read_manifest
+from seft_dist.io.checkpoint.writer import COLUMNS
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.state import LayerDelta
+from seft_dist.optim.window import Window
+from seft_dist.sparsity.bitmask import pack, unpack
+from seft_dist.sparsity.partition import Interval, Partition
+
+_FREE = ("steps", "end", "selection")  # settings that a resumed run may change: they do not alter what was done
+
+
+def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
+    """Go on from a checkpoint, on any number of ranks and any backend. **Collective.**
+
+    Args:
+        seft: A new optimizer on the pruned model that the checkpointed run started from.
+        checkpoint: What ``save`` returned.
+
+    Returns:
+        The caller's ``extra``.
+
+    Raises:
+        DamagedError: A file is missing, cut or altered; the model was not changed.
+        ValueError: The checkpoint is of another model, method or format; says what was found and needed.
+    """
+    seft.attach()
+    backend = seft.backend
+    everywhere(backend, lambda: read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    _check_fits(seft, manifest, checkpoint)
+
+    def check_sums() -> None:
+        for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
+            check_sum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
+
+    everywhere(backend, check_sums)
+    reader = _Reader(checkpoint, manifest)
+    layers = (_layer(seft, reader, manifest["targets"][i], i) for i in range(len(backend.names)))
+    seft.restore(manifest["num_steps"], layers)
+    return manifest["extra"]
+
+
+def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path) -> None:
+    state, backend = seft.sparse_state, seft.backend
+    found = {target["name"]: target for target in manifest["targets"]}
+    differing = sorted(set(found) ^ set(backend.names))
+    if differing:
+        raise ValueError(f"{checkpoint} is of another model or of other targets: {differing[:3]} are only on one side")
+    for name, shape in zip(backend.names, backend.shapes, strict=True):
+        if tuple(found[name]["shape"]) != shape:
+            raise ValueError(f"{checkpoint}: {name} has shape {found[name]['shape']}, the model's is {list(shape)}")
+    for name, fingerprint in zip(backend.names, state.fingerprint, strict=True):
+        if found[name]["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{checkpoint} was made from another base model: the weights of {name} differ; load the pruned model it "
+                "began with"
+            )
+    ours = dataclasses.asdict(seft.config)
+    changed = [
+        f"{key}={manifest['method'].get(key)!r} there, {value!r} here"
+        for key, value in ours.items()
+        if key not in _FREE and manifest["method"].get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{checkpoint} was made with another method: {'; '.join(changed)}; use the same settings")
+
+
+class _Reader:
+    """Parts of a checkpoint's tensors for any interval, whoever wrote them."""
+
+    def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        self.window_steps: int | None = manifest["window_steps"]
+        self._checkpoint, self._world_size = checkpoint, manifest["world_size"]
+        self._open: dict[int, Any] = {}
+        self._keys: dict[int, set[str]] = {}
+
+    def _handle(self, rank: int) -> Any:
+        if rank not in self._open:
+            self._open[rank] = safe_open(self._checkpoint / rank_file(rank, self._world_size), framework="pt")
+            self._keys[rank] = set(self._open[rank].keys())
+        return self._open[rank]
+
+    def get(self, rank: int, key: str) -> Tensor | None:
+        """A tensor of one rank's file, None if it is not there."""
+        handle = self._handle(rank)
+        return handle.get_tensor(key) if key in self._keys[rank] else None
+
+    def overlapping(self, target: dict[str, Any], interval: Interval) -> list[tuple[int, Interval]]:
+        """Ranks that wrote a part of the interval, and what they owned."""
+        rows, columns = target["shape"]
+        partition = Partition(rows * columns, target["chunk"], self._world_size)
+        owned = [(rank, partition.interval(rank)) for rank in range(self._world_size)]
+        return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
+
+
+def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int) -> LayerDelta:
+    """This rank's part of one target."""
+    backend, name = seft.backend, target["name"]
+    interval, device = backend.interval(i), backend.device
+    parts: dict[str, list[Tensor]] = {
+        key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_DENSE]
+    }
+    for rank, own in reader.overlapping(target, interval):
+        begin, end = max(own.start, interval.start), min(own.stop, interval.stop)
+
+        def want(key: str, rank: int = rank) -> Tensor:
+            value = reader.get(rank, f"{name}.{key}")
+            assert value is not None
+            return value
+
+        parts["mask"].append(unpack(want("mask"), len(own))[begin - own.start : end - own.start])
+        for keys, positions in ((COLUMNS, want("indices")), (["committed", "committed_values"], want("committed"))):
+            inside = (positions >= begin) & (positions < end)
+            for key in keys:
+                parts[key].append(want(key)[inside])
+        for key in WINDOW_DENSE:
+            dense = reader.get(rank, f"{name}.window.{key}")
+            if dense is not None:
+                parts[key].append(dense[begin - own.start : end - own.start])
+    empty = backend.own(i)[:0].cpu()
+    kinds = {
+        "indices": torch.int32,
+        "age": torch.int32,
+        "committed": torch.int32,
+        "committed_values": empty.dtype,
+        "mask": torch.bool,
+    }
+    whole = {
+        key: torch.cat([torch.empty(0, dtype=kinds.get(key, torch.float32)), *values]).to(device)
+        for key, values in parts.items()
+    }
+    return LayerDelta(
+        name=name,
+        shape=backend.shapes[i],
+        interval=interval,
+        mask=pack(whole["mask"]),
+        target=target["target"],
+        columns=Columns(**{key: whole[key] for key in COLUMNS}),
+        committed=whole["committed"],
+        committed_values=whole["committed_values"],
+        window=_window(seft, reader, name, i, {key: whole[key] for key in WINDOW_DENSE if parts[key]}),
+    )
+
+
+def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, dense: dict[str, Tensor]) -> Window | None:
+    if reader.window_steps is None:
+        return None
+    backend = seft.backend
+    window = seft.new_window(i)
+    window.num_steps = reader.window_steps
+    for key, value in dense.items():
+        setattr(window, key, value)
+    for key in WINDOW_SHARED:
+        setattr(window, key, reader.get(0, f"{name}.window.{key}"))
+    # A sum over all ranks: one of them carries it on.
+    if backend.owners.rank == 0 and backend.replicas.rank == 0:
+        window.norms = reader.get(0, f"{name}.window.norms")
+    return window

@@ -1,0 +1,213 @@
+"""Writing a checkpoint: the state is copied between two steps, a thread of each rank writes the copy while training goes on."""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seft_dist.io.checkpoint.files import (
+    FORMAT_VERSION,
+    WINDOW_DENSE,
+    WINDOW_SHARED,
+    complete,
+    everywhere,
+    rank_file,
+    remove,
+    sync,
+    sync_folder,
+    write_manifest,
+)
+from seft_dist.io.weights import write_safetensors
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.optimizer import SeftOptimizer
+
+COLUMNS = [field.name for field in dataclasses.fields(Columns)]
+
+
+def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = 2) -> Path:
+    """Write a checkpoint of the optimizer and wait until it is on disk. **Collective.**
+
+    Args:
+        seft: An attached optimizer, between two steps.
+        folder: Holds the checkpoints of a run; the new one becomes ``step-<steps>`` in it.
+        extra: What the caller wants back from ``load``; JSON.
+        keep: How many checkpoints stay, the new one included; older ones are removed.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        OSError: A rank could not write (disk full, no permission); no checkpoint was added, older ones stay.
+    """
+    saver = Saver(seft, folder, keep)
+    saver.start(extra)
+    written = saver.finish()
+    assert written is not None
+    return written
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time.
+
+        saver.start(extra)                      # copies the state; training may go on
+        ...
+        if <saver.written on every rank>: saver.finish()      # the checkpoint exists from here on
+        ...
+        saver.finish()                          # before the process ends
+
+    The thread only writes this rank's file. Everything that ranks must agree on happens in ``start`` and ``finish``, in
+    the training thread, so no collective runs beside those of training.
+    """
+
+    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = 2) -> None:
+        """Args:
+        seft: Attached when the first save begins.
+        folder: Holds the checkpoints of a run.
+        keep: How many checkpoints stay; older ones are removed once a new one is complete.
+        """
+        assert keep >= 1
+        self._seft, self._folder, self._keep = seft, folder, keep
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._manifest: dict[str, Any] = {}
+        self._digest = torch.zeros(32, dtype=torch.int64)
+        self._error: Exception | None = None
+
+    @property
+    def written(self) -> bool:
+        """True if a save has begun and this rank's part of it is on disk, or has failed. Local."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def start(self, extra: dict[str, Any]) -> None:
+        """Copy the state and begin to write it; finishes an earlier save first. **Collective.**
+
+        Args:
+            extra: What the caller wants back from ``load``; JSON.
+
+        Raises:
+            OSError: The earlier save failed, or the folder cannot be made; complete checkpoints stay.
+        """
+        self.finish()
+        seft = self._seft
+        backend = seft.backend
+        self._step = seft.num_steps
+        everywhere(backend, lambda: self._make_partial() if self._is_main else None)
+        windows = [layer.window for layer in seft.deltas()]
+        norms = [window.input_norms().square() if window and window.needs_norms else None for window in windows]
+        self._manifest = _manifest(seft, json.loads(json.dumps(extra)))  # a copy: training goes on changing its own
+        tensors = _copies(seft, norms if self._is_main else []) if backend.replicas.rank == 0 else None
+        file = self._partial / rank_file(backend.owners.rank, backend.owners.size)
+        self._thread = threading.Thread(target=self._write, args=(file, tensors), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> Path | None:
+        """Wait for the save that has begun, and make it the newest checkpoint. **Collective.**
+
+        Returns:
+            The checkpoint; None if no save had begun.
+
+        Raises:
+            OSError: A rank could not write (disk full, no permission); no checkpoint was added, older ones stay.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        backend = self._seft.backend
+        try:
+            everywhere(backend, self._raise_error)
+            digests = [bytes(row.tolist()).hex() for row in backend.owners.stack(self._digest)]
+            everywhere(backend, lambda: self._publish(digests) if self._is_main else None)
+        except OSError as error:
+            if self._is_main:
+                shutil.rmtree(self._partial, ignore_errors=True)  # gives its space back
+            raise OSError(f"the checkpoint of step {self._step} could not be written: {error}") from error
+        return self._final
+
+    @property
+    def _is_main(self) -> bool:
+        return self._seft.backend.owners.rank == 0 and self._seft.backend.replicas.rank == 0
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f"partial-{self._step:08d}"
+
+    @property
+    def _final(self) -> Path:
+        return self._folder / f"step-{self._step:08d}"
+
+    def _make_partial(self) -> None:
+        for left in self._folder.glob("partial-*"):  # of an attempt that was killed
+            shutil.rmtree(left)
+        self._partial.mkdir(parents=True)
+
+    def _write(self, file: Path, tensors: dict[str, Tensor] | None) -> None:
+        self._error = None
+        try:
+            if tensors is not None:
+                write_safetensors(file, tensors, {"format": "seft_dist checkpoint"})
+                self._digest.copy_(torch.tensor(list(sync(file))))
+        except Exception as error:  # raised again by finish(), in the training thread
+            self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _publish(self, digests: list[str]) -> None:
+        write_manifest(self._partial, self._manifest | {"sha256": digests})
+        replaced = self._folder / f"replaced-{self._step:08d}"
+        if self._final.exists():  # at no instant is there none of this step
+            os.rename(self._final, replaced)
+        os.rename(self._partial, self._final)
+        sync_folder(self._folder)
+        for old in [replaced, *complete(self._folder)[: -self._keep]]:
+            remove(old)
+
+
+def _copies(seft: SeftOptimizer, norms: list[Tensor | None]) -> dict[str, Tensor]:
+    """Everything this rank owns, copied to CPU memory."""
+    tensors: dict[str, Tensor] = {}
+    for i, layer in enumerate(seft.deltas()):
+        found: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
+        found |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
+        if layer.window is not None:
+            found |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_DENSE + WINDOW_SHARED}
+            found["window.norms"] = norms[i] if norms else None
+        tensors |= {
+            f"{layer.name}.{key}": value.detach().to("cpu", copy=True).contiguous()
+            for key, value in found.items()
+            if value is not None
+        }
+    return tensors
+
+
+def _manifest(seft: SeftOptimizer, extra: dict[str, Any]) -> dict[str, Any]:
+    state, backend = seft.sparse_state, seft.backend
+    window = next(layer.window for layer in seft.deltas())
+    return {
+        "format_version": FORMAT_VERSION,
+        "num_steps": seft.num_steps,
+        "method": dataclasses.asdict(seft.config),
+        "world_size": backend.owners.size,
+        "backend": backend.name,
+        "dtype": str(backend.own(0).dtype),
+        "window_steps": None if window is None else window.num_steps,
+        "targets": [
+            {
+                "name": name,
+                "shape": list(backend.shapes[i]),
+                "chunk": backend.partitions[i].chunk,
+                "target": state.targets[i],
+                "fingerprint": state.fingerprint[i],
+            }
+            for i, name in enumerate(backend.names)
+        ],
+        "extra": extra,
+    }

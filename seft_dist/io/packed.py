@@ -1,0 +1,262 @@
+"""The packed form of a pruned model: one bit for each position and the values that are there; exact, checked, streamed.
+
+A folder with packed-00001-of-0000N.safetensors and packed.safetensors.index.json in the place of model.safetensors;
+docs/exports.md describes every byte. "Zero" is a value whose bits are all 0: -0.0 and NaN are stored and come back.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seft_dist.io.weights import DTYPES, MAX_SHARD_BYTES, TensorInfo, Weights, write_safetensors
+from seft_dist.sparsity.bitmask import pack, unpack
+
+FORMAT, VERSION = "seft_dist packed", 1
+INDEX = "packed.safetensors.index.json"
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AGAIN = "pack or download it again"
+
+
+@dataclass(frozen=True)
+class PackedSize:
+    """What packing has done; bytes of tensors, without the files' headers."""
+
+    dense_bytes: int
+    """Of all tensors, not packed."""
+    packed_bytes: int
+    """Of all tensors, as written."""
+    sparse_weights: int
+    """Number of weights in the tensors for which packing paid."""
+    sparse_bytes: int
+    """Of those tensors, packed."""
+
+    @property
+    def bytes_a_weight(self) -> float:
+        """Of the tensors for which packing paid; 0 if there are none."""
+        return self.sparse_bytes / self.sparse_weights if self.sparse_weights else 0.0
+
+
+class PackedWriter:
+    """Writes tensors, given one at a time, as a folder's packed files. Local, on one rank."""
+
+    def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Args:
+        folder: Exists; gets the files.
+        max_bytes: Start a new file before one would grow beyond this.
+        """
+        self._folder, self._max_bytes = folder, max_bytes
+        self._tensors: dict[str, Tensor] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._bytes = 0
+        self._files: list[list[str]] = []
+        self._keys: set[str] = set()
+        self._dense = self._packed = self._sparse_weights = self._sparse_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add one tensor, packed if that is smaller; it must not change before the file that holds it is full.
+
+        Args:
+            name: Key of the tensor.
+            tensor: Its whole value, on the CPU, of any type and shape.
+
+        Raises:
+            ValueError: A name is taken.
+        """
+        tensor = tensor.detach().contiguous()
+        parts = _encode(tensor)
+        size = sum(part.numel() * part.element_size() for part in parts.values())
+        if self._tensors and self._bytes + size > self._max_bytes:
+            self._flush()
+        keys = {name + ending: part for ending, part in parts.items()}
+        if taken := self._keys & keys.keys():
+            raise ValueError(f"{min(taken)} would be in the file twice: a model with such names cannot be packed")
+        self._keys |= keys.keys()
+        self._tensors |= keys
+        digest = _digest(name, tuple(tensor.shape), tensor.dtype, parts)
+        self._entries[name] = {"shape": list(tensor.shape), "packed": "" not in parts, "sha256": digest}
+        self._bytes += size
+        self._packed += size
+        self._dense += tensor.numel() * tensor.element_size()
+        if "" not in parts:
+            self._sparse_weights += tensor.numel()
+            self._sparse_bytes += size
+
+    def close(self) -> PackedSize:
+        """Write what is left, the index, and give the files their final names."""
+        self._flush()
+        weight_map = {}
+        for i, names in enumerate(self._files):
+            file = f"packed-{i + 1:05d}-of-{len(self._files):05d}.safetensors"
+            self._part(i).rename(self._folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        size = PackedSize(self._dense, self._packed, self._sparse_weights, self._sparse_bytes)
+        metadata = {"dense_size": size.dense_bytes, "total_size": size.packed_bytes}
+        index = {"format": FORMAT, "version": VERSION, "metadata": metadata}
+        text = json.dumps(index | {"weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        (self._folder / INDEX).write_text(text + "\n")
+        return size
+
+    def _part(self, i: int) -> Path:
+        return self._folder / f"part-{i}.safetensors"
+
+    def _flush(self) -> None:
+        metadata = {"format": FORMAT, "version": str(VERSION), "tensors": json.dumps(self._entries)}
+        write_safetensors(self._part(len(self._files)), self._tensors, metadata)
+        self._files.append(list(self._entries))
+        self._tensors, self._entries, self._bytes = {}, {}, 0
+
+
+class PackedWeights(Weights):
+    """The tensors of a packed folder, read as those of a plain one: a tensor at a time, each checked by its digest."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files and read their headers. Local.
+
+        Args:
+            folder: Holds the files of ``PackedWriter``.
+
+        Raises:
+            ValueError: A file is missing, cut, of a newer version or not of this format.
+        """
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, Any] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        expected = _read_index(folder)
+        for file in sorted(set(expected.values())):
+            self._open(folder / file)
+        found = {name: info.file.name for name, info in self.tensors.items()}
+        if found != expected:
+            name = min(found.items() ^ expected.items())[0]
+            raise ValueError(f"{folder}: {INDEX} and the files do not agree about {name}; {_AGAIN}")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read positions start <= i < stop of a flattened tensor; the whole packed tensor is read and checked. Local.
+
+        Args:
+            name: Key of the tensor, or of a fused one.
+            start: First position.
+            stop: Position behind the last; None: the end.
+
+        Returns:
+            [stop - start], in the file's dtype, on the CPU.
+
+        Raises:
+            ValueError: The bytes are not those that were written.
+        """
+        if name in self.fused:
+            return self._read_fused(name, start, stop)
+        if name in self.fused:
+            return self._read_fused(name, start, stop)
+        info = self.tensors[name]
+        stop = info.numel if stop is None else stop
+        if stop <= start:
+            return torch.empty(0, dtype=info.dtype)
+        handle, entry = self._handles[info.file], self._entries[name]
+        endings = (".mask", ".values") if entry["packed"] else ("",)
+        parts = {ending: handle.get_tensor(name + ending) for ending in endings}
+        if _digest(name, info.shape, info.dtype, parts) != entry["sha256"]:
+            raise ValueError(f"{info.file}: {name} is damaged (its checksum is another); {_AGAIN}")
+        if not entry["packed"]:
+            return parts[""].reshape(-1)[start:stop]
+        return _decode(parts[".mask"], parts[".values"], info.numel)[start:stop]
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); {_AGAIN}") from error
+        metadata = handle.metadata() or {}
+        _check_version(metadata.get("format"), metadata.get("version"), file)
+        try:
+            entries = json.loads(metadata["tensors"])
+            left = set(handle.keys())
+            for name, entry in entries.items():
+                self.tensors[name] = _info(handle, file, name, entry)
+                left -= {name + ending for ending in ((".mask", ".values") if entry["packed"] else ("",))}
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{file} has a header that cannot be understood ({error!r}); {_AGAIN}") from error
+        if left:
+            raise ValueError(f"{file} holds {min(left)}, which its header does not mention; {_AGAIN}")
+        self._handles[file] = handle
+        self._entries |= entries
+
+
+def open_weights(folder: Path) -> Weights:
+    """Open a folder's weights, plain or packed. Local.
+
+    Raises:
+        ValueError: There are none, or they cannot be read.
+    """
+    return PackedWeights(folder) if (folder / INDEX).is_file() else Weights(folder)
+
+
+def _encode(tensor: Tensor) -> dict[str, Tensor]:
+    """Name endings to what is stored: mask and values, or the tensor itself where that is not larger."""
+    if tensor.element_size() not in _BITS:
+        return {"": tensor}
+    bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
+    mask = bits != 0
+    count = int(mask.sum())
+    if -(-tensor.numel() // 8) + count * tensor.element_size() >= tensor.numel() * tensor.element_size():
+        return {"": tensor}
+    return {".mask": pack(mask), ".values": bits.masked_select(mask).view(tensor.dtype)}
+
+
+def _decode(packed: Tensor, values: Tensor, numel: int) -> Tensor:
+    bits = _BITS[values.element_size()]
+    flat = torch.zeros(numel, dtype=values.dtype)
+    flat.view(bits).masked_scatter_(unpack(packed, numel), values.view(bits))
+    return flat
+
+
+def _digest(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{name} {list(shape)} {dtype}\n".encode())
+    for part in parts.values():
+        digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _info(handle: Any, file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+    """What the header says of one tensor, if the stored parts can be it."""
+    shape = tuple(int(size) for size in entry["shape"])
+    numel = prod(shape)
+    if not entry["packed"]:
+        piece = handle.get_slice(name)
+        fits = tuple(piece.get_shape()) == shape
+    else:
+        piece, mask = handle.get_slice(f"{name}.values"), handle.get_slice(f"{name}.mask")
+        fits = mask.get_dtype() == "U8" and list(mask.get_shape()) == [-(-numel // 8)] and len(piece.get_shape()) == 1
+    if not fits or min(shape, default=0) < 0 or piece.get_dtype() not in DTYPES:
+        raise ValueError(f"{file}: what is stored of {name} cannot be a tensor of shape {list(shape)}; {_AGAIN}")
+    return TensorInfo(file, shape, DTYPES[piece.get_dtype()])
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        form, version, weight_map = index["format"], index["version"], dict(index["weight_map"])
+        files = {str(file) for file in weight_map.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / INDEX} cannot be read as the index of a packed model ({error!r}); {_AGAIN}"
+        ) from error
+    _check_version(form, version, folder / INDEX)
+    missing = sorted(file for file in files if Path(file).name != file or not (folder / file).is_file())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names: download the rest")
+    return weight_map
+
+
+def _check_version(form: Any, version: Any, file: Path) -> None:
+    if form != FORMAT or not str(version).isdecimal():
+        raise ValueError(f"{file} has format {form!r}, version {version!r}; needs {FORMAT!r}: {_AGAIN}")
+    if int(version) > VERSION:
+        raise ValueError(f"{file} has version {version} of its format, this program reads up to {VERSION}: update it")

@@ -1,0 +1,234 @@
+"""N:M patterns over ranks: groups that a border between two ranks cuts are completed on each side.
+
+M = 4, chunks of 6      rank 0: 0 1 2 3 4 5|           left  right
+                        rank 1:            |6 7 8 9 10 11      rank 0:   -    6 7
+                                                               rank 1:  4 5    -
+
+Each rank that touches a group sees all of it, so all of them come to the same result and keep their own part of it. Only
+values of cut groups travel: at most 2 (M - 1) of a rank and layer, whatever the size of the model.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.optim.collectives import NEAR
+from seft_dist.pattern import pattern_sizes
+from seft_dist.sparsity import groups
+from seft_dist.sparsity.bitmask import unpack
+from seft_dist.sparsity.partition import Interval
+from seft_dist.sparsity.selection import INELIGIBLE
+
+Edges = dict[int, tuple[Tensor, Tensor]]
+"""Of each layer with cut groups: others' values left and right of the own interval that complete its groups."""
+
+
+class Groups:
+    """The groups of every target. Lists have one item for each target."""
+
+    def __init__(self, backend: Backend, pattern: str) -> None:
+        """Args:
+        backend: Holds the weights; M divides the length of their rows.
+        pattern: "N:M".
+        """
+        self.backend = backend
+        self.most, self.size = pattern_sizes(pattern)
+        self.cut = [
+            i
+            for i, partition in enumerate(backend.partitions)
+            if partition.chunk % self.size and partition.chunk < partition.numel
+        ]
+        """Layers in which a border between ranks cuts a group; the same on every rank."""
+        self._offsets: dict[int, list[int]] = {}
+
+    def exchange(self, values: Callable[[int], Tensor]) -> Edges:
+        """Complete the cut groups. **Collective**, unless no layer has any.
+
+        Args:
+            values: This rank's values of a layer, [n] in the order of its interval; called once for each layer in ``cut``.
+        """
+        if not self.cut:
+            return {}
+        sent = []
+        for i in self.cut:
+            own, start = values(i), self.backend.interval(i).start
+            sent += [own[part.start - start : part.stop - start] for part in self._sent(i, self.backend.owners.rank)]
+        received = self.backend.owners.gather(torch.cat(sent))
+        return {
+            i: (self._find(received, at, left), self._find(received, at, right))
+            for at, (i, (left, right)) in enumerate(self._missing.items())
+        }
+
+    @cached_property
+    def _missing(self) -> dict[int, tuple[Interval, Interval]]:
+        """What completes the own interval of each cut layer."""
+        missing = {}
+        for i in self.cut:
+            own = self.backend.interval(i)
+            whole = groups.extent(own, self.size)
+            missing[i] = (Interval(whole.start, own.start), Interval(own.stop, whole.stop))
+        return missing
+
+    def _sent(self, i: int, rank: int) -> tuple[Interval, Interval]:
+        """The positions of cut groups at both ends of a rank's interval (one of a rank inside one group is sent once)."""
+        own = self.backend.partitions[i].interval(rank)
+        head = Interval(own.start, min(own.stop, groups.extent(Interval(own.start, own.start), self.size).stop))
+        return head, Interval(max(head.stop, own.stop // self.size * self.size), own.stop)
+
+    def _find(self, received: list[Tensor], at: int, wanted: Interval) -> Tensor:
+        """Values of positions next to the own interval; a group can span many ranks where intervals are short."""
+        i = self.cut[at]
+        pieces = [received[0][:0]]
+        chunk, position = self.backend.partitions[i].chunk, wanted.start
+        while position < wanted.stop:
+            rank = position // chunk
+            stop = min(wanted.stop, (rank + 1) * chunk)
+            head, tail = self._sent(i, rank)
+            offset = self._begin(rank)[at]
+            offset += position - head.start if position < head.stop else len(head) + position - tail.start
+            pieces.append(received[rank][offset : offset + stop - position])
+            position = stop
+        return torch.cat(pieces)
+
+    def _begin(self, rank: int) -> list[int]:
+        """Where each cut layer's values begin in what a rank sent."""
+        if rank not in self._offsets:
+            begins, offset = [], 0
+            for i in self.cut:
+                begins.append(offset)
+                offset += sum(map(len, self._sent(i, rank)))
+            self._offsets[rank] = begins
+        return self._offsets[rank]
+
+    def whole(self, i: int, own: Tensor, edges: Edges) -> Tensor:
+        """Own values with what completes the first and the last group. Local.
+
+        Args:
+            i: Which target.
+            own: [n], of the own interval.
+            edges: From ``exchange`` of the same values.
+        """
+        if i not in edges or not any(map(len, edges[i])):
+            return own
+        left, right = edges[i]
+        return torch.cat([left, own, right])
+
+    def own(self, i: int, whole: Tensor) -> Tensor:
+        """The own interval's part of what ``whole`` gave, a view. Local."""
+        left = self._missing[i][0] if i in self._missing else ()
+        return whole[len(left) : len(left) + len(self.backend.interval(i))]
+
+    def counter(self, marks: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """How many positions of each group are marked. **Collective**; what it returns is local.
+
+        Args:
+            marks: bool [n] of a layer's own interval.
+
+        Returns:
+            Function of the layer, giving int64 [groups that the own interval touches].
+        """
+        edges = self.exchange(lambda i: marks(i).to(torch.uint8))
+        return lambda i: groups.counts(self.whole(i, marks(i).to(torch.uint8), edges).bool(), self.size)
+
+    def fingerprints(self, masks: list[Tensor]) -> list[int]:
+        """Hash of the active positions of every group of each whole weight, the same for every layout. **Collective**.
+
+        Args:
+            masks: uint8, packed mask of the own interval.
+        """
+        own = [
+            groups.fingerprint(unpack(masks[i], len(interval)), interval.start, self.size)
+            for i, interval in enumerate(map(self.backend.interval, range(len(masks))))
+        ]
+        return self.backend.owners.sum(torch.stack(own).cpu()).tolist()
+
+    def fullest(self, masks: list[Tensor]) -> list[tuple[int, int]]:
+        """The group with the most active positions of each whole weight, and how many it has. **Collective**.
+
+        Args:
+            masks: As for ``fingerprints``.
+        """
+        active = self.counter(lambda i: unpack(masks[i], len(self.backend.interval(i))))
+        rows = torch.full((len(masks), 2), -1)
+        for i in range(len(masks)):
+            found = active(i)
+            if len(found):
+                most = int(found.argmax())
+                rows[i, 0] = groups.extent(self.backend.interval(i), self.size).start // self.size + most
+                rows[i, 1] = found[most]
+        every = self.backend.owners.stack(rows)
+        ranks = every[:, :, 1].argmax(0)
+        return [(int(every[rank, i, 0]), int(every[rank, i, 1])) for i, rank in enumerate(ranks.tolist())]
+
+    def check(self, masks: list[Tensor], prints: list[int]) -> None:
+        """See that no group broke the pattern, and each has as many active positions as at the start. **Collective**.
+
+        Args:
+            masks: As for ``fingerprints``.
+            prints: What ``fingerprints`` gave at the start.
+
+        Raises:
+            RuntimeError: Names the layer; every rank raises the same.
+        """
+        for name, shape, (group, found) in zip(
+            self.backend.names, self.backend.shapes, self.fullest(masks), strict=True
+        ):
+            if found > self.most:
+                raise RuntimeError(
+                    f"{name}: {place(group, self.size, shape[1])} hold {found} active positions, needs at most {self.most}; "
+                    "the run stops, its last checkpoint is intact"
+                )
+        for name, before, now in zip(self.backend.names, prints, self.fingerprints(masks), strict=True):
+            if before != now:
+                raise RuntimeError(
+                    f"{name}: a group of {self.size} inputs has another number of active positions than at the start; the "
+                    "run stops, its last checkpoint is intact"
+                )
+
+
+class GroupRanking:
+    """Keys of the best of each group; all other positions are ineligible. Called as keys are, with a layer's number."""
+
+    def __init__(self, whole_groups: Groups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:
+        """**Collective**, everything else is local.
+
+        Args:
+            whole_groups: Of all layers.
+            keys: This rank's keys of a layer, int32 [n].
+            limits: How many are taken of each group of a layer, int64 [groups that the own interval touches].
+        """
+        self._groups, self._keys, self._limits = whole_groups, keys, limits
+        self._edges = whole_groups.exchange(keys)
+
+    def __call__(self, i: int) -> Tensor:
+        """int32 [n], of the own interval. Local."""
+        own = self._keys(i)
+        whole = self._groups.whole(i, own, self._edges)
+        best = groups.best(whole, self._limits(i), self._groups.size)
+        return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
+
+    def close_calls(self, i: int, chosen: Tensor) -> int:
+        """Of the chosen, those that rounding could have put behind the next one of their group. Local.
+
+        Args:
+            i: Which target.
+            chosen: int64, own offsets.
+        """
+        whole = self._groups.whole(i, self._keys(i), self._edges)
+        close = groups.close_calls(whole, self._limits(i), self._groups.size, NEAR)
+        return int(self._groups.own(i, close)[chosen].sum())
+
+
+def place(group: int, size: int, width: int) -> str:
+    """A group in words, e.g. "row 3, inputs 8 to 11". Local.
+
+    Args:
+        group: Its number in the flattened weight.
+        size: M.
+        width: Inputs of a row.
+    """
+    row, first = divmod(group * size, width)
+    return f"row {row}, inputs {first} to {first + size - 1}"

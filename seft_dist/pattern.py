@@ -1,0 +1,50 @@
+"""What an N:M pattern is: at most N of M consecutive inputs of a row are active, e.g. "2:4"."""
+
+_LARGEST_GROUP = 64
+
+
+def pattern_sizes(pattern: str) -> tuple[int, int]:
+    """N and M of a pattern. Local.
+
+    Args:
+        pattern: "N:M".
+
+    Raises:
+        ValueError: It is not one.
+    """
+    parts = pattern.split(":")
+    if len(parts) == 2 and all(part.isascii() and part.isdigit() for part in parts):
+        most, size = map(int, parts)
+        if 1 <= most < size <= _LARGEST_GROUP:
+            return most, size
+    raise ValueError(
+        f'pattern={pattern}: needs "N:M" with 1 <= N < M <= {_LARGEST_GROUP}, e.g. "2:4" (in a YAML file with quotation '
+        "marks: YAML reads 2:4 as a number)"
+    )
+
+
+def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float) -> None:
+    """See that a method's options can keep a pattern. Local.
+
+    Args:
+        pattern: "N:M" or None.
+        scope: Of Adapt.
+        adapt: Its criterion.
+        reactivation: Largest share of grown entries that were pruned.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if pattern is None:
+        return
+    pattern_sizes(pattern)
+    if scope == "global":
+        raise ValueError(
+            f'scope=global with pattern={pattern}: needs scope "layer"; each group keeps its number of active positions, so '
+            "none can move between layers"
+        )
+    if adapt == "none" and reactivation:
+        raise ValueError(
+            f"adapt=none with pattern={pattern}: needs another adapt criterion, or reactivation 0; what is reactivated and "
+            "not paid for breaks the pattern"
+        )

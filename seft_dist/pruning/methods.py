@@ -1,0 +1,196 @@
+"""The methods as streams of pruned weights, in the order of the model's linears."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from seft_dist.backends.group import Group
+from seft_dist.config import PruneConfig
+from seft_dist.optim.targets import Target, as_rows, from_rows
+from seft_dist.pruning.calibrate import Calibration, find_layers
+from seft_dist.pruning.kept import KeptIndex
+from seft_dist.pruning.magnitude import magnitude_scores
+from seft_dist.pruning.masks import Ranking, choose, find_cut, gather_rows, num_pruned, own_rows, pruning_keys
+from seft_dist.pruning.owl import outlier_share, owl_sparsities
+from seft_dist.pruning.sparsegpt import Hessians, inverse_factor, sparsegpt
+from seft_dist.pruning.stream import StreamedModel
+from seft_dist.pruning.wanda import InputNorm, wanda_scores
+
+
+class Pruner:
+    """One pruning run on the rows of this rank. Every method that yields or returns weights is **collective**."""
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        stream: StreamedModel,
+        targets: dict[str, Target],
+        shapes: dict[str, tuple[int, int]],
+        sparsities: dict[str, float],
+        sequences: list[Tensor],
+        kept: KeptIndex | None,
+        ranks: Group,
+        progress: bool,
+    ) -> None:
+        """Args:
+        config: How to prune.
+        stream: The model.
+        targets: What is pruned.
+        shapes: Of the targets' weights as matrices [out, in].
+        sparsities: Of each target; OWL replaces them.
+        sequences: Calibration text, empty for methods without.
+        kept: Of method "mask".
+        ranks: Who shares the work.
+        progress: Show bars.
+        """
+        self.sparsities = dict(sparsities)
+        self._config, self._stream, self._shapes, self._kept = config, stream, shapes, kept
+        self._ranks, self._progress, self._sequences = ranks, progress, sequences
+        self._linears = targets
+        self._norms: dict[str, Tensor] = {}
+
+    def pruned(self) -> Iterator[tuple[str, Tensor]]:
+        """Prune the targets one after the other.
+
+        Yields:
+            Name of a linear and its whole pruned weight, on every rank.
+        """
+        config = self._config
+        calibration = self._calibration() if self._sequences else None
+        if config.layer_ratios == "owl":
+            assert calibration is not None
+            self.sparsities = self._owl(calibration)
+        if config.method == "mask":
+            yield from self._bar(self._from_mask())
+        elif config.ranking == "global":
+            if config.method == "wanda":
+                assert calibration is not None
+                self._measure(calibration, lambda layer, norms: self._norms.update(norms))
+            yield from self._bar(self._globally())
+        elif config.method == "magnitude":
+            yield from self._bar(self._by_magnitude())
+        else:
+            assert calibration is not None
+            yield from self._in_turn(calibration)
+
+    def _bar(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        yield from tqdm(weights, desc="Pruning weights", total=len(self._shapes), disable=not self._progress)
+
+    def _calibration(self) -> Calibration:
+        stream = self._stream
+        base = next(name for name, module in stream.model.named_modules() if module is stream.model.base_model)
+        layers, _ = find_layers(stream.model)
+        return Calibration(
+            stream.model,
+            self._sequences,
+            self._ranks,
+            hold=stream.hold,
+            hold_rest=lambda: stream.hold(base, without=layers),
+            device=stream.device,
+        )
+
+    def _inside(self, layer_name: str) -> dict[str, Target]:
+        return {name: linear for name, linear in self._linears.items() if name.startswith(f"{layer_name}.")}
+
+    def _own(self, name: str) -> tuple[int, int]:
+        return own_rows(self._shapes[name][0], self._ranks)
+
+    def _ranking(self, name: str) -> Ranking:
+        return Ranking(self._config.ranking, self.sparsities[name])
+
+    def _from_mask(self) -> Iterator[tuple[str, Tensor]]:
+        assert self._kept is not None
+        for name in self._shapes:  # every rank reads it all: there is nothing to compute that could be shared
+            yield name, self._stream.read_rows(name).masked_fill_(~self._kept.read(name), 0.0)
+
+    def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._shapes:
+            own = self._stream.read_rows(name, *self._own(name))
+            gone = choose(magnitude_scores(own), own, self._ranking(name), self._ranks)
+            yield name, gather_rows(own.masked_fill_(gone, 0.0), self._ranks)
+
+    def _globally(self) -> Iterator[tuple[str, Tensor]]:
+        """Rank all targets against each other; only this rank's rows of one weight are in memory at a time."""
+        names = list(self._shapes)
+
+        def read(number: int) -> tuple[Tensor, Tensor]:
+            name = names[number]
+            own = self._stream.read_rows(name, *self._own(name))
+            norm = self._norms.get(name)
+            scores = (
+                magnitude_scores(own) if norm is None else wanda_scores(own, _norm_of(norm, *self._own(name)).cpu())
+            )
+            return own, pruning_keys(scores, own)
+
+        wanted = num_pruned(self._config.share, sum(rows * columns for rows, columns in self._shapes.values()))
+        cut = find_cut(self._ranks, lambda number: read(number)[1], len(names), wanted)
+        for number, name in enumerate(names):
+            own, key = read(number)
+            yield name, gather_rows(own.masked_fill_(cut.mask(key, number).view_as(own), 0.0), self._ranks)
+
+    def _in_turn(self, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
+        """Layer by layer, each seeing what the pruned layers before it produce."""
+        prune = self._by_wanda if self._config.method == "wanda" else self._by_sparsegpt
+
+        def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
+            linears = self._inside(layer_name)
+            if linears:
+                prune(linears, run)
+
+        for layer_name in calibration.walk(visit, progress=self._progress):
+            yield from ((name, as_rows(linear)) for name, linear in self._inside(layer_name).items())
+
+    def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
+        norms = {name: InputNorm(linear) for name, linear in linears.items()}
+        run()
+        for name, linear in linears.items():
+            norm = norms[name].close(name, self._ranks)
+            first, last = self._own(name)
+            own = as_rows(linear)[first:last]
+            gone = choose(wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks)
+            linear.weight.data = from_rows(linear, gather_rows(own.masked_fill(gone, 0.0), self._ranks))
+
+    def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
+        hessians = Hessians(linears)
+        run()
+        for names, hessian in hessians.close(self._ranks):
+            factor, dead = inverse_factor(hessian, self._config.dampening, names[0])
+            for name in names:
+                weight = as_rows(linears[name])
+                first, last = self._own(name)
+                own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks)
+                linears[name].weight.data = from_rows(linears[name], gather_rows(own.to(weight.dtype), self._ranks))
+
+    def _measure(self, calibration: Calibration, take: Callable[[str, dict[str, Tensor]], None]) -> None:
+        """The norms of the inputs in the dense model, given to ``take`` while the layer is in memory."""
+
+        def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
+            listening = {name: InputNorm(linear) for name, linear in self._inside(layer_name).items()}
+            run()
+            take(layer_name, {name: norm.close(name, self._ranks) for name, norm in listening.items()})
+
+        for _ in calibration.walk(visit, changes=False, progress=self._progress):
+            pass
+
+    def _owl(self, calibration: Calibration) -> dict[str, float]:
+        outliers: dict[str, float] = {}
+        sizes: dict[str, int] = {}
+
+        def take(layer_name: str, norms: dict[str, Tensor]) -> None:
+            if norms:
+                scores = [wanda_scores(as_rows(self._linears[name]), norm) for name, norm in norms.items()]
+                outliers[layer_name] = outlier_share(scores, self._config.owl_threshold)
+                sizes[layer_name] = sum(score.numel() for score in scores)
+
+        self._measure(calibration, take)
+        layers = owl_sparsities(outliers, sizes, self._config.share, self._config.owl_lambda)
+        return {
+            name: next(sparsity for layer, sparsity in layers.items() if name.startswith(f"{layer}."))
+            for name in self._shapes
+        }
+
+
+def _norm_of(norm: Tensor, first: int, last: int) -> Tensor:
+    """The input norm of rows of a weight: one for all rows, or of fused experts one for each."""
+    return norm if norm.dim() == 1 else norm[first:last]

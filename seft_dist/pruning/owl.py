@@ -1,0 +1,94 @@
+"""How much each layer loses: OWL's outliers, or a file.
+
+Source: Yin, Wu, Zhang, Hsieh, Wang, Jia, Li, Jaiswal, Pechenizkiy, Liang, Bendersky, Wang, Liu, "Outlier Weighed Layerwise
+Sparsity (OWL)", arXiv 2310.05175.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+
+def outlier_share(scores: list[Tensor], threshold: float) -> float:
+    """Share of a decoder layer's scores above ``threshold`` times their mean. Local.
+
+    Args:
+        scores: |weight| x norm of its input of each linear of the layer, fp32.
+        threshold: M in the paper.
+    """
+    numel = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / numel
+    return sum(int((score > threshold * mean).sum()) for score in scores) / numel
+
+
+def owl_sparsities(
+    outliers: dict[str, float], sizes: dict[str, int], sparsity: float, spread: float
+) -> dict[str, float]:
+    """Sparsity of each decoder layer: the more outliers, the fewer zeros. Local.
+
+    Args:
+        outliers: Name of a decoder layer to its share of outliers.
+        sizes: Name to its number of weights; the mean over them is ``sparsity``.
+        sparsity: Of all layers together.
+        spread: lambda in the paper; no two layers differ by more than twice this.
+
+    Raises:
+        ValueError: A layer's sparsity is not between 0 and 1.
+    """
+    low, high = min(outliers.values()), max(outliers.values())
+    scale = 2 * spread / (high - low) if high > low else 0.0
+    density = {name: (share - low) * scale for name, share in outliers.items()}
+    mean = sum(density[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    result = {name: sparsity - (value - mean) for name, value in density.items()}
+    for name, value in result.items():
+        if not 0 < value < 1:
+            raise ValueError(
+                f"OWL gives {name} the sparsity {value:.3f}: needs one between 0 and 1; lower --owl_lambda (now {spread})"
+            )
+    return result
+
+
+def read_sparsities(path: str, targets: Iterable[str], default: float | None) -> dict[str, float]:
+    """Read each target's sparsity from a file. Local.
+
+    Args:
+        path: JSON or YAML: names of modules (decoder layers, linears) to sparsities; the longest name that fits wins.
+        targets: Names of the linears.
+        default: For targets that the file does not name; None: all must be named.
+
+    Returns:
+        Target to its sparsity, 0 <= sparsity < 1.
+
+    Raises:
+        ValueError: No such file, no such content, names without a target or targets without a name.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f'layer_ratios={path} is no file: needs "uniform", "owl" or a JSON or YAML file')
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'{path} holds {type(content).__name__}: needs names to sparsities, as "model.layers.0: 0.5"')
+    for name, value in content.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(name, str) or not number or not math.isfinite(value) or not 0 <= value < 1:
+            raise ValueError(f"{path}: {name!r} has {value!r}: needs a name with a share of at least 0 and below 1")
+    found: dict[str, float] = {}
+    used = set()
+    for target in targets:
+        fitting = [name for name in content if target == name or target.startswith(f"{name}.")]
+        if not fitting and default is None:
+            raise ValueError(f"{path} does not name {target}: add it, or give --sparsity for what is not named")
+        chosen = max(fitting, key=len, default=None)
+        used.update(fitting)
+        found[target] = float(content[chosen]) if chosen is not None else float(default or 0)
+    unused = sorted(content.keys() - used)
+    if unused:
+        raise ValueError(f"{path} names {unused[0]}, which is no target and holds none: check --targets and the name")
+    return found

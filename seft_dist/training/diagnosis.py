@@ -1,0 +1,75 @@
+"""What is left behind when a run stops by an error: one file for each rank that saw it, for whoever looks into it later."""
+
+import json
+import math
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seft_dist.io.checkpoint import latest
+from seft_dist.io.data import Batch
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.training.distributed import Ranks
+from seft_dist.training.run_folder import CHECKPOINTS
+
+FOLDER = "diagnosis"
+_FIRST_TOKENS = 64
+
+
+def write_diagnosis(
+    error: BaseException, output: Path, ranks: Ranks, seft: SeftOptimizer, samples: list[list[int]], micro: list[Batch]
+) -> Path | None:
+    """Write what is known on this rank about an error in the training loop, and say where. Local: other ranks may be gone.
+
+    Args:
+        error: What stops the run.
+        output: The run's folder.
+        ranks: This process.
+        seft: The optimizer, as the error left it.
+        samples: Numbers of this rank's sequences in the step, for each micro-batch.
+        micro: The micro-batches themselves; empty if the error came before they were read.
+
+    Returns:
+        The file, ``diagnosis/step-<steps done>-rank-<rank>.json``; None if it could not be written.
+    """
+    newest = latest(output / CHECKPOINTS)
+    content: dict[str, Any] = {
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": traceback.format_exception(error),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "steps_done": seft.num_steps,
+        "newest_checkpoint": str(newest) if newest else None,
+        "sequences_of_the_step": samples,
+        "first_tokens": [batch["input_ids"][:, :_FIRST_TOKENS].tolist() for batch in micro],
+        "layers": _layers(seft),
+    }
+    path = output / FOLDER / f"step-{seft.num_steps:08d}-rank-{ranks.rank:05d}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1))
+    except OSError:
+        return None  # the error itself is what must be seen
+    goes_on = f"the same command goes on from {newest}" if newest else "no checkpoint was written yet"
+    print(f"rank {ranks.rank}: stopped after step {seft.num_steps}: {path}; {goes_on}", file=sys.stderr, flush=True)
+    return path
+
+
+def _layers(seft: SeftOptimizer) -> list[dict[str, Any]]:
+    """This rank's part of every target: what is too large or not finite shows here."""
+    found = []
+    state = seft.sparse_state
+    for name, entries in zip(seft.target_names, state.layers(), strict=True):
+        row: dict[str, Any] = {"name": name, "own_deltas": len(entries)}
+        for key in ("values", "exp_avg", "exp_avg_sq"):
+            column: torch.Tensor = getattr(entries, key)
+            largest = float(column.abs().max()) if len(entries) else 0.0
+            row[f"largest_{key}"] = largest if math.isfinite(largest) else str(largest)
+            row[f"not_finite_{key}"] = int(column.isfinite().logical_not().sum())
+        found.append(row)
+    return found

@@ -1,0 +1,150 @@
+"""What a run started from and where it ended, as short texts that are equal if and only if the contents are.
+
+None of them depends on the number of ranks, the backend, how a model is cut into files, where things lie, or the
+versions of libraries; so two people can compare them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from seft_dist.io.data import BatchStream
+from seft_dist.io.models import Source
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.state import fingerprint
+from seft_dist.optim.targets import weight_name
+from seft_dist.sparsity.bitmask import unpack
+from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
+from seft_dist.training.distributed import Ranks, together
+
+_PIECE = 1 << 24  # values that a rank reads at a time
+_CACHED = 1 << 14  # of them, hashed at a time: what lies in the cache
+_SEQUENCES = 1 << 14
+# Entries of config.json that say how the file came to be, or what loading and training set anew
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
+
+_OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM does not have
+
+
+def model_fingerprint(source: Source, seft: SeftOptimizer, ranks: Ranks) -> str:
+    """Fingerprint of a model as it was loaded: every weight, and config.json. **Collective.**
+
+    The targets' part is what the optimizer has seen in its shards; the ranks take turns in reading the rest from the
+    files. It does not matter which weights are targets. The type in which weights are held matters only where it
+    changes their values.
+
+    Args:
+        source: Where the model came from.
+        seft: Attached.
+        ranks: This process.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    targets = _weight_names(seft)
+    others = sorted(source.weights.tensors.keys() - targets.keys())
+    tensors = source.weights.tensors
+    pieces = [(i, start) for i, name in enumerate(others) for start in range(0, tensors[name].numel, _PIECE)]
+    prints = torch.zeros(len(others), dtype=torch.int64)
+
+    def read() -> None:
+        for i, start in pieces[ranks.rank :: ranks.world_size]:
+            stop = min(start + _PIECE, tensors[others[i]].numel)
+            try:
+                values = source.weights.read(others[i], start, stop)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{tensors[others[i]].file} cannot be read: {error}") from error
+            values = values.to(source.dtype) if values.is_floating_point() else values
+            for part in values.split(_CACHED):
+                prints[i] += fingerprint(part, start)
+                start += part.numel()
+
+    together(ranks, read)
+    if ranks.world_size > 1:
+        dist.all_reduce(prints)
+    known = dict(zip(others, prints.tolist(), strict=True))
+    known |= {name: seft.sparse_state.fingerprint[i] for name, i in targets.items()}
+    rows = [[name, list(tensors[name].shape) if name in tensors else None, known[name]] for name in sorted(known)]
+    settings = json.loads((source.folder / "config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key not in _NOT_THE_MODEL}
+    return _digest(json.dumps([settings, rows], sort_keys=True).encode())
+
+
+def data_fingerprint(data: BatchStream, ranks: Ranks) -> str:
+    """Fingerprint of the tokenised sequences: lengths, tokens and labels, in their order. **Collective.**
+
+    Each rank hashes its share.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    count = data.num_sequences
+
+    def piece(start: int) -> bytes:
+        digest = hashlib.sha256()
+        for values in data.sequences.contents(start, min(start + _SEQUENCES, count)):
+            digest.update(values.data)
+        return digest.digest()
+
+    digests = _shared_out(list(range(0, count, _SEQUENCES)), piece, ranks)
+    return _digest(f"{count} ".encode() + b"".join(digests))
+
+
+def topology_hashes(seft: SeftOptimizer) -> dict[str, list[str]]:
+    """Hashes of each target's support, mask and weights as they are now. **Collective.**
+
+    Returns:
+        Name to [support, mask, weight], 16 hexadecimal digits each.
+    """
+    backend = seft.backend
+    rows = [
+        torch.stack(
+            [
+                hash_of_set(layer.columns.indices),
+                hash_of_set(unpack(layer.mask, len(layer.interval)).nonzero().view(-1) + layer.interval.start),
+                hash_of_weight(backend.own(i), layer.interval.start),
+            ]
+        )
+        for i, layer in enumerate(seft.deltas())
+    ]
+    table = backend.owners.sum(torch.stack(rows)).tolist()
+    return {name: [as_hex(value) for value in row] for name, row in zip(seft.target_names, table, strict=True)}
+
+
+def has_dropout(settings: dict[str, Any]) -> bool:
+    """Whether a model draws random numbers in training, by its config.json. Local."""
+    rates = {key: value for key, value in settings.items() if "drop" in key and not key.startswith(_OTHER_HEADS)}
+    return any(isinstance(value, (int, float)) and value > 0 for value in rates.values())
+
+
+def as_hex(value: int) -> str:
+    """A 64-bit hash as 16 hexadecimal digits. Local."""
+    return f"{value & (1 << 64) - 1:016x}"
+
+
+def _weight_names(seft: SeftOptimizer) -> dict[str, int]:
+    """Names of the targets' parameters, each with the target's number."""
+    modules = zip(seft.target_names, seft.backend.modules, strict=True)
+    return {weight_name(name, module): i for i, (name, module) in enumerate(modules)}
+
+
+def _shared_out(items: Sequence[int], digest: Callable[[int], bytes], ranks: Ranks) -> list[bytes]:
+    """Digests of all items, each made by one rank."""
+    own = [digest(item) for item in items[ranks.rank :: ranks.world_size]]
+    if ranks.world_size == 1:
+        return own
+    every: list[list[bytes]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(every, own)
+    return [every[i % ranks.world_size][i // ranks.world_size] for i in range(len(items))]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]

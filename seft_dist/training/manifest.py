@@ -1,0 +1,215 @@
+"""manifest.json of a run: everything that another person needs to get the same result, and to see that it is the same.
+
+    format       of this file
+    model        fingerprint of the model that training started from
+    dtype        type in which its weights are held
+    dropout      whether the model draws random numbers: each rank its own, so that no other layout gives the same
+    data         fingerprint of the tokenised sequences, their number, sequences of an optimizer step
+    attempts     one for each start of the run: when, how and where, with which versions, code and configuration;
+                 ``first_step`` is the step it began with, so what it did ends where a later one begins
+    evolutions   step and digest of all masks and supports, for each evolution
+    final        after the last step: its loss, and for each target hashes of support, mask and weights
+
+Written by rank 0 when an attempt starts, after each evolution and at the end; a run that goes on adds to it. Uncommitted
+changes of the code are beside it, in ``code-<digest>.diff``.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from seft_dist.config import TrainConfig
+from seft_dist.optim.evolution import EvolutionReport
+from seft_dist.training import facts
+from seft_dist.training.distributed import Ranks, launch_facts
+from seft_dist.training.ds_config import DsConfig
+
+FILE = "manifest.json"
+FORMAT = "seft_dist manifest 1"
+
+
+class Manifest:
+    """The manifest of the run that this process takes part in; does nothing but on the rank that writes. Local."""
+
+    def __init__(self, folder: Path, content: dict[str, Any] | None) -> None:
+        """Args:
+        folder: Of the run.
+        content: What the file is to hold; None on ranks that do not write.
+        """
+        self._folder, self._content = folder, content
+        self._write()
+
+    def evolution(self, report: EvolutionReport | None) -> None:
+        """Add the evolution of a step, if there was one."""
+        if self._content is not None and report is not None:
+            self._content["evolutions"].append({"step": report.step, "digest": report.digest})
+            self._write()
+
+    def finish(self, step: int, loss: float, layers: dict[str, list[str]]) -> None:
+        """Write down the end of the run.
+
+        Args:
+            step: The last one.
+            loss: Of the last record.
+            layers: From ``topology_hashes``.
+        """
+        if self._content is None:
+            return
+        self._content["attempts"][-1]["finished"] = _now()
+        digest = hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()[:16]
+        self._content["final"] = {"step": step, "loss": loss, "digest": digest, "layers": layers}
+        self._write()
+
+    def _write(self) -> None:
+        if self._content is None:
+            return
+        part = self._folder / f"{FILE}.part"
+        part.write_text(_to_json(self._content))
+        os.replace(part, self._folder / FILE)
+
+
+def open_manifest(
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    model: str,
+    dtype: str,
+    dropout: bool,
+    data: dict[str, Any],
+    backend: str,
+    ds: DsConfig | None,
+    done: int,
+) -> Manifest:
+    """Write down the start of a run, or of its going on. **Collective.**
+
+    Args:
+        config: The run, resolved; its folder exists.
+        ranks: This process.
+        model: From ``model_fingerprint``.
+        dtype: Type of the weights, e.g. "float32".
+        dropout: Whether the model draws random numbers.
+        data: ``fingerprint``, ``sequences`` and ``global_batch``.
+        backend: What holds the weights, e.g. "zero3".
+        ds: The ds_config, if there is one.
+        done: Steps done before.
+    """
+    hosts = _hosts(ranks)
+    folder = Path(config.output)
+    if not ranks.is_main:
+        return Manifest(folder, None)
+    old = _read_old(folder / FILE)
+    layout = {
+        "backend": backend,
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "device": ranks.device.type,
+        "batch_size": config.batch_size,
+        "replicas": config.replicas,
+        "offload": config.offload,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "deepspeed": ds.content if ds else None,
+    }
+    attempt = {
+        "first_step": done + 1,
+        "started": _now(),
+        "finished": None,
+        "command": shlex.join(sys.orig_argv),
+        "layout": layout,
+        "hosts": hosts,
+        "launch": {"launcher": ranks.launcher} | launch_facts(),
+        "numerics": facts.numerics(),
+        "versions": facts.versions(),
+        "code": _code(folder),
+        "seeds": {"data order": config.seed, "random criteria and first support": config.seft.seed},
+        "optimizer": ds.optimizer if ds else None,
+        "config": dataclasses.asdict(config),
+    }
+    content: dict[str, Any] = {"format": FORMAT, "model": model, "dtype": dtype, "dropout": dropout, "data": data}
+    content["attempts"] = [*old.get("attempts", []), attempt]
+    content["evolutions"] = [entry for entry in old.get("evolutions", []) if entry["step"] <= done]
+    return Manifest(folder, content | {"final": None})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest. Local.
+
+    Args:
+        path: The file, or the folder of a run.
+
+    Raises:
+        ValueError: There is none, or it is of another format.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: no manifest can be read ({error}); needs the folder of a run of launch/train.py, or its {FILE}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise ValueError(f"{file} has format {found!r}, this program reads {FORMAT!r}")
+    return content
+
+
+def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The attempts of which some step is part of the run: not those that were started over from an earlier step. Local."""
+    lasting: list[dict[str, Any]] = []
+    for attempt in manifest["attempts"]:
+        lasting = [earlier for earlier in lasting if earlier["first_step"] < attempt["first_step"]]
+        lasting.append(attempt)
+    return lasting
+
+
+def _read_old(file: Path) -> dict[str, Any]:
+    """The manifest of earlier attempts; nothing if there is none that can be used."""
+    try:
+        return read_manifest(file)
+    except ValueError:
+        return {}
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """What ran; what git does not have is written beside the manifest."""
+    about, diff = facts.code()
+    if diff:
+        about["diff"] = f"code-{hashlib.sha256(diff).hexdigest()[:8]}.diff"
+        (folder / about["diff"]).write_bytes(diff)
+    return about
+
+
+def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
+    """The machines, each with its number of ranks."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}
+    every = [mine] * ranks.world_size
+    if ranks.world_size > 1:
+        every = [{}] * ranks.world_size
+        dist.all_gather_object(every, mine)
+    counts = Counter(json.dumps(one) for one in every)
+    return [json.loads(text) | {"ranks": count} for text, count in counts.items()]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    """Indented, but each layer's hashes on one line."""
+    final = content["final"]
+    if final is None:
+        return json.dumps(content, indent=1) + "\n"
+    text = json.dumps(content | {"final": final | {"layers": None}}, indent=1)
+    rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in final["layers"].items())
+    head, _, tail = text.rpartition("null")
+    return f"{head}{{\n{rows}\n  }}{tail}\n"

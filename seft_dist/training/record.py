@@ -1,0 +1,85 @@
+"""What a run leaves for whoever wants the same result: the manifest always, the trace if it was asked for."""
+
+from pathlib import Path
+from typing import Any
+
+from seft_dist.config import TrainConfig
+from seft_dist.io.data import Batch, BatchStream
+from seft_dist.io.models import Source
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.training.distributed import Ranks
+from seft_dist.training.ds_config import DsConfig
+from seft_dist.training.fingerprint import data_fingerprint, has_dropout, topology_hashes
+from seft_dist.training.manifest import open_manifest
+from seft_dist.training.trace import Trace
+
+
+class Record:
+    """The record of the run that this process takes part in."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        source: Source,
+        seft: SeftOptimizer,
+        data: BatchStream,
+        *,
+        model: str,
+        backend: str,
+        ds: DsConfig | None,
+    ) -> None:
+        """Write down the start of the run, or of its going on. **Collective.**
+
+        Args:
+            config: The run, resolved; its folder exists.
+            ranks: This process.
+            source: The model that training starts from.
+            seft: What is trained, the steps of a checkpoint already restored.
+            data: What it is trained on.
+            model: From ``model_fingerprint``.
+            backend: What holds the weights, e.g. "zero3".
+            ds: The ds_config, if there is one.
+        """
+        self._seft = seft
+        about: dict[str, Any] = {"fingerprint": data_fingerprint(data, ranks), "sequences": data.num_sequences}
+        about["global_batch"] = data.global_batch
+        self._manifest = open_manifest(
+            config,
+            ranks,
+            model=model,
+            dtype=str(source.dtype).removeprefix("torch."),
+            dropout=has_dropout(source.config.to_dict()),
+            data=about,
+            backend=backend,
+            ds=ds,
+            done=seft.num_steps,
+        )
+        self._trace = Trace(Path(config.output), seft, writes=ranks.is_main) if config.trace else None
+
+    def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
+        """Record one optimizer step, after it was done. **Collective** with a trace, else local.
+
+        Args:
+            step: Counted from 1.
+            micro: This rank's batches.
+            loss: Mean over the ranks.
+            tokens: Of this step, over all ranks.
+            lr: Learning rate of this step.
+        """
+        self._manifest.evolution(self._seft.evolution)
+        if self._trace is not None:
+            self._trace.step(step, micro, loss=loss, tokens=tokens, lr=lr)
+
+    def finish(self, loss: float) -> None:
+        """Record the end of a run that has done all its steps. **Collective.**
+
+        Args:
+            loss: Of the last record of the metrics.
+        """
+        self._manifest.finish(self._seft.num_steps, loss, topology_hashes(self._seft))
+
+    def close(self) -> None:
+        """End the files. Local."""
+        if self._trace is not None:
+            self._trace.close()

@@ -1,0 +1,38 @@
+"""Being asked to stop: a signal to any rank becomes a number that the ranks agree on between two steps."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""What Slurm sends before a time limit or a preemption, and what everybody sends to end a process."""
+
+
+class StopRequest:
+    """Remembers the first stop signal; later ones change nothing. Local."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal, 0 for none."""
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: nothing is interrupted, the training loop looks at ``number`` after each step."""
+        self.number = self.number or number
+
+
+def name_of(number: int) -> str:
+    """Name of a signal, e.g. "SIGUSR1". Local."""
+    return signal.Signals(number).name
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch stop signals while the context lasts. Local, in the main thread."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.remember) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""Tiny traced runs of launch/train.py's trainer, in forked ranks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.training.trainer import train
+from tests.ranks import run_ranks
+
+STEPS = 10
+
+
+def run_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
+    """A run on ``inputs/pruned`` and ``inputs/text.jsonl``, 12 sequences a step."""
+    settings: dict[str, Any] = {
+        "model": ModelConfig(path=str(inputs / "pruned")),
+        "data": DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
+        "output": str(output),
+        "seft": SeftConfig(density=0.05, interval=3),
+        "optim": AdamConfig(lr=1e-2),
+        "steps": STEPS,
+        "batch_size": 6,
+        "global_batch": 12,
+        "threads": 1,
+        "trace": True,
+    }
+    return TrainConfig(**(settings | over))
+
+
+def ds_file(folder: Path, content: dict[str, Any]) -> str:
+    """A ds_config."""
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"steps_per_print": 1 << 30} | content))
+    return str(path)
+
+
+def run_train(config: TrainConfig, world_size: int = 1, before: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Train in forked ranks; rank 0's result.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+        before: Called first on each rank, e.g. to break something there.
+    """
+
+    def on_rank(rank: int, world: int) -> dict[str, Any]:
+        if before is not None:
+            before()
+        return train(config)
+
+    return run_ranks(on_rank, world_size, timeout=120)[0]

@@ -1,0 +1,63 @@
+"""Ranks find themselves under every launcher, and fail together."""
+
+import pytest
+
+from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
+from tests.ranks import run_ranks
+
+
+def test_an_error_on_one_rank_stops_all() -> None:
+    def on_rank(rank: int, world: int) -> str:
+        def work() -> None:
+            if rank == 1:
+                raise ValueError("no disk")
+
+        with pytest.raises(ValueError) as caught:
+            together(start(), work)
+        return str(caught.value)
+
+    assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
+
+
+def test_agreement_of_one_process() -> None:
+    check_agreement(find_ranks({}), "anything")
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 0, 1, "python")),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}, (3, 1, 4, "torch")),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "SLURM_PROCID": "1",
+            },
+            (2, 0, 4, "mpi"),
+        ),
+        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (5, 1, 8, "slurm")),
+        (
+            {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "PMI_RANK": "5", "PMI_SIZE": "8"},
+            (5, 1, 8, "slurm"),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}, (0, 0, 1, "python")),  # a batch script
+    ],
+)
+def test_ranks_are_found_under_every_launcher(env: dict[str, str], expected: tuple[int, int, int, str]) -> None:
+    ranks = find_ranks(env)
+    assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.launcher) == expected
+
+
+def test_impossible_rank() -> None:
+    with pytest.raises(ValueError, match="below the number of ranks"):
+        find_ranks({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu017", "gpu017"), ("gpu[017-031,040],big1", "gpu017"), ("big1,gpu[1-2]", "big1"), ("r[1-2]n", "r1n")],
+)
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first

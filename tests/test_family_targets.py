@@ -1,0 +1,165 @@
+"""Conv1D and fused experts as targets: right gradients, right files, and clear words where something is not supported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from seft_dist.config import DataConfig, ModelConfig, PruneConfig, SeftConfig
+from seft_dist.io.models import load_model, open_source
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.targets import as_rows, find_targets
+from seft_dist.pruning.prune import prune_folder
+from tests.families import FAMILIES, family_folder, family_model
+from tests.models import batch
+from tests.texts import text_jsonl
+
+ODD = ["gpt2", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_sampled_gradients_are_those_of_autograd(family: str) -> None:
+    model, twin = family_model(family), family_model(family)
+    seft = SeftOptimizer(model, SeftConfig(density=0.05, init="random", allow_dense=True, static=True))
+    for step in range(2):
+        model(**batch(step)).loss.backward()
+        twin(**batch(step)).loss.backward()
+    for (name, wanted), slot in zip(find_targets(twin).items(), seft._slots, strict=True):
+        assert slot.support is not None and slot.grad is not None and len(slot.support)
+        expected = wanted.weight.grad.reshape(-1)[slot.support.positions()]
+        torch.testing.assert_close(slot.grad, expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.endswith("seft_anchor"))
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_with_a_delta_everywhere_it_is_adamw(family: str) -> None:
+    model, twin = family_model(family), family_model(family)
+    config = SeftConfig(density=1.0, allow_dense=True, static=True)
+    seft = SeftOptimizer(model, config, lr=1e-3, eps=1e-4, weight_decay=0.1)
+    twin.requires_grad_(False)
+    weights = [target.weight.requires_grad_() for target in find_targets(twin).values()]
+    adamw = torch.optim.AdamW(weights, lr=1e-3, eps=1e-4, weight_decay=0.1)
+    for step in range(3):
+        for each, optimizer in ((model, seft), (twin, adamw)):
+            each(**batch(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seft.detach()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6, msg=name)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_routers_embeddings_and_heads_are_left_alone() -> None:
+    for family in FAMILIES:
+        names = set(find_targets(family_model(family)))
+        assert not [name for name in names if name.endswith(("gate", "lm_head", "embed_tokens", "wte", "wpe"))]
+        assert any("layers." in name or ".h." in name for name in names)
+    experts = [name for name in find_targets(family_model("mixtral")) if "experts" in name]
+    assert experts == [f"model.layers.{i}.mlp.experts.{key}" for i in (0, 1) for key in ("gate_up_proj", "down_proj")]
+    assert set(find_targets(family_model("qwen2_moe"), "gate")) == {
+        f"model.layers.{i}.mlp.{rest}" for i in (0, 1) for rest in ("experts.gate_up_proj", "shared_expert.gate_proj")
+    }
+
+
+def test_what_cannot_be_handled_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    gpt_oss = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="fused expert weights of GptOssExperts are not supported yet.*transposed"):
+        find_targets(gpt_oss)
+    assert len(find_targets(gpt_oss, "self_attn")) == 4
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.mixing = nn.Linear(4, 4), nn.Parameter(torch.ones(4, 4))
+
+    with pytest.raises(ValueError, match=r"\.mixing of Odd, \[4, 4\].*would stay dense"):
+        find_targets(Odd())
+    assert list(find_targets(Odd(), "linear")) == ["linear"]
+    for family, over, message in (
+        ("gpt2", {"adapt": "activation"}, "adapt=activation is not supported yet.*Conv1D"),
+        ("mixtral", {"adapt": "activation"}, "adapt=activation is not supported yet.*MixtralExperts"),
+        ("gpt2", {"pattern": "2:4"}, "pattern=2:4 is not supported for a Conv1D"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SeftOptimizer(family_model(family), SeftConfig(**over))  # type: ignore[arg-type]
+
+
+def test_sparsegpt_of_experts_is_refused(tmp_path: Path) -> None:
+    config = PruneConfig(
+        model=ModelConfig(path=str(family_folder(tmp_path / "dense", "mixtral"))),
+        data=DataConfig(path=str(text_jsonl(tmp_path / "text.jsonl")), seq_len=16),
+        output=str(tmp_path / "pruned"),
+        method="sparsegpt",
+    )
+    with pytest.raises(ValueError, match="sparsegpt is not supported yet for the weights of a MixtralExperts"):
+        prune_folder(config, progress=False)
+    assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "wanda"), ("gpt2", "sparsegpt"), ("mixtral", "wanda")])
+def test_pruning_counts_in_every_row_of_every_expert(family: str, method: str, tmp_path: Path) -> None:
+    config = PruneConfig(
+        model=ModelConfig(path=str(family_folder(tmp_path / "dense", family))),
+        data=DataConfig(path=str(text_jsonl(tmp_path / "text.jsonl")), seq_len=32),
+        output=str(tmp_path / "pruned"),
+        method=method,  # type: ignore[arg-type]
+        sparsity=0.5,
+        sequences=24,
+    )
+    prune_folder(config, progress=False)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    for (name, target), before in zip(find_targets(pruned).items(), find_targets(dense).values(), strict=True):
+        rows = as_rows(target)
+        if method == "wanda":
+            assert (rows == 0).sum(1).unique().tolist() == [rows.shape[1] // 2], name
+            assert torch.equal(rows[rows != 0], as_rows(before)[rows != 0]), name
+        else:
+            assert (rows == 0).float().mean() == pytest.approx(0.5, abs=0.01), name
+
+
+def test_files_keep_the_published_layout(tmp_path: Path) -> None:
+    """One tensor for each expert in, one out; ranges of the fused weight are what transformers fuses."""
+    for family in ("mixtral", "deepseek_v3"):
+        folder = family_folder(tmp_path / family, family)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        weights = open_source(ModelConfig(path=str(folder))).weights
+        assert any(".experts.1." in name for name in weights.tensors) and weights.fused
+        for name, info in weights.fused.items():
+            if name.endswith("experts.up_proj"):
+                continue  # of experts without a gate
+            whole = model.get_parameter(name).detach()
+            assert info.shape == whole.shape
+            for start, stop in ((0, None), (7, 7), (3, 1000), (whole.numel() - 5, whole.numel())):
+                assert torch.equal(weights.read(name, start, stop), whole.reshape(-1)[start:stop])
+            for stored, part in weights.split(name, whole):
+                assert torch.equal(weights.read(stored).view(part.shape), part)
+
+
+def test_an_incomplete_expert_is_refused(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "mixtral")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj missing"):
+        load_model(open_source(ModelConfig(path=str(folder))))
+
+
+def test_the_published_gpt2_has_no_prefix(tmp_path: Path) -> None:
+    folder = family_folder(tmp_path / "model", "gpt2")
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    old = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4).tril()  # a mask that was stored once
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    loaded = load_model(open_source(ModelConfig(path=str(folder))))
+    for mine, theirs in zip(loaded.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
