@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from seft_dist import SeftConfig
@@ -61,6 +62,7 @@ def _victim(rank: int, store: str, folder: Path, pids: Any, done: Any, kill_at: 
                     os.kill(pids[other], signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    torch.set_num_threads(1)  # a fork has its parent's thread pool without the threads, and would wait for them
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 2)  # the survivor's complaint about the rank that is gone
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
