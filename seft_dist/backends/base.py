@@ -6,8 +6,9 @@
 Every weight is seen as a matrix [rows, columns]: a linear's [out, in], a Conv1D's [in, out], and the fused weight of E
 experts as [E * out, in], one expert below the other.
 
-A backend knows nothing of deltas. It answers: which interval of a weight does this rank own, which does it store, give me
-the stored part to write, make the write visible to the next forward, bring a dense gradient to the owners.
+A backend knows nothing of deltas. It answers: which interval of a weight does this rank own, which does it store, what is
+in it, put these values there, make that visible to the next forward, bring a dense gradient to the owners. In between,
+it is told how the masks change: a backend may store active positions only.
 """
 
 from abc import ABC, abstractmethod
@@ -50,8 +51,11 @@ class Backend(ABC):
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
-        self.device = self.local(0).device
+        kinds = [self._kind(i) for i in range(len(self.names))]
+        self.device = kinds[0][1]
         """Where the shards are."""
+        self.dtypes = [dtype for dtype, _ in kinds]
+        """The model's type of each weight."""
 
     @property
     def world_size(self) -> int:
@@ -80,9 +84,57 @@ class Backend(ABC):
     def _partition(self, i: int) -> Partition:
         """How weight i is divided. Local."""
 
+    def _kind(self, i: int) -> tuple[torch.dtype, torch.device]:
+        """Type and place of weight i's shard. Local."""
+        return self.own(i).dtype, self.own(i).device
+
     @abstractmethod
-    def local(self, i: int) -> Tensor:
-        """The stored interval of weight i, flat, in the model's dtype; write into it inside ``writing()``. Local."""
+    def own(self, i: int) -> Tensor:
+        """The owned interval of weight i, flat, in the model's dtype: to read, maybe a copy. Local."""
+
+    @abstractmethod
+    def places(self, i: int, positions: Tensor) -> Tensor:
+        """Where ``load`` and ``store`` find positions; holds until the weight's mask changes. Local.
+
+        Args:
+            i: Which target.
+            positions: int32 or int64, flat positions inside ``stored(i)`` and in the mask.
+
+        Returns:
+            Of the positions' shape; may be the positions themselves.
+        """
+
+    @abstractmethod
+    def load(self, i: int, places: Tensor) -> Tensor:
+        """The weights at some places, in the model's dtype. Local."""
+
+    @abstractmethod
+    def store(self, i: int, places: Tensor, values: Tensor) -> None:
+        """Put values, in the model's dtype, at some places; inside ``writing()``. Local."""
+
+    @abstractmethod
+    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
+        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. Local; ``settle`` once after all.
+
+        Args:
+            i: Which target.
+            mask: uint8, packed mask of the own interval; not to be changed afterwards.
+            removed: int64, offsets in the own interval that left the mask.
+        """
+
+    @abstractmethod
+    def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
+        """Put a whole own interval; inside ``writing()``. **Collective** if replicated; ``settle`` once after all.
+
+        Args:
+            i: Which target.
+            values: [len(interval(i))], in the model's dtype, 0 outside the mask.
+            mask: uint8, packed; not to be changed afterwards.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Agree on what depends on the masks, after ``remask`` or ``put_own``. **Collective** where anything does."""
 
     @abstractmethod
     def prepare_write(self) -> None:
@@ -113,23 +165,12 @@ class Backend(ABC):
         return self.partitions[i].interval(self.owners.rank)
 
     def stored(self, i: int) -> Interval:
-        """The interval of weight i that ``local(i)`` holds. Local."""
+        """The interval of weight i whose values this rank holds and must be told. Local."""
         return Interval(0, prod(self.shapes[i])) if self.replicates else self.interval(i)
-
-    def own(self, i: int) -> Tensor:
-        """The owned interval of weight i, flat, a view of ``local(i)``. Local."""
-        interval = self.interval(i)
-        offset = self.stored(i).start
-        return self.local(i)[interval.start - offset : interval.stop - offset]
-
-    def share_own(self, i: int) -> None:
-        """Bring every rank's own interval of weight i to all ranks that store it. **Collective** if replicated."""
-        if self.replicates:
-            self.local(i).copy_(torch.cat(self.owners.gather(self.own(i))))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Write to ``local(i)`` inside this context only. Local."""
+        """Weights are written inside this context only. Local."""
         self.prepare_write()
         with torch.no_grad():
             yield
@@ -147,3 +188,40 @@ class Backend(ABC):
         """
         own = self.owners.sum_to_owners(grad.reshape(-1), self.partitions[i].sizes())
         return self.replicas.sum(own) / self.world_size
+
+
+class DenseBackend(Backend):
+    """Weights that are stored as they are, zeros included."""
+
+    @abstractmethod
+    def local(self, i: int) -> Tensor:
+        """The stored interval of weight i, flat, in the model's dtype: the very memory. Local."""
+
+    def own(self, i: int) -> Tensor:
+        interval = self.interval(i)
+        offset = self.stored(i).start
+        return self.local(i)[interval.start - offset : interval.stop - offset]
+
+    def places(self, i: int, positions: Tensor) -> Tensor:
+        return positions
+
+    def _offsets(self, i: int, places: Tensor) -> Tensor:
+        return places.long() - self.stored(i).start
+
+    def load(self, i: int, places: Tensor) -> Tensor:
+        return self.local(i)[self._offsets(i, places)]
+
+    def store(self, i: int, places: Tensor, values: Tensor) -> None:
+        self.local(i)[self._offsets(i, places)] = values
+
+    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
+        self.own(i)[removed] = 0
+
+    def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
+        if self.replicates:
+            self.local(i).copy_(torch.cat(self.owners.gather(values)))
+        else:
+            self.own(i).copy_(values)
+
+    def settle(self) -> None:
+        pass  # zeros take as much room as other values

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from seft_dist.backends.base import Backend, Holder
+from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
 from seft_dist.sparsity.partition import Partition
@@ -26,7 +26,7 @@ def is_zero3(weight: Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
-class Zero3Backend(Backend):
+class Zero3Backend(DenseBackend):
     """Flat chunks of ceil(numel / world size), the tail of the last rank being padding."""
 
     name = "zero3"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from seft_dist.backends.base import Backend, Holder
+from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.sparsity.partition import Partition
 
@@ -30,7 +30,7 @@ def is_fsdp(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-class FsdpBackend(Backend):
+class FsdpBackend(DenseBackend):
     """DTensors sharded by rows; a rank may own no row of a weight."""
 
     name = "fsdp"

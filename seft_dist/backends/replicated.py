@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from seft_dist.backends.base import Backend, Holder
+from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.sparsity.partition import Partition
 
 
-class ReplicatedBackend(Backend):
+class ReplicatedBackend(DenseBackend):
     """Plain tensors; every rank applies everybody's writes."""
 
     def __init__(self, targets: Mapping[str, Holder], owners: Group) -> None:

@@ -67,7 +67,6 @@ class Evolution:
         """
         self.backend, self.config, self.state, self.windows, self.step = backend, config, state, windows, step
         self.intervals = [backend.interval(i) for i in range(len(windows))]
-        self.own = [backend.own(i) for i in range(len(windows))]
         self.entries = list(state.layers())
         self.sizes = [len(support) for support in state.supports]
         self.dropped: list[Tensor] = []
@@ -125,7 +124,7 @@ class Evolution:
         return total
 
     def _select(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
-        problems = list(range(len(self.own))) if len(wanted) > 1 else [0] * len(self.own)
+        problems = list(range(len(self.windows))) if len(wanted) > 1 else [0] * len(self.windows)
         chosen = select(self.backend.owners, key, problems, wanted, self.config.selection)
         if self.state.near_ties is not None:
             near = near_ties(self.backend.owners, key, problems, chosen)
@@ -142,7 +141,8 @@ class Evolution:
             restored = (
                 base != 0 if self.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
             )
-            self.own[i][offsets[restored]] = base[restored].to(self.own[i].dtype)
+            places = self.backend.places(i, offsets[restored] + self.intervals[i].start)
+            self.backend.store(i, places, base[restored].to(self.backend.dtypes[i]))
             stays = torch.ones(len(self.entries[i]), dtype=torch.bool, device=which.device)
             stays[which] = False
             self.entries[i] = self.entries[i].take(stays)
@@ -233,7 +233,6 @@ class Evolution:
             mask = self._mask(i)
             mask[offsets] = False
             self.state.masks[i] = pack(mask)
-            self.own[i][offsets] = 0
             self.entries[i] = self.entries[i].take(mask[self._offsets(i)])
             committed = self.state.committed[i]
             self.state.committed[i] = committed[mask[committed.long() - self.intervals[i].start]]
@@ -254,12 +253,12 @@ class Evolution:
             return marks
 
         ranking = GroupRanking(groups, self._adapt_key, groups.counter(reactivated))
-        removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(self.own))]
+        removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(self.windows))]
         self._count_close_calls(ranking, removed)
         return removed
 
     def _adapt_key(self, i: int) -> Tensor:
-        weight = self.own[i].to(torch.float32, copy=True)
+        weight = self.backend.own(i).to(torch.float32, copy=True)
         weight[self._offsets(i)] = self.entries[i].weight()  # fp32, before any cast
         if self.config.adapt == "sensitivity":
             score = scores.sensitivity(weight, self._grad(i))
@@ -273,8 +272,12 @@ class Evolution:
 
     def commit(self, betas: tuple[float, float]) -> None:
         """Give the grown positions entries, and every rank all positions. **Collective**."""
+        for i, removed in enumerate(self.removed):
+            self.backend.remask(i, self.state.masks[i], removed)
+        self.backend.settle()
         for i, offsets in enumerate(self.grown):
-            new = Columns.grown(offsets + self.intervals[i].start, self.own[i][offsets].float())
+            positions = offsets + self.intervals[i].start
+            new = Columns.grown(positions, self.backend.load(i, self.backend.places(i, positions)).float())
             if self.config.moments == "seeded":
                 self._seed(new, offsets, self.windows[i], betas)
             self.entries[i] = Columns.cat([self.entries[i], new]).sorted()
@@ -291,14 +294,14 @@ class Evolution:
 
     def _tell_replicas(self) -> None:
         """Write what changed outside the own interval. **Collective**."""
-        changed = [torch.cat([self.dropped[i], self.removed[i]]) for i in range(len(self.own))]
+        changed = [torch.cat(moved) for moved in zip(self.dropped, self.removed, strict=True)]
         owners = self.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()
         positions = owners.gather(
             torch.cat([offsets + part.start for offsets, part in zip(changed, self.intervals, strict=True)])
         )
-        values = owners.gather(torch.cat([own[offsets] for own, offsets in zip(self.own, changed, strict=True)]))
+        values = owners.gather(torch.cat([self.backend.own(i)[offsets] for i, offsets in enumerate(changed)]))
         for rank in range(owners.size):
             parts = zip(positions[rank].split(lengths[rank]), values[rank].split(lengths[rank]), strict=True)
             for i, (where, what) in enumerate(parts):
-                self.backend.local(i)[where] = what
+                self.backend.store(i, self.backend.places(i, where), what)

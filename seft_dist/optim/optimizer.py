@@ -283,18 +283,17 @@ class SeftOptimizer(torch.optim.Optimizer):
     def _write(self) -> None:
         """weight = cast(base + delta) at the support. **Collective** for replicated weights, else local."""
         backend, state = self.backend, self.sparse_state
-        new = state.columns.weight().to(backend.own(0).dtype)
+        new = state.columns.weight().to(backend.dtypes[0])
         if not backend.replicates:
-            parts = zip(new.split(state.lengths), state.layers(), strict=True)
-            for i, (values, entries) in enumerate(parts):
-                backend.own(i)[entries.indices.long() - backend.interval(i).start] = values
+            for i, (values, places) in enumerate(zip(new.split(state.lengths), state.places, strict=True)):
+                backend.store(i, places, values)
             return
         pieces = [
             part.split([support.sizes[rank] for support in state.supports])
             for rank, part in enumerate(backend.owners.gather(new))
         ]
         for i, support in enumerate(state.supports):
-            backend.local(i)[support.positions()] = torch.cat([piece[i] for piece in pieces])
+            backend.store(i, backend.places(i, support.positions()), torch.cat([piece[i] for piece in pieces]))
 
     def _check_write(self) -> None:
         """Refuse to go on if the model does not see what was written. **Collective**, once a run."""
@@ -334,7 +333,7 @@ class SeftOptimizer(torch.optim.Optimizer):
                 target=state.targets[i],
                 columns=entries,
                 committed=committed,
-                committed_values=backend.own(i)[committed.long() - interval.start],
+                committed_values=backend.load(i, backend.places(i, committed)),
                 window=self._slots[i].window,
             )
 
@@ -353,15 +352,16 @@ class SeftOptimizer(torch.optim.Optimizer):
         entries = []
         with backend.writing():
             for i, layer in enumerate(layers):
-                own, start = backend.own(i), layer.interval.start
+                own, start = backend.own(i).clone(), layer.interval.start
                 assert (layer.name, layer.interval) == (backend.names[i], backend.interval(i))
                 own[layer.committed.long() - start] = layer.committed_values.to(own)
                 own.masked_fill_(~unpack(layer.mask, len(layer.interval)), 0)
                 own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
+                backend.put_own(i, own, layer.mask)
                 state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
                 self._slots[i].window = layer.window
                 entries.append(layer.columns)
-                backend.share_own(i)
+            backend.settle()
             state.set_entries(backend, entries)
         state.verify(backend, self.config)
         self.num_steps = num_steps

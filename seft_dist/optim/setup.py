@@ -30,7 +30,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
             large, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
-    if len({backend.own(i).dtype for i in range(count)}) > 1:
+    if len(set(backend.dtypes)) > 1:
         raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
     masks, table = [], []
     for i in range(count):
@@ -47,8 +47,11 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     group_prints = _check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=torch.int32, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
-    columns = Columns.empty(backend.device)
-    return State(columns, [0] * count, masks, targets, budgets, supports, [none] * count, prints, group_prints)
+    for i, mask in enumerate(masks):
+        backend.remask(i, mask, none.long())
+    backend.settle()
+    columns, nothing = Columns.empty(backend.device), [none] * count
+    return State(columns, [0] * count, nothing, masks, targets, budgets, supports, nothing, prints, group_prints)
 
 
 def _check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
@@ -105,10 +108,6 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
         return keys(drawn, largest=True, eligible=unpack(state.masks[i], len(interval)))
 
     chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
-    state.set_entries(
-        backend,
-        [
-            Columns.grown(offsets + backend.interval(i).start, backend.own(i)[offsets].float())
-            for i, offsets in enumerate(chosen)
-        ],
-    )
+    positions = [offsets + backend.interval(i).start for i, offsets in enumerate(chosen)]
+    bases = [backend.load(i, backend.places(i, where)).float() for i, where in enumerate(positions)]
+    state.set_entries(backend, list(map(Columns.grown, positions, bases)))

@@ -62,6 +62,8 @@ class State:
     columns: Columns
     lengths: list[int]
     """Own entries of each layer in ``columns``."""
+    places: list[Tensor]
+    """Where the backend finds the own entries of each layer (``Backend.places``)."""
     masks: list[Tensor]
     """uint8, packed mask of the own interval."""
     targets: list[int]
@@ -89,9 +91,10 @@ class State:
             begin += length
 
     def set_entries(self, backend: Backend, entries: list[Columns]) -> None:
-        """Replace the own entries and tell every rank their positions. **Collective**."""
+        """Replace the own entries and tell every rank their positions; the backend knows the masks. **Collective**."""
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
+        self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
         self.supports = gather_supports(backend.owners, self.columns, self.lengths, backend.shapes)
 
     def active(self, backend: Backend) -> list[int]:

@@ -143,7 +143,7 @@ def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount
     if ranks.world_size == 1:
         return count_zeros(targets)
     backend = FsdpBackend(model, targets)
-    zeros = torch.tensor([int((backend.local(i) == 0).sum()) for i in range(len(backend.names))])
+    zeros = torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
     backend.owners.sum(zeros)
     sizes = [rows * columns for rows, columns in backend.shapes]
     return [ZeroCount(*counted) for counted in zip(backend.names, sizes, zeros.tolist(), strict=True)]

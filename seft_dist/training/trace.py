@@ -101,7 +101,7 @@ class Trace:
         rows = []
         for i, layer in enumerate(seft.deltas()):
             positions, deltas = layer.columns.indices, layer.columns.values
-            weights = seft.backend.own(i)[positions.long() - layer.interval.start]
+            weights = seft.backend.load(i, seft.sparse_state.places[i])
             hashes = [
                 hash_of_set(positions),
                 self._masks[i][0],

@@ -128,12 +128,11 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
             dense = reader.get(rank, f"{name}.window.{key}")
             if dense is not None:
                 parts[key].append(dense[begin - own.start : end - own.start])
-    empty = backend.own(i)[:0].cpu()
     kinds = {
         "indices": torch.int32,
         "age": torch.int32,
         "committed": torch.int32,
-        "committed_values": empty.dtype,
+        "committed_values": backend.dtypes[i],
         "mask": torch.bool,
     }
     whole = {

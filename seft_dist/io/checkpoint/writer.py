@@ -197,7 +197,7 @@ def _manifest(seft: SeftOptimizer, extra: dict[str, Any]) -> dict[str, Any]:
         "method": dataclasses.asdict(seft.config),
         "world_size": backend.owners.size,
         "backend": backend.name,
-        "dtype": str(backend.own(0).dtype),
+        "dtype": str(backend.dtypes[0]),
         "window_steps": None if window is None else window.num_steps,
         "targets": [
             {
