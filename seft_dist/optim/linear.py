@@ -8,7 +8,6 @@ weight gradient at the k positions; inside an evolution's window also the dense 
 """
 
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear  # bound here: DeepSpeed replaces the attribute of the module at run time
 
+from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.optim.delta import Support
 from seft_dist.optim.targets import ExpertWeight, Target, first_projection, is_conv1d
 from seft_dist.optim.window import Window
 
 ANCHOR = "seft_anchor"
-_DENSE_ABOVE = 0.1
-"""Density above which a dense product and an index is faster on a CPU than sampled_addmm (docs/numerics.md)."""
 
 
 class Slot:
@@ -64,7 +62,8 @@ class Slot:
             if dense is not None:
                 self.grad += dense.view(-1)[self.support.positions()]
             elif ends is None:
-                sampled_grad_(self.grad, self.support, x, grad)
+                support = self.support
+                sampled_grad_(self.grad, support.shape, support.crow, support.col, x, grad)
             else:
                 self._record_experts(self.support, x, grad, ends)
         if self.window is not None:
@@ -78,7 +77,7 @@ class Slot:
         outs = self.grad.split([len(block) for block in blocks])
         for rows, block, out in zip(_slices(ends, len(x)), blocks, outs, strict=True):
             if rows.start < rows.stop:
-                sampled_grad_(out, block, x[rows], grad[rows])
+                sampled_grad_(out, block.shape, block.crow, block.col, x[rows], grad[rows])
 
 
 def _slices(ends: list[int] | None, tokens: int) -> list[slice]:
@@ -86,36 +85,6 @@ def _slices(ends: list[int] | None, tokens: int) -> list[slice]:
     if ends is None:
         return [slice(0, tokens)]
     return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
-
-
-def sampled_grad_(out: Tensor, support: Support, x: Tensor, grad: Tensor) -> None:
-    """Add the weight gradient at the support's positions to ``out``, accumulated in fp32. Local.
-
-    Args:
-        out: fp32 [k].
-        support: k positions of a weight [out, in].
-        x: [T, in].
-        grad: [T, out].
-    """
-    rows, columns = support.shape
-    if not len(support):
-        return
-    if x.device.type == "cpu" and len(support) < _DENSE_ABOVE * rows * columns and torch.backends.mkl.is_available():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            pattern = torch.sparse_csr_tensor(
-                support.crow, support.col, out, size=(rows, columns), check_invariants=False
-            )
-        out.copy_(torch.sparse.sampled_addmm(pattern, grad.float().T, x.float()).values())
-        return
-    # Never run on a GPU. sampled_addmm takes no bf16 there: a dense product for one block of rows at a time.
-    block = max(1, (1 << 24) // columns)
-    crow = support.crow[::block].tolist() + [len(support)]
-    positions = support.positions()
-    for number, first in enumerate(range(0, rows, block)):
-        begin, end = crow[number], crow[number + 1]
-        dense = grad[:, first : first + block].float().T @ x.float()
-        out[begin:end] += dense.view(-1)[positions[begin:end] - first * columns]
 
 
 class _SampledLinear(torch.autograd.Function):

@@ -128,8 +128,8 @@ def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
 
 def _environment(attempt: dict[str, Any]) -> dict[str, Any]:
     found = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
-    for kind in ("device", "cpu"):
-        found[kind] = ", ".join(sorted({str(host[kind]) for host in attempt["hosts"]}))
+    for kind in ("device", "cpu", "kernels"):
+        found[kind] = ", ".join(sorted({str(host.get(kind)) for host in attempt["hosts"]}))
     return found
 
 

@@ -56,9 +56,9 @@ def cpu() -> str:
 
 
 def source_digest() -> str:
-    """Digest of the package's own Python files: the code that runs, whether git knows it or not; 16 hex digits."""
+    """Digest of the package's own source files: the code that runs, whether git knows it or not; 16 hex digits."""
     digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted(file for kind in ("*.py", "*.cpp", "*.h") for file in PACKAGE.rglob(kind)):
         digest.update(f"{file.relative_to(PACKAGE).as_posix()} ".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

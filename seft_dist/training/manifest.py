@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from seft_dist.config import TrainConfig
+from seft_dist.kernels.describe import describe
 from seft_dist.optim.evolution import EvolutionReport
 from seft_dist.training import facts
 from seft_dist.training.distributed import Ranks, launch_facts
@@ -192,6 +193,7 @@ def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
     """The machines, each with its number of ranks."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}
+    mine["kernels"] = describe(ranks.device)
     every = [mine] * ranks.world_size
     if ranks.world_size > 1:
         every = [{}] * ranks.world_size

@@ -160,13 +160,16 @@ def summary(result: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
+def say(line: str) -> None:
+    """Print a line about the run. Local, for rank 0."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def stopped(config: TrainConfig, signal: str, step: int) -> None:
     """Say that a signal has stopped the run. Local, for rank 0."""
-    print(
+    say(
         f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "
-        "goes on from there",
-        file=sys.stderr,
-        flush=True,
+        "goes on from there"
     )
 
 

@@ -16,6 +16,7 @@ from seft_dist.io.checkpoint import Saver
 from seft_dist.io.data import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.export import export_model
 from seft_dist.io.models import locate, open_source
+from seft_dist.kernels.describe import describe
 from seft_dist.training import distributed
 from seft_dist.training.build import Run, build, read_batches
 from seft_dist.training.cli import to_yaml
@@ -23,7 +24,7 @@ from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import model_fingerprint
-from seft_dist.training.metrics import Metrics, check_trackers, stopped, summary
+from seft_dist.training.metrics import Metrics, check_trackers, say, stopped, summary
 from seft_dist.training.record import Record
 from seft_dist.training.run_folder import (
     CHECKPOINTS,
@@ -82,6 +83,8 @@ def _train(config: TrainConfig, request: StopRequest) -> dict[str, Any]:
     if "scheduler" in state and run.scheduler is not None:
         run.scheduler.load_state_dict(state["scheduler"])
         run.seft.param_groups[0]["lr"] = state["lr"]  # the scheduler itself sets it only after the next step
+    if ranks.is_main:
+        say(f"kernels: {describe(ranks.device)}")
     metrics = Metrics(config, writes=ranks.is_main, start=run.seft.num_steps, state=state.get("metrics"))
     try:
         number = fit(run, data, metrics, record, request)

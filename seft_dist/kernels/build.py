@@ -1,0 +1,132 @@
+"""The C++ library of this room: compiled when first used, kept in the folder of torch's extensions.
+
+It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name tells the
+source, the processor and the compiler; one process of a machine builds it under a lock that ends with the process that holds
+it, the others wait, and a library appears whole or not at all.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_SECONDS = 300
+_HERE = Path(__file__).parent
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, _INT, _INT]
+SIGNATURES = {"sampled_f32": _SAMPLED, "sampled_bf16": _SAMPLED}
+"""Argument types of each function; all return an int, 0 for success."""
+
+
+class BuildError(Exception):
+    """The library cannot be built here; says what is missing."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None, with one warning, where they cannot be had. Local; builds at the first call."""
+    try:
+        loaded = ctypes.CDLL(str(build()))
+    except (BuildError, OSError) as error:
+        warnings.warn(f"no C++ kernels, the slower ones in torch are used: {error}", stacklevel=2)
+        return None
+    for name, arguments in SIGNATURES.items():
+        getattr(loaded, name).argtypes = arguments
+    loaded.built_with.restype = ctypes.c_char_p
+    return loaded
+
+
+def build() -> Path:
+    """Compile the library unless it is there. Local; waits while another process of this machine builds it.
+
+    Returns:
+        The library.
+
+    Raises:
+        BuildError: There is no compiler, or it failed.
+        OSError: The folder cannot be written.
+    """
+    from torch.utils import cpp_extension  # half a second
+
+    # The folder that TORCH_EXTENSIONS_DIR names, else one in the user's cache.
+    folder = Path(cpp_extension._get_build_directory("seft_dist_kernels", verbose=False))
+    name = _key_of_source()
+    compiler = shutil.which(cpp_extension.get_cxx_compiler())
+    if compiler is None:
+        earlier = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
+        if earlier:  # e.g. built on a login node
+            return earlier[-1]
+        raise BuildError(
+            f"no C++ compiler {cpp_extension.get_cxx_compiler()!r} is found; install g++, or name one in CXX, or run "
+            "once where there is one"
+        )
+    library = folder / f"{name}-{_digest(_run([compiler, '--version'], folder))}.so"
+    if not library.exists():
+        with _lock(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile(compiler, library)
+    return library
+
+
+def _compile(compiler: str, library: Path) -> None:
+    prefix = f"{library.stem}."
+    for left in library.parent.glob(f"{prefix}*.part"):  # of builders that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix, suffix=".part") as part:
+        _run([compiler, *FLAGS, "-c", *map(str, sorted(_HERE.glob("*.cpp")))], Path(part))
+        # Linked without -fopenmp: the threads are those of the OpenMP library that torch has loaded, not a second one's.
+        objects = sorted(path.name for path in Path(part).glob("*.o"))
+        _run([compiler, "-shared", "-o", "library.so", *objects], Path(part))
+        os.replace(Path(part) / "library.so", library)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks: each process builds its own, the last one stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _run(command: list[str], folder: Path) -> str:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not end in {_SECONDS} seconds") from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["nothing"]
+        raise BuildError(f"{command[0]} failed with exit code {done.returncode}; it said: {said[0]}")
+    return done.stdout
+
+
+def _key_of_source() -> str:
+    text = " ".join(FLAGS) + _cpu()
+    for path in sorted([*_HERE.glob("*.cpp"), *_HERE.glob("*.h")]):
+        text += path.name + path.read_text(encoding="utf-8")
+    return _digest(text)
+
+
+def _cpu() -> str:
+    """What -march=native looks at."""
+    kind = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        kind += "".join(
+            sorted({line for line in lines if line.startswith(("flags", "Features", "model\t", "cpu family"))})
+        )
+    return kind
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Building the C++ kernels: without a compiler, twice at a time, after a builder was killed."""
+
+import multiprocessing as mp
+import os
+import time
+import warnings
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seft_dist.kernels.build import library
+from seft_dist.kernels.describe import describe
+from seft_dist.kernels.sampled import sampled_grad_
+
+FORK = mp.get_context("fork")
+Results = Any  # multiprocessing's queue
+
+
+def use_kernels(folder: Path, environment: dict[str, str], results: Results) -> None:
+    """What a process does that needs the kernels, with its own folder for them; sends gradient, description, warnings."""
+    os.setpgrp()
+    os.environ.update({"TORCH_EXTENSIONS_DIR": str(folder)} | environment)
+    library.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = torch.zeros(2)
+        crow, col = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32)
+        sampled_grad_(out, (2, 2), crow, col, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        said = describe(torch.device("cpu"))
+    results.put((out.tolist(), said, [str(one.message) for one in caught if "kernels" in str(one.message)]))
+
+
+def start(folder: Path, **environment: str) -> tuple[BaseProcess, Results]:
+    results = FORK.SimpleQueue()
+    process = FORK.Process(target=use_kernels, args=(folder, environment, results))
+    process.start()
+    return process, results
+
+
+def result(started: tuple[BaseProcess, Results]) -> tuple[list[float], str, list[str]]:
+    process, results = started
+    process.join(60)
+    assert process.exitcode == 0
+    return results.get()
+
+
+def compiler(folder: Path, script: str) -> str:
+    """A compiler that is a shell script."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"PATH": "/nowhere"}, "install g++"), ({"CXX": "false"}, "exit code 1")],
+    ids=["no compiler", "it fails"],
+)
+def test_without_a_library_torch_does_it_and_says_why_once(
+    tmp_path: Path, environment: dict[str, str], said: str
+) -> None:
+    out, used, warned = result(start(tmp_path, **environment))
+    assert (out, used) == ([6.0, 4.0], "torch (no C++ library)")
+    assert len(warned) == 1 and said in warned[0]
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_two_processes_build_one_library_and_a_node_without_compiler_uses_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    counting = compiler(tmp_path, f'[ "$1" = --version ] || echo "$1" >>{log}; exec c++ "$@"')
+    for started in [start(tmp_path, CXX=counting) for _ in range(2)]:
+        out, used, warned = result(started)
+        assert out == [6.0, 4.0] and used.startswith("C++") and not warned
+    assert log.read_text().splitlines() == ["-std=c++17", "-shared"]
+    assert len(list(tmp_path.rglob("*.so"))) == 1 and not list(tmp_path.rglob("*.part"))
+    out, used, warned = result(start(tmp_path, CXX="missing"))
+    assert out == [6.0, 4.0] and used.startswith("C++") and not warned
+
+
+def test_a_killed_builder_leaves_nothing_that_hangs(tmp_path: Path) -> None:
+    sleeping = compiler(tmp_path, '[ "$1" = --version ] || exec sleep 100; exec c++ "$@"')
+    victim, _ = start(tmp_path, CXX=sleeping)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert victim.pid is not None
+    os.killpg(victim.pid, 9)
+    victim.join()
+    assert list(tmp_path.rglob("*.part"))
+    out, used, _ = result(start(tmp_path, CXX=compiler(tmp_path, 'exec c++ "$@"')))
+    assert out == [6.0, 4.0] and used.startswith("C++")
+    assert not list(tmp_path.rglob("*.part"))

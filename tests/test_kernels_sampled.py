@@ -1,0 +1,128 @@
+"""Sampled gradients: every form against a dense product in fp64, on any shape, type and number of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seft_dist.kernels.build import library
+from seft_dist.kernels.sampled import FORMS, Form, choose, sampled_grad_
+from seft_dist.optim.delta import Support
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+SIZES = st.integers(1, 70)
+
+
+def draw(seed: int, tokens: int, rows: int, cols: int, share: float) -> tuple[Tensor, Tensor, Support]:
+    """Input, output gradient, positions; the latter in two parts, as of two owners."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(tokens, size, generator=generator) for size in (cols, rows))
+    positions = (torch.rand(rows * cols, generator=generator) < share).nonzero().view(-1).int()
+    return x, grad, Support((rows, cols), [positions[:3], positions[3:]])
+
+
+def reference(support: Support, x: Tensor, grad: Tensor) -> Tensor:
+    return (grad.double().T @ x.double()).reshape(-1)[support.positions()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    tokens=st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 130]),
+    rows=SIZES,
+    cols=SIZES,
+    share=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
+    dtype=DTYPES,
+    strided=st.booleans(),
+)
+def test_every_form_is_the_dense_product_at_the_positions(
+    form: Form, seed: int, tokens: int, rows: int, cols: int, share: float, dtype: torch.dtype, strided: bool
+) -> None:
+    x, grad, support = draw(seed, tokens, rows, cols, share)
+    x, grad = x.to(dtype), grad.to(dtype)
+    if strided:
+        x, grad = x.T.contiguous().T, torch.cat([grad, grad], 1)[:, :rows]
+    if not len(support):
+        return
+    before = torch.arange(len(support), dtype=torch.float32)
+    out = before.clone()
+    FORMS[form](out, support.shape, support.crow, support.col, x, grad)
+    # Products of bf16 and fp16 numbers are exact in fp32: what remains is the rounding of the sums.
+    torch.testing.assert_close(out.double(), before + reference(support, x, grad), rtol=1e-5, atol=1e-5 * tokens**0.5)
+
+
+def test_nothing_to_do_changes_nothing() -> None:
+    x, grad, support = draw(0, 5, 3, 4, 0.0)
+    out = torch.zeros(0)
+    sampled_grad_(out, support.shape, support.crow, support.col, x, grad)
+    x, grad, support = draw(0, 5, 3, 4, 1.0)
+    out = torch.ones(12)
+    sampled_grad_(out, support.shape, support.crow, support.col, x[:0], grad[:0])
+    assert torch.equal(out, torch.ones(12))
+
+
+def test_empty_rows_and_full_ones() -> None:
+    x, grad, _ = draw(1, 40, 50, 33, 0.0)
+    rows = torch.tensor([3, 3, 20, 49])
+    positions = torch.cat([rows[:1] * 33 + torch.arange(33), rows[2:] * 33 + 32]).int()
+    support = Support((50, 33), [positions])
+    for form in FORMS:
+        out = torch.zeros(len(support))
+        FORMS[form](out, support.shape, support.crow, support.col, x, grad)
+        torch.testing.assert_close(out.double(), reference(support, x, grad), rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_of_experts() -> None:
+    x, grad, support = draw(2, 30, 12, 17, 0.3)
+    for number, block in enumerate(support.blocks(3)):
+        out, part = torch.zeros(len(block)), grad[:, number * 4 : number * 4 + 4]
+        sampled_grad_(out, block.shape, block.crow, block.col, x[5:], part[5:])
+        torch.testing.assert_close(out.double(), reference(block, x[5:], part[5:]), rtol=1e-5, atol=1e-4)
+
+
+def test_cpp_gives_the_same_bits_on_any_number_of_threads() -> None:
+    x, grad, support = draw(3, 200, 60, 45, 0.2)
+
+    def on_threads(rank: int, world_size: int) -> list[Tensor]:
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(torch.zeros(len(support)))
+                FORMS["c++"](results[-1], support.shape, support.crow, support.col, x.to(dtype), grad.to(dtype))
+        return results
+
+    (results,) = run_ranks(on_threads, 1)  # a pool of threads must not be started in this process
+    for start in (0, 4):
+        assert all(torch.equal(results[start], other) for other in results[start + 1 : start + 4])
+    torch.testing.assert_close(results[0].double(), reference(support, x, grad), rtol=1e-5, atol=1e-4)
+
+
+def test_infinities_and_nan_stay_what_they_are() -> None:
+    x, grad, support = draw(4, 20, 8, 9, 1.0)
+    x[3, 2], grad[7, 5] = torch.inf, torch.nan
+    out = torch.zeros(len(support))
+    sampled_grad_(out, support.shape, support.crow, support.col, x, grad)
+    assert torch.equal(out.isfinite(), reference(support, x, grad).isfinite())
+
+
+def test_choice_by_density() -> None:
+    assert library() is not None
+    assert choose((1000, 1000), 10_000, CPU) == "c++"
+    assert choose((1000, 1000), 500_000, CPU) == "dense"
+    assert choose((1000, 1000), 10_000, torch.device("cuda")) == "dense"
+
+
+def test_what_is_added_is_the_whole_sum_over_the_tokens() -> None:
+    """A second micro-batch here, or on another rank and then summed: the same bits."""
+    x, grad, support = draw(5, 300, 30, 20, 0.3)
+    there, here = torch.zeros(len(support)), torch.zeros(len(support))
+    sampled_grad_(here, support.shape, support.crow, support.col, x[:150], grad[:150])
+    sampled_grad_(there, support.shape, support.crow, support.col, x[150:], grad[150:])
+    both = here + there
+    sampled_grad_(here, support.shape, support.crow, support.col, x[150:], grad[150:])
+    assert torch.equal(here, both)
