@@ -5,6 +5,7 @@ a mask (bool or uint8, of the weight's shape, not 0 where it stays), a bit mask 
 position 8 i + j), or positions (int32 or int64 [kept], counted in the flattened weight).
 """
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from seft_dist.sparsity.bitmask import unpack
 class KeptIndex:
     """The kept positions of each target, read one at a time. Local."""
 
-    def __init__(self, path: str, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Args:
         path: The file.
-        shapes: Name of each target to its weight's shape.
+        shapes: Name of each target to its weight's shape, as it is stored.
 
         Raises:
             ValueError: It cannot be read, or it does not name exactly the targets.
@@ -46,16 +47,16 @@ class KeptIndex:
             ValueError: The tensor is none of the three kinds, or positions are outside or repeated.
         """
         value = self._file.get_tensor(self._keys[name])
-        rows, columns = self._shapes[name]
-        numel = rows * columns
-        if value.dtype in (torch.bool, torch.uint8) and tuple(value.shape) == (rows, columns):
+        shape = self._shapes[name]
+        numel = prod(shape)
+        if value.dtype in (torch.bool, torch.uint8) and tuple(value.shape) == shape:
             return value != 0
         if value.dtype == torch.uint8 and tuple(value.shape) == (-(-numel // 8),):
-            return unpack(value, numel).view(rows, columns)
+            return unpack(value, numel).view(shape)
         if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1:
             raise ValueError(
                 f"{self._path}: {self._keys[name]} is {value.dtype} {tuple(value.shape)}; needs a mask of shape "
-                f"({rows}, {columns}), uint8 bits [{-(-numel // 8)}], or one-dimensional int32 or int64 positions"
+                f"{shape}, uint8 bits [{-(-numel // 8)}], or one-dimensional int32 or int64 positions"
             )
         if value.numel() and (int(value.min()) < 0 or int(value.max()) >= numel):
             raise ValueError(
@@ -66,4 +67,4 @@ class KeptIndex:
         kept[value.long()] = True
         if int(kept.sum()) != value.numel():
             raise ValueError(f"{self._path}: {self._keys[name]} has positions twice: needs each kept position once")
-        return kept.view(rows, columns)
+        return kept.view(shape)

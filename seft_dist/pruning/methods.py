@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
-from seft_dist.optim.targets import Target, as_rows, from_rows
+from seft_dist.optim.targets import ExpertWeight, Target, as_rows, from_rows, is_conv1d
 from seft_dist.pruning.calibrate import Calibration, find_layers
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.magnitude import magnitude_scores
 from seft_dist.pruning.masks import Ranking, choose, find_cut, gather_rows, num_pruned, own_rows, pruning_keys
 from seft_dist.pruning.owl import outlier_share, owl_sparsities
-from seft_dist.pruning.sparsegpt import Hessians, inverse_factor, sparsegpt
+from seft_dist.pruning.sparsegpt import ExpertHessians, Hessians, inverse_factor, sparsegpt
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 
@@ -57,7 +57,7 @@ class Pruner:
             Name of a linear and its whole pruned weight, on every rank.
         """
         config = self._config
-        calibration = self._calibration() if self._sequences else None
+        calibration = open_calibration(self._stream, self._sequences, self._ranks) if self._sequences else None
         if config.layer_ratios == "owl":
             assert calibration is not None
             self.sparsities = self._owl(calibration)
@@ -77,19 +77,6 @@ class Pruner:
     def _bar(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         yield from tqdm(weights, desc="Pruning weights", total=len(self._shapes), disable=not self._progress)
 
-    def _calibration(self) -> Calibration:
-        stream = self._stream
-        base = next(name for name, module in stream.model.named_modules() if module is stream.model.base_model)
-        layers, _ = find_layers(stream.model)
-        return Calibration(
-            stream.model,
-            self._sequences,
-            self._ranks,
-            hold=stream.hold,
-            hold_rest=lambda: stream.hold(base, without=layers),
-            device=stream.device,
-        )
-
     def _inside(self, layer_name: str) -> dict[str, Target]:
         return {name: linear for name, linear in self._linears.items() if name.startswith(f"{layer_name}.")}
 
@@ -102,7 +89,9 @@ class Pruner:
     def _from_mask(self) -> Iterator[tuple[str, Tensor]]:
         assert self._kept is not None
         for name in self._shapes:  # every rank reads it all: there is nothing to compute that could be shared
-            yield name, self._stream.read_rows(name).masked_fill_(~self._kept.read(name), 0.0)
+            kept = self._kept.read(name)
+            kept = kept.T if is_conv1d(self._linears[name]) else kept.view(-1, kept.shape[-1])
+            yield name, self._stream.read_rows(name).masked_fill_(~kept, 0.0)
 
     def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._shapes:
@@ -152,15 +141,27 @@ class Pruner:
             linear.weight.data = from_rows(linear, gather_rows(own.masked_fill(gone, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
-        hessians = Hessians(linears)
+        experts = {name: ExpertHessians(t) for name, t in linears.items() if isinstance(t, ExpertWeight)}
+        hessians = Hessians({name: target for name, target in linears.items() if name not in experts})
         run()
         for names, hessian in hessians.close(self._ranks):
             factor, dead = inverse_factor(hessian, self._config.dampening, names[0])
             for name in names:
-                weight = as_rows(linears[name])
-                first, last = self._own(name)
-                own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks)
-                linears[name].weight.data = from_rows(linears[name], gather_rows(own.to(weight.dtype), self._ranks))
+                linears[name].weight.data = from_rows(
+                    linears[name], self._compensated(name, as_rows(linears[name]), factor, dead)
+                )
+        for name, listening in experts.items():
+            weight = linears[name].weight.detach()
+            for expert, hessian in enumerate(listening.close(name, self._ranks)):
+                factor, dead = inverse_factor(hessian, self._config.dampening, f"{name}, expert {expert}")
+                before = expert * weight[expert].numel()
+                weight[expert] = self._compensated(name, weight[expert], factor, dead, before)
+
+    def _compensated(self, name: str, weight: Tensor, factor: Tensor, dead: Tensor, before: int = 0) -> Tensor:
+        """A weight [out, in], or one expert's part, pruned by SparseGPT on the rows of each rank. **Collective.**"""
+        first, last = own_rows(len(weight), self._ranks)
+        own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks, before)
+        return gather_rows(own.to(weight.dtype), self._ranks)
 
     def _measure(self, calibration: Calibration, take: Callable[[str, dict[str, Tensor]], None]) -> None:
         """The norms of the inputs in the dense model, given to ``take`` while the layer is in memory."""
@@ -189,6 +190,26 @@ class Pruner:
             name: next(sparsity for layer, sparsity in layers.items() if name.startswith(f"{layer}."))
             for name in self._shapes
         }
+
+
+def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Group) -> Calibration:
+    """Calibration text on its way through a model of which only the layer at work is in memory. Local.
+
+    Args:
+        stream: The model.
+        sequences: Token numbers, 1-D int64 each, the same on every rank.
+        ranks: Who shares the work.
+    """
+    base = next(name for name, module in stream.model.named_modules() if module is stream.model.base_model)
+    layers, _ = find_layers(stream.model)
+    return Calibration(
+        stream.model,
+        sequences,
+        ranks,
+        hold=stream.hold,
+        hold_rest=lambda: stream.hold(base, without=layers),
+        device=stream.device,
+    )
 
 
 def _norm_of(norm: Tensor, first: int, last: int) -> Tensor:

@@ -21,7 +21,7 @@ from seft_dist.config import PruneConfig
 from seft_dist.io.data import load_sequences, load_tokenizer
 from seft_dist.io.export import export_model
 from seft_dist.io.models import locate, open_source
-from seft_dist.optim.targets import ExpertWeight, Target, from_rows, is_conv1d, matrix, weight_name
+from seft_dist.optim.targets import Target, from_rows, matrix, weight_name
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.masks import Ranking
@@ -67,13 +67,13 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
     stream = StreamedModel(open_source(config.model), device or torch.device("cpu"))
     targets = stream.find_targets(config.targets)
     shapes = {name: matrix(target) for name, target in targets.items()}
-    check_method(config, targets)
     for name, (_, columns) in shapes.items():
         Ranking(config.ranking, config.share).check(name, columns)
     sparsities = dict.fromkeys(shapes, config.share)
     if config.layer_ratios not in ("uniform", "owl"):
         sparsities = read_sparsities(config.layer_ratios, shapes, config.sparsity)
-    kept = KeptIndex(config.mask, shapes) if config.mask is not None else None
+    stored = {name: tuple(target.weight.shape) for name, target in targets.items()}
+    kept = KeptIndex(config.mask, stored) if config.mask is not None else None
     sequences: list[Tensor] = []
     if needs_text(config):
         prefix, _ = find_layers(stream.model)
@@ -87,17 +87,6 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
         sequences = sample_sequences(data, config.sequences, config.seed)
     return Plan(config, stream, targets, shapes, sparsities, sequences, kept)
-
-
-def check_method(config: PruneConfig, targets: dict[str, Target]) -> None:
-    """Raise a ValueError if a target is of a kind that the method cannot prune. Local."""
-    for name, target in targets.items():
-        refused = isinstance(target, ExpertWeight) and config.method == "sparsegpt"
-        if refused or (is_conv1d(target) and config.method == "mask"):
-            raise ValueError(
-                f"{name}: method {config.method} is not supported yet for the weights of a "
-                f"{type(getattr(target, 'module', target)).__name__}; choose --method wanda or magnitude, or --targets without it"
-            )
 
 
 def needs_text(config: PruneConfig) -> bool:

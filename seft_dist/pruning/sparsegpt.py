@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from seft_dist.backends.group import Group
-from seft_dist.optim.targets import Target, as_rows
+from seft_dist.optim.linear import watch_experts
+from seft_dist.optim.targets import ExpertWeight, Target, as_rows
 from seft_dist.pruning.masks import TILE, Ranking, choose, num_pruned
-from seft_dist.pruning.wanda import no_tokens, not_finite
+from seft_dist.pruning.wanda import no_tokens, not_finite, unused_experts
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,53 @@ class Hessians:
                 yield [other for other, leader in zip(names, leaders.tolist(), strict=True) if leader == number], total
 
 
+class ExpertHessians:
+    """The same for each expert of one fused weight, over the tokens that chose it, while it listens."""
+
+    def __init__(self, target: ExpertWeight) -> None:
+        experts, _, columns = target.weight.shape
+        self._sums = torch.zeros(experts, columns, columns, dtype=torch.float64, device=target.weight.device)
+        self._tokens = torch.zeros(experts, dtype=torch.int64)
+        self._end = watch_experts(target, self._add)
+
+    def _add(self, inputs: Tensor, ends: list[int]) -> None:
+        for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            part = inputs[begin:end].detach().float()
+            self._sums[expert] += part.T @ part
+            self._tokens[expert] += len(part)
+
+    def close(self, name: str, ranks: Group) -> Iterator[Tensor]:
+        """Stop listening and put all ranks' tokens together, one expert at a time. **Collective.**
+
+        Args:
+            name: Of the weight, for messages.
+            ranks: Who ran calibration text.
+
+        Yields:
+            The Hessian of each expert, fp64 [in, in]; scaled by its number of tokens, which nothing depends on. One that no
+            token chose gets the mean of the others', with a warning.
+
+        Raises:
+            ValueError: No token came by, or an input was not finite; on every rank.
+        """
+        self._end()
+        tokens = ranks.sum(self._tokens)
+        if int(tokens.sum()) == 0:
+            raise ValueError(no_tokens(name))
+        if ranks.size > 1:
+            for expert, own in enumerate(self._sums):
+                self._sums[expert] = ranks.stack(own).sum(dim=0)  # in the order of the ranks
+        if not self._sums.isfinite().all():
+            raise ValueError(not_finite(name))
+        unused = tokens == 0
+        if unused.any():
+            log.warning(unused_experts(name, unused))
+            self._sums[unused] = self._sums.sum(0) / tokens.sum()
+            tokens = tokens.clamp_min(1)
+        for own, count in zip(self._sums, tokens.tolist(), strict=True):
+            yield own * (2 / count)
+
+
 def inverse_factor(hessian: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse of a dampened Hessian. Local.
 
@@ -158,7 +206,7 @@ def _factor(hessian: Tensor) -> Tensor | None:
     return None if int(failed) or not factor.isfinite().all() or not (factor.diagonal() > 0).all() else factor
 
 
-def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ranks: Group) -> Tensor:
+def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ranks: Group, before: int = 0) -> Tensor:
     """Prune a rank's rows of one weight. **Collective** for kind "layer", else local.
 
     Args:
@@ -167,6 +215,7 @@ def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ra
         dead: bool [in]; weights of such inputs become 0.
         ranking: How weights are ranked, inside each block of columns. A pattern's M also ends the blocks.
         ranks: Who owns the other rows.
+        before: Weights of the same whole that were pruned before (other experts); they decide how counts are rounded.
 
     Returns:
         [own rows, in], fp32: zeros and changed weights.
@@ -180,8 +229,9 @@ def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ra
         stop = min(start + block, columns)
         count = None
         if width == 1:  # rounded so that the blocks together have exactly the number of the whole
-            per = total_rows if ranking.kind == "layer" else 1
-            count = num_pruned(ranking.sparsity, per * stop) - num_pruned(ranking.sparsity, per * start)
+            per, base = (total_rows, before) if ranking.kind == "layer" else (1, 0)
+            upto = [num_pruned(ranking.sparsity, base + per * column) for column in (start, stop)]
+            count = upto[1] - upto[0]
         pruned, errors = _block(weight[:, start:stop].clone(), factor[start:stop, start:stop], ranking, count, ranks)
         weight[:, start:stop] = pruned
         for first in range(0, rows, TILE):

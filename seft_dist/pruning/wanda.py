@@ -74,18 +74,21 @@ class InputNorm:
         norm, unused = norm.view(self._experts, self._columns), tokens == 0
         if unused.any():
             norm[unused] = norm[~unused].mean(0)
-            log.warning(
-                "%s: no calibration token chose experts %s: they are pruned by the mean norm of the others' inputs; use "
-                "more calibration text (--sequences)",
-                name,
-                unused.nonzero().view(-1).tolist(),
-            )
+            log.warning(unused_experts(name, unused))
         return norm.repeat_interleave(self._rows // self._experts, dim=0)
 
 
 def no_tokens(name: str) -> str:
     """Message: a linear was never used. Local."""
     return f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
+
+
+def unused_experts(name: str, unused: Tensor) -> str:
+    """Message: experts that no token chose, True in bool [experts]. Local."""
+    return (
+        f"{name}: no calibration token chose experts {unused.nonzero().view(-1).tolist()}: they are pruned by the inputs of "
+        "the others; use more calibration text (--sequences)"
+    )
 
 
 def not_finite(name: str) -> str:
