@@ -3,6 +3,7 @@
 python launch/export.py hf --run runs/r1 --output exports/r1            plain Hugging Face, with a model card
 python launch/export.py pack --model exports/r1 --output exports/r1-packed
 python launch/export.py unpack --model exports/r1-packed --output exports/r1-again
+python launch/export.py plain --model models/fp8 --output models/plain    from quantized to plain weights
 python launch/export.py delta apply --base models/pruned --delta runs/r1/delta.safetensors --output models/repaired
 python launch/export.py check --model exports/r1 --pattern 2:4
 python launch/export.py openvino --model exports/r1 --output exports/r1-openvino
@@ -76,6 +77,23 @@ def pack(model: str, output: Path, run: Path | None = None, dtype: DType = "auto
         f"{output}: {size.packed_bytes:,} bytes instead of {size.dense_bytes:,} ({100 * share:.1f} %); "
         f"{size.bytes_a_weight:.3f} bytes a weight in the {size.sparse_weights:,} weights for which packing pays"
     )
+
+
+def plain(model: str, output: Path, dtype: Literal["float32", "bfloat16"] = "bfloat16", shard_gb: float = 5.0) -> None:
+    """Write a quantized model that transformers can unpack (FP8, compressed-tensors, MXFP4, GGUF) as a plain folder.
+
+    Args:
+        model: Folder or hub name of the model, or a .gguf file; all of it is held in memory.
+        output: Folder to make; it must not exist.
+        dtype: Type of the weights.
+        shard_gb: Largest file, in 10^9 bytes.
+    """
+    from seft_dist.io.convert import convert
+
+    chosen = _dtype(dtype)
+    assert chosen is not None
+    convert(model, output, chosen, _bytes(shard_gb))
+    print(f"The model is in {output}")
 
 
 def unpack(model: str, output: Path, shard_gb: float = 5.0) -> None:
@@ -249,6 +267,7 @@ ACTIONS: Any = {
     "hf": hf,
     "pack": pack,
     "unpack": unpack,
+    "plain": plain,
     "card": card,
     "delta": {
         "_help": "A small file on top of a pruned model.",

