@@ -42,6 +42,14 @@ def test_models_by_name() -> None:
     assert parse(EvaluateConfig, ["--models={a: x, b: y/z}", "--data.path=d"]).models == expected
 
 
+def test_models_without_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(EvaluateConfig, ["--models", "x", "--data.path=d"])
+    assert "Each entry has a name: --models.NAME VALUE" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="models is empty: needs at least one, each with a name: --models.NAME FOLDER"):
+        parse(EvaluateConfig, ["--data.path=d"])
+
+
 @pytest.mark.parametrize("extra", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"]])
 def test_deepspeeds_local_rank_is_ignored(extra: list[str]) -> None:
     assert parse(TrainConfig, [*extra, *TRAIN]) == parse(TrainConfig, [*TRAIN, *extra]) == parse(TrainConfig, TRAIN)

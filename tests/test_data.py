@@ -23,6 +23,7 @@ from seft_dist.io.data import (
     load_tokenizer,
     pad_id,
 )
+from tests.families import family_model
 from tests.models import tiny_llama
 from tests.texts import CHAT_TEMPLATE, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl
 
@@ -263,6 +264,11 @@ def test_tokens_outside_the_model_are_found() -> None:
     check_vocabulary({"input_ids": torch.tensor([[127]])}, tiny_llama())
     with pytest.raises(ValueError, match="token number 128, but the model has 128 embeddings"):
         check_vocabulary({"input_ids": torch.tensor([[128]])}, tiny_llama())
+    gpt2 = family_model("gpt2")
+    check_vocabulary({"input_ids": torch.zeros(1, 64, dtype=torch.int64)}, gpt2)
+    with pytest.raises(ValueError, match="sequences of 65 tokens, the model has 64 learned positions"):
+        check_vocabulary({"input_ids": torch.zeros(1, 65, dtype=torch.int64)}, gpt2)
+    check_vocabulary({"input_ids": torch.zeros(1, 65, dtype=torch.int64)}, family_model("llama2"))  # rotary ones
 
 
 def test_batches_are_padded_to_their_longest_sequence() -> None:

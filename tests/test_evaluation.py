@@ -309,6 +309,11 @@ def test_the_folder_of_a_run_is_no_model(folders: dict[str, str], tmp_path: Path
     dense_folder(tmp_path / "run" / "model")
     with pytest.raises(ValueError, match=r"is the folder of a run: needs its exported model, .*run/model"):
         evaluate(config, show=False)
+    into_a_folder = EvaluateConfig(models=config.models, data=config.data, output=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"output=.* is a folder: needs a JSON file"
+    ):  # before hours of work, not after
+        evaluate(into_a_folder, show=False)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,9 @@ def test_tasks_that_cannot_be_had(top: Path, tmp_path: Path) -> None:
     (tmp_path / "far.yaml").write_text(json.dumps(SCIENCE | {"task": "far", "dataset_path": "somebody/something"}))
     with pytest.raises(ValueError, match="task far: its records cannot be had .* --task_files.far FILE"):
         load_tasks(settings(top, tasks="far", tasks_path=str(tmp_path)))
+    (tmp_path / "odd.jsonl").write_text('{"text": "no question"}\n')
+    with pytest.raises(ValueError, match="task science cannot use the records of .*odd.jsonl .*: needs the columns"):
+        load_tasks(settings(top, tasks="science", task_files={"science": str(tmp_path / "odd.jsonl")}))
 
 
 @pytest.mark.slow

@@ -285,6 +285,7 @@ def test_user_errors_leave_nothing_behind(dense: Path, tmp_path: Path) -> None:
         (broken, {}, "up_proj.weight has values that are not finite"),
         (dense, {"sequences": 10**6}, "--sequences asks for 1000000"),
         (dense, {"targets": "nothing"}, "matches no linear"),
+        (dense, {"targets": "q_proj("}, "is no regular expression .missing"),
         (dense, {"targets": "lm_head"}, "target lm_head is outside the decoder layers"),
         (dense, {"data": DataConfig(path=str(tmp_path / "no.txt"))}, "no.txt does not exist"),
     ]

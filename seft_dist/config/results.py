@@ -13,8 +13,8 @@ DType = Literal["auto", "float32", "bfloat16"]
 class EvaluateConfig:
     """One evaluation of launch/evaluate.py."""
 
-    models: dict[str, str]
-    """Models to evaluate side by side, as name: folder."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Models to evaluate side by side, as name: folder; at least one."""
     data: DataConfig | None = None
     """Text for perplexity. None: no perplexity, only tasks."""
     dtype: DType = "auto"
@@ -46,7 +46,7 @@ class EvaluateConfig:
     """JSON file for the results. None: only print them."""
 
     def __post_init__(self) -> None:
-        check(bool(self.models), "models is empty", "at least one name: folder")
+        check(bool(self.models), "models is empty", "at least one, each with a name: --models.NAME FOLDER")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}", "at least 1")
         check(self.max_tokens is None or self.max_tokens >= 2, f"max_tokens={self.max_tokens}", "at least 2, or null")
         check(self.data is not None or bool(self.tasks), "neither data nor tasks", "--data.path FILE or --tasks NAMES")

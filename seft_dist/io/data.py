@@ -212,17 +212,22 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
 
 
 def check_vocabulary(batch: Batch, model: Any) -> None:
-    """Check that a model has an embedding for every token of a batch. Local.
+    """Check that a model has an embedding for every token of a batch, and for its position if those are learned. Local.
 
     Raises:
-        ValueError: It has not; the tokenizer is of another model.
+        ValueError: It has not; the tokenizer is of another model, or sequences are too long.
     """
-    largest, size = int(batch["input_ids"].max()), int(model.get_input_embeddings().num_embeddings)
+    words, length = model.get_input_embeddings(), batch["input_ids"].shape[-1]
+    largest, size = int(batch["input_ids"].max()), int(words.num_embeddings)
     if largest >= size:
         raise ValueError(
             f"the tokenizer gives token number {largest}, but the model has {size} embeddings: needs the model's own "
             "tokenizer"
         )
+    most = getattr(model.config, "max_position_embeddings", None) or length
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+    if length > most and any(most <= table <= most + 2 for table in tables):
+        raise ValueError(f"sequences of {length} tokens, the model has {most} learned positions: lower data.seq_len")
 
 
 def count_loss_tokens(batch: Batch) -> int:

@@ -88,8 +88,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         Name to target (a module's name, or a fused parameter's); never empty.
 
     Raises:
-        ValueError: Nothing matches, a match cannot carry deltas, its weight is shared with another module, or
-            "all-linear" would leave out a matrix of a kind that is not known.
+        ValueError: The pattern is no regular expression, nothing matches, a match cannot carry deltas, its weight is shared
+            with another module, or "all-linear" would leave out a matrix of a kind that is not known.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     routers = _routers(model)
@@ -104,7 +104,13 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
     if pattern == ALL_LINEAR:
         found = {name: target for name, target in known.items() if target is not head}
     else:
-        found = {name: target for name, target in known.items() if re.search(pattern, name)}
+        try:
+            wanted = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"targets={pattern!r} is no regular expression ({error}): needs {ALL_LINEAR!r} or one, e.g. 'self_attn|down_proj'"
+            ) from error
+        found = {name: target for name, target in known.items() if wanted.search(name)}
     if not found:
         ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
         raise ValueError(f"targets={pattern!r} matches no linear of {type(model).__name__}; its linears end in: {ends}")

@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool =
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_agreement(ranks, json.dumps(to_dict(config)))
-    sources = together(ranks, lambda: [_open(name, path, config) for name, path in config.models.items()])
+    sources = together(ranks, lambda: _open_all(config))
     tasks = _in_turn(
         ranks, lambda: _tasks(config, show and ranks.is_main)
     )  # a wrong name is found before the first model runs
@@ -100,6 +100,12 @@ def _evaluate_one(
 
         metrics = run_tasks(model, tokenizer, tasks, config, group=group, show=show)
     return Evaluation(name, path, zeros, result, metrics, time.monotonic() - begin)
+
+
+def _open_all(config: EvaluateConfig) -> list[Source]:
+    if config.output is not None and Path(config.output).expanduser().is_dir():
+        raise ValueError(f"output={config.output} is a folder: needs a JSON file to write")
+    return [_open(name, path, config) for name, path in config.models.items()]
 
 
 def _open(name: str, path: str, config: EvaluateConfig) -> Source:

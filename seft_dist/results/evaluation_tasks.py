@@ -129,13 +129,19 @@ def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
             try:
                 loaded = manager.load([spec])
             except Exception as error:  # of the datasets library, the hub's client, or of a task's own code
-                raise ValueError(
-                    f"task {name}: its records cannot be had ({reason(error)}): give a file of them with "
-                    f"--task_files.{name} FILE, or fill the cache of the hub where there is a network"
-                ) from error
+                raise ValueError(_no_records(name, config.task_files.get(name), reason(error))) from error
             groups = loaded["groups"]  # with their members inside
             found += [groups[name]] if name in groups else list(loaded["tasks"].values())
         return manager.load(found)
+
+
+def _no_records(name: str, file: str | None, why: str) -> str:
+    if file is not None:
+        return f"task {name} cannot use the records of {file} ({why}): needs the columns of the task's data set"
+    return (
+        f"task {name}: its records cannot be had ({why}): give a file of them with --task_files.{name} FILE, or fill the "
+        "cache of the hub where there is a network"
+    )
 
 
 def run_tasks(

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seft_dist.config import AdamConfig, TrainConfig
-from seft_dist.io.data import Batch, BatchStream, count_loss_tokens, load_sequences, load_tokenizer, pad_id
+from seft_dist.io.data import (
+    Batch,
+    BatchStream,
+    check_vocabulary,
+    count_loss_tokens,
+    load_sequences,
+    load_tokenizer,
+    pad_id,
+)
 from seft_dist.io.models import Sharding, Source, load_model
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks, together
@@ -50,6 +58,8 @@ class Run:
             This rank's share of the mean loss times the number of ranks, a scalar on its device; and the tokens learnt by
             all ranks.
         """
+        for batch in batches:
+            check_vocabulary(batch, self.model)
         learnt = [count_loss_tokens(batch) for batch in batches]
         count = torch.tensor(sum(learnt))
         if self.ranks.world_size > 1:

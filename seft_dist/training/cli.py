@@ -13,6 +13,7 @@ This file imports no torch, so that ``--help`` is quick.
 """
 
 import dataclasses
+import re
 import sys
 import traceback
 import types
@@ -111,6 +112,9 @@ class _Parser(ArgumentParser):
         return super().format_help(formatter) + getattr(self, "_optional", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
+        if named:
+            message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
         if _speaks_first():
             print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -177,5 +181,6 @@ def _speaks_first() -> bool:
 def _origin(error: BaseException) -> str:
     """Where an error arose, if not in a check of ours: such a message alone may not be enough to find the cause."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(frame.filename).resolve().is_relative_to(_PACKAGE)
+    file = Path(frame.filename).resolve()
+    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the door itself
     return "" if ours else f"\n(raised in {frame.filename}:{frame.lineno})"
