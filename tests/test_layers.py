@@ -27,6 +27,7 @@ FLOORS = {
     "io": 5,
     "training": 6,
     "pruning": 6,
+    "planning": 6,
     "results": 7,
 }
 

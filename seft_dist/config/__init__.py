@@ -5,16 +5,19 @@ A field's docstring says its meaning, its unit and its special values; ``--help`
 
 from seft_dist.config.inputs import DataConfig, DType, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig, Selection
+from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
 from seft_dist.config.results import EvaluateConfig, SweepConfig
 from seft_dist.config.training import ReproduceConfig, TrainConfig
 
 __all__ = [
     "AdamConfig",
+    "ClusterConfig",
     "DType",
     "DataConfig",
     "EvaluateConfig",
     "ModelConfig",
+    "PlanConfig",
     "PruneConfig",
     "ReproduceConfig",
     "SeftConfig",

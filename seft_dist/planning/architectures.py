@@ -1,0 +1,202 @@
+"""Published architectures by name, and how a model's configuration becomes shapes.
+
+The numbers are those of the models' own config.json; the modules are built by transformers, without values.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from seft_dist.io.models import decoder_layers
+from seft_dist.optim.targets import find_targets, matrix, weight_name
+
+_LLAMA2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = _LLAMA2 | {"vocab_size": 128256, "max_position_embeddings": 8192, "num_key_value_heads": 8}
+_WIDE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+_MEDIUM = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama-2-7B": _LLAMA2 | _MEDIUM | {"intermediate_size": 11008, "num_key_value_heads": 32},
+    "Llama-2-13B": _LLAMA2
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+    "Llama-2-70B": _LLAMA2 | _WIDE | {"num_key_value_heads": 8},
+    "Llama-3-8B": _LLAMA3 | _MEDIUM,
+    "Llama-3-70B": _LLAMA3 | _WIDE,
+    "Mistral-7B": _LLAMA2
+    | _MEDIUM
+    | {
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
+    "Qwen2.5-72B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "DeepSeek-V3": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "qk_nope_head_dim": 128,
+        "n_group": 8,
+        "topk_group": 4,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+}
+"""Name to the published configuration."""
+
+
+def find_architecture(model: str) -> PreTrainedConfig:
+    """Configuration of a named architecture, a model's folder or a config.json. Local.
+
+    Raises:
+        ValueError: There is no such model, or transformers does not know its type.
+    """
+    known = {name.lower(): entry for name, entry in ARCHITECTURES.items()}
+    path = Path(model).expanduser()
+    if model.lower() in known:
+        entry = dict(known[model.lower()])
+    elif path.is_file() or (path / "config.json").is_file():
+        file = path if path.is_file() else path / "config.json"
+        try:
+            entry = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: {error}; needs a model's config.json") from error
+    else:
+        raise ValueError(
+            f"model={model} is neither a folder with a config.json, nor such a file, nor one of {', '.join(ARCHITECTURES)}"
+        )
+    kind = entry.pop("model_type", None) if isinstance(entry, dict) else None
+    try:
+        return AutoConfig.for_model(kind, **entry)
+    except ValueError as error:
+        raise ValueError(f"model={model}: transformers knows no model_type {kind!r}") from error
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a model; tied ones appear once."""
+
+    name: str
+    shape: tuple[int, ...]
+    target: tuple[int, int] | None
+    """[rows, columns] if it gets deltas."""
+    layer: int | None
+    """Which decoder layer it belongs to; None: to the root."""
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return prod(self.shape)
+
+    def rows_of(self, world_size: int) -> int:
+        """Entries of the fullest rank under FSDP2: whole slices of the first dimension, ceil(rows / ranks). Local."""
+        return -(-self.shape[0] // world_size) * prod(self.shape[1:])
+
+    def flat_of(self, world_size: int) -> int:
+        """Entries of the fullest rank under an even flat split. Local."""
+        return -(-self.numel // world_size)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """All parameters of a model, without values."""
+
+    config: PreTrainedConfig
+    weights: list[Weight]
+    kinds: list[tuple[Any, ...]]
+    """Of each decoder layer: what tells it from others."""
+    buffers: int
+    """Bytes of buffers, the same on every rank."""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, targets: str) -> "Shapes":
+        """Build the model on the meta device and read its shapes. Local.
+
+        Args:
+            config: The model's.
+            targets: As ``SeftConfig.targets``.
+
+        Raises:
+            ValueError: Targets that cannot carry deltas.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        found = {weight_name(name, target): matrix(target) for name, target in find_targets(model, targets).items()}
+        layers = decoder_layers(model)
+        owner = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}
+        weights = [
+            Weight(name, tuple(p.shape), found.get(name), owner.get(id(p))) for name, p in model.named_parameters()
+        ]
+        kinds = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers]
+        return cls(config, weights, kinds, sum(b.numel() * b.element_size() for b in model.buffers()))
+
+    @cached_property
+    def targets(self) -> list[Weight]:
+        """Weights with deltas."""
+        return [weight for weight in self.weights if weight.target]
+
+    @cached_property
+    def numel(self) -> int:
+        """Parameters of the model."""
+        return sum(weight.numel for weight in self.weights)
+
+    @cached_property
+    def target_numel(self) -> int:
+        """Weights that may carry deltas."""
+        return sum(weight.numel for weight in self.targets)
+
+    def unit_numels(self) -> list[int]:
+        """Parameters of each decoder layer. Local."""
+        sums = [0] * len(self.kinds)
+        for weight in self.weights:
+            if weight.layer is not None:
+                sums[weight.layer] += weight.numel
+        return sums
+
+    def budget(self, density: float) -> int:
+        """Deltas of the whole model. Local."""
+        return sum(int(density * weight.numel + 0.5) for weight in self.targets)

@@ -1,0 +1,44 @@
+"""What to type: options of launch/train.py and the line that submits them."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.planning.layout import Layout
+
+
+def train_options(config: PlanConfig, layout: Layout) -> list[str]:
+    """Options of launch/train.py for the planned run. Local.
+
+    The model's path stands for the pruned model, data.path for the text: a plan knows neither.
+    """
+    model = config.model if Path(config.model).is_dir() else f"{Path(config.model).stem}-pruned"
+    options = ["--model.path", model, "--model.dtype", config.dtype]
+    if config.activation_checkpointing:
+        options += ["--model.activation_checkpointing", "true"]
+    options += ["--data.path", "data/train.jsonl", "--data.seq_len", str(config.seq_len)]
+    options += ["--steps", str(config.steps), "--batch_size", str(config.batch_size)]
+    if config.global_batch is not None:
+        options += ["--global_batch", str(config.global_batch)]
+    options += layout.options(config)
+    for field in dataclasses.fields(SeftConfig):
+        value = getattr(config.seft, field.name)
+        if value != field.default or field.name == "density":
+            options += [f"--seft.{field.name}", _text(value)]
+    return options
+
+
+def submit_line(config: PlanConfig, layout: Layout) -> str:
+    """The command that starts the run: sbatch on a cluster, torchrun on one CPU machine. Local."""
+    options = shlex.join(train_options(config, layout))
+    if config.cluster.gpu in ("cpu",) or Path(config.cluster.gpu).is_file():
+        start = "python" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size}"
+        return f"{start} launch/train.py {options} --output runs/planned"
+    near = min(layout.world_size, layout.per_node)
+    return f"sbatch --nodes {layout.nodes} --gpus-per-node {near} slurm/train_srun.sbatch {options}"
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

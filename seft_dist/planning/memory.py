@@ -1,0 +1,195 @@
+"""Bytes of the fullest rank, term by term. docs/planning.md has the same formulas in words."""
+
+from dataclasses import dataclass, field
+
+from seft_dist.config import PlanConfig
+from seft_dist.optim.window import Needs
+from seft_dist.planning.architectures import Shapes
+from seft_dist.planning.layout import Layout, micro_batches
+from seft_dist.planning.trace import Work
+
+GB = 1e9
+_DELTA = 24
+"""Bytes of an own delta: position, base, value, two moments, age."""
+_RANKED = 32
+"""Bytes for each own weight of the layer that is being ranked or verified: scores, keys, marks, indices."""
+_ITEM = {"bfloat16": 2, "float32": 4}
+
+Terms = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank."""
+
+    resident: Terms
+    """What stays from step to step."""
+    phases: dict[str, Terms]
+    """What is added in each part of a step."""
+    reserve: float
+    """Gone before the first tensor."""
+    margin: float
+    """Fragmentation, as a share of what tensors need."""
+    host: Terms = field(default_factory=dict)
+    """In the node's own memory instead, for each rank."""
+
+    @property
+    def worst(self) -> str:
+        """The phase with the largest need."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of all tensors in the worst phase."""
+        return sum(self.resident.values()) + sum(self.phases[self.worst].values())
+
+    @property
+    def total(self) -> float:
+        """Bytes needed of the device."""
+        return self.tensors * (1 + self.margin) + self.reserve
+
+    def terms(self) -> Terms:
+        """Every term of the worst phase; they add up to ``total``. Local."""
+        return {
+            **self.resident,
+            **self.phases[self.worst],
+            "fragmentation": self.margin * self.tensors,
+            "reserved (context, libraries)": self.reserve,
+        }
+
+
+def gathered(shapes: Shapes, layout: Layout, item: int) -> Terms:
+    """Weights that are whole for a while on a rank that stores shards. Local."""
+    if not layout.sharded:
+        return {}
+    padded = {w.name: layout.own(w) * layout.owners for w in shapes.weights}
+    units = [0] * len(shapes.kinds)
+    for weight in shapes.weights:
+        if weight.layer is not None:
+            units[weight.layer] += padded[weight.name]
+    root = sum(padded[w.name] for w in shapes.weights if w.layer is None)
+    # The layer that is computed, and the buffer of the one that is fetched.
+    return {"gathered layers (2)": 2 * max(units) * item, "gathered embeddings, head": root * item}
+
+
+def activations(work: Work) -> tuple[Terms, Terms]:
+    """What lives at the loss, and while layers are differentiated. Local."""
+    saved = {"activations": work.saved}
+    head = max(0.0, work.head - work.saved)
+    layers = max(0.0, work.layers - work.saved)
+    return {**saved, "logits and loss": head}, {**saved, "working tensors of a layer": layers}
+
+
+def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float) -> Memory:
+    """What SEFT needs on the fullest rank. Local.
+
+    Args:
+        config: The recipe.
+        shapes: The model's.
+        layout: How it is held.
+        work: Of one micro-batch.
+        reserve: Bytes that are gone before the first tensor.
+    """
+    item, needs = _ITEM[config.dtype], Needs.of(config.seft)
+    own = sum(map(layout.own, shapes.targets))
+    deltas = shapes.budget(config.seft.density)
+    own_deltas = config.seft.density * own
+    rows = sum(weight.target[0] for weight in shapes.targets if weight.target)
+    weights = item * sum(map(layout.stored, shapes.weights))
+    offloaded = layout.held == "zero3_offload"
+    resident = {
+        "base weights": 0.0 if offloaded else weights,
+        "buffers": shapes.buffers,
+        "masks": own / 8,
+        "own deltas, moments, ages": _DELTA * own_deltas,
+        "positions of all deltas": 4 * deltas + 4 * rows,
+    }
+    grads = {"gradients of all deltas": 4.0 * deltas}
+    earlier = micro_batches(config, layout) > 1  # a micro-batch finds the gradients of those before it
+    head, layers = activations(work)
+    whole = gathered(shapes, layout, item)
+    exchange = {"gradients of all deltas, exchange (3)": 12.0 * deltas}
+    phases: dict[str, Terms] = {
+        "loss": {**whole, **head, **(grads if earlier else {})},
+        "backward": {**whole, **layers, **(grads if earlier else {})},
+        "step": exchange,
+    }
+    if needs.dense and (not config.seft.static or config.seft.init == "gradient"):
+        phases |= _window_phases(config, shapes, layout, {**whole, **layers}, grads, earlier)
+        phases["evolution"] |= exchange
+    host: Terms = {"base weights": weights} if offloaded else {}
+    return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
+
+
+def _window_phases(
+    config: PlanConfig, shapes: Shapes, layout: Layout, computing: Terms, grads: Terms, earlier: bool
+) -> dict[str, Terms]:
+    """The backward pass of a window's step at its first and at its last layer, and the evolution after it."""
+    item, needs = _ITEM[config.dtype], Needs.of(config.seft)
+    own = sum(map(layout.own, shapes.targets))
+    total = {"window: accumulated gradient": 4.0 * own}
+    if needs.squares:
+        total["window: squares"] = 4.0 * own
+    before = total if config.seft.window > 1 else {}
+    largest = max(shapes.targets, key=lambda weight: weight.numel)
+    # the gradient and what its exchange receives; of half-precision operands also copies in fp32
+    dense = 4.0 * largest.numel * (1 + (layout.owners > 1))
+    if item < 4:
+        dense += 4.0 * config.batch_size * config.seq_len * sum(largest.target or ())
+    one = {"window: dense gradient of one weight, exchange": dense}
+    step = {**grads, "window: gradient of the step": 4.0 * own}
+    ranking = {"ranking of one weight": float(_RANKED * max(map(layout.own, shapes.targets)))}
+    found = {
+        "window": {**computing, **before, **one, **(step if earlier else {})},
+        "evolution": {**total, **ranking},
+    }
+    if not earlier:  # activations go as gradients come
+        rest = {key: size for key, size in computing.items() if key != "activations"}
+        found["end of a window's backward"] = {**rest, **before, **one, **step}
+    return found
+
+
+def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float, trained: str) -> Memory:
+    """What AdamW needs on the fullest rank, for all weights or for adapters. Local.
+
+    Args:
+        config: The recipe.
+        shapes: The model's.
+        layout: How it is held.
+        work: Of one micro-batch.
+        reserve: Bytes that are gone before the first tensor.
+        trained: "full" or "lora".
+    """
+    item = _ITEM[config.dtype]
+    weights = item * sum(map(layout.stored, shapes.weights))
+    offloaded = layout.held == "zero3_offload"
+    count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))
+    divides_grads = layout.sharded or layout.held == "zero2"
+    divides_state = divides_grads or layout.held == "zero1"
+    states = 12 if item == 2 else 8  # fp32 copy and two moments
+    resident = {"base weights": 0.0 if offloaded else weights, "buffers": float(shapes.buffers)}
+    if trained == "lora":
+        resident["adapters"] = item * count / (layout.owners if layout.sharded else 1)
+    resident["optimizer states"] = states * count / (layout.owners if divides_state else 1)
+    grads = {"gradients": item * count / (layout.owners if divides_grads else 1)}
+    whole = gathered(shapes, layout, item)
+    if layout.sharded and trained == "full":
+        whole["gradients of a layer"] = item * max(shapes.unit_numels())
+    head, layers = activations(work)
+    if trained == "lora":
+        tokens = config.batch_size * config.seq_len
+        layers["adapters' activations"] = head["adapters' activations"] = (
+            item * tokens * config.lora_rank * (1 if config.activation_checkpointing else len(shapes.targets))
+        )
+    phases = {"loss": {**whole, **head, **grads}, "backward": {**whole, **layers, **grads}, "step": grads}
+    host: Terms = {"base weights": weights} if offloaded else {}
+    return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
+
+
+def lora_numel(config: PlanConfig, shapes: Shapes) -> int:
+    """Parameters of LoRA on all targets. Local."""
+    total = 0
+    for weight in shapes.targets:
+        experts = weight.shape[0] if len(weight.shape) == 3 else 1
+        total += config.lora_rank * experts * sum(weight.shape[-2:])
+    return total
