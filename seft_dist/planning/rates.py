@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.optim.delta import Columns, Support
-from seft_dist.optim.linear import sampled_grad_
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
 
@@ -108,7 +108,12 @@ def _attention(kind: torch.dtype) -> float:
 def _sampled(x: Tensor, y: Tensor) -> float:
     positions = torch.randperm(_OUT * _IN)[: _OUT * _IN // 100].sort().values.to(torch.int32)
     support, out = Support((_OUT, _IN), [positions]), torch.zeros(len(positions))
-    return 2.0 * len(positions) * len(x) / _seconds(lambda: sampled_grad_(out, support, x, y))
+    return (
+        2.0
+        * len(positions)
+        * len(x)
+        / _seconds(lambda: sampled_grad_(out, support.shape, support.crow, support.col, x, y))
+    )
 
 
 def _update(kind: torch.dtype) -> float:
