@@ -44,7 +44,7 @@ def return_freed_memory() -> None:
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 150) -> list[Any]:
     """Run ``fn(rank, world_size, *args)`` on every rank of a new gloo process group.
 
     Args:

@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "slurm_cluster.sh"
 NODES = 8
+WAIT = 240.0
+"""Seconds after which something that takes a few of them on an idle machine counts as failed."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge"
 
@@ -59,15 +61,15 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def until(what: str, check: Callable[[], object], timeout: float = 60) -> None:
+def until(what: str, check: Callable[[], object]) -> None:
     """Wait until something is true.
 
     Raises:
         AssertionError: It was not, in this many seconds.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + WAIT
     while not check():
-        assert time.monotonic() < deadline, f"{what}: not in {timeout} s"
+        assert time.monotonic() < deadline, f"{what}: not in {WAIT} s"
         time.sleep(0.1)
 
 
@@ -94,38 +96,38 @@ class Job:
         """All that the job has written so far."""
         return self.log_file.read_text() if self.log_file.exists() else ""
 
-    def says(self, text: str, timeout: float = 60) -> None:
+    def says(self, text: str) -> None:
         """Wait until the log holds a text."""
         try:
-            until(f"{text!r} in the log", lambda: text in self.log or self.JobState in ENDED, timeout)
+            until(f"{text!r} in the log", lambda: text in self.log or self.JobState in ENDED)
             assert text in self.log
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.JobState}\n{self.log}") from None
 
-    def becomes(self, *states: str, timeout: float = 60) -> str:
+    def becomes(self, *states: str) -> str:
         """Wait for a state; returns it."""
         try:
-            until(f"state {states}", lambda: self.JobState in (*states, *ENDED), timeout)
+            until(f"state {states}", lambda: self.JobState in (*states, *ENDED))
             state = self.JobState
             assert state in states, f"job {self.number} is {state} and not one of {states}"
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}") from None
         return state
 
-    def ends(self, timeout: float = 60) -> str:
+    def ends(self) -> str:
         """Wait for its end; returns how."""
-        return self.becomes(*ENDED, timeout=timeout)
+        return self.becomes(*ENDED)
 
-    def comes_back(self, restarts: int = 1, timeout: float = 60) -> None:
+    def comes_back(self, restarts: int = 1) -> None:
         """Wait until it was requeued, and let it start at once instead of after two minutes."""
-        self.is_requeued(restarts, timeout)
+        self.is_requeued(restarts)
         time.sleep(2.1)  # Slurm revokes the credential of a job that it starts in the second of its requeue
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
-    def is_requeued(self, restarts: int = 1, timeout: float = 60) -> None:
+    def is_requeued(self, restarts: int = 1) -> None:
         """Wait until it was given back to the queue so many times."""
         try:
-            until("requeue", lambda: self.JobState == "PENDING" and self.Restarts == str(restarts), timeout)
+            until("requeue", lambda: self.JobState == "PENDING" and self.Restarts == str(restarts))
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.JobState}\n{self.log}") from None
 
@@ -186,7 +188,7 @@ class Cluster:
 
     def node(self, action: str, name: str) -> None:
         """ "crash" or "boot" a node."""
-        subprocess.run([SCRIPT, action, self.folder, name], check=True, timeout=60)
+        subprocess.run([SCRIPT, action, self.folder, name], check=True, timeout=WAIT)
 
 
 def start(nodes: int = NODES) -> Iterator[Cluster]:
@@ -207,7 +209,7 @@ def start(nodes: int = NODES) -> Iterator[Cluster]:
         yield Cluster(folder, _environment(folder))
     finally:
         process.stdin.close()
-        process.wait(30)
+        process.wait(WAIT)
 
 
 def _environment(folder: Path) -> dict[str, str]:

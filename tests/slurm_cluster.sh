@@ -60,7 +60,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
 SlurmdTimeout=6
-KillWait=5
+KillWait=20
 MinJobAge=86400
 END
     local i
@@ -108,11 +108,11 @@ up() { # up NODES
     start login munged -F --force --key-file="$DIR/munge.key" --socket="$DIR/munge.socket" --pid-file="$DIR/log/munged.pid" \
         --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge.seed" '& slurmctld -D &'
     for i in $(seq "$1"); do boot "node$i"; done
-    for _ in $(seq 200); do
+    for _ in $(seq 600); do
         [ "$(sinfo --noheader --partition=main --states=idle --format=%D 2>/dev/null)" = "$1" ] && return
         sleep 0.1
     done
-    echo "The cluster did not come up in 20 s:" >&2
+    echo "The cluster did not come up in 60 s:" >&2
     tail -n 5 "$DIR"/log/* >&2
     return 1
 }

@@ -1,7 +1,7 @@
 """Stands in for launch/train.py where only Slurm is tested: steps that sleep, checkpoints, and the same ends.
 
 SIGUSR1 or SIGTERM: save, exit 0. A finished run: result.json. The environment says what goes wrong:
-STEPS, STEP_SECONDS, SAVE_SECONDS   length of the run, of a step, of a save after a signal
+STEPS, STEP_SECONDS, SAVE_SECONDS   length of the run, of a step in the first attempt, of a save after a signal
 FAIL_AT, FAIL_CODE                  rank 0 leaves with this code before step FAIL_AT (after the restarts in FAIL_RESTARTS)
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
     for step in range(done + 1, int(number("STEPS", 3)) + 1):
         if rank == 0 and step == number("FAIL_AT", -1) and restarts < number("FAIL_RESTARTS", 99):
             sys.exit(int(number("FAIL_CODE", 1)))
-        time.sleep(number("STEP_SECONDS", 0.1))
+        time.sleep(number("STEP_SECONDS", 0.1) if restarts == 0 else 0.1)
         if received:
             time.sleep(number("SAVE_SECONDS", 0))
             if rank == 0:

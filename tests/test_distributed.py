@@ -1,6 +1,12 @@
 """Ranks find themselves under every launcher, and fail together."""
 
+import os
+import socket
+import time
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
 from tests.ranks import run_ranks
@@ -17,6 +23,28 @@ def test_an_error_on_one_rank_stops_all() -> None:
         return str(caught.value)
 
     assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
+
+
+def test_groups_made_later_have_the_timeout_too() -> None:
+    """Those of a device mesh, as HSDP makes it, and of DeepSpeed would wait for half an hour."""
+
+    def on_rank(rank: int, world: int, port: str) -> float:
+        dist.destroy_process_group()  # of run_ranks
+        os.environ["MASTER_PORT"] = port
+        start(timeout=2)
+        group = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")).get_group("replicate")
+        begin = time.monotonic()
+        if rank == 1:
+            time.sleep(20)  # hangs, then is gone
+        else:
+            with pytest.raises(RuntimeError, match="[Tt]imed out"):
+                dist.all_reduce(torch.ones(1), group=group)
+        return time.monotonic() - begin
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    assert run_ranks(on_rank, 2, port)[0] < 15
 
 
 def test_agreement_of_one_process() -> None:

@@ -82,14 +82,14 @@ def crash(folder: Path, store: Path, kill_at: int, victims: tuple[int, ...]) -> 
     ranks = [context.Process(target=_victim, args=(rank, *args)) for rank in range(2)]
     for process in ranks:
         process.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     for process in ranks:
         process.join(max(0.0, end - time.monotonic()))
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
         process.join()
-    assert None not in codes, "a rank did not stop within a minute after the other was killed"
+    assert None not in codes, "a rank did not stop within two minutes after the other was killed"
     return codes, done.value
 
 
@@ -101,7 +101,7 @@ def assert_equal_files(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_killed_at_any_instant_of_a_save(tmp_path: Path) -> None:
     """One rank, the other, or both; the run goes on from what is left, to the very bytes of the uninterrupted one."""
     whole, folder = tmp_path / "whole", tmp_path / "run"

@@ -28,8 +28,9 @@ from tests.ranks import run_ranks
 from tests.test_launchers import BIN, ROOT, SCRIPT, port
 from tests.test_train import digests, ds_file, make_config, records
 
-LIMIT = 90.0
-"""Seconds within which everything here must have ended."""
+pytestmark = pytest.mark.timeout(600)
+LIMIT = 240.0
+"""Seconds within which everything here must have ended: a fifth of it will do, if nothing else runs on the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +286,7 @@ def test_the_others_stop_when_a_rank_dies_or_hangs(how: signal.Signals, inputs: 
         os.kill(ranks[1].pid, how)
         begin = time.monotonic()
         code = ranks[0].wait(timeout=LIMIT)
-        assert time.monotonic() - begin < (20 if how == signal.SIGKILL else 30)
+        assert time.monotonic() - begin < 60  # and not 30 minutes, which is everybody's default
     log = (tmp_path / "process-0.log").read_text()
     assert code == 1, log  # neither done nor an error of the user
     assert "the same command goes on from" in log and list((output / "diagnosis").iterdir()), log
@@ -295,6 +296,39 @@ def children(pid: int) -> list[int]:
     """Processes started by a process."""
     found = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "how"), [("torchrun", signal.SIGKILL), ("deepspeed", signal.SIGTERM)])
+def test_ranks_save_and_stop_when_their_launcher_is_gone(
+    launcher: str, how: signal.Signals, inputs: Path, tmp_path: Path
+) -> None:
+    """Neither launcher ends its ranks then: they would go on unseen."""
+    output = tmp_path / "run"
+    given = {
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port(), SCRIPT],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", port(), SCRIPT],
+    }[launcher]
+    more = ["--deepspeed", "ds_configs/zero2.json"] if launcher == "deepspeed" else []
+    command = [*given, *options(inputs, output, 100000), *more, "--save_every", "3"]
+    with processes([command], [environment()], tmp_path) as started:
+        wait_for_step(output, 3)
+        ranks = children(started[0].pid)
+        ranks = ranks if launcher == "torchrun" else children(ranks[0])
+        assert len(ranks) == 2
+        started[0].send_signal(how)
+        started[0].wait(timeout=LIMIT)
+        try:
+            wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+    log = (tmp_path / "process-0.log").read_text()
+    assert "the launcher of this rank has ended" in log and "stopped by SIGTERM after step" in log, log
+    step = records(output)[-1]["step"]
+    newest = latest(output / "checkpoints")
+    assert newest is not None and newest.name == f"step-{step:08d}"
 
 
 @pytest.mark.slow
@@ -314,7 +348,7 @@ def test_torchrun_restarts_with_the_ranks_it_has_left(inputs: Path, tmp_path: Pa
                 os.kill(pid, signal.SIGKILL)
             assert agents[0].wait(timeout=LIMIT) == 0, (tmp_path / "process-0.log").read_text()[-3000:]
     manifest = json.loads((output / "checkpoints" / f"step-{steps:08d}" / "checkpoint.json").read_text())
-    assert manifest["extra"]["order"]["global_batch"] == 2  # as it began, with two ranks
+    assert manifest["extra"]["origin"]["global_batch"] == 2  # as it began, with two ranks
     result = json.loads((output / "result.json").read_text())
     assert result["world_size"] == 1 and result["steps"] == steps and result["sparsity"]["layers_off_target"] == 0
     assert [line["step"] for line in records(output)] == list(range(1, steps + 1))

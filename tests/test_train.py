@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.training import run_folder
 from seft_dist.training.build import lr_factor
 from seft_dist.training.cli import parse
-from seft_dist.training.run_folder import check_run_folder
+from seft_dist.training.run_folder import check_run_folder, only_writer
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
@@ -211,6 +214,21 @@ def test_a_folder_is_used_once(inputs: Path, reference: tuple[dict[str, Any], Pa
     check_run_folder(make_config(inputs, tmp_path))
 
 
+def test_one_run_at_a_time_writes_to_a_folder(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(inputs, tmp_path / "run", batch_size=6, steps=2)
+    with only_writer(config):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "PATIENCE", 0.2)
+            assert "another process on this machine is writing to" in failure(config, 2)
+        assert not (tmp_path / "run").exists()
+        pid = os.fork()  # an earlier attempt that is about to end
+        if not pid:
+            time.sleep(0.5)
+            os._exit(0)
+    run_train(config, 2)
+    os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path: Path) -> None:
     pruned = model_folder(tmp_path / "pruned")
@@ -309,6 +327,18 @@ def test_going_on_with_other_ranks_and_other_settings(inputs: Path, tmp_path: Pa
     as_if_killed(output, 5)
     assert "global_batch is 6, was 12" in failure(make_config(inputs, output, batch_size=6, global_batch=6))
     assert "seed is 1, was 0" in failure(make_config(inputs, output, batch_size=6, seed=1), 2)
+    assert "has done 5 steps, more than steps=4" in failure(make_config(inputs, output, batch_size=6, steps=4), 2)
+    text = text_file(tmp_path / "text.jsonl")
+    text.write_text(text.read_text().replace("w1 ", "w2 ", 1))  # as many sequences
+    data = DataConfig(path=str(text), seq_len=16)
+    assert "cannot go on with this data: data is " in failure(make_config(inputs, output, batch_size=6, data=data), 2)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1  # no target
+    shutil.copytree(inputs / "pruned", tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    changed = make_config(inputs, output, batch_size=6, model=ModelConfig(path=str(tmp_path / "other")))
+    assert "another base model: its targets are those of this one, but" in failure(changed, 2)
     other = SeftConfig(density=0.04, interval=3)
     assert "density" in failure(make_config(inputs, output, batch_size=6, seft=other), 2)
     zero3 = ds_file(tmp_path, {"zero_optimization": {"stage": 3}})

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 
@@ -92,7 +94,7 @@ def start(
     Args:
         deepspeed: Also prepare the process for DeepSpeed (its accelerator choice, its rank variables).
         group: Start a process group even for a single rank (FSDP2 needs one; so does DeepSpeed).
-        timeout: Seconds after which a collective that a rank did not enter fails.
+        timeout: Seconds after which a collective that a rank did not enter fails, in groups made later too.
         threads: CPU threads of this rank. None: cores of this machine divided by the ranks on it, on CPU.
 
     Returns:
@@ -103,12 +105,15 @@ def start(
         _set_rendezvous(ranks)
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
+        limit = timedelta(seconds=timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=limit,
         )
+        # The groups of a device mesh (HSDP) and of DeepSpeed take these, whatever the default group has: 30 minutes
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_machine())
     if threads is not None:
@@ -155,6 +160,29 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
         "slurm": slurm if slurm["job_id"] else None,
         "environment": {name: env[name] for name in sorted(env) if name.startswith(_TELLING)},
     }
+
+
+def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
+    """Processes of the launcher above this rank that should outlive it; others, when one has ended. Local.
+
+    Args:
+        env: The environment; None: the process's own.
+
+    Returns:
+        The parent under torchrun and accelerate, the parent and its parent under deepspeed; empty under launchers whose
+        ranks end with them (mpirun, srun) and without one.
+    """
+    env = os.environ if env is None else env
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in env:
+        return (parent,)
+    if "CROSS_RANK" not in env:  # set by deepspeed's process on each machine, itself started by what the user started
+        return ()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:  # the parent has ended in this moment, or this is no Linux
+        return (os.getppid(),)
+    return parent, int(stat.rpartition(")")[2].split()[1])
 
 
 def shutdown() -> None:

@@ -1,16 +1,16 @@
 """What a run leaves for whoever wants the same result: the manifest always, the trace if it was asked for."""
 
 from pathlib import Path
-from typing import Any
 
 from seft_dist.config import TrainConfig
-from seft_dist.io.data import Batch, BatchStream
+from seft_dist.io.data import Batch
 from seft_dist.io.models import Source
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
-from seft_dist.training.fingerprint import data_fingerprint, has_dropout, topology_hashes
+from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest
+from seft_dist.training.run_folder import Origin
 from seft_dist.training.trace import Trace
 
 
@@ -23,9 +23,8 @@ class Record:
         ranks: Ranks,
         source: Source,
         seft: SeftOptimizer,
-        data: BatchStream,
         *,
-        model: str,
+        origin: Origin,
         backend: str,
         ds: DsConfig | None,
     ) -> None:
@@ -36,21 +35,19 @@ class Record:
             ranks: This process.
             source: The model that training starts from.
             seft: What is trained, the steps of a checkpoint already restored.
-            data: What it is trained on.
-            model: From ``model_fingerprint``.
+            origin: What the run is made from.
             backend: What holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
         """
         self._seft = seft
-        about: dict[str, Any] = {"fingerprint": data_fingerprint(data, ranks), "sequences": data.num_sequences}
-        about["global_batch"] = data.global_batch
+        data = {"fingerprint": origin.data, "sequences": origin.sequences, "global_batch": origin.global_batch}
         self._manifest = open_manifest(
             config,
             ranks,
-            model=model,
+            model=origin.model,
             dtype=str(source.dtype).removeprefix("torch."),
             dropout=has_dropout(source.config.to_dict()),
-            data=about,
+            data=data,
             backend=backend,
             ds=ds,
             done=seft.num_steps,

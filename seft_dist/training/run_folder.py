@@ -11,20 +11,27 @@ result.json         written last: the run is finished
 """
 
 import dataclasses
+import hashlib
 import shutil
+import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seft_dist.config import TrainConfig
 from seft_dist.io import checkpoint
-from seft_dist.io.data import BatchStream
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.cli import to_dict, to_yaml
 from seft_dist.training.distributed import Ranks, together
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
 SLURM = "slurm"
+PATIENCE = 30.0
+"""Seconds that an earlier attempt gets to end before this one is refused."""
 
 
 def check_run_folder(config: TrainConfig) -> None:
@@ -41,6 +48,32 @@ def check_run_folder(config: TrainConfig) -> None:
     others = [path.name for path in folder.iterdir() if path.name != SLURM] if folder.is_dir() else []
     if others and not (folder / CONFIG).exists():
         raise ValueError(f"{folder} is not empty and holds no run: choose another output")
+
+
+@contextmanager
+def only_writer(config: TrainConfig) -> Iterator[None]:
+    """Be the only run that writes to the folder, as far as this machine knows, while the context lasts. Local, on rank 0.
+
+    A name in the kernel, not a file: it goes when its process goes, however that ends.
+
+    Raises:
+        ValueError: Another one is still there after ``PATIENCE`` seconds.
+    """
+    folder = Path(config.output).resolve()
+    name = f"\0seft_dist {hashlib.sha256(bytes(folder)).hexdigest()}"
+    deadline = time.monotonic() + PATIENCE
+    with socket.socket(socket.AF_UNIX) as claim:
+        while True:
+            try:
+                claim.bind(name)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another process on this machine is writing to {folder}: stop it, or choose another output"
+                    ) from error
+            time.sleep(0.1)
+        yield
 
 
 def open_run_folder(config: TrainConfig) -> None:
@@ -73,25 +106,39 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
     global_batch = config.batch_size * world_size
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
-            global_batch = checkpoint.read_manifest(path)["extra"]["order"]["global_batch"]
+            global_batch = _origin_of(path, checkpoint.read_manifest(path)["extra"])["global_batch"]
             break
         except ValueError:  # resume() says what is wrong with it
             continue
     return dataclasses.replace(config, global_batch=global_batch)
 
 
-def extra_of(config: TrainConfig, data: BatchStream, state: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run is made from: if any of it were another, its steps would be another run's."""
+
+    model: str
+    """From ``model_fingerprint``."""
+    data: str
+    """From ``data_fingerprint``."""
+    sequences: int
+    global_batch: int
+    seed: int
+    """Of the data order."""
+
+
+def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds beside the optimizer. Local.
 
     Args:
         config: The run.
-        data: Its order is checked when the run goes on.
+        origin: Is compared when the run goes on.
         state: What the caller wants back from ``resume``; JSON.
     """
-    return {"state": state, "order": _order(config, data), "config": to_dict(config)}
+    return {"state": state, "origin": dataclasses.asdict(origin), "config": to_dict(config)}
 
 
-def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, data: BatchStream) -> dict[str, Any] | None:
+def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origin) -> dict[str, Any] | None:
     """Go on from the newest checkpoint that is whole, if there is one. **Collective.**
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
@@ -100,14 +147,14 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, data: BatchSt
         config: The run.
         ranks: This process.
         seft: A new optimizer; afterwards it is that of the checkpoint.
-        data: The run's data.
+        origin: What it is made from.
 
     Returns:
         The state given to ``extra_of``; None for a new run.
 
     Raises:
-        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, or all
-            checkpoints are damaged.
+        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more steps
+            are done than there are to be, or all checkpoints are damaged.
     """
     folder = Path(config.output) / CHECKPOINTS
     found = together(ranks, lambda: checkpoint.complete(folder))
@@ -118,7 +165,11 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, data: BatchSt
             problem = str(error)
             together(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
-        _check_order(path, extra["order"], _order(config, data))
+        _check_origin(path, _origin_of(path, extra), dataclasses.asdict(origin))
+        if seft.num_steps > config.steps:
+            raise ValueError(
+                f"{path} has done {seft.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
+            )
         return extra["state"]
     if found:
         raise ValueError(
@@ -135,14 +186,24 @@ def _put_aside(path: Path, problem: str) -> None:
     print(f"{problem}\nput aside as {aside}; going on from the checkpoint before it", file=sys.stderr, flush=True)
 
 
-def _check_order(path: Path, then: dict[str, int], now: dict[str, int]) -> None:
-    other = [f"{key} is {now[key]}, was {then.get(key)}" for key in now if now[key] != then.get(key)]
+def _origin_of(path: Path, extra: dict[str, Any]) -> dict[str, Any]:
+    if "origin" not in extra:
+        raise ValueError(
+            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints of its "
+            "own, of this version; choose another output"
+        )
+    return extra["origin"]
+
+
+def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then["model"] != now["model"]:
+        raise ValueError(
+            f"{path} was made from another base model: its targets are those of this one, but other weights or settings in "
+            "config.json differ; load the pruned model it began with, or choose another output"
+        )
+    other = [f"{key} is {now[key]}, was {then[key]}" for key in now if now[key] != then[key]]
     if other:
         raise ValueError(
             f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use the "
             "same data, seed and global_batch as before (any number of ranks will do), or another output"
         )
-
-
-def _order(config: TrainConfig, data: BatchStream) -> dict[str, int]:
-    return {"seed": config.seed, "sequences": data.num_sequences, "global_batch": data.global_batch}

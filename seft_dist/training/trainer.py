@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from seft_dist.training.cli import to_yaml
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import read_ds_config
-from seft_dist.training.fingerprint import model_fingerprint
+from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
 from seft_dist.training.metrics import Metrics, check_trackers, say, stopped, summary
 from seft_dist.training.record import Record
 from seft_dist.training.run_folder import (
@@ -31,8 +32,10 @@ from seft_dist.training.run_folder import (
     DELTA,
     MODEL,
     RESULT,
+    Origin,
     check_run_folder,
     extra_of,
+    only_writer,
     open_run_folder,
     resume,
     settle_batch,
@@ -57,15 +60,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
         OSError: A checkpoint could not be written; earlier ones are whole.
     """
-    with stop_requests() as request:
-        return _train(config, request)
-
-
-def _train(config: TrainConfig, request: StopRequest) -> dict[str, Any]:
     needs_group = config.backend in ("fsdp", "ddp") or config.replicas > 1 or config.offload
-    ranks = distributed.start(
-        deepspeed=config.deepspeed is not None, group=needs_group, timeout=config.timeout, threads=config.threads
-    )
+    with stop_requests() as request, ExitStack() as held:
+        ranks = distributed.start(
+            deepspeed=config.deepspeed is not None, group=needs_group, timeout=config.timeout, threads=config.threads
+        )
+        together(ranks, lambda: held.enter_context(only_writer(config)) if ranks.is_main else None)
+        return _train(config, ranks, request)
+
+
+def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str, Any]:
     together(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     together(ranks, lambda: check_trackers(config))
     given = config
@@ -76,10 +80,16 @@ def _train(config: TrainConfig, request: StopRequest) -> dict[str, Any]:
     data = read_batches(config, ranks)
     run = build(config, ranks, source, ds)
     run.seft.attach()
-    model = model_fingerprint(source, run.seft, ranks)
-    state = resume(config, ranks, run.seft, data) or {}
+    origin = Origin(
+        model=model_fingerprint(source, run.seft, ranks),
+        data=data_fingerprint(data, ranks),
+        sequences=data.num_sequences,
+        global_batch=data.global_batch,
+        seed=config.seed,
+    )
+    state = resume(config, ranks, run.seft, origin) or {}
     together(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
-    record = Record(config, ranks, source, run.seft, data, model=model, backend=run.backend, ds=ds)
+    record = Record(config, ranks, source, run.seft, origin=origin, backend=run.backend, ds=ds)
     if "scheduler" in state and run.scheduler is not None:
         run.scheduler.load_state_dict(state["scheduler"])
         run.seft.param_groups[0]["lr"] = state["lr"]  # the scheduler itself sets it only after the next step
@@ -87,7 +97,7 @@ def _train(config: TrainConfig, request: StopRequest) -> dict[str, Any]:
         say(f"kernels: {describe(ranks.device)}")
     metrics = Metrics(config, writes=ranks.is_main, start=run.seft.num_steps, state=state.get("metrics"))
     try:
-        number = fit(run, data, metrics, record, request)
+        number = fit(run, data, origin, metrics, record, request)
     finally:
         metrics.close()
         record.close()
@@ -99,12 +109,13 @@ def _train(config: TrainConfig, request: StopRequest) -> dict[str, Any]:
     return finish(run, metrics, record)
 
 
-def fit(run: Run, data: BatchStream, metrics: Metrics, record: Record, request: StopRequest) -> int:
+def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: Record, request: StopRequest) -> int:
     """The training loop. **Collective.**
 
     Args:
         run: What is trained.
         data: This rank's micro-batches.
+        origin: Goes into the checkpoints.
         metrics: Where steps are recorded.
         record: Where they are recorded exactly.
         request: Asks this rank to stop.
@@ -138,7 +149,7 @@ def fit(run: Run, data: BatchStream, metrics: Metrics, record: Record, request: 
             if agreed.written:
                 saver.finish()
             if step == config.steps or agreed.stop or (config.save_every and step % config.save_every == 0):
-                saver.start(extra_of(config, data, _state_of(run, metrics)))
+                saver.start(extra_of(config, origin, _state_of(run, metrics)))
             if agreed.stop:
                 saver.finish()
                 return agreed.stop if step < config.steps else 0

@@ -62,9 +62,11 @@ def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path)
             raise ValueError(f"{checkpoint}: {name} has shape {found[name]['shape']}, the model's is {list(shape)}")
     for name, fingerprint in zip(backend.names, state.fingerprint, strict=True):
         if found[name]["fingerprint"] != fingerprint:
+            here = str(backend.own(0).dtype)
+            types = f" (held as {manifest['dtype']} there, as {here} here)" if manifest["dtype"] != here else ""
             raise ValueError(
-                f"{checkpoint} was made from another base model: the weights of {name} differ; load the pruned model it "
-                "began with"
+                f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
+                "it began with"
             )
     ours = dataclasses.asdict(seft.config)
     changed = [
