@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py --config launch/recipes/quickstart.yaml --steps 16 --global_batch 4 --kills 6 --output /tmp/soak
 
-Every attempt starts launch/train.py on a drawn layout and ends it at a drawn moment: SIGKILL of one rank, of all processes, or
-SIGUSR1, which saves first. Prints what happened and the differences in losses, masks, supports and weights.
+Every attempt starts launch/train.py on a drawn layout and ends it at a drawn moment: SIGKILL of one rank, of all processes or
+of torchrun alone, SIGUSR1 to a rank, or SIGTERM to torchrun; the last three save first. Prints what happened and the
+differences in losses, masks, supports and weights.
 """
 
 import argparse
@@ -26,6 +27,14 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, ["--backend", "ddp"]),
     "zero2": (2, ["--deepspeed", "ds_configs/zero2.json", "--backend", "auto"]),
     "zero3": (2, ["--deepspeed", "ds_configs/zero3.json", "--backend", "auto"]),
+}
+
+HOW = {
+    "SIGKILL to one rank": signal.SIGKILL,
+    "SIGKILL to everything": signal.SIGKILL,
+    "SIGKILL to torchrun": signal.SIGKILL,
+    "SIGTERM to torchrun": signal.SIGTERM,
+    "SIGUSR1 to one rank": signal.SIGUSR1,
 }
 
 
@@ -66,15 +75,19 @@ def disturb(process: subprocess.Popen[bytes], output: Path, draw: random.Random)
     time.sleep(draw.uniform(0, 4))
     if process.poll() is not None:
         return "ended by itself"
-    how = draw.choice(["SIGKILL of one rank", "SIGKILL of everything", "SIGUSR1 to one rank"])
+    how = draw.choice(list(HOW))
     ranks = ranks_of(process.pid)
-    if how == "SIGKILL of everything" or not ranks:
-        os.killpg(process.pid, signal.SIGKILL)
-        for rank in ranks:  # torchrun gives ranks sessions of their own
-            os.kill(rank, signal.SIGKILL)
-    else:
-        os.kill(draw.choice(ranks), signal.SIGKILL if "KILL" in how else signal.SIGUSR1)
-    return f"{how}, exit code {process.wait(timeout=300)}"
+    # torchrun gives ranks sessions of their own
+    one = [draw.choice(ranks)] if ranks else []
+    victims = {"rank": one, "torchrun": [process.pid], "everything": [process.pid, *ranks]}[how.split()[-1]]
+    for victim in victims:
+        os.kill(victim, HOW[how])
+    code = process.wait(timeout=300)
+    end = time.monotonic() + 300
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < end, f"ranks {ranks} are left behind"
+        time.sleep(0.1)
+    return f"{how}, exit code {code}"
 
 
 def compare(found: Path, whole: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.io import checkpoint
-from seft_dist.io.checkpoint import writer
+from seft_dist.io.checkpoint import files, writer
 from seft_dist.io.checkpoint.files import MANIFEST
 from tests.layouts import build, snapshot
 from tests.models import batch, prune_, tiny_llama
@@ -179,6 +179,8 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(ValueError, match="another base model"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama(seed=1)), CONFIG), path)
+    with pytest.raises(ValueError, match=r"differ \(held as torch.float32 there, as torch.bfloat16 here\)"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama(dtype=torch.bfloat16)), CONFIG), path)
     with pytest.raises(ValueError, match="another model or of other targets"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama(num_hidden_layers=1)), CONFIG), path)
     with pytest.raises(ValueError, match="has shape"):
@@ -186,6 +188,11 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"density=0\.05 there, 0\.02 here"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.02, interval=4, window=3)), path)
     manifest = json.loads((path / MANIFEST).read_text())
+    newer = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    newer["method"] = {"later": 3} | {key: value for key, value in newer["method"].items() if key != "scope"}
+    files.write_manifest(path, newer)
+    with pytest.raises(ValueError, match="another method: later=3 there, unknown here; use"):
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
     (path / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)

@@ -52,7 +52,7 @@ def ssh_config(tmp_path: Path) -> Iterator[Path]:
     with (tmp_path / "sshd.log").open("w") as log:
         daemon = subprocess.Popen([path, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=log)
     try:
-        until("sshd", lambda: (tmp_path / "sshd.pid").exists() or daemon.poll() is not None, 60)
+        until("sshd", lambda: (tmp_path / "sshd.pid").exists() or daemon.poll() is not None)
         assert daemon.poll() is None, (tmp_path / "sshd.log").read_text()
         yield tmp_path / "ssh_config"
     finally:

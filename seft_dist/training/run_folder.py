@@ -171,12 +171,18 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origi
                 f"{path} has done {seft.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
             )
         return extra["state"]
-    if found:
-        raise ValueError(
-            f"all {len(found)} checkpoints in {folder} are damaged: restore one from a backup, or remove the run's folder "
-            "to begin anew"
-        )
+    together(ranks, lambda: _check_new(folder))
     return None
+
+
+def _check_new(folder: Path) -> None:
+    """A run that had checkpoints never begins anew by itself, not even at a later attempt."""
+    damaged = sorted(path.name for path in folder.glob("damaged-*"))
+    if damaged:
+        raise ValueError(
+            f"all checkpoints in {folder} are damaged ({', '.join(damaged)}): restore one from a backup as step-*, or remove "
+            "the run's folder to begin anew"
+        )
 
 
 def _put_aside(path: Path, problem: str) -> None:

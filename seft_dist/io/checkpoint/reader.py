@@ -1,6 +1,7 @@
 """Reading a checkpoint into any layout: each rank reads what its own intervals need."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from seft_dist.config import SeftConfig
 from seft_dist.io.checkpoint.files import WINDOW_DENSE, WINDOW_SHARED, check_sum, everywhere, rank_file, read_manifest
 from seft_dist.io.checkpoint.writer import COLUMNS
 from seft_dist.optim.delta import Columns
@@ -54,25 +56,33 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
 def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path) -> None:
     state, backend = seft.sparse_state, seft.backend
     found = {target["name"]: target for target in manifest["targets"]}
-    differing = sorted(set(found) ^ set(backend.names))
-    if differing:
-        raise ValueError(f"{checkpoint} is of another model or of other targets: {differing[:3]} are only on one side")
+    for where, names in (("there", found.keys() - set(backend.names)), ("here", set(backend.names) - found.keys())):
+        if names:
+            raise ValueError(
+                f"{checkpoint} is of another model or of other targets: {len(names)} weights are only {where}, e.g. "
+                f"{min(names)}; load the pruned model it began with, with the same targets"
+            )
     for name, shape in zip(backend.names, backend.shapes, strict=True):
         if tuple(found[name]["shape"]) != shape:
-            raise ValueError(f"{checkpoint}: {name} has shape {found[name]['shape']}, the model's is {list(shape)}")
+            raise ValueError(
+                f"{checkpoint} is of another model: {name} has shape {found[name]['shape']} there, {list(shape)} here; load the "
+                "pruned model it began with"
+            )
     for name, fingerprint in zip(backend.names, state.fingerprint, strict=True):
         if found[name]["fingerprint"] != fingerprint:
-            here = str(backend.own(0).dtype)
+            here = str(backend.dtypes[0])
             types = f" (held as {manifest['dtype']} there, as {here} here)" if manifest["dtype"] != here else ""
             raise ValueError(
                 f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
                 "it began with"
             )
-    ours = dataclasses.asdict(seft.config)
+    ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
+    # An option that the writer did not know yet has a default that does what it did
+    theirs = dataclasses.asdict(SeftConfig()) | manifest["method"]
     changed = [
-        f"{key}={manifest['method'].get(key)!r} there, {value!r} here"
-        for key, value in ours.items()
-        if key not in _FREE and manifest["method"].get(key) != value
+        f"{key}={value!r} there, {repr(ours[key]) if key in ours else 'unknown'} here"
+        for key, value in theirs.items()
+        if key not in _FREE and ours.get(key) != value
     ]
     if changed:
         raise ValueError(f"{checkpoint} was made with another method: {'; '.join(changed)}; use the same settings")
