@@ -14,38 +14,7 @@ from torch import Tensor, nn
 from seft_dist.config import SeftConfig
 from seft_dist.optim.targets import find_targets
 from seft_dist.sparsity.scores import uniform
-
-
-@dataclass
-class Window:
-    """What a layer has seen since a window began: sums over its steps, before clipping."""
-
-    gradient: Tensor
-    square: Tensor
-    rows: Tensor
-    columns: Tensor
-    inputs: Tensor
-    steps: int = 0
-
-    @classmethod
-    def empty(cls, weight: Tensor) -> "Window":
-        rows, columns = weight.shape
-        return cls(
-            torch.zeros(rows, columns),
-            torch.zeros(rows, columns),
-            torch.zeros(rows, 1),
-            torch.zeros(1, columns),
-            torch.zeros(columns),
-        )
-
-    def add(self, gradient: Tensor, inputs: Tensor) -> None:
-        self.steps += 1
-        self.gradient = self.gradient + gradient
-        self.square = self.square + gradient**2
-        estimate = torch.minimum(self.rows, self.columns) + gradient**2  # SM3-II
-        self.rows = estimate.amax(dim=1, keepdim=True)
-        self.columns = estimate.amax(dim=0, keepdim=True)
-        self.inputs = self.inputs + inputs
+from tests.reference_window import Window
 
 
 @dataclass
@@ -65,18 +34,19 @@ class Layer:
     first_mask: Tensor
     window: Window
     inputs: Tensor
+    outputs: Tensor
     grown: Tensor
     dropped: Tensor
 
     @classmethod
-    def of(cls, module: nn.Linear, density: float) -> "Layer":
+    def of(cls, module: nn.Linear, config: SeftConfig) -> "Layer":
         base = module.weight.detach().clone()
         mask = base != 0
         none = torch.zeros_like(mask)
         zero = torch.zeros(base.shape)
         return cls(
             module=module,
-            budget=math.floor(density * base.numel() + 0.5),
+            budget=math.floor(config.density * base.numel() + 0.5),
             base=base,
             mask=mask,
             support=none,
@@ -86,8 +56,9 @@ class Layer:
             age=torch.zeros(base.shape, dtype=torch.int64),
             target=int(mask.sum()),
             first_mask=mask,
-            window=Window.empty(base),
+            window=Window.empty(base, config.window_store),
             inputs=torch.zeros(base.shape[1]),
+            outputs=torch.zeros(base.shape[0]),
             grown=none,
             dropped=none,
         )
@@ -139,10 +110,10 @@ class DenseSeft:
         self.closest = math.inf
         model.requires_grad_(False)
         targets = find_targets(model, config.targets)
-        self.layers = {name: Layer.of(module, config.density) for name, module in targets.items()}
+        self.layers = {name: Layer.of(module, config) for name, module in targets.items()}
         for layer in self.layers.values():
             layer.module.weight.requires_grad_(True)
-            layer.module.register_forward_pre_hook(self._observe(layer))
+            layer.module.register_forward_hook(self._observe(layer))
         if config.init == "random":
             for i, layer in enumerate(self.layers.values()):
                 draw = uniform(layer.positions, config.seed, i, 3)
@@ -159,19 +130,22 @@ class DenseSeft:
             layer.module.weight.grad = None
         for layer, gradient in zip(layers, gradients, strict=True):
             if self._in_window(t):
-                layer.window.add(gradient, layer.inputs)
+                layer.window.add(gradient, layer.inputs, layer.outputs)
         if t == 1 and config.init == "gradient":
-            windows = [Window.empty(layer.base) for layer in layers]
+            windows = [Window.empty(layer.base, config.window_store) for layer in layers]
             for window, layer, gradient in zip(windows, layers, gradients, strict=True):
-                window.add(gradient, layer.inputs)
+                window.add(gradient, layer.inputs, layer.outputs)
             self._evolve(windows)
+            gradients = [window.gradient * (config.window_store != "factored") for window in windows]
         self._update(gradients)
         if self.evolves(t):
             self._evolve([layer.window for layer in layers])
             for layer in layers:
-                layer.window = Window.empty(layer.base)
+                layer.window = Window.empty(layer.base, config.window_store)
+        elif config.window_store == "candidates" and layers[0].window.steps == 1:
+            self._keep_candidates(layers)
         for layer in layers:
-            layer.inputs = torch.zeros_like(layer.inputs)
+            layer.inputs, layer.outputs = torch.zeros_like(layer.inputs), torch.zeros_like(layer.outputs)
             layer.write()
 
     def evolves(self, t: int) -> bool:
@@ -193,10 +167,14 @@ class DenseSeft:
 
     @staticmethod
     def _observe(layer: Layer):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if torch.is_grad_enabled():
                 x = args[0].detach().float().flatten(0, -2)
                 layer.inputs = layer.inputs + (x**2).sum(dim=0)
+                out.register_hook(see)
+
+        def see(gradient: Tensor) -> None:
+            layer.outputs = layer.outputs + (gradient.float().flatten(0, -2) ** 2).sum(dim=0)
 
         return hook
 
@@ -244,22 +222,16 @@ class DenseSeft:
     def _grow(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
         if config.grow == "gradient":
-            score = window.gradient.abs()
+            score = window.score.abs()
         elif config.grow == "momentum":
             score = torch.minimum(window.rows, window.columns)
         else:
             score = uniform(layer.positions, config.seed, i, t, 2)
-        free = ~layer.support & ~layer.dropped
-        count = min(layer.budget - int(layer.support.sum()), int(free.sum()))
-        cap = math.floor(config.reactivation * count + 0.5)
-        random = config.grow == "random"
-        grown = self._choose(score, free, count, True, random)
-        if config.pattern:
-            grown = self._walk(layer, score, free, count, cap)
-        elif int((grown & ~layer.mask).sum()) > cap:
-            pruned = self._choose(score, free & ~layer.mask, cap, True, random)
-            grown = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
-        layer.grown = grown
+        free = ~layer.support & ~layer.dropped & window.known
+        count = layer.budget - int(layer.support.sum())
+        if not window.known.all():
+            count = min(count, self._num_candidates(layer))
+        layer.grown = grown = self._best_free(layer, score, free, count)
         layer.support = layer.support | grown
         layer.mask = layer.mask | grown
         if config.moments == "seeded":
@@ -268,6 +240,37 @@ class DenseSeft:
             layer.exp_avg_sq = torch.where(grown, (1 - beta2**a) * window.square / a, layer.exp_avg_sq)
             layer.age = torch.where(grown, a, layer.age)
 
+    def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int) -> Tensor:
+        count = min(count, int(free.sum()))
+        cap = math.floor(self.config.reactivation * count + 0.5)
+        if self.config.pattern:
+            return self._walk(layer, score, free, count, cap)
+        random = self.config.grow == "random"
+        best = self._choose(score, free, count, True, random)
+        if int((best & ~layer.mask).sum()) > cap:
+            pruned = self._choose(score, free & ~layer.mask, cap, True, random)
+            best = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
+        return best
+
+    def _num_candidates(self, layer: Layer) -> int:
+        return math.floor(self.config.window_candidates * layer.budget + 0.5)
+
+    def _keep_candidates(self, layers: list[Layer]) -> None:
+        """After a window's first step: the gradient stays known where it may be needed."""
+        scores = [(layer.value * layer.window.gradient).abs() for layer in layers]
+        spare = [layer.mask & ~layer.support for layer in layers]
+        counts = [self._num_candidates(layer) for layer in layers]
+        if self.config.adapt != "sensitivity":
+            prune = [torch.zeros_like(layer.mask) for layer in layers]
+        elif self.config.scope == "layer":
+            prune = [self._choose(*args, largest=False) for args in zip(scores, spare, counts, strict=True)]
+        else:
+            prune = self._choose_of_all(scores, spare, sum(counts))
+        for layer, least, count in zip(layers, prune, counts, strict=True):
+            grow = self._best_free(layer, layer.window.gradient.abs(), ~layer.support, count)
+            layer.window.known = layer.support | grow | least
+            layer.window.gradient = torch.where(layer.window.known, layer.window.gradient, 0.0)
+
     def _adapt(self, windows: list[Window]) -> None:
         if self.config.adapt == "none":
             return
@@ -275,30 +278,31 @@ class DenseSeft:
         scores = []
         for layer, window in zip(layers, windows, strict=True):
             if self.config.adapt == "sensitivity":
-                scores.append((layer.value * window.gradient).abs())
+                scores.append((layer.value * window.score).abs())
             elif self.config.adapt == "activation":
                 scores.append(layer.value.abs() * window.inputs.sqrt())
             else:
                 scores.append(layer.value.abs())
         eligible = [layer.mask & ~layer.grown for layer in layers]
+        if self.config.adapt == "sensitivity":
+            eligible = [which & window.known for which, window in zip(eligible, windows, strict=True)]
         excess = [int(layer.mask.sum()) - layer.target for layer in layers]
         if self.config.pattern:
             out = [self._pay(*args) for args in zip(layers, scores, strict=True)]
         elif self.config.scope == "layer":
             out = [self._choose(*args, largest=False) for args in zip(scores, eligible, excess, strict=True)]
         else:
-            flat = self._choose(
-                torch.cat([score.flatten() for score in scores]),
-                torch.cat([e.flatten() for e in eligible]),
-                sum(excess),
-                largest=False,
-            )
-            parts = flat.split([score.numel() for score in scores])
-            out = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+            out = self._choose_of_all(scores, eligible, sum(excess))
         for layer, pruned in zip(layers, out, strict=True):
             layer.mask = layer.mask & ~pruned
             layer.base = torch.where(pruned, 0.0, layer.base)
             layer.leave(pruned)
+
+    def _choose_of_all(self, scores: list[Tensor], eligible: list[Tensor], count: int) -> list[Tensor]:
+        """The ``count`` smallest of all layers together."""
+        flat = torch.cat([score.flatten() for score in scores]), torch.cat([e.flatten() for e in eligible])
+        parts = self._choose(*flat, count, largest=False).split([score.numel() for score in scores])
+        return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
     def _group_size(self) -> int:
         assert self.config.pattern

@@ -327,15 +327,15 @@ def train_linears(width: int, depth: int) -> None:
         seft.zero_grad()
 
 
-def peak_of_training(world_size: int) -> int:
-    """Most memory that training 25 M fp32 weights (100 MB) added to a rank, in bytes."""
+def peak_of_training(world_size: int, depth: int = 24) -> int:
+    """Most memory that training ``depth`` layers of 4 MB in fp32 added to a rank, in bytes."""
     import resource
 
     def on_rank(rank: int, world: int) -> int:
         return_freed_memory()
         train_linears(64, 2)  # what a first step loads and compiles is not counted
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        train_linears(1024, 24)
+        train_linears(1024, depth)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle
 
     return max(run_ranks(on_rank, world_size, timeout=240)) * 1024
@@ -347,3 +347,11 @@ def test_memory_of_a_rank_falls_with_the_ranks() -> None:
     print(f"MB per rank on 1, 2, 4 ranks: {one >> 20}, {two >> 20}, {four >> 20}")
     assert two < 0.6 * one
     assert four < 0.35 * one
+
+
+@pytest.mark.slow
+def test_nothing_dense_outlives_its_layer() -> None:
+    """What a layer more costs one of four ranks: shards of weight, window and deltas; a dense gradient kept would be 4 MB."""
+    shallow, deep = (peak_of_training(4, depth) for depth in (8, 24))
+    print(f"MB of a rank per layer: {(deep - shallow) / 16 / 2**20:.2f}")
+    assert deep - shallow < 16 * 3.5 * 2**20

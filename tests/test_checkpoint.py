@@ -108,6 +108,9 @@ def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp
         {"scope": "global"},
         {"on_drop": "keep"},
         {"init": "random"},
+        {"window_store": "bf16", "moments": "seeded"},
+        {"window_store": "candidates"},
+        {"window_store": "factored"},
     ],
 )
 def test_every_kind_of_state_is_kept(options: dict[str, Any], tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "keep": {"on_drop": "keep"},
     "gather": {"selection": "gather"},
     "radix": {"selection": "radix"},
+    "bf16": {"window_store": "bf16"},
+    "candidates": {"window_store": "candidates"},
+    "candidates, global": {"window_store": "candidates", "window_candidates": 0.5, "scope": "global"},
+    "factored": {"window_store": "factored"},
 }
 
 

@@ -1,6 +1,7 @@
 """The quickstart's inputs and its report; the slow tier converts the real model."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -95,7 +96,10 @@ def evolution(first: bool, grown: int) -> dict[str, Any]:
         "replaced": grown / 1000,
         "seconds": 0.5,
         "bytes_sent": 2_000_000,
-        "window_bytes": 0,
+        "phases": {
+            name: {"seconds": 0.1, "bytes_sent": 400_000}
+            for name in ("window", "drop", "grow", "adapt", "commit", "verify")
+        },
         "digest": "d",
     }
 
@@ -157,6 +161,7 @@ def test_tables_and_figures(make_run: Callable[..., Path]) -> None:
     print_tables(run, console)
     text = console.export_text()
     assert "44%" in text and "60.0000%" in text and "…" not in text
+    assert re.search(r"verify +0\.100 +0\.400", text)
     figures = write_figures(run, run.folder / "figures")
     assert [path.name for path in figures] == ["loss.png", "evolutions.png", "perplexity.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)

@@ -16,6 +16,7 @@ Adapt = Literal["sensitivity", "activation", "magnitude", "none"]
 Scope = Literal["layer", "global"]
 Selection = Literal["auto", "gather", "radix"]
 Decay = Literal["weight", "delta"]
+WindowStore = Literal["full", "bf16", "candidates", "factored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,13 @@ class SeftConfig:
     """Optimizer steps between evolutions: one happens at each step divisible by it."""
     window: int = 1
     """Optimizer steps, ending with the evolution's, over which the dense gradient is accumulated. At most interval."""
+    window_store: WindowStore = "full"
+    """What a rank keeps of the window's gradient (docs/evolution.md): "full" (fp32 at every own weight), "bf16" (half of it),
+    "candidates" (dense in the window's first step; then only the support and the best candidates to grow and to prune), or
+    "factored" (row and column sums; no dense gradient is ever computed)."""
+    window_candidates: float = 1.0
+    """With window_store "candidates": how many a layer keeps of each kind, as a multiple of its budget; at least
+    drop_fraction. An evolution grows at most as many."""
     begin: int = 1
     """First optimizer step (counted from 1) at which an evolution may happen."""
     end: int | None = None
@@ -91,6 +99,7 @@ class SeftConfig:
         check(0 <= self.reactivation <= 1, f"reactivation={self.reactivation}", "a share from 0 to 1")
         check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1 optimizer step")
         check_kept(self.pattern, self.scope, self.adapt, self.reactivation)
+        self._check_window_store()
         last = self.last_evolution
         if self.steps is not None and last is not None:
             check(
@@ -98,6 +107,29 @@ class SeftConfig:
                 f"the last evolution would be at step {last} of {self.steps}",
                 "at least one update after it (grown weights start at 0); set end below steps, or raise steps",
             )
+
+    def _check_window_store(self) -> None:
+        if self.window_store not in ("candidates", "factored"):
+            return
+        store = f"window_store={self.window_store}"
+        other = 'what the store keeps; or choose window_store "full" or "bf16"'
+        check(self.moments == "zero", f"{store} with moments={self.moments}", f'moments "zero", {other}')
+        if self.window_store == "factored":
+            check(self.grow != "momentum", f"{store} with grow={self.grow}", f'grow "gradient" or "random", {other}')
+            check(self.drop != "movement", f"{store} with drop={self.drop}", f'drop "magnitude" or "random", {other}')
+            return
+        check(self.grow == "gradient", f"{store} with grow={self.grow}", f'grow "gradient", {other}')
+        check(self.pattern is None, f"{store} with pattern={self.pattern}", f"no pattern, {other}")
+        check(
+            self.window > 1,
+            f"{store} with window={self.window}",
+            'a window of at least 2 steps (the first one is dense); or window_store "full"',
+        )
+        check(
+            self.window_candidates >= self.drop_fraction and self.window_candidates > 0,
+            f"window_candidates={self.window_candidates} with drop_fraction={self.drop_fraction}",
+            "at least as many candidates as entries that move: a multiple of the budget from drop_fraction on, above 0",
+        )
 
     @property
     def last_step(self) -> int | None:

@@ -140,18 +140,18 @@ class Support:
         return rows.repeat_interleave(self.crow.diff()) * self.shape[1] + self.col
 
 
-def gather_supports(group: Group, columns: Columns, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:
+def gather_supports(group: Group, indices: Tensor, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:
     """Tell every rank all positions of all layers. **Collective**.
 
     Args:
         group: The owners.
-        columns: This rank's entries.
+        indices: int32, this rank's positions, sorted in each layer, layers one after another.
         lengths: How many of them each layer has.
         shapes: [out, in] of each layer.
 
     Returns:
-        Each layer's support.
+        Each layer's positions.
     """
     table = group.stack(torch.tensor(lengths)).tolist()
-    parts = [positions.split(table[rank]) for rank, positions in enumerate(group.gather(columns.indices))]
+    parts = [positions.split(table[rank]) for rank, positions in enumerate(group.gather(indices))]
     return [Support(shape, [part[layer] for part in parts]) for layer, shape in enumerate(shapes)]

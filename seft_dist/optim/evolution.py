@@ -9,6 +9,7 @@ mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +20,23 @@ from seft_dist.optim.collectives import near_ties, select
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.groups import GroupRanking, Groups
 from seft_dist.optim.state import State
-from seft_dist.optim.window import Window
+from seft_dist.optim.window import Window, share_positions
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
 from seft_dist.sparsity.selection import INELIGIBLE, keys
 
+_T = TypeVar("_T")
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one part of an evolution cost this rank."""
+
+    seconds: float
+    """On a GPU, until its work was queued."""
+    bytes_sent: int
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,12 @@ class EvolutionReport:
     replaced: float
     """Grown entries as a share of the support."""
     seconds: float
+    """From drop to verify."""
     bytes_sent: int
-    """By this rank, for ranking and exchange."""
-    window_bytes: int
-    """By this rank, for the dense gradients of the window."""
+    """By this rank, from drop to verify."""
+    phases: dict[str, Phase]
+    """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt, commit
+    (everybody learns the new positions) and verify; docs/evolution.md says what each sends."""
     digest: str
     """Of all masks and supports; the same for every layout."""
 
@@ -74,6 +87,7 @@ class Evolution:
         self.removed: list[Tensor] = []
         self.reactivated: list[Tensor] = []
         self._norms: dict[int, Tensor] = {}
+        self._phases: dict[str, Phase] = {}
         self.groups = Groups(backend, config.pattern) if config.pattern else None
         """Of an N:M pattern."""
 
@@ -88,14 +102,20 @@ class Evolution:
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
         """
-        began, sent = time.perf_counter(), self.backend.bytes_sent
-        self.drop(fraction)
-        self.grow()
-        self.adapt()
-        self.commit(betas)
-        digest = self.state.verify(self.backend, self.config)
-        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed, self.reactivated)])
-        dropped, grown, pruned, reactivated = self.backend.owners.sum(own).tolist()
+        windows = self.windows
+        self._phase("window", self._settle)
+        self._phase("drop", lambda: self.drop(fraction))
+        self._phase("grow", self.grow)
+        self._phase("adapt", self.adapt)
+        self._phase("commit", lambda: self.commit(betas))
+        digest, counts = self._phase("verify", self._verify)
+        dropped, grown, pruned, reactivated = counts
+        spent = list(self._phases.values())[1:]
+        before = self._phases["window"]
+        self._phases["window"] = Phase(
+            before.seconds + sum(window.seconds for window in windows),
+            before.bytes_sent + sum(window.bytes_sent for window in windows),
+        )
         support = sum(map(len, self.state.supports))
         return EvolutionReport(
             step=self.step,
@@ -106,11 +126,26 @@ class Evolution:
             pruned=pruned,
             support=support,
             replaced=grown / max(support, 1),
-            seconds=time.perf_counter() - began,
-            bytes_sent=self.backend.bytes_sent - sent,
-            window_bytes=sum(window.bytes_sent for window in self.windows),
+            seconds=sum(phase.seconds for phase in spent),
+            bytes_sent=sum(phase.bytes_sent for phase in spent),
+            phases=self._phases,
             digest=digest,
         )
+
+    def _settle(self) -> None:
+        for window in self.windows:
+            window.settle()
+
+    def _phase(self, name: str, act: Callable[[], _T]) -> _T:
+        began, sent = time.perf_counter(), self.backend.bytes_sent
+        result = act()
+        self._phases[name] = Phase(time.perf_counter() - began, self.backend.bytes_sent - sent)
+        return result
+
+    def _verify(self) -> tuple[str, list[int]]:
+        digest = self.state.verify(self.backend, self.config)
+        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed, self.reactivated)])
+        return digest, self.backend.owners.sum(own).tolist()
 
     def _offsets(self, i: int) -> Tensor:
         return self.entries[i].indices.long() - self.intervals[i].start
@@ -119,9 +154,7 @@ class Evolution:
         return unpack(self.state.masks[i], len(self.intervals[i]))
 
     def _grad(self, i: int) -> Tensor:
-        total = self.windows[i].total
-        assert total is not None, "criterion without its statistics"
-        return total
+        return self.windows[i].gradient()
 
     def _select(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
         problems = list(range(len(self.windows))) if len(wanted) > 1 else [0] * len(self.windows)
@@ -165,29 +198,56 @@ class Evolution:
     def grow(self) -> None:
         """The positions with the largest score enter the support, pruned ones too. **Collective**."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
-        caps = [share(self.config.reactivation, count) for count in wanted]
-        any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
-        ranking = any_free
-        if caps == wanted:
-            self.grown = self._select(any_free, wanted)
-        else:
-            # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
-            pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps)
-
-            def with_best_pruned(i: int) -> Tensor:
-                free = self._free(i)
-                eligible = free & self._mask(i)
-                eligible[pruned[i]] = True
-                return self._grow_key(i, eligible)
-
-            ranking = self._inside_groups(with_best_pruned)
-            self.grown = self._select(ranking, wanted)
+        if self.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
+            wanted = [min(pair) for pair in zip(wanted, self._num_candidates(), strict=True)]
+        ranking, self.grown = self._best_free(wanted)
         self._count_close_calls(ranking, self.grown)
         for i, offsets in enumerate(self.grown):
             mask = self._mask(i)
             self.reactivated.append(offsets[~mask[offsets]])
             mask[offsets] = True
             self.state.masks[i] = pack(mask)
+
+    def _best_free(self, wanted: list[int]) -> tuple[Callable[[int], Tensor], list[Tensor]]:
+        """The ranking of those who may grow, and the best of them, not too many of them pruned. **Collective**."""
+        caps = [share(self.config.reactivation, count) for count in wanted]
+        any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
+        if caps == wanted:
+            return any_free, self._select(any_free, wanted)
+        # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
+        pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps)
+
+        def with_best_pruned(i: int) -> Tensor:
+            free = self._free(i)
+            eligible = free & self._mask(i)
+            eligible[pruned[i]] = True
+            return self._grow_key(i, eligible)
+
+        ranking = self._inside_groups(with_best_pruned)
+        return ranking, self._select(ranking, wanted)
+
+    def _num_candidates(self) -> list[int]:
+        return [share(self.config.window_candidates, budget) for budget in self.state.budgets]
+
+    def keep_candidates(self) -> None:
+        """Of a window's gradient keep the support's, the best to grow and the best to prune. **Collective**."""
+        began, sent = time.perf_counter(), self.backend.bytes_sent
+        wanted = self._num_candidates()
+        none = [self._offsets(i)[:0] for i in range(len(self.windows))]
+        self.dropped, self.grown, prune = none, none, none
+        _, grow = self._best_free(wanted)
+        if self.config.adapt == "sensitivity":
+
+            def spare(i: int) -> Tensor:
+                return self._adapt_key(i).index_fill_(0, self._offsets(i), INELIGIBLE)
+
+            prune = self._select(spare, wanted if self.config.scope == "layer" else [sum(wanted)])
+        for i, window in enumerate(self.windows):
+            window.keep(torch.cat([self._offsets(i), grow[i], prune[i]]).unique())
+        share_positions(self.backend, self.windows)
+        # The first one's, on behalf of all.
+        self.windows[0].seconds += time.perf_counter() - began
+        self.windows[0].bytes_sent += self.backend.bytes_sent - sent
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
         """In each group only the best compete to grow, as many as it has active positions. **Collective** with a pattern.
@@ -203,7 +263,9 @@ class Evolution:
             self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, total, strict=True)]
 
     def _free(self, i: int) -> Tensor:
-        free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
+        free = self.windows[i].known()
+        if free is None:
+            free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
         free[self._offsets(i)] = False
         free[self.dropped[i]] = False  # what left in this step may not come back in it
         return free
@@ -227,7 +289,7 @@ class Evolution:
         if self.config.adapt == "none":
             return
         if self.config.adapt == "activation":
-            self._norms = {i: window.input_norms() for i, window in enumerate(self.windows)}
+            self._norms = {i: window.summed("norms").sqrt() for i, window in enumerate(self.windows)}
         self.removed = self._best_of_layers() if self.groups is None else self._best_of_groups(self.groups)
         for i, offsets in enumerate(self.removed):
             mask = self._mask(i)
@@ -260,14 +322,17 @@ class Evolution:
     def _adapt_key(self, i: int) -> Tensor:
         weight = self.backend.own(i).to(torch.float32, copy=True)
         weight[self._offsets(i)] = self.entries[i].weight()  # fp32, before any cast
+        known = None
         if self.config.adapt == "sensitivity":
-            score = scores.sensitivity(weight, self._grad(i))
+            score, known = scores.sensitivity(weight, self._grad(i)), self.windows[i].known()
         elif self.config.adapt == "activation":
             score = scores.activation(weight, self._norms[i], self.intervals[i].start)
         else:
             score = weight.abs()
         eligible = self._mask(i)
         eligible[self.grown[i]] = False  # their weight is still 0: the step would undo itself
+        if known is not None:
+            eligible &= known
         return keys(score, largest=False, eligible=eligible)
 
     def commit(self, betas: tuple[float, float]) -> None:
@@ -288,8 +353,8 @@ class Evolution:
     def _seed(self, new: Columns, offsets: Tensor, window: Window, betas: tuple[float, float]) -> None:
         age = window.num_steps
         assert window.total is not None and window.squares is not None, "seeded moments without their statistics"
-        new.exp_avg = (1 - betas[0] ** age) / age * window.total[offsets]
-        new.exp_avg_sq = (1 - betas[1] ** age) / age * window.squares[offsets]
+        new.exp_avg = (1 - betas[0] ** age) / age * window.total[offsets].float()
+        new.exp_avg_sq = (1 - betas[1] ** age) / age * window.squares[offsets].float()
         new.age = torch.full_like(new.age, age)
 
     def _tell_replicas(self) -> None:

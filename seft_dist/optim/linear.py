@@ -7,6 +7,7 @@ Forward is the plain linear: the weight already holds base + delta. Backward com
 weight gradient at the k positions; inside an evolution's window also the dense one, which goes straight to its owners.
 """
 
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ class Slot:
         self.touched = False
         """Whether a backward has recorded since the last step."""
         self.support: Support | None = None
-        """Positions to sample; None: no delta yet."""
+        """Positions to sample: the deltas', in a window of candidates theirs too; None: none yet."""
         self.grad: Tensor | None = None
         """fp32 [k], this rank's gradient since the last step; None: no backward yet."""
         self.window: Window | None = None
@@ -52,7 +53,7 @@ class Slot:
             ends: Of fused experts: where each one's tokens end, which lie one expert after another.
         """
         self.touched = True
-        dense = None
+        dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
             parts = [grad[rows].float().T @ x[rows].float() for rows in _slices(ends, len(x))]
             dense = parts[0] if ends is None else torch.cat(parts)
@@ -67,9 +68,10 @@ class Slot:
             else:
                 self._record_experts(self.support, x, grad, ends)
         if self.window is not None:
-            self.window.add_norms(x)
+            self.window.observe(x, grad)
             if dense is not None:
                 self.window.add(dense)  # last: the sum over ranks may be made in place
+                self.window.seconds += time.perf_counter() - began
 
     def _record_experts(self, support: Support, x: Tensor, grad: Tensor, ends: list[int]) -> None:
         assert self.grad is not None

@@ -3,7 +3,6 @@
 The weights always hold base + delta, so the model is an ordinary Hugging Face model at every moment.
 """
 
-import dataclasses
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from seft_dist.optim.linear import install, uninstall
 from seft_dist.optim.setup import first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.targets import check_criteria, find_targets
-from seft_dist.optim.window import Needs, Window
+from seft_dist.optim.window import Needs, Window, sampled, share_positions, take_kept
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution
 
@@ -154,22 +153,23 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     def _prepare_step(self) -> None:
         """Tell the slots what the coming step's backward must record. Local."""
-        state, coming = self.sparse_state, self.num_steps + 1
+        coming = self.num_steps + 1
         first = self._is_first(coming)
         for i, slot in enumerate(self._slots):
             slot.armed = True
             slot.forget()
-            slot.support = state.supports[i] if not first else None
             if not (first or in_window(self.config, coming)):
                 slot.window = None
             elif slot.window is None:
                 slot.window = self.new_window(i)
+        for slot, support in zip(self._slots, sampled(self._windows(), self.sparse_state.supports), strict=True):
+            slot.support = None if first else support
 
     def new_window(self, i: int) -> Window:
         """An empty window of target i for the coming step. Local."""
         # The first support's gradient is read from its window, whatever the criteria need.
         first = self._is_first(self.num_steps + 1)
-        return Window(self.backend, i, dataclasses.replace(self._needs, dense=True) if first else self._needs)
+        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs)
 
     def _is_first(self, step: int) -> bool:
         return step == 1 and self.config.init == "gradient"
@@ -199,12 +199,12 @@ class SeftOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.evolution = None
-        if self._backend is None or not self._has_grad():
+        if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
         step = self.num_steps + 1
-        grad = self._reduced_grad()
+        grad = take_kept(self._windows(), self._reduced_grad(), list(self.sparse_state.layers()))
         self._refuse_non_finite(grad)
-        windows = [slot.window for slot in self._slots if slot.window is not None]
+        windows = [window for window in self._windows() if window is not None]
         for window in windows:
             window.fold()
         with self.backend.writing():
@@ -215,6 +215,8 @@ class SeftOptimizer(torch.optim.Optimizer):
             self.num_steps = step
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
+            elif in_window(self.config, step) and windows[0].narrows:
+                Evolution(self.backend, self.config, self.sparse_state, windows, step).keep_candidates()
         if is_evolution(self.config, step) or not in_window(self.config, step):
             for slot in self._slots:
                 slot.window = None
@@ -223,12 +225,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._prepare_step()
         return loss
 
-    def _has_grad(self) -> bool:
-        return any(slot.touched for slot in self._slots)
-
     def _reduced_grad(self) -> Tensor:
-        """Own entries' gradient, averaged over ranks, fp32 [own]. **Collective**; all layers in one call."""
-        backend, supports = self.backend, self.sparse_state.supports
+        """Gradient at the own sampled positions, averaged over ranks, fp32 [own]. **Collective**; all layers in one call."""
+        backend, supports = self.backend, sampled(self._windows(), self.sparse_state.supports)
         device = backend.device
         per_layer = [
             (slot.grad if slot.grad is not None else torch.zeros(len(support), device=device)).split(support.sizes)
@@ -239,6 +238,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         own = backend.owners.sum_to_owners(flat, sizes)
         return (backend.replicas.sum(own) / backend.world_size).to(device)
 
+    def _windows(self) -> list[Window | None]:
+        return [slot.window for slot in self._slots]
+
     def _squared_norms(self, grad: Tensor) -> Tensor:
         """Squared gradient norm of each target over all ranks, fp64 [targets]. **Collective**."""
         parts = grad.split(self.sparse_state.lengths)
@@ -247,9 +249,8 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     def _refuse_non_finite(self, grad: Tensor) -> None:
         squared = self._squared_norms(grad)
-        windows = [slot.window for slot in self._slots]
         bad = torch.stack(
-            [window.is_finite().logical_not().cpu() if window else torch.tensor(False) for window in windows]
+            [window.is_finite().logical_not().cpu() if window else torch.tensor(False) for window in self._windows()]
         )
         wrong = self.backend.owners.sum(bad.double()).bool() | torch.isfinite(squared).logical_not().cpu()
         if wrong.any():
@@ -267,9 +268,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         """The very first step's gradient at the support that was chosen by it, fp32 [own]. Local."""
         parts = []
         for i, entries in enumerate(self.sparse_state.layers()):
-            total = windows[i].total
-            assert total is not None
-            parts.append(total[entries.indices.long() - self.backend.interval(i).start])
+            parts.append(windows[i].at(entries.indices.long() - self.backend.interval(i).start))
         return torch.cat(parts)
 
     def _update(self, grad: Tensor) -> None:
@@ -363,6 +362,7 @@ class SeftOptimizer(torch.optim.Optimizer):
                 entries.append(layer.columns)
             backend.settle()
             state.set_entries(backend, entries)
+        share_positions(backend, self._windows())
         state.verify(backend, self.config)
         self.num_steps = num_steps
         self._prepare_step()

@@ -95,7 +95,7 @@ class State:
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
         self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
-        self.supports = gather_supports(backend.owners, self.columns, self.lengths, backend.shapes)
+        self.supports = gather_supports(backend.owners, self.columns.indices, self.lengths, backend.shapes)
 
     def active(self, backend: Backend) -> list[int]:
         """Active positions of each whole weight. **Collective**."""

@@ -135,6 +135,11 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
                 f"seft.adapt=activation is not supported yet for the weights of a {kind} ({name}): choose "
                 "seft.adapt=sensitivity or magnitude, or targets without it"
             )
+        if config.window_store == "factored" and isinstance(target, ExpertWeight):
+            raise ValueError(
+                f"seft.window_store=factored is not supported for the fused experts of a {kind} ({name}): each expert has "
+                "column sums of its own; choose full, bf16 or candidates, or targets without it"
+            )
         if config.pattern is not None and is_conv1d(target):
             raise ValueError(
                 f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its columns, so "

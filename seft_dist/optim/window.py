@@ -1,8 +1,14 @@
-"""What an evolution needs to know of the steps before it: dense statistics of one weight, as this rank's own shard.
+"""What an evolution needs to know of the steps before it: statistics of one weight, as this rank's own shard.
+
+    full, bf16     g g g g g g g g     the gradient summed over steps, at every own position
+    candidates     . g . g . . g .     so in the window's first step; then only at the support and at candidates
+    factored       row sums, column sums of squares: |g| is estimated from them, no dense gradient is computed
 
 A step's contribution counts only once the step succeeded: ``fold`` adds it, ``discard`` forgets it.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,104 +16,162 @@ from torch import Tensor
 
 from seft_dist.backends.base import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.sparsity import scores
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics a configuration's criteria read."""
+    """Which statistics a configuration's criteria read, and how they are kept."""
 
-    dense: bool
+    gradient: bool
+    """The gradient of every position, or an estimate of it."""
     norms: bool
+    """Norms of the inputs."""
     squares: bool
+    """Squares of the gradient."""
+    momentum: bool
+    """SM3's row and column accumulators."""
     factored: bool
+    """The gradient is estimated from row and column sums."""
+    candidates: bool
+    """After the window's first step only candidates' is kept."""
+    dtype: torch.dtype
+    """Of sums of dense gradients."""
 
     @classmethod
     def of(cls, config: SeftConfig) -> "Needs":
         """Derive them. Local."""
-        seeded, factored = config.moments == "seeded", config.grow == "momentum"
-        dense = (
+        seeded, momentum = config.moments == "seeded", config.grow == "momentum"
+        gradient = (
             seeded
-            or factored
+            or momentum
             or config.grow == "gradient"
             or config.adapt == "sensitivity"
             or config.drop == "movement"
         )
-        return cls(dense, config.adapt == "activation", seeded, factored)
+        dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
+        factored, candidates = config.window_store == "factored", config.window_store == "candidates"
+        return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
+
+    def of_first_support(self) -> "Needs":
+        """It is read from its gradient, whatever the criteria need. Local."""
+        return dataclasses.replace(self, gradient=True)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the dense gradient must be computed."""
+        return self.gradient and not self.factored
+
+    @property
+    def sums(self) -> list[str]:
+        """Names of the statistics that each rank sums over its own tokens only."""
+        estimated = self.gradient and self.factored
+        return ["norms"] * (self.norms or estimated) + ["outputs"] * estimated
 
 
 class Window:
     """Accumulated gradient of weight i over the steps of one window.
 
-    Memory: 4 bytes for each own weight, 4 more between a backward and its step if the window has several steps, 4 more for
-    seeded moments; the dense gradient itself exists during ``add`` only.
+    The dense gradient itself exists during ``add`` only; docs/evolution.md says what is kept of it and what it costs.
     """
 
     def __init__(self, backend: Backend, i: int, needs: Needs) -> None:
         self._backend, self._i, self._needs = backend, i, needs
         self.num_steps = 0
         """Steps folded in."""
+        self.seconds = 0.0
+        """For dense gradients and the choice of candidates."""
         self.bytes_sent = 0
-        """By this rank, for dense gradients."""
+        """By this rank, likewise."""
         self.total: Tensor | None = None
-        """fp32 [own], sum over steps of the gradient averaged over ranks."""
+        """[own], or of candidates [kept]: sum over steps of the gradient averaged over ranks."""
         self.squares: Tensor | None = None
-        """fp32 [own], sum over steps of its square (seeded moments)."""
+        """[own], sum over steps of its square (seeded moments)."""
+        self.positions: Tensor | None = None
+        """int32 [kept], increasing: the own positions that ``total`` is of; None: all."""
+        self.sampled: Support | None = None
+        """All ranks' ``positions``, which backward samples; None: backward gives the dense gradient."""
         self.norms: Tensor | None = None
-        """fp32 [in], sum of squares of the linear's input, this rank's tokens only (activation)."""
+        """fp32 [in], sum of squares of the linear's input, this rank's tokens only (activation, factored)."""
+        self.outputs: Tensor | None = None
+        """fp32 [out], sum of squares of the gradient of its output, likewise (factored)."""
         self.rows: Tensor | None = None
         """fp32 [out], row accumulator (momentum); the same on every rank."""
         self.cols: Tensor | None = None
         """fp32 [in], column accumulator (momentum)."""
         self._step: Tensor | None = None
-        self._step_norms: Tensor | None = None
+        self._step_sums: dict[str, Tensor] = {}
+        self._factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def needs_dense(self) -> bool:
         """Whether ``add`` must be called."""
-        return self._needs.dense
+        return self._needs.dense and self.sampled is None
 
     @property
-    def needs_norms(self) -> bool:
-        """Whether ``add_norms`` must be called."""
-        return self._needs.norms
+    def sums(self) -> list[str]:
+        """Names of the statistics that each rank has of its own tokens only."""
+        return self._needs.sums
+
+    @property
+    def narrows(self) -> bool:
+        """Whether candidates are to be chosen now."""
+        return self._needs.candidates and self.positions is None and self.num_steps == 1
 
     def add(self, dense: Tensor) -> None:
         """Bring one backward's dense gradient to its owners. **Collective**.
 
         Args:
-            dense: fp32 [out, in], this rank's.
+            dense: fp32 [out, in], this rank's; may be overwritten.
         """
         sent = self._backend.bytes_sent
         own = self._backend.reduce_dense(self._i, dense).to(self._backend.device)
         self.bytes_sent += self._backend.bytes_sent - sent
-        self._step = own if self._step is None else self._step.add_(own)
+        self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
-    def add_norms(self, x: Tensor) -> None:
-        """Count one forward's input, [T, in]. Local."""
-        if self.needs_norms:
-            squared = x.float().square().sum(0)
-            self._step_norms = squared if self._step_norms is None else self._step_norms + squared
+    def add_kept(self, grad: Tensor) -> None:
+        """Take one step's gradient at ``positions``, averaged over ranks, fp32 [kept]. Local."""
+        self._step = grad
+
+    def observe(self, x: Tensor, grad: Tensor) -> None:
+        """Count one backward's tokens. Local.
+
+        Args:
+            x: [T, in], the linear's input.
+            grad: [T, out], gradient of its output.
+        """
+        for name in self.sums:
+            # A rank's gradient is that of its own mean loss: as often as large as its part of the mean over ranks.
+            part = x.float() if name == "norms" else grad.float() / self._backend.world_size
+            squared = part.square().sum(0)
+            self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared
 
     def is_finite(self) -> Tensor:
         """Whether the pending step may be folded, bool []. Local."""
-        return torch.isfinite(self._step).all() if self._step is not None else torch.tensor(True)
+        pending = [*self._step_sums.values(), *([] if self._step is None else [self._step])]
+        return torch.stack([torch.isfinite(part).all() for part in pending]).all() if pending else torch.tensor(True)
 
     def discard(self) -> None:
         """Forget what was added since the last ``fold``. Local."""
-        self._step = self._step_norms = None
+        self._step, self._step_sums = None, {}
 
     def fold(self) -> None:
         """Count the pending step. **Collective** for momentum, else local."""
         self.num_steps += 1
-        if self._step_norms is not None:
-            self.norms = self._step_norms if self.norms is None else self.norms + self._step_norms
+        for name, squared in self._step_sums.items():
+            before = getattr(self, name)
+            setattr(self, name, squared if before is None else before + squared)
         if self._needs.dense:
-            step = self._step if self._step is not None else torch.zeros(self._numel, device=self._backend.device)
+            step = self._step
+            if step is None:
+                length = self._numel if self.positions is None else self.positions.numel()
+                step = torch.zeros(length, dtype=self._needs.dtype, device=self._backend.device)
             if self._needs.squares:
-                self.squares = step.square() if self.squares is None else self.squares.addcmul_(step, step)
-            if self._needs.factored:
-                self._fold_factored(step)
+                squared = step.float().square()
+                self.squares = (squared if self.squares is None else squared.add_(self.squares)).to(step.dtype)
+            if self._needs.momentum:
+                self._fold_momentum(step.float())
             self.total = step if self.total is None else self.total.add_(step)
         self.discard()
 
@@ -115,7 +179,7 @@ class Window:
     def _numel(self) -> int:
         return len(self._backend.interval(self._i))
 
-    def _fold_factored(self, step: Tensor) -> None:
+    def _fold_momentum(self, step: Tensor) -> None:
         (rows, cols), start = self._backend.shapes[self._i], self._backend.interval(self._i).start
         if self.rows is None or self.cols is None:
             self.rows, self.cols = torch.zeros(rows, device=step.device), torch.zeros(cols, device=step.device)
@@ -125,8 +189,105 @@ class Window:
             accumulator.zero_().scatter_reduce_(0, index, estimate, "amax")
             self._backend.owners.max(accumulator)
 
-    def input_norms(self) -> Tensor:
-        """L2 norm of each input feature over the window and all ranks, fp32 [in]. **Collective**."""
-        width = self._backend.shapes[self._i][1]
-        squared = self.norms.clone() if self.norms is not None else torch.zeros(width, device=self._backend.device)
-        return self._backend.replicas.sum(self._backend.owners.sum(squared)).sqrt()
+    def keep(self, offsets: Tensor) -> None:
+        """Forget the gradient everywhere else. Local.
+
+        Args:
+            offsets: int64 [kept], increasing, from the own interval's start.
+        """
+        assert self.total is not None and self.positions is None
+        self.total = self.total[offsets]
+        self.positions = (offsets + self._backend.interval(self._i).start).to(torch.int32)
+
+    def settle(self) -> None:
+        """Bring the row and column sums of all ranks together. **Collective** if factored, else nothing is sent."""
+        if "outputs" in self.sums:
+            self._factors = self.summed("outputs"), self.summed("norms")
+
+    def gradient(self) -> Tensor:
+        """The accumulated gradient of the own interval, fp32 [own], or an estimate of its size; a new tensor or ``total``. Local.
+
+        0 where only candidates are known and this is none.
+        """
+        if self._factors is not None:
+            return scores.factored(*self._factors, self._backend.interval(self._i).start, self._numel)
+        assert self.total is not None, "criterion without its statistics"
+        if self.positions is None:
+            return self.total.float()
+        return self.total.new_zeros(self._numel).index_put_((self._offsets,), self.total)
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """The accumulated gradient at some own offsets, fp32; 0 if only its size is estimated. Local."""
+        return self.gradient()[offsets] if self._factors is None else torch.zeros(offsets.shape, device=offsets.device)
+
+    def known(self) -> Tensor | None:
+        """Where the gradient of the own interval is known, bool [own]; None: everywhere. Local."""
+        if self.positions is None:
+            return None
+        known = torch.zeros(self._numel, dtype=torch.bool, device=self.positions.device)
+        known[self._offsets] = True
+        return known
+
+    @property
+    def _offsets(self) -> Tensor:
+        assert self.positions is not None
+        return self.positions.long() - self._backend.interval(self._i).start
+
+    def summed(self, name: str) -> Tensor:
+        """One of ``sums`` over the window and all ranks, fp32. **Collective**."""
+        own: Tensor | None = getattr(self, name)
+        length = self._backend.shapes[self._i][name == "norms"]
+        squared = own.clone() if own is not None else torch.zeros(length, device=self._backend.device)
+        return self._backend.replicas.sum(self._backend.owners.sum(squared))
+
+
+def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
+    """Tell every rank which positions of each weight backward shall sample. **Collective** if windows keep candidates.
+
+    Args:
+        backend: Says who owns what.
+        windows: Of each weight; None outside a window.
+    """
+    keeping = [window for window in windows if window is not None and window.positions is not None]
+    own = [window.positions for window in keeping if window.positions is not None]
+    if own:
+        supports = gather_supports(backend.owners, torch.cat(own), [len(part) for part in own], backend.shapes)
+        for window, support in zip(keeping, supports, strict=True):
+            window.sampled = support
+
+
+def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[Support]:
+    """Where backward samples each weight: at the deltas, and where a window keeps candidates, at those too. Local.
+
+    Args:
+        windows: Of each weight.
+        supports: The deltas of each weight.
+    """
+    return [
+        support if window is None or window.sampled is None else window.sampled
+        for window, support in zip(windows, supports, strict=True)
+    ]
+
+
+def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: list[Columns]) -> Tensor:
+    """Give the windows what was sampled for them. Local.
+
+    Args:
+        windows: Of each weight.
+        grad: fp32, at the own part of ``sampled``, layers one after another.
+        entries: The own deltas of each weight.
+
+    Returns:
+        fp32, the gradient at the own deltas.
+    """
+    parts, begin = [], 0
+    for window, own in zip(windows, entries, strict=True):
+        positions = None if window is None else window.positions
+        length = len(own) if positions is None else len(positions)
+        part = grad[begin : begin + length]
+        begin += length
+        if window is not None and positions is not None:
+            window.add_kept(part)
+            part = part[torch.searchsorted(positions, own.indices)]
+        parts.append(part)
+    return torch.cat(parts)

@@ -142,3 +142,15 @@ def print_tables(run: Run, console: Console) -> None:
         sent = f"{line['bytes_sent'] / 1e6:.2f}"
         table.add_row(str(line["step"]), *counts, f"{line['replaced']:.1%}", f"{line['seconds']:.2f}", sent)
     console.print(table)
+    console.print(_table_of_phases([line["phases"] for line in run.evolutions]))
+
+
+def _table_of_phases(found: list[dict[str, dict[str, float]]]) -> Table:
+    """What the parts of an evolution cost, the steps of its window included."""
+    table = Table(title="Parts of an evolution, mean (MB sent: by one rank)", box=SIMPLE, padding=0)
+    for name in ("part", "seconds", "MB sent"):
+        table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+    for name in found[0]:
+        seconds, sent = (sum(phases[name][key] for phases in found) / len(found) for key in ("seconds", "bytes_sent"))
+        table.add_row(name, f"{seconds:.3f}", f"{sent / 1e6:.3f}")
+    return table

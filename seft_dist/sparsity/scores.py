@@ -62,6 +62,19 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
     return torch.minimum(rows[positions // cols.numel()], cols[positions % cols.numel()])
 
 
+def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
+    """sqrt(row x column): the size of a weight gradient whose terms have random signs, up to a common factor, fp32 [numel]. Local.
+
+    Args:
+        rows: fp32 [out], sum over tokens of the squared gradient of each output.
+        cols: fp32 [in], sum over tokens of each squared input.
+        start: Flat position of the interval's first weight.
+        numel: Number of positions.
+    """
+    positions = torch.arange(start, start + numel, device=rows.device)
+    return rows.sqrt()[positions // cols.numel()] * cols.sqrt()[positions % cols.numel()]
+
+
 def columns(start: int, numel: int, width: int, device: torch.device) -> Tensor:
     """Input feature of each of ``numel`` flat positions from ``start`` on, int64 [numel]. Local."""
     return torch.arange(start, start + numel, device=device) % width

@@ -4,8 +4,9 @@ A line of metrics.jsonl, one for each logged step (and for each step with an evo
 
     {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5,
      "seconds": 67.5, "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719,
-                                    "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4,
-                                    "bytes_sent": 120000, "window_bytes": 8000000, "digest": "..."}}
+                                    "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4, "bytes_sent": 120000,
+                                    "phases": {"window": {"seconds": 2.1, "bytes_sent": 8000000}, "drop": {...}, "grow": {...},
+                                               "adapt": {...}, "commit": {...}, "verify": {...}}, "digest": "..."}}
 
 loss is the mean over ranks and over the steps since the line before; tokens are all ranks' since the run's start.
 """

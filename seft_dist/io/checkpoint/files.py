@@ -15,8 +15,9 @@ from seft_dist.backends import Backend
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
-WINDOW_DENSE = ("total", "squares")  # window statistics with one value for each own weight
+WINDOW_OWN = ("positions", "total", "squares")  # window statistics with one value for each own weight or candidate
 WINDOW_SHARED = ("rows", "cols")  # the same on every rank
+WINDOW_SUMS = ("norms", "outputs")  # of each rank's own tokens
 _MESSAGE_BYTES = 1000
 
 

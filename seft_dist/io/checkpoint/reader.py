@@ -10,7 +10,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from seft_dist.config import SeftConfig
-from seft_dist.io.checkpoint.files import WINDOW_DENSE, WINDOW_SHARED, check_sum, everywhere, rank_file, read_manifest
+from seft_dist.io.checkpoint.files import (
+    WINDOW_OWN,
+    WINDOW_SHARED,
+    WINDOW_SUMS,
+    check_sum,
+    everywhere,
+    rank_file,
+    read_manifest,
+)
 from seft_dist.io.checkpoint.writer import COLUMNS
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -20,6 +28,7 @@ from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
 _FREE = ("steps", "end", "selection")  # settings that a resumed run may change: they do not alter what was done
+_FREE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 
 
 def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
@@ -76,13 +85,14 @@ def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path)
                 f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
                 "it began with"
             )
+    free = _FREE if manifest["window_steps"] is not None else _FREE + _FREE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
     # An option that the writer did not know yet has a default that does what it did
     theirs = dataclasses.asdict(SeftConfig()) | manifest["method"]
     changed = [
         f"{key}={value!r} there, {repr(ours[key]) if key in ours else 'unknown'} here"
         for key, value in theirs.items()
-        if key not in _FREE and ours.get(key) != value
+        if key not in free and ours.get(key) != value
     ]
     if changed:
         raise ValueError(f"{checkpoint} was made with another method: {'; '.join(changed)}; use the same settings")
@@ -121,7 +131,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
     backend, name = seft.backend, target["name"]
     interval, device = backend.interval(i), backend.device
     parts: dict[str, list[Tensor]] = {
-        key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_DENSE]
+        key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_OWN]
     }
     for rank, own in reader.overlapping(target, interval):
         begin, end = max(own.start, interval.start), min(own.stop, interval.stop)
@@ -136,19 +146,22 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
             inside = (positions >= begin) & (positions < end)
             for key in keys:
                 parts[key].append(want(key)[inside])
-        for key in WINDOW_DENSE:
-            dense = reader.get(rank, f"{name}.window.{key}")
-            if dense is not None:
-                parts[key].append(dense[begin - own.start : end - own.start])
+        kept = reader.get(rank, f"{name}.window.positions")
+        which = slice(begin - own.start, end - own.start) if kept is None else (kept >= begin) & (kept < end)
+        for key in WINDOW_OWN:
+            value = reader.get(rank, f"{name}.window.{key}")
+            if value is not None:
+                parts[key].append(value[which])
     kinds = {
         "indices": torch.int32,
         "age": torch.int32,
         "committed": torch.int32,
         "committed_values": backend.dtypes[i],
         "mask": torch.bool,
+        "positions": torch.int32,
     }
     whole = {
-        key: torch.cat([torch.empty(0, dtype=kinds.get(key, torch.float32)), *values]).to(device)
+        key: torch.cat(values or [torch.empty(0, dtype=kinds.get(key, torch.float32))]).to(device)
         for key, values in parts.items()
     }
     return LayerDelta(
@@ -160,21 +173,25 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
         columns=Columns(**{key: whole[key] for key in COLUMNS}),
         committed=whole["committed"],
         committed_values=whole["committed_values"],
-        window=_window(seft, reader, name, i, {key: whole[key] for key in WINDOW_DENSE if parts[key]}),
+        window=_window(seft, reader, name, i, {key: whole[key] for key in WINDOW_OWN if parts[key]}),
     )
 
 
-def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, dense: dict[str, Tensor]) -> Window | None:
+def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[str, Tensor]) -> Window | None:
     if reader.window_steps is None:
         return None
     backend = seft.backend
     window = seft.new_window(i)
     window.num_steps = reader.window_steps
-    for key, value in dense.items():
+    if seft.config.window_store == "candidates":  # also where this rank owns nothing
+        empty = torch.empty(0, device=backend.device)
+        own = {"positions": empty.to(torch.int32), "total": empty} | own
+    for key, value in own.items():
         setattr(window, key, value)
     for key in WINDOW_SHARED:
         setattr(window, key, reader.get(0, f"{name}.window.{key}"))
     # A sum over all ranks: one of them carries it on.
     if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        window.norms = reader.get(0, f"{name}.window.norms")
+        for key in WINDOW_SUMS:
+            setattr(window, key, reader.get(0, f"{name}.window.{key}"))
     return window

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
-    WINDOW_DENSE,
+    WINDOW_OWN,
     WINDOW_SHARED,
     complete,
     everywhere,
@@ -99,9 +99,9 @@ class Saver:
         self._step = seft.num_steps
         everywhere(backend, lambda: self._make_partial() if self._is_main else None)
         windows = [layer.window for layer in seft.deltas()]
-        norms = [window.input_norms().square() if window and window.needs_norms else None for window in windows]
+        sums = [{name: window.summed(name) for name in window.sums} if window else {} for window in windows]
         self._manifest = _manifest(seft, json.loads(json.dumps(extra)))  # a copy: training goes on changing its own
-        tensors = _copies(seft, norms if self._is_main else []) if backend.replicas.rank == 0 else None
+        tensors = _copies(seft, sums if self._is_main else []) if backend.replicas.rank == 0 else None
         file = self._partial / rank_file(backend.owners.rank, backend.owners.size)
         self._thread = threading.Thread(target=self._write, args=(file, tensors), name="checkpoint", daemon=True)
         self._thread.start()
@@ -171,15 +171,15 @@ class Saver:
             remove(old)
 
 
-def _copies(seft: SeftOptimizer, norms: list[Tensor | None]) -> dict[str, Tensor]:
+def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Everything this rank owns, copied to CPU memory."""
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(seft.deltas()):
         found: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
         found |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
         if layer.window is not None:
-            found |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_DENSE + WINDOW_SHARED}
-            found["window.norms"] = norms[i] if norms else None
+            found |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_OWN + WINDOW_SHARED}
+            found |= {f"window.{key}": value for key, value in (sums[i] if sums else {}).items()}
         tensors |= {
             f"{layer.name}.{key}": value.detach().to("cpu", copy=True).contiguous()
             for key, value in found.items()
