@@ -1,5 +1,7 @@
 """Pruned weights against the papers' algorithms in plain dense torch, and the same weights from any number of ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,25 @@ def test_global_wanda_uses_norms_of_the_dense_model(dense: Path, tmp_path: Path)
     score, gone = torch.cat(scores), torch.cat(zeros)
     assert int(gone.sum()) == num_pruned(0.6, score.numel())
     assert float(score[gone].max()) <= float(score[~gone].min()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_one_decoder_layer_is_in_memory(
+    method: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = prepare(configure(dense, tmp_path / "out", method=method), progress=False)
+    model, hold, held = plan.stream.model, plan.stream.hold, []
+
+    @contextmanager
+    def watched(*args: Any, **options: Any) -> Iterator[None]:
+        with hold(*args, **options):
+            held.append(sum(value.numel() for value in model.parameters() if not value.is_meta))
+            yield
+
+    monkeypatch.setattr(plan.stream, "hold", watched)
+    prune(plan, progress=False)
+    layers = [sum(value.numel() for value in layer.parameters()) for layer in model.model.layers]
+    outside = sum(value.numel() for name, value in model.model.named_parameters() if not name.startswith("layers."))
+    assert held[-len(layers) :] == layers  # while they are pruned
+    assert max(held) == outside + max(layers)  # once, to see how the model calls its layers
+    assert all(value.is_meta for value in model.parameters())

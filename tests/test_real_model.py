@@ -1,4 +1,4 @@
-"""The method on a slice of a real model: two layers of SmolLM2-135M-Instruct and CPython's own documentation text."""
+"""On SmolLM2-135M-Instruct and CPython's own documentation text: the method on two layers, and what pruning loses."""
 
 from pathlib import Path
 from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.pruning import measure
 from seft_dist import SeftConfig
+from seft_dist.config import DataConfig, ModelConfig, PruneConfig
+from seft_dist.pruning.masks import Ranking
 from tests.layouts import train
 from tests.models import prune_
 from tests.ranks import run_ranks
@@ -35,8 +38,13 @@ def real_batch(step: int, size: int) -> dict[str, torch.Tensor]:
     return {"input_ids": part, "labels": part}
 
 
+needs_model = pytest.mark.skipif(
+    not (MODEL / "config.json").exists(), reason="needs the demo model: make quickstart fetches it"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="needs the demo model: make quickstart fetches it")
+@needs_model
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 2)])
 def test_real_weights_follow_one_process(layout: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.layouts.batch", lambda step, size: real_batch(step, size))
@@ -54,3 +62,21 @@ def test_real_weights_follow_one_process(layout: str, world_size: int, monkeypat
     for run in (single, several):
         assert len(run["digests"]) == 3
         assert all(layer.zeros == layer.numel - layer.target for layer in run["sparsity"])
+
+
+@pytest.mark.slow
+@needs_model
+def test_sparsegpt_loses_less_than_wanda_and_wanda_than_magnitude(tmp_path: Path) -> None:
+    """In every linear of two layers, on the text that the statistics come from."""
+    (tmp_path / "text.txt").write_text("\n".join(topics[name] for name in sorted(topics)[:20]))
+    config = PruneConfig(
+        model=ModelConfig(path=str(MODEL), dtype="float32"),
+        data=DataConfig(path=str(tmp_path / "text.txt"), seq_len=128),
+        method="sparsegpt",
+        output=str(tmp_path / "out"),
+        sequences=8,
+    )
+    found = list(measure(config, [Ranking("row", 0.6), Ranking("2:4", 0.5)], every=15))
+    assert len(found) == 2 * 7 * 2 and not (tmp_path / "out").exists()
+    for name, ranking, errors in found:
+        assert 0 < errors["sparsegpt"] < errors["wanda"] < errors["magnitude"] < 1, (name, ranking, errors)
