@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seft_dist.backends.deepspeed import ds_optimizer_args
+    from seft_dist.backends.fsdp import pack_gathers
     from seft_dist.config import SeftConfig
     from seft_dist.optim.evolution import EvolutionReport
     from seft_dist.optim.optimizer import SeftOptimizer
+    from seft_dist.optim.packing import pack_weights, unpack_weights
 
-__all__ = ["EvolutionReport", "SeftConfig", "SeftOptimizer", "ds_optimizer_args"]
+__all__ = [
+    "EvolutionReport",
+    "SeftConfig",
+    "SeftOptimizer",
+    "ds_optimizer_args",
+    "pack_gathers",
+    "pack_weights",
+    "unpack_weights",
+]
 
 _HOMES = {
     "EvolutionReport": "seft_dist.optim.evolution",
     "SeftConfig": "seft_dist.config",
     "SeftOptimizer": "seft_dist.optim.optimizer",
     "ds_optimizer_args": "seft_dist.backends.deepspeed",
+    "pack_gathers": "seft_dist.backends.fsdp",
+    "pack_weights": "seft_dist.optim.packing",
+    "unpack_weights": "seft_dist.optim.packing",
 }
 
 

@@ -9,6 +9,7 @@ from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.deepspeed import Zero3Backend, is_zero3
 from seft_dist.backends.fsdp import FsdpBackend, is_fsdp
 from seft_dist.backends.group import Group
+from seft_dist.backends.packed import PackedBackend, packed_of
 from seft_dist.backends.replicated import ReplicatedBackend
 
 __all__ = ["Backend", "Holder", "find_backend"]
@@ -25,6 +26,8 @@ def find_backend(model: nn.Module, targets: Mapping[str, Holder], group: dist.Pr
     Raises:
         ValueError: The weights are held in a way that no backend can write safely.
     """
+    if any(packed_of(module.weight) is not None for module in targets.values()):
+        return PackedBackend(targets)
     if any(is_zero3(module.weight) for module in targets.values()):
         return Zero3Backend(targets)
     if is_fsdp(model):

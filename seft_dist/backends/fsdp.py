@@ -6,12 +6,16 @@ A fused weight of experts is cut between experts, so that a rank may own none.
 from collections.abc import Mapping
 from math import prod
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seft_dist.backends.base import DenseBackend, Holder
+from seft_dist.backends.gather import GatherSize, PackedAllGather
 from seft_dist.backends.group import Group
+from seft_dist.sparsity.bitmask import popcount, unpack
 from seft_dist.sparsity.partition import Partition
 
 
@@ -28,6 +32,85 @@ def reshard(model: nn.Module) -> None:
 def is_fsdp(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied anywhere in the model. Local."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole_value(parameter: Tensor) -> Tensor:
+    """The whole value of a parameter, sharded or not. **Collective** if sharded."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def pack_gathers(model: nn.Module) -> list[GatherSize]:
+    """Let FSDP2 send pruned weights packed, unit by unit where that pays. **Collective**; before ``SeftOptimizer`` attaches.
+
+    The resident shards stay dense; training is the same bit for bit. Call it again if weights were changed other than by
+    the optimizer. A unit whose parameters are of several types is sent as it is.
+
+    Args:
+        model: The root on which ``fully_shard`` was called.
+
+    Returns:
+        What each unit sends.
+
+    Raises:
+        ValueError: The model is not sharded by FSDP2.
+    """
+    if not is_fsdp(model):
+        raise ValueError("pack_gathers needs a model sharded by FSDP2: call fully_shard(model) first")
+    reshard(model)
+    members = _members(model)
+    gathers = []
+    for name in members:
+        unit = model.get_submodule(name)
+        assert isinstance(unit, FSDPModule)
+        gather = PackedAllGather(name)
+        unit.set_custom_all_gather(gather)  # type: ignore[arg-type]  # has the two methods, needs no base class
+        vars(unit)["seft_gather"] = gather  # FsdpBackend finds it there
+        gathers.append(gather)
+    owners = _owners(next(iter(members.values()))[0].device_mesh)
+    shards = [[parameter.to_local().detach() for parameter in parameters] for parameters in members.values()]
+    _agree(owners, gathers, [sum(map(_stored, of_unit)) for of_unit in shards])
+    sizes = []
+    for gather, parameters in zip(gathers, members.values(), strict=True):
+        if len({parameter.dtype for parameter in parameters}) > 1:
+            gather.capacity = None
+        sizes.append(gather.size(sum(map(_padded, parameters)), parameters[0].element_size()))
+    return sizes
+
+
+def _members(model: nn.Module) -> dict[str, list[DTensor]]:
+    """The parameters that each unit gathers."""
+    units = {module: name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    members: dict[str, list[DTensor]] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            members.setdefault(units[_unit_of(model, name.rpartition(".")[0])], []).append(parameter)
+    return members
+
+
+def _padded(parameter: DTensor) -> int:
+    """Values of a rank's shard as FSDP2 sends it."""
+    return Partition.rows((parameter.shape[0], prod(parameter.shape[1:])), _owners(parameter.device_mesh).size).chunk
+
+
+def _most_values(parameters: list[DTensor]) -> int:
+    """Non-zero values of this rank's shards; all of those that may change."""
+    local = [(parameter.requires_grad, parameter.to_local().detach()) for parameter in parameters]
+    return sum(shard.numel() if trained else _stored(shard) for trained, shard in local)
+
+
+def _stored(shard: Tensor) -> int:
+    """Values with any bit set: -0.0 is one."""
+    return int(torch.count_nonzero(shard.view(torch.int16 if shard.element_size() == 2 else torch.int32)))
+
+
+def _owners(mesh: DeviceMesh) -> Group:
+    axis = mesh.ndim - 1
+    return Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
+
+
+def _agree(owners: Group, gathers: list[PackedAllGather], counts: list[int]) -> None:
+    for gather, most in zip(gathers, owners.max(torch.tensor(counts)).tolist(), strict=True):
+        gather.capacity = most
 
 
 class FsdpBackend(DenseBackend):
@@ -49,11 +132,43 @@ class FsdpBackend(DenseBackend):
         if len(meshes) > 1:
             raise ValueError(f"targets are sharded over {len(meshes)} different device meshes: needs one mesh for all")
         mesh = meshes.pop()
-        axis = mesh.ndim - 1
-        owners = Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
+        owners = _owners(mesh)
         replicas = Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)
         self._unit = {name: _unit_of(model, name) for name in targets}
         super().__init__(targets, owners, replicas)
+        self._gathers = self._packed_gathers()
+
+    def _packed_gathers(self) -> list[tuple[PackedAllGather, int, dict[int, int]]]:
+        """Of units that are sent packed: what sends, the values of other parameters, and those of each target."""
+        found = []
+        for name, parameters in _members(self._model).items():
+            gather = vars(self._model.get_submodule(name)).get("seft_gather")
+            if gather is not None and gather.capacity is not None:
+                unit = self._model.get_submodule(name)
+                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]
+                inside = {i: _stored(self.own(i)) for i in targets}
+                found.append((gather, _most_values(parameters) - sum(inside.values()), inside))
+        return found
+
+    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
+        super().remask(i, mask, removed)
+        self._count(i, mask)
+
+    def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
+        super().put_own(i, values, mask)
+        self._count(i, mask)
+
+    def _count(self, i: int, mask: Tensor) -> None:
+        for _, _, inside in self._gathers:
+            if i in inside:
+                # An active position may be 0 now and not after the next update; -0.0 may lie outside the mask.
+                outside = self.own(i).masked_fill(unpack(mask, len(self.interval(i))), 0)
+                inside[i] = popcount(mask) + _stored(outside)
+
+    def settle(self) -> None:
+        if self._gathers:
+            counts = [others + sum(inside.values()) for _, others, inside in self._gathers]
+            _agree(self.owners, [gather for gather, _, _ in self._gathers], counts)
 
     def _weight(self, i: int) -> DTensor:
         weight = self.modules[i].weight
@@ -86,7 +201,7 @@ class FsdpBackend(DenseBackend):
         return values
 
     def full(self, parameter: Tensor) -> Tensor:
-        return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+        return whole_value(parameter)
 
 
 def _mesh_of(name: str, weight: Tensor):  # type: ignore[no-untyped-def]  # DeviceMesh

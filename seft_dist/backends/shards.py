@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +19,11 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of the whole parameter, also where only a shard is present. Local."""
     held: Any = parameter
     return tuple(held.ds_shape if is_zero3(held) else held.shape)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO-3 holds a parameter. Local."""
+    return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
@@ -44,15 +50,31 @@ def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter.detach().view(-1), 0
 
 
-def shard_fsdp(model: nn.Module, layers: list[nn.Module], device: torch.device, replicas: int, offload: bool) -> None:
+def shard_fsdp(
+    model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, offload: bool, ignored: set[nn.Parameter]
+) -> None:
     """Shard a model with FSDP2: each layer by itself, the rest with the root. **Collective.**
 
     Args:
         model: The root; its parameters may be on the meta device.
-        layers: Modules that are gathered one after the other.
-        device: Where this rank computes.
-        replicas: Groups of ranks that each hold a whole sharded copy (HSDP); 1: one copy.
+        layers: Modules that are gathered one after the other, if they have matrices that are not ignored.
+        mesh: Of the ranks.
         offload: Keep the shards in CPU memory.
+        ignored: Parameters that are not FSDP2's.
+    """
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    for layer in layers:
+        if any(parameter.dim() > 1 and parameter not in ignored for parameter in layer.parameters()):
+            fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=ignored)
+
+
+def fsdp_mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks of the default group, as one shard group or as replicas of one (HSDP). **Collective.**
+
+    Args:
+        device: Where this rank computes.
+        replicas: Groups of ranks that each hold a whole sharded copy; 1: one copy.
 
     Raises:
         ValueError: The ranks do not divide into that many replicas.
@@ -61,15 +83,10 @@ def shard_fsdp(model: nn.Module, layers: list[nn.Module], device: torch.device, 
     if world_size % replicas:
         raise ValueError(f"replicas={replicas} with {world_size} ranks: needs a number that divides the ranks")
     if replicas > 1:
-        mesh = dist.init_device_mesh(
+        return dist.init_device_mesh(
             device.type, (replicas, world_size // replicas), mesh_dim_names=("replicate", "shard")
         )
-    else:
-        mesh = dist.init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)
+    return dist.init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
 
 
 @contextmanager

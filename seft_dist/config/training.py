@@ -9,6 +9,7 @@ from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 
 Backend = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+Packing = Literal["none", "gather", "resident"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,10 @@ class TrainConfig:
     """FSDP only: number of groups of ranks that each hold a whole sharded copy (HSDP). 1: plain FSDP."""
     offload: bool = False
     """FSDP only: keep the weight shards in CPU memory (DeepSpeed: use ds_configs/zero3_offload.json)."""
+    packing: Packing = "none"
+    """What zeros cost, with the same results bit for bit (docs/performance.md). "gather": FSDP ranks send each other bits and
+    non-zero values; the weights at rest stay dense. "resident": the targets stay packed at rest as well, on FSDP ranks or in
+    one process, and are dense one at a time while they are computed with."""
     seed: int = 0
     """Seed of the data order."""
     log_every: int = 1
@@ -78,6 +83,15 @@ class TrainConfig:
                 "replicas or offload without FSDP",
                 "backend fsdp",
             )
+        if self.packing != "none":
+            check(
+                self.deepspeed is None
+                and self.backend != "ddp"
+                and (self.packing, self.backend) != ("gather", "single"),
+                f"packing={self.packing} with backend={self.backend}, deepspeed={self.deepspeed}",
+                "backend fsdp (or single, for resident), without DeepSpeed",
+            )
+        check(not (self.offload and self.packing == "resident"), "packing=resident with offload", "one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from seft_dist.backends.shards import shard_fsdp, stored_part, whole_shape, zero3_construction
+from seft_dist.backends.packed import PackedShards, packed_of
+from seft_dist.backends.shards import fsdp_mesh, shard_fsdp, stored_part, whole_shape, zero3_construction
 from seft_dist.config import ModelConfig
 from seft_dist.io.packed import open_weights
 from seft_dist.io.weights import Weights
 from seft_dist.optim.linear import ANCHOR
+from seft_dist.optim.packing import pack_weights
 
 Sharding = Literal["none", "fsdp", "zero3"]
 
@@ -133,6 +135,7 @@ def load_model(
     offload: bool = False,
     ds_config: dict[str, Any] | None = None,
     activation_checkpointing: bool = False,
+    resident: str | None = None,
 ) -> PreTrainedModel:
     """Build a model and fill it from its files. **Collective** if sharded.
 
@@ -144,6 +147,7 @@ def load_model(
         offload: FSDP only: keep the shards in CPU memory.
         ds_config: ZeRO-3 only: the ds_config's content, batch sizes filled in.
         activation_checkpointing: Compute each decoder layer again in backward instead of keeping its activations.
+        resident: Without ZeRO-3: keep the linears that this pattern names packed (``SeftConfig.targets``); None: none.
 
     Returns:
         The model in training mode, its key-value cache off.
@@ -163,11 +167,13 @@ def load_model(
             model = _construct(source)
     model.tie_weights()
     names = _match(model, source)
-    if sharding == "fsdp":
-        shard_fsdp(model, decoder_layers(model), device, replicas, offload)
+    mesh = fsdp_mesh(device, replicas) if sharding == "fsdp" else None
+    shards = pack_weights(model, resident, mesh=mesh, device=device) if resident is not None else None
+    if mesh is not None:
+        shard_fsdp(model, decoder_layers(model), mesh, offload, shards.parameters if shards else set())
     if sharding != "zero3":
         _materialise(model, torch.device("cpu") if offload else device)
-    _fill(model, names, source)
+    _fill(model, names, source, shards)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     model.config.use_cache = False
@@ -276,15 +282,31 @@ def _some(names: list[str]) -> str:
 def _materialise(model: PreTrainedModel, device: torch.device) -> None:
     """Give the parameters memory; keep the buffers, which have values already."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
+    outlines = [
+        (module, key, parameter)
+        for module in model.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if packed_of(parameter) is not None
+    ]
+    for module, key, _ in outlines:  # they stay without memory
+        module.register_parameter(key, None)
     model.to_empty(device=device)
+    for module, key, parameter in outlines:
+        module.register_parameter(key, parameter)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         buffer.copy_(buffers[name])
     model.tie_weights()  # to_empty gave each name of a tied parameter memory of its own
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, names: dict[str, str], source: Source) -> None:
+def _fill(model: PreTrainedModel, names: dict[str, str], source: Source, shards: PackedShards | None) -> None:
     state = named_state(model)
     for name, stored in names.items():
+        packed = packed_of(state[name])
+        if packed is not None:
+            packed.put(source.weights.read(stored, packed.interval.start, packed.interval.stop))
+            continue
         part, start = stored_part(state[name])
         part.copy_(source.weights.read(stored, start, start + part.numel()))
+    if shards is not None:
+        shards.settle()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear  # bound here: DeepSpeed replaces the attribute of the module at run time
 
+from seft_dist.backends.packed import PackedWeight, packed_of
 from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.optim.delta import Support
 from seft_dist.optim.targets import ExpertWeight, Target, first_projection, is_conv1d
@@ -89,32 +90,77 @@ def _slices(ends: list[int] | None, tokens: int) -> list[slice]:
     return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
+Weight = Tensor | PackedWeight
+"""What a forward multiplies with: the parameter, or the packed weight behind its outline."""
+
+
+def _weight_of(module: nn.Module, key: str = "weight") -> Weight:
+    parameter = getattr(module, key)
+    return packed_of(parameter) or parameter
+
+
+def _dense(weight: Weight) -> Tensor:
+    """The weight itself; of a packed one, memory that the next call uses again. **Collective** if packed."""
+    return weight if isinstance(weight, Tensor) else weight.dense()
+
+
+def _save(ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None) -> None:
+    # The weight itself is saved, no copy: engines free it after forward and gather it again for backward. Of a packed one
+    # only the way to it is kept.
+    if isinstance(weight, Tensor):
+        ctx.save_for_backward(x, weight)
+    else:
+        ctx.save_for_backward(x)
+        ctx.packed = weight
+    ctx.anchor = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, Weight]:
+    x, *weight = ctx.saved_tensors
+    return x, weight[0] if weight else ctx.packed
+
+
+def _anchor_grad(ctx: Any) -> Tensor | None:
+    if ctx.anchor is None:
+        return None
+    shape, dtype, device = ctx.anchor
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class _SampledLinear(torch.autograd.Function):
-    """y = x W^T + b, with W's gradient recorded in a slot. The anchor ties the graph where x needs no gradient."""
+    """y = x W^T + b, with W's gradient recorded in a slot. The anchor ties the graph where x needs no gradient.
+
+    A packed weight without optimizer has neither slot nor anchor: it is frozen.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, slot: Slot, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        slot: Slot | None,
+        transposed: bool,
     ) -> Tensor:
-        # The weight itself is saved, no copy: engines free it after forward and gather it again for backward.
-        ctx.save_for_backward(x, weight)
+        _save(ctx, x, weight, anchor)
         ctx.slot, ctx.transposed = slot, transposed
-        ctx.anchor = anchor.shape, anchor.dtype, anchor.device
-        return linear(x, weight.T if transposed else weight, bias)
+        dense = _dense(weight)
+        return linear(x, dense.T if transposed else dense, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = ctx.saved_tensors
-        if ctx.slot.armed:
+        x, weight = _saved(ctx)
+        if ctx.slot is not None and ctx.slot.armed:
             tokens, grads_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             ctx.slot.record(*((grads_out, tokens) if ctx.transposed else (tokens, grads_out)))
-        # Under autocast the output's type is not the weight's.
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad.to(weight.dtype) @ (weight.T if ctx.transposed else weight)).to(x.dtype)
-        shape, dtype, device = ctx.anchor
-        return grad_x, None, None, torch.zeros(shape, dtype=dtype, device=device), None, None
+            dense = _dense(weight)
+            # Under autocast the output's type is not the weight's.
+            grad_x = (grad.to(dense.dtype) @ (dense.T if ctx.transposed else dense)).to(x.dtype)
+        return grad_x, None, None, _anchor_grad(ctx), None, None
 
 
 class _SampledExperts(torch.autograd.Function):
@@ -125,23 +171,24 @@ class _SampledExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, slot: Slot, ends: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None, slot: Slot | None, ends: list[int]
+    ) -> Tensor:
+        _save(ctx, x, weight, anchor)
         ctx.slot, ctx.ends = slot, ends
-        ctx.anchor = anchor.shape, anchor.dtype, anchor.device
-        return experts_linear(x, weight, ends)
+        return experts_linear(x, _dense(weight), ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = ctx.saved_tensors
-        if ctx.slot.armed:
+        x, weight = _saved(ctx)
+        if ctx.slot is not None and ctx.slot.armed:
             ctx.slot.record(x, grad, ctx.ends)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = experts_linear(grad.to(weight.dtype), weight.transpose(1, 2), ctx.ends).to(x.dtype)
-        shape, dtype, device = ctx.anchor
-        return grad_x, None, torch.zeros(shape, dtype=dtype, device=device), None, None
+            dense = _dense(weight)
+            grad_x = experts_linear(grad.to(dense.dtype), dense.transpose(1, 2), ctx.ends).to(x.dtype)
+        return grad_x, None, _anchor_grad(ctx), None, None
 
 
 def experts_linear(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
@@ -187,28 +234,37 @@ def experts_forward(
     return x[order.argsort()].view(-1, chosen, x.shape[-1]).sum(1).to(hidden.dtype)
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+def _forward(module: Any, x: Tensor) -> Tensor:
+    weight = _weight_of(module)
     if not torch.is_grad_enabled():
-        return linear(x, module.weight, module.bias)
-    anchor = getattr(module, ANCHOR)
-    return _SampledLinear.apply(x, module.weight, module.bias, anchor, module.seft_slot, False)
+        return linear(x, _dense(weight), module.bias)
+    return _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), False)
 
 
 def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
+    weight = _weight_of(module)
     if not torch.is_grad_enabled():
-        return type(module).forward(module, x)
-    return _SampledLinear.apply(x, module.weight, module.bias, getattr(module, ANCHOR), module.seft_slot, True)
+        whole = isinstance(weight, Tensor)
+        return type(module).forward(module, x) if whole else linear(x, _dense(weight).T, module.bias)
+    return _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), True)
+
+
+def _slot_of(module: nn.Module) -> Slot | None:
+    return module.__dict__.get("seft_slot")
 
 
 def _forward_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() and not module.training:  # a checkpointed layer computes twice, the same each time
+    packed = any(packed_of(parameter) is not None for parameter in module.parameters(recurse=False))
+    if not torch.is_grad_enabled() and not module.training and not packed:
+        # a checkpointed layer computes twice, the same each time
         return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
+    slots: dict[str, Slot] = module.__dict__.get("seft_slots", {})
 
     def project(key: str, x: Tensor, ends: list[int]) -> Tensor:
-        weight = getattr(module, key)
-        if key not in module.seft_slots or not torch.is_grad_enabled():
-            return experts_linear(x, weight, ends)
-        return _SampledExperts.apply(x, weight, getattr(module, f"{key}_{ANCHOR}"), module.seft_slots[key], ends)
+        weight = _weight_of(module, key)
+        if not torch.is_grad_enabled() or (key not in slots and isinstance(weight, Tensor)):
+            return experts_linear(x, _dense(weight), ends)
+        return _SampledExperts.apply(x, weight, getattr(module, f"{key}_{ANCHOR}", None), slots.get(key), ends)
 
     return experts_forward(module, hidden_states, top_k_index, top_k_weights, project)
 
@@ -270,7 +326,9 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
     if hasattr(module, name):
         raise ValueError("the model already has a SeftOptimizer: call detach() on it first")
     slot, weight = Slot(), target.weight
-    anchor = nn.Parameter(torch.zeros(1, dtype=weight.dtype, device=weight.device))
+    packed = packed_of(weight)
+    device = weight.device if packed is None else packed.bits.device
+    anchor = nn.Parameter(torch.zeros(1, dtype=weight.dtype, device=device))
     module.register_parameter(name, anchor)
     hooks = [
         module.register_state_dict_post_hook(_hide_anchor(name)),
@@ -278,13 +336,20 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
     ]
     if isinstance(target, ExpertWeight):
         module.__dict__.setdefault("seft_slots", {})[target.key] = slot
-        forward: Callable[..., Tensor] = _forward_experts
     else:
         module.seft_slot = slot
-        forward = _forward_conv1d if is_conv1d(module) else _forward
-    module.forward = types.MethodType(forward, module)
+    bind_forward(target)
     module.__dict__.setdefault("seft_hooks", []).extend(hooks)
     return anchor, slot
+
+
+def bind_forward(target: Target) -> None:
+    """Make a target compute here, where its weight may be packed and its gradient sampled. Local."""
+    module, _ = _place(target)
+    forward: Callable[..., Tensor] = _forward_conv1d if is_conv1d(module) else _forward
+    if isinstance(target, ExpertWeight):
+        forward = _forward_experts
+    module.forward = types.MethodType(forward, module)
 
 
 def _place(target: Target) -> tuple[Any, str]:
@@ -302,3 +367,5 @@ def uninstall(target: Target) -> None:
     for attribute in ("seft_slot", "seft_slots", "forward"):
         module.__dict__.pop(attribute, None)
     delattr(module, name)
+    if packed_of(target.weight) is not None:
+        bind_forward(target)

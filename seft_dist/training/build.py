@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from seft_dist.backends.fsdp import pack_gathers
+from seft_dist.backends.gather import GatherSize
 from seft_dist.config import AdamConfig, TrainConfig
 from seft_dist.io.data import (
     Batch,
@@ -133,7 +135,12 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
         raise ValueError(f"backend=single with {world_size} ranks: choose fsdp or ddp, or start one process")
     if config.backend != "auto":
         return config.backend
-    return "fsdp" if world_size > 1 or config.replicas > 1 or config.offload else "single"
+    chosen = "fsdp" if world_size > 1 or config.replicas > 1 or config.offload else "single"
+    if chosen == "single" and config.packing == "gather":
+        raise ValueError(
+            "packing=gather in one process, which gathers nothing: choose resident, or start several ranks"
+        )
+    return chosen
 
 
 def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> Run:
@@ -165,7 +172,10 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
         offload=config.offload,
         ds_config=ds.content if ds else None,
         activation_checkpointing=config.model.activation_checkpointing,
+        resident=config.seft.targets if config.packing == "resident" else None,
     )
+    if config.packing == "gather":
+        _say(pack_gathers(model), ranks)
     seft = SeftOptimizer(model, dataclasses.replace(config.seft, steps=config.steps), **args)
     run = Run(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
     if backend == "ddp":
@@ -180,6 +190,19 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
     elif config.replicas > 1:
         run.backend = "hsdp"
     return run
+
+
+def _say(sizes: list[GatherSize], ranks: Ranks) -> None:
+    """Tell which FSDP units are sent packed, and which are not."""
+    if not ranks.is_main:
+        return
+    dense = [size.unit or "root (embeddings, output head, last norm)" for size in sizes if not size.pays]
+    packed = [size for size in sizes if size.pays]
+    if packed:
+        ratio = sum(size.dense for size in packed) / sum(size.packed for size in packed)
+        print(f"packing=gather: {len(packed)} units are sent packed, {ratio:.2f} times fewer bytes", file=sys.stderr)
+    if dense:
+        print(f"packing=gather: sent as they are, since packing would not pay: {', '.join(dense)}", file=sys.stderr)
 
 
 def read_batches(config: TrainConfig, ranks: Ranks) -> BatchStream:
