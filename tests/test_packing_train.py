@@ -26,7 +26,8 @@ def run(inputs: Path, output: Path, world_size: int, **over: Any) -> tuple[list[
     model = ModelConfig(path=str(inputs / "pruned"), activation_checkpointing=True)
     run_train(run_config(inputs, output, model=model, **over), world_size)
     files = [output / "model" / "model.safetensors", output / "delta.safetensors"]
-    return list(read_trace(output)), *(file.read_bytes() for file in files)
+    exported, delta = (file.read_bytes() for file in files)
+    return list(read_trace(output)), exported, delta
 
 
 @pytest.mark.slow
