@@ -1,7 +1,7 @@
 """All-gathers of pruned weights that send bits and values instead of zeros.
 
     a rank's flat shards of one FSDP unit      a 0 0 b 0 c 0 0       as FSDP2 would send them
-    what is sent instead                       bits 1 0 0 1 0 1 0 0 | a b c . .      "." up to the agreed capacity
+    what is sent instead                       3 | bits 1 0 0 1 0 1 0 0 | a b c . .      "." up to the agreed capacity
 
 The shard stays as it is, so nothing else notices. Every bit of a value comes back, -0.0 and NaN too: only values whose bits
 are all 0 are left out. The size of a message must be the same on every rank and known before: it is agreed whenever masks
@@ -19,6 +19,7 @@ from seft_dist.sparsity.bitmask import pack
 
 _WORTH = 0.9
 """Share of the dense bytes above which packing is not worth its time."""
+_HEAD = 8  # bytes: how many values follow
 _WORDS = {2: torch.int16, 4: torch.int32}
 
 
@@ -61,7 +62,7 @@ class PackedAllGather:
         dense = numel * itemsize
         if self.capacity is None or itemsize not in _WORDS:
             return GatherSize(self.name, dense, dense)
-        return GatherSize(self.name, dense, _begin_of_values(numel) + self.capacity * itemsize)
+        return GatherSize(self.name, dense, _begin_of_values(numel) + -(-self.capacity * itemsize // 8) * 8)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -93,7 +94,8 @@ class PackedAllGather:
             )
         sent = torch.zeros(size.packed, dtype=torch.uint8, device=input_tensor.device)
         begin = _begin_of_values(numel)
-        sent[: bits.numel()] = bits
+        sent[:_HEAD].view(torch.int64).fill_(values.numel())
+        sent[_HEAD : _HEAD + bits.numel()] = bits
         sent[begin : begin + values.nbytes].view(words.dtype).copy_(values)
         received = torch.empty(ranks * size.packed, dtype=torch.uint8, device=input_tensor.device)
         dist.all_gather_single(received, sent, group=group)
@@ -101,9 +103,11 @@ class PackedAllGather:
         out, own = output_tensor.view(words.dtype).view(ranks, numel), dist.get_rank(group)
         for rank, row in enumerate(received.view(ranks, -1)):
             if rank != own:
-                decode(row[: bits.numel()], row[begin:].view(words.dtype), out[rank])
+                count = int(row[:_HEAD].view(torch.int64))
+                found = row[begin : begin + count * words.element_size()].view(words.dtype)
+                decode(row[_HEAD : _HEAD + bits.numel()], found, out[rank])
 
 
 def _begin_of_values(numel: int) -> int:
     """Where the values begin in a message: behind the bits, aligned."""
-    return -(-numel // 64) * 8
+    return _HEAD + -(-numel // 64) * 8
