@@ -10,8 +10,7 @@ from torch import Tensor
 
 from seft_dist import SeftConfig, SeftOptimizer, pack_gathers, pack_weights, unpack_weights
 from seft_dist.backends.packed import PackedBackend, packed_of
-from seft_dist.config import TrainConfig
-from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.inputs import ModelConfig
 from seft_dist.io import checkpoint
 from seft_dist.io.models import load_model, open_source
 from tests.families import family_model
@@ -269,13 +268,6 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_weights(model)
     with pytest.raises(ValueError, match="not packed although other targets are"):
         SeftOptimizer(model, CONFIG).attach()
-    config: dict[str, Any] = {"model": ModelConfig(path="m"), "data": DataConfig(path="d"), "output": "o"}
-    config["packing"] = "resident"
-    for key, value in (("deepspeed", "zero3.json"), ("backend", "ddp")):
-        with pytest.raises(ValueError, match="without DeepSpeed"):
-            TrainConfig(**(config | {key: value}))
-    with pytest.raises(ValueError, match="one of the two"):
-        TrainConfig(**(config | {"offload": True}))
 
 
 def test_a_gather_that_does_not_pay_is_dense_and_says_so() -> None:
