@@ -11,8 +11,9 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import Selection
+from seft_dist.kernels.ranking import top_k
 from seft_dist.optim.collectives import disagreeing, select
-from seft_dist.sparsity.selection import INELIGIBLE, keys, top_k
+from seft_dist.sparsity.selection import INELIGIBLE, keys
 from tests.ranks import run_ranks
 
 # Values where an order on bits could go wrong: both zeros, the smallest and largest numbers, neighbours, signs.

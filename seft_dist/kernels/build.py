@@ -24,7 +24,26 @@ _SECONDS = 300
 _HERE = Path(__file__).parent
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, _INT, _INT]
-SIGNATURES = {"sampled_f32": _SAMPLED, "sampled_bf16": _SAMPLED}
+_PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
+_UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
+SIGNATURES = {
+    "sampled_f32": _SAMPLED,
+    "sampled_bf16": _SAMPLED,
+    "popcount_bits": [_POINTER, _LONG, _POINTER],
+    "pack_bools": [_POINTER, _LONG, _POINTER, _INT],
+    "unpack_bits": [_POINTER, _LONG, _POINTER, _INT],
+    "set_bits": [_POINTER, _POINTER, _LONG, _INT],
+    "hash_bits": [_POINTER, _LONG, _LONG, _POINTER, _INT],
+    "count_outside_16": [_POINTER, _LONG, _POINTER, _POINTER, _INT],
+    "count_outside_32": [_POINTER, _LONG, _POINTER, _POINTER, _INT],
+    "rank_keys": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _POINTER, _INT],
+    "count_keys": [_POINTER, _LONG, _POINTER, _INT],
+    "keys_from": [_POINTER, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT],
+    "encode_16": _PACKED,
+    "encode_32": _PACKED,
+    "decode_16": _UNPACKED,
+    "decode_32": _UNPACKED,
+}
 """Argument types of each function; all return an int, 0 for success."""
 
 

@@ -5,8 +5,12 @@ dense    a 0 0 b c 0 ...
 values   a     b c   ...      where the bit is set, also where the value is 0
 """
 
+import ctypes
+
+import torch
 from torch import Tensor
 
+from seft_dist.kernels.build import library
 from seft_dist.sparsity.bitmask import unpack
 
 
@@ -14,14 +18,24 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
     """The values at the set bits. Local.
 
     Args:
-        dense: [n], of any type, contiguous.
+        dense: [n], of any type.
         bits: uint8 [ceil(n / 8)], unused ones 0.
 
     Returns:
         [set bits], of the same type.
     """
-    assert dense.dim() == 1 and bits.numel() == -(-dense.numel() // 8)
-    return dense[unpack(bits, dense.numel())]
+    assert dense.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-dense.numel() // 8)
+    functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
+    if functions is None:
+        return dense[unpack(bits, dense.numel())]
+    dense, bits, count = dense.contiguous(), bits.contiguous(), ctypes.c_int64()
+    functions.popcount_bits(bits.data_ptr(), bits.numel(), ctypes.byref(count))
+    values = dense.new_empty(count.value)
+    function = functions.encode_16 if dense.element_size() == 2 else functions.encode_32
+    numbers = (values.data_ptr(), values.numel(), torch.get_num_threads())
+    if function(bits.data_ptr(), dense.numel(), dense.data_ptr(), *numbers):
+        raise AssertionError("bits changed while they were read")
+    return values
 
 
 def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
@@ -30,10 +44,19 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     Args:
         bits: uint8 [ceil(n / 8)], unused ones 0.
         values: [set bits], in position order.
-        out: [n], of the type of ``values``, contiguous; may be a slice that begins anywhere in a larger tensor.
+        out: [n], of the type of ``values``; may be a slice that begins anywhere in a larger tensor.
 
     Returns:
         ``out``.
     """
-    assert out.dim() == 1 and bits.numel() == -(-out.numel() // 8) and values.dtype == out.dtype
-    return out.zero_().masked_scatter_(unpack(bits, out.numel()), values)
+    assert out.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-out.numel() // 8)
+    assert values.dtype == out.dtype and values.device == out.device == bits.device
+    functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
+    if functions is None:
+        return out.zero_().masked_scatter_(unpack(bits, out.numel()), values)
+    bits, values = bits.contiguous(), values.contiguous()
+    function = functions.decode_16 if out.element_size() == 2 else functions.decode_32
+    numbers = (values.data_ptr(), values.numel(), out.data_ptr(), torch.get_num_threads())
+    if function(bits.data_ptr(), out.numel(), *numbers):
+        raise AssertionError(f"{values.numel()} values for another number of bits")
+    return out

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import Selection
+from seft_dist.kernels.ranking import first_histogram, survivors, top_k
 from seft_dist.sparsity.selection import (
     BINS,
     DIGITS,
     INELIGIBLE,
     descend,
-    first_histogram,
     histogram,
-    survivors,
     take,
     threshold_key,
-    top_k,
 )
 
 NEAR = 1 << 10
@@ -61,9 +59,9 @@ def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[in
     # From here on only those above the first digit's bin matter, and the keys are computed once more for them.
     indices, kept = [], []
     for layer, problem in enumerate(problems):
-        key = keys(layer)
-        indices.append(survivors(key, int(prefixes[problem])))
-        kept.append(key[indices[-1]])
+        those, key = survivors(keys(layer), int(prefixes[problem]))
+        indices.append(those)
+        kept.append(key)
     for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
         counts.zero_()
         for layer, problem in enumerate(problems):

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.kernels import bits
+from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import near_ties, select
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.groups import GroupRanking, Groups
 from seft_dist.optim.state import State
 from seft_dist.optim.window import Window, share_positions
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
-from seft_dist.sparsity.selection import INELIGIBLE, keys
+from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
@@ -151,7 +152,10 @@ class Evolution:
         return self.entries[i].indices.long() - self.intervals[i].start
 
     def _mask(self, i: int) -> Tensor:
-        return unpack(self.state.masks[i], len(self.intervals[i]))
+        return bits.unpack(self.state.masks[i], len(self.intervals[i]))
+
+    def _mark(self, i: int, packed: Tensor, offsets: Tensor, value: bool) -> Tensor:
+        return bits.with_bits(packed, len(self.intervals[i]), offsets, value)
 
     def _grad(self, i: int) -> Tensor:
         return self.windows[i].gradient()
@@ -203,10 +207,8 @@ class Evolution:
         ranking, self.grown = self._best_free(wanted)
         self._count_close_calls(ranking, self.grown)
         for i, offsets in enumerate(self.grown):
-            mask = self._mask(i)
-            self.reactivated.append(offsets[~mask[offsets]])
-            mask[offsets] = True
-            self.state.masks[i] = pack(mask)
+            self.reactivated.append(offsets[~bits.holds(self.state.masks[i], offsets)])
+            self.state.masks[i] = self._mark(i, self.state.masks[i], offsets, True)
 
     def _best_free(self, wanted: list[int]) -> tuple[Callable[[int], Tensor], list[Tensor]]:
         """The ranking of those who may grow, and the best of them, not too many of them pruned. **Collective**."""
@@ -218,10 +220,7 @@ class Evolution:
         pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps)
 
         def with_best_pruned(i: int) -> Tensor:
-            free = self._free(i)
-            eligible = free & self._mask(i)
-            eligible[pruned[i]] = True
-            return self._grow_key(i, eligible)
+            return self._grow_key(i, self._mark(i, self._free(i) & self.state.masks[i], pruned[i], True))
 
         ranking = self._inside_groups(with_best_pruned)
         return ranking, self._select(ranking, wanted)
@@ -263,18 +262,18 @@ class Evolution:
             self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, total, strict=True)]
 
     def _free(self, i: int) -> Tensor:
+        """Bits of the positions that may enter the support."""
         free = self.windows[i].known()
         if free is None:
-            free = torch.ones(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
-        free[self._offsets(i)] = False
-        free[self.dropped[i]] = False  # what left in this step may not come back in it
-        return free
+            free = torch.full_like(self.state.masks[i], 255)
+        # what left in this step may not come back in it
+        return self._mark(i, free, torch.cat([self._offsets(i), self.dropped[i]]), False)
 
     def _grow_key(self, i: int, eligible: Tensor) -> Tensor:
         start, numel = self.intervals[i].start, len(self.intervals[i])
         if self.config.grow == "gradient":
-            score = scores.grow_gradient(self._grad(i))
-        elif self.config.grow == "momentum":
+            return keys(self._grad(i), largest=True, eligible=eligible, absolute=True)
+        if self.config.grow == "momentum":
             rows, cols = self.windows[i].rows, self.windows[i].cols
             assert rows is not None and cols is not None, "criterion without its statistics"
             score = scores.momentum(rows, cols, start, numel)
@@ -292,12 +291,10 @@ class Evolution:
             self._norms = {i: window.summed("norms").sqrt() for i, window in enumerate(self.windows)}
         self.removed = self._best_of_layers() if self.groups is None else self._best_of_groups(self.groups)
         for i, offsets in enumerate(self.removed):
-            mask = self._mask(i)
-            mask[offsets] = False
-            self.state.masks[i] = pack(mask)
-            self.entries[i] = self.entries[i].take(mask[self._offsets(i)])
+            mask = self.state.masks[i] = self._mark(i, self.state.masks[i], offsets, False)
+            self.entries[i] = self.entries[i].take(bits.holds(mask, self._offsets(i)))
             committed = self.state.committed[i]
-            self.state.committed[i] = committed[mask[committed.long() - self.intervals[i].start]]
+            self.state.committed[i] = committed[bits.holds(mask, committed.long() - self.intervals[i].start)]
         if self.config.scope == "global":
             self.state.targets = self.state.active(self.backend)
 
@@ -322,18 +319,15 @@ class Evolution:
     def _adapt_key(self, i: int) -> Tensor:
         weight = self.backend.own(i).to(torch.float32, copy=True)
         weight[self._offsets(i)] = self.entries[i].weight()  # fp32, before any cast
-        known = None
+        # Without the grown ones: their weight is still 0, the step would undo itself.
+        eligible = self._mark(i, self.state.masks[i], self.grown[i], False)
         if self.config.adapt == "sensitivity":
-            score, known = scores.sensitivity(weight, self._grad(i)), self.windows[i].known()
-        elif self.config.adapt == "activation":
-            score = scores.activation(weight, self._norms[i], self.intervals[i].start)
-        else:
-            score = weight.abs()
-        eligible = self._mask(i)
-        eligible[self.grown[i]] = False  # their weight is still 0: the step would undo itself
-        if known is not None:
-            eligible &= known
-        return keys(score, largest=False, eligible=eligible)
+            if (known := self.windows[i].known()) is not None:
+                eligible &= known
+            return keys(weight, largest=False, eligible=eligible, times=self._grad(i))
+        if self.config.adapt == "activation":
+            weight = scores.activation(weight, self._norms[i], self.intervals[i].start)
+        return keys(weight, largest=False, eligible=eligible, absolute=True)
 
     def commit(self, betas: tuple[float, float]) -> None:
         """Give the grown positions entries, and every rank all positions. **Collective**."""

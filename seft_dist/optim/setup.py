@@ -4,15 +4,15 @@ import torch
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.kernels.bits import pack
+from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.schedule import share
-from seft_dist.sparsity.selection import keys
 
 _INIT = 3  # key of the random first support's stream
 _LEAST_SPARSITY = 0.01
@@ -105,7 +105,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
         interval = backend.interval(i)
         positions = torch.arange(interval.start, interval.stop, device=backend.device)
         drawn = scores.uniform(positions, config.seed, i, _INIT)
-        return keys(drawn, largest=True, eligible=unpack(state.masks[i], len(interval)))
+        return keys(drawn, largest=True, eligible=state.masks[i])
 
     chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
     positions = [offsets + backend.interval(i).start for i, offsets in enumerate(chosen)]

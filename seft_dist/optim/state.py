@@ -10,12 +10,12 @@ from torch import Tensor
 from seft_dist.backends import Backend
 from seft_dist.backends.group import Group
 from seft_dist.config import SeftConfig
+from seft_dist.kernels import bits
 from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.optim.groups import Groups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.bitmask import popcount, unpack
 from seft_dist.sparsity.partition import Interval
 
 
@@ -99,7 +99,7 @@ class State:
 
     def active(self, backend: Backend) -> list[int]:
         """Active positions of each whole weight. **Collective**."""
-        return backend.owners.sum(torch.tensor([popcount(mask) for mask in self.masks])).tolist()
+        return backend.owners.sum(torch.tensor([bits.popcount(mask) for mask in self.masks])).tolist()
 
     def verify(self, backend: Backend, config: SeftConfig) -> str:
         """Check every promise about masks and supports on all ranks. **Collective**.
@@ -138,11 +138,9 @@ class State:
         broken, hashes = [], []
         for i, (name, entries) in enumerate(zip(backend.names, self.layers(), strict=True)):
             interval = backend.interval(i)
-            mask = unpack(self.masks[i], len(interval))
-            outside = (~mask[entries.indices.long() - interval.start]).sum()
-            outside += torch.count_nonzero(backend.own(i).masked_fill(mask, 0))
-            broken.append((name, int(outside)))
-            hashes.append(_hash(mask.nonzero().view(-1) + interval.start))
+            outside = (~bits.holds(self.masks[i], entries.indices.long() - interval.start)).sum()
+            broken.append((name, int(outside) + bits.count_outside(self.masks[i], backend.own(i))))
+            hashes.append(bits.hash_of_bits(self.masks[i], len(interval), interval.start))
         return broken, torch.stack(hashes).cpu()
 
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
@@ -168,8 +166,8 @@ def fingerprint(weight: Tensor, start: int) -> Tensor:
         start: Flat position of the first.
     """
     active = weight.nonzero().view(-1)
-    bits = weight[active].float().view(torch.int32).to(torch.int64)
-    return (scores.mix(active + start) * (bits | 1 << 32)).sum()
+    values = weight[active].float().view(torch.int32).to(torch.int64)
+    return (scores.mix(active + start) * (values | 1 << 32)).sum()
 
 
 def _hash(positions: Tensor) -> Tensor:

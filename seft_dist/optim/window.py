@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seft_dist.backends.base import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.kernels import bits
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.sparsity import scores
 
@@ -221,12 +222,11 @@ class Window:
         return self.gradient()[offsets] if self._factors is None else torch.zeros(offsets.shape, device=offsets.device)
 
     def known(self) -> Tensor | None:
-        """Where the gradient of the own interval is known, bool [own]; None: everywhere. Local."""
+        """Where the gradient of the own interval is known, uint8, packed; None: everywhere. Local."""
         if self.positions is None:
             return None
-        known = torch.zeros(self._numel, dtype=torch.bool, device=self.positions.device)
-        known[self._offsets] = True
-        return known
+        nowhere = torch.zeros(-(-self._numel // 8), dtype=torch.uint8, device=self.positions.device)
+        return bits.with_bits(nowhere, self._numel, self._offsets, True)
 
     @property
     def _offsets(self) -> Tensor:

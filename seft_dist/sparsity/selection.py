@@ -58,8 +58,12 @@ def survivors(key: Tensor, first: int) -> Tensor:
     Returns:
         int64, increasing; few, so that what follows costs little.
     """
-    shift = DIGITS[0][0]
-    return (key >= max((first - BINS // 2) << shift, INELIGIBLE + 1)).nonzero().view(-1)
+    return (key >= first_threshold(first)).nonzero().view(-1)
+
+
+def first_threshold(first: int) -> int:
+    """The smallest key of a competitor whose first digit is at least ``first``. Local."""
+    return max((first - BINS // 2) << DIGITS[0][0], INELIGIBLE + 1)
 
 
 def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
@@ -115,23 +119,3 @@ def take(key: Tensor, threshold: int, ties: int) -> Tensor:
     equal = (key == threshold).nonzero().squeeze(1)[:ties]
     above[equal] = True
     return above.nonzero().squeeze(1)
-
-
-def top_k(key: Tensor, k: int) -> Tensor:
-    """Indices of the k largest keys, smaller indices first among ties. Local; waits for the device.
-
-    Args:
-        key: int32 [n]; ineligible ones are never selected.
-        k: How many, at most; fewer are returned if fewer compete.
-
-    Returns:
-        int64, increasing.
-    """
-    counts = first_histogram(key).cpu().unsqueeze(0)
-    found, wanted = descend(counts, torch.tensor([k]).minimum(counts.sum(1)))
-    left = survivors(key, int(found))
-    key, prefix = key[left], int(found)
-    for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
-        found, wanted = descend(histogram(key, digit, prefix).cpu().unsqueeze(0), wanted)
-        prefix = prefix << bits | int(found)
-    return left[take(key, threshold_key(prefix), int(wanted))]

@@ -1,0 +1,105 @@
+"""The passes of a selection over all positions: as in ``sparsity.selection``, in C++ where it can be had."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from seft_dist.kernels.build import library
+from seft_dist.sparsity import bitmask, selection
+from seft_dist.sparsity.scores import grow_gradient, sensitivity
+from seft_dist.sparsity.selection import BINS, DIGITS, descend, first_threshold, histogram, take, threshold_key
+
+
+def keys(
+    scores: Tensor,
+    largest: bool,
+    eligible: Tensor | None = None,
+    *,
+    times: Tensor | None = None,
+    absolute: bool = False,
+) -> Tensor:
+    """Keys of scores, or of |scores x times|, or of |scores|; see ``selection.keys``. Local.
+
+    Args:
+        scores: fp32 [n], finite.
+        largest: Whether large or small ones are selected.
+        eligible: uint8 [ceil(n / 8)], bits of who competes; None for all.
+        times: fp32 [n]; makes the score the absolute value of the product.
+        absolute: Makes the score the absolute value.
+
+    Returns:
+        int32 [n].
+    """
+    functions = library() if scores.is_cpu else None
+    if functions is None:
+        scores = sensitivity(scores, times) if times is not None else grow_gradient(scores) if absolute else scores
+        mask = bitmask.unpack(eligible, scores.numel()) if eligible is not None else None
+        return selection.keys(scores, largest, mask)
+    assert scores.dtype == torch.float32 and scores.dim() == 1
+    assert times is None or (times.dtype == torch.float32 and times.shape == scores.shape and times.is_cpu)
+    assert eligible is None or (eligible.dtype == torch.uint8 and eligible.numel() == -(-scores.numel() // 8))
+    # contiguous() keeps what is contiguous; the names keep the rest alive during the call
+    given = [each.contiguous() if each is not None else None for each in (scores, times, eligible)]
+    a, b, bits = (each.data_ptr() if each is not None else None for each in given)
+    key = torch.empty(scores.numel(), dtype=torch.int32)
+    kind = 2 if times is not None else int(absolute)
+    functions.rank_keys(a, b, bits, key.numel(), kind, largest, key.data_ptr(), torch.get_num_threads())
+    return key
+
+
+def first_histogram(key: Tensor) -> Tensor:
+    """Count the first digit of all competing keys, int64 [BINS]; see ``selection.first_histogram``. Local."""
+    functions = library() if key.is_cpu else None
+    if functions is None:
+        return selection.first_histogram(key)
+    assert key.dtype == torch.int32 and key.is_contiguous()
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    functions.count_keys(key.data_ptr(), key.numel(), counts.data_ptr(), torch.get_num_threads())
+    counts[0] = 0  # the ineligible
+    return counts
+
+
+def survivors(key: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Keys that can still be selected once the first digit of the last selected one is known. Local.
+
+    Args:
+        key: int32 [n].
+        first: That digit.
+
+    Returns:
+        Their indices, int64, increasing, and the keys themselves.
+    """
+    functions = library() if key.is_cpu else None
+    if functions is None:
+        indices = selection.survivors(key, first)
+        return indices, key[indices]
+    assert key.dtype == torch.int32 and key.is_contiguous()
+    lowest, threads, found = first_threshold(first), torch.get_num_threads(), ctypes.c_int64()
+    what = (key.data_ptr(), key.numel(), lowest, ctypes.byref(found))
+    functions.keys_from(*what, None, None, threads)
+    indices = torch.empty(found.value, dtype=torch.int64)
+    kept = torch.empty(found.value, dtype=torch.int32)
+    if functions.keys_from(*what, indices.data_ptr(), kept.data_ptr(), threads):
+        raise AssertionError("keys changed while they were read")
+    return indices, kept
+
+
+def top_k(key: Tensor, k: int) -> Tensor:
+    """Indices of the k largest keys, smaller indices first among ties. Local; waits for the device.
+
+    Args:
+        key: int32 [n]; ineligible ones are never selected.
+        k: How many, at most; fewer are returned if fewer compete.
+
+    Returns:
+        int64, increasing.
+    """
+    counts = first_histogram(key).cpu().unsqueeze(0)
+    found, wanted = descend(counts, torch.tensor([k]).minimum(counts.sum(1)))
+    left, key = survivors(key, int(found))
+    prefix = int(found)
+    for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
+        found, wanted = descend(histogram(key, digit, prefix).cpu().unsqueeze(0), wanted)
+        prefix = prefix << bits | int(found)
+    return left[take(key, threshold_key(prefix), int(wanted))]

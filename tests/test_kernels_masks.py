@@ -1,0 +1,134 @@
+"""Masks as bits and the passes of a selection: C++ and torch give the same bits, with any number of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seft_dist.kernels import bits, build, packing, ranking
+from seft_dist.sparsity import bitmask, hashes, selection
+from tests.ranks import run_ranks
+
+MASKS = st.tuples(st.integers(0, 2**32), st.integers(0, 300), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+SCORES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 3e38, -3e38, 1e-45, -1e-45, 0.1, 7.0])
+
+
+@pytest.fixture(params=["C++", "torch"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        for module in (bits, ranking, packing):
+            monkeypatch.setattr(module, "library", lambda: None)
+    else:
+        assert build.library() is not None
+
+
+def draw(seed: int, numel: int, share: float) -> Tensor:
+    return torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.usefixtures("either")
+def test_bits() -> None:
+    @settings(deadline=None)
+    @given(MASKS, st.integers(0, 1 << 40))
+    def check(drawn: tuple[int, int, float], start: int) -> None:
+        mask = draw(*drawn)
+        packed = bits.pack(mask)
+        assert torch.equal(packed, bitmask.pack(mask))
+        assert torch.equal(bits.unpack(packed, mask.numel()), mask)
+        assert bits.popcount(packed) == int(mask.sum())
+        positions = mask.nonzero().view(-1)
+        assert torch.equal(bits.hash_of_bits(packed, mask.numel(), start), hashes.hash_of_set(positions + start))
+        assert torch.equal(bits.holds(packed, torch.arange(mask.numel())), mask)
+
+    check()
+
+
+@pytest.mark.usefixtures("either")
+def test_some_bits_changed_in_a_copy() -> None:
+    @settings(deadline=None)
+    @given(MASKS, st.lists(st.integers(0, 299)), st.booleans())
+    def check(drawn: tuple[int, int, float], offsets: list[int], value: bool) -> None:
+        mask = draw(*drawn)
+        packed, where = bits.pack(mask), torch.tensor([o for o in offsets if o < mask.numel()], dtype=torch.int64)
+        before = packed.clone()
+        changed = bits.with_bits(packed, mask.numel(), where, value)
+        assert torch.equal(packed, before)
+        mask[where] = value
+        assert torch.equal(changed, bitmask.pack(mask))
+
+    check()
+
+
+@pytest.mark.usefixtures("either")
+def test_values_outside_the_mask() -> None:
+    @settings(deadline=None)
+    @given(MASKS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    def check(drawn: tuple[int, int, float], dtype: torch.dtype) -> None:
+        mask = draw(*drawn)
+        some = torch.tensor([0.0, -0.0, 1.0, torch.nan, -torch.inf, 1e-7, 1e-40])
+        dense = some[torch.randint(7, mask.shape, generator=torch.Generator().manual_seed(drawn[0]))].to(dtype)
+        assert bits.count_outside(bits.pack(mask), dense) == int((dense[~mask] != 0).sum())
+        assert bits.count_outside(bits.pack(mask), dense.masked_fill(~mask, -0.0)) == 0
+
+    check()
+
+
+@pytest.mark.usefixtures("either")
+def test_keys_histogram_survivors() -> None:
+    @settings(deadline=None)
+    @given(
+        st.lists(st.tuples(SCORES | st.floats(width=32, allow_nan=False, allow_infinity=False), SCORES, st.booleans())),
+        st.booleans(),
+        st.sampled_from(["plain", "absolute", "product"]),
+        st.booleans(),
+    )
+    def check(drawn: list[tuple[float, float, bool]], largest: bool, kind: str, everyone: bool) -> None:
+        columns = [list(column) for column in zip(*drawn, strict=True)] or [[], [], []]
+        scores, times = (torch.tensor(column, dtype=torch.float32) for column in columns[:2])
+        times = times.clamp(-1, 1)  # products stay finite
+        eligible = torch.tensor(columns[2], dtype=torch.bool)
+        score = {"plain": scores, "absolute": scores.abs(), "product": (scores * times).abs()}[kind]
+        expected = selection.keys(score, largest, None if everyone else eligible)
+        key = ranking.keys(
+            scores,
+            largest,
+            None if everyone else bitmask.pack(eligible),
+            times=times if kind == "product" else None,
+            absolute=kind == "absolute",
+        )
+        assert torch.equal(key, expected)
+        counts = ranking.first_histogram(key)
+        assert torch.equal(counts, selection.first_histogram(key))
+        for first in {0, *counts.nonzero().view(-1).tolist(), selection.BINS - 1}:
+            indices, kept = ranking.survivors(key, first)
+            assert torch.equal(indices, selection.survivors(key, first)) and torch.equal(kept, key[indices])
+
+    check()
+
+
+def test_the_same_on_several_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, times = torch.randn(2, 200_003, generator=generator)
+    mask = torch.rand(200_003, generator=generator) < 0.4
+
+    def on_threads(rank: int, world_size: int) -> list[list[Tensor]]:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            packed = bits.pack(mask)
+            key = ranking.keys(scores, False, packed, times=times)
+            counts = ranking.first_histogram(key)
+            values = packing.encode(scores, packed)
+            restored = packing.decode(packed, values, torch.full_like(scores, 7))
+            numbers = [bits.count_outside(packed, scores), int(bits.hash_of_bits(packed, mask.numel(), 5))]
+            unpacked = bits.unpack(packed, mask.numel())
+            results.append([packed, unpacked, key, counts, *ranking.survivors(key, 900), values, restored])
+            results[-1].append(torch.tensor(numbers))
+        return results
+
+    one, three = run_ranks(on_threads, 1)[0]  # a pool of threads must not be started in this process
+    assert all(torch.equal(first, second) for first, second in zip(one, three, strict=True))
+    assert torch.equal(one[1], mask) and torch.equal(one[7], torch.where(mask, scores, 0))
+    assert torch.equal(one[2], selection.keys((scores * times).abs(), False, mask))
+    assert torch.equal(one[6], scores[mask])
