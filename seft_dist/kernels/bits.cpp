@@ -3,8 +3,6 @@
 
 namespace {
 
-const ByteTables tables;
-
 // The finalizer of SplitMix64, as in sparsity/scores.py.
 inline uint64_t mix(uint64_t x) {
     x += 0x9E3779B97F4A7C15u;
@@ -23,7 +21,7 @@ int64_t outside(const uint8_t* bits, int64_t n, const T* dense) {
         Indices found = {};  // minus the number found in each lane
         for (const int64_t end = i + 8 * 4096; i + 8 <= n && i < end; i += 8) {
             const Values all = *(const typename Eight<T>::Loose*)(dense + i);
-            const Indices bit = __builtin_convertvector(*(const Bytes*)tables.expand[bits[i / 8]], Indices);
+            const Indices bit = expand<T>(bits[i / 8]);
             found += ((Indices)(all << 1) != 0) & (bit < 0);
         }
         for (int lane = 0; lane < 8; lane++) total -= found[lane];
@@ -73,8 +71,10 @@ extern "C" int unpack_bits(const uint8_t* bits, int64_t n, uint8_t* bools, int t
     each_part(n, threads, [=](int64_t begin, int64_t numel) {
         int64_t i = begin;
         for (; i + 8 <= begin + numel; i += 8) {
-            const Bytes bit = *(const Bytes*)tables.expand[bits[i / 8]];
-            *(Bytes*)(bools + i) = (bit >= 0) & 1;
+            // bit j of the byte comes to the lowest bit of byte j
+            const uint64_t copies = bits[i / 8] * 0x0101010101010101u & 0x8040201008040201u;
+            const uint64_t word = ((copies + 0x007F7F7F7F7F7F7Fu) | copies) >> 7 & 0x0101010101010101u;
+            std::memcpy(bools + i, &word, 8);
         }
         for (; i < begin + numel; i++) bools[i] = bits[i / 8] >> i % 8 & 1;
     });

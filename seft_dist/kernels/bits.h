@@ -5,22 +5,22 @@
 
 constexpr int64_t SMALL = 1 << 15;  // positions that are not worth a second thread
 
+// I is an integer of the size of the values: widening bytes costs more than it saves.
+template <class I>
 struct ByteTables {
-    int8_t expand[256][8];    // lane -> number of its bit among the set ones, -1 where it is not set
-    int8_t compress[256][8];  // number of a set bit -> its lane
+    I expand[256][8];    // lane -> number of its bit among the set ones, -1 where it is not set
+    I compress[256][8];  // number of a set bit -> its lane
     ByteTables() {
         for (int byte = 0; byte < 256; byte++) {
             int filled = 0;
             for (int lane = 0; lane < 8; lane++) {
                 compress[byte][lane] = 0;
-                expand[byte][lane] = (byte >> lane & 1) ? int8_t(filled) : int8_t(-1);
-                if (byte >> lane & 1) compress[byte][filled++] = int8_t(lane);
+                expand[byte][lane] = (byte >> lane & 1) ? I(filled) : I(-1);
+                if (byte >> lane & 1) compress[byte][filled++] = I(lane);
             }
         }
     }
 };
-
-typedef int8_t Bytes __attribute__((vector_size(8), aligned(1)));
 
 template <class T>
 struct Eight;  // vectors of 8 values of a type, and of integers of its size
@@ -28,14 +28,25 @@ template <>
 struct Eight<uint16_t> {
     typedef uint16_t Values __attribute__((vector_size(16)));
     typedef uint16_t Loose __attribute__((vector_size(16), aligned(2)));
-    typedef int16_t Indices __attribute__((vector_size(16)));
+    typedef int16_t Index;
+    typedef int16_t Indices __attribute__((vector_size(16), aligned(2)));
 };
 template <>
 struct Eight<uint32_t> {
     typedef uint32_t Values __attribute__((vector_size(32)));
     typedef uint32_t Loose __attribute__((vector_size(32), aligned(4)));
-    typedef int32_t Indices __attribute__((vector_size(32)));
+    typedef int32_t Index;
+    typedef int32_t Indices __attribute__((vector_size(32), aligned(4)));
 };
+
+template <class T>
+const ByteTables<typename Eight<T>::Index> tables;
+
+// The table's row of a byte for values of type T.
+template <class T>
+inline typename Eight<T>::Indices expand(int byte) {
+    return *(const typename Eight<T>::Indices*)tables<T>.expand[byte];
+}
 
 inline int64_t popcount(const uint8_t* bits, int64_t bytes) {
     int64_t total = 0, i = 0;

@@ -4,8 +4,6 @@
 
 namespace {
 
-const ByteTables tables;
-
 template <class T>
 const T* decode_byte(int byte, int lanes, const T* values, T* out) {
     for (int lane = 0; lane < lanes; lane++) out[lane] = byte >> lane & 1 ? *values++ : T(0);
@@ -25,7 +23,7 @@ template <class T>
 inline void decode_eight(int byte, const T* values, T* out) {
     typedef typename Eight<T>::Values Values;
     typedef typename Eight<T>::Indices Indices;
-    const Indices from = __builtin_convertvector(*(const Bytes*)tables.expand[byte], Indices);
+    const Indices from = expand<T>(byte);
     const Values all = *(const typename Eight<T>::Loose*)values;
     *(typename Eight<T>::Loose*)out = __builtin_shuffle(all, (Values)from) & (Values)(from >= 0);
 }
@@ -34,7 +32,7 @@ template <class T>
 inline void encode_eight(int byte, const T* dense, T* values) {
     typedef typename Eight<T>::Values Values;
     typedef typename Eight<T>::Indices Indices;
-    const Indices from = __builtin_convertvector(*(const Bytes*)tables.compress[byte], Indices);
+    const Indices from = *(const Indices*)tables<T>.compress[byte];
     const Values all = *(const typename Eight<T>::Loose*)dense;
     *(typename Eight<T>::Loose*)values = __builtin_shuffle(all, (Values)from);
 }

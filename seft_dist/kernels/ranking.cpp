@@ -9,8 +9,6 @@ constexpr int SHIFT = 21, BINS = 1 << 11;  // of the first digit
 constexpr int32_t INELIGIBLE = INT32_MIN;
 constexpr int64_t PIECE = 4096;  // positions whose keys stay in the first cache until they are counted
 
-const ByteTables tables;
-
 inline int32_t key_of(float score, bool largest) {
     score += 0.0f;  // -0 becomes 0
     int32_t bits;
@@ -35,7 +33,7 @@ void exclude(const uint8_t* eligible, int64_t n, int32_t* key) {
     typedef int32_t Loose __attribute__((vector_size(32), aligned(4)));
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        const Indices out = __builtin_convertvector(*(const Bytes*)tables.expand[eligible[i / 8]], Indices) < 0;
+        const Indices out = expand<uint32_t>(eligible[i / 8]) < 0;
         Loose* const keys = (Loose*)(key + i);
         *keys = (*keys & ~out) | (INELIGIBLE & out);
     }

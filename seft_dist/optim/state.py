@@ -15,7 +15,7 @@ from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.optim.groups import Groups
 from seft_dist.optim.window import Window
-from seft_dist.sparsity import scores
+from seft_dist.sparsity import hashes, scores
 from seft_dist.sparsity.partition import Interval
 
 
@@ -165,9 +165,13 @@ def fingerprint(weight: Tensor, start: int) -> Tensor:
         weight: [n], in the model's dtype.
         start: Flat position of the first.
     """
-    active = weight.nonzero().view(-1)
-    values = weight[active].float().view(torch.int32).to(torch.int64)
-    return (scores.mix(active + start) * (values | 1 << 32)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for piece in hashes.pieces(weight):
+        active = piece.nonzero().view(-1)
+        values = piece[active].float().view(torch.int32).to(torch.int64)
+        total += (scores.mix(active + start) * (values | 1 << 32)).sum()
+        start += piece.numel()
+    return total
 
 
 def _hash(positions: Tensor) -> Tensor:

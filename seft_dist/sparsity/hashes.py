@@ -25,7 +25,7 @@ def hash_of_set(positions: Tensor) -> Tensor:
     Args:
         positions: [k], integers, in any order.
     """
-    return _sum(mix(part.to(torch.int64)).sum() for part in _pieces(positions))
+    return _sum(mix(part.to(torch.int64)).sum() for part in pieces(positions))
 
 
 def hash_of_entries(positions: Tensor, values: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def hash_of_entries(positions: Tensor, values: Tensor) -> Tensor:
         positions: [k], integers, in any order.
         values: [k], of any type; 0 and -0 differ.
     """
-    parts = zip(_pieces(positions), _pieces(values.view(_BITS[values.element_size()])), strict=True)
+    parts = zip(pieces(positions), pieces(values.view(_BITS[values.element_size()])), strict=True)
     return _sum(mix(mix(where.to(torch.int64)) + what).sum() for where, what in parts)
 
 
@@ -47,7 +47,7 @@ def hash_of_weight(weight: Tensor, start: int) -> Tensor:
         start: Flat position of the first.
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for piece in _pieces(weight.view(_BITS[weight.element_size()])):
+    for piece in pieces(weight.view(_BITS[weight.element_size()])):
         filled = piece.nonzero().view(-1)
         total += mix(mix(filled + start) + piece[filled]).sum()
         start += piece.numel()
@@ -67,8 +67,8 @@ def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
     Source: the count sketch (Charikar, Chen, Farach-Colton, ICALP 2002).
     """
     total = torch.zeros(BUCKETS, dtype=torch.int64, device=positions.device)
-    others = _pieces(values) if values is not None else None
-    for where in _pieces(positions):
+    others = pieces(values) if values is not None else None
+    for where in pieces(positions):
         drawn = mix(~where.to(torch.int64))
         term = (drawn >> 32 & 1) * 2 - 1
         if others is not None:
@@ -85,7 +85,8 @@ def distance(first: list[int], second: list[int]) -> float:
     return float(sum((a - b) ** 2 for a, b in zip(first, second, strict=True))) ** 0.5
 
 
-def _pieces(values: Tensor) -> Iterator[Tensor]:
+def pieces(values: Tensor) -> Iterator[Tensor]:
+    """Parts of a tensor [n] whose intermediate results stay in the cache. Local."""
     return iter(values.split(_ON_CPU if values.device.type == "cpu" else _ON_DEVICE))
 
 
