@@ -13,16 +13,25 @@ class Group:
     """Ranks that act together; ``None`` is one process alone, with the same code path.
 
     Every method that is not a property is **collective**: all ranks of the group must enter it, in the same order, also
-    with nothing to send. ``bytes_sent`` counts what this rank sends, as a ring would.
+    with nothing to send. Bytes are counted as a ring would send them.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, counted_with: "Group | None" = None) -> None:
+        """Args:
+        group: The ranks.
+        counted_with: Its bytes are counted together with this one's.
+        """
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
-        self.bytes_sent = 0
+        self._sent: list[int] = [0] if counted_with is None else counted_with._sent
         # NCCL moves device tensors only (never run here); offloaded shards are staged through the device.
         self._nccl = group is not None and dist.get_backend(group) == "nccl"
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank has sent so far."""
+        return self._sent[0]
 
     def _stage(self, tensor: Tensor) -> Tensor:
         return tensor.cuda() if self._nccl and tensor.device.type == "cpu" else tensor.contiguous()
@@ -31,7 +40,7 @@ class Group:
         if self.size > 1:
             staged = self._stage(tensor)
             dist.all_reduce(staged, op=op, group=self.group)
-            self.bytes_sent += 2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size
+            self._sent[0] += 2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size
             if staged is not tensor:
                 tensor.copy_(staged)
         return tensor
@@ -58,7 +67,7 @@ class Group:
         staged = self._stage(tensor)
         out = torch.empty((self.size * tensor.numel(),), dtype=tensor.dtype, device=staged.device)
         dist.all_gather_single(out, staged.view(-1), group=self.group)
-        self.bytes_sent += tensor.numel() * tensor.element_size() * (self.size - 1)
+        self._sent[0] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return out.view(self.size, *tensor.shape).to(tensor.device)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -79,25 +88,51 @@ class Group:
         padded[: tensor.numel()] = tensor
         return [row[:length] for row, length in zip(self.stack(padded), lengths, strict=True)]
 
-    def sum_to_owners(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """Add a vector up over the ranks; each rank keeps its own segment.
+    def twin(self) -> "Group":
+        """The same ranks with a queue of their own, so that its calls may cross those of this group."""
+        if self.group is None:
+            return self
+        ranks = dist.get_process_group_ranks(self.group)
+        return Group(dist.new_group(ranks, use_local_synchronization=True), counted_with=self)
+
+    def start_sum_to_owners(self, tensor: Tensor, sizes: list[int]) -> "Sum":
+        """Begin to add a vector up over the ranks; each rank keeps its own segment.
 
         Args:
-            tensor: fp32 [sum(sizes)], segments in rank order.
+            tensor: fp32 [sum(sizes)], segments in rank order; unchanged until waited for.
             sizes: Length of each rank's segment, the same list on every rank.
 
         Returns:
-            fp32 [sizes[rank]], summed in rank order.
+            What gives fp32 [sizes[rank]], summed in rank order.
         """
         assert tensor.numel() == sum(sizes)
         if self.size == 1:
-            return tensor
+            return Sum(tensor, tensor, 1, tensor.device, None)
         staged = self._stage(tensor)
         own = sizes[self.rank]
         terms = torch.empty(self.size * own, dtype=tensor.dtype, device=staged.device)
-        dist.all_to_all_single(terms, staged, [own] * self.size, sizes, group=self.group)
-        self.bytes_sent += (tensor.numel() - own) * tensor.element_size()
-        total = torch.zeros(own, dtype=tensor.dtype, device=staged.device)
-        for term in terms.view(self.size, own):
+        work = dist.all_to_all_single(terms, staged, [own] * self.size, sizes, group=self.group, async_op=True)
+        self._sent[0] += (tensor.numel() - own) * tensor.element_size()
+        return Sum(staged, terms, self.size, tensor.device, work)
+
+    def sum_to_owners(self, tensor: Tensor, sizes: list[int]) -> Tensor:
+        """``start_sum_to_owners``, waited for."""
+        return self.start_sum_to_owners(tensor, sizes).wait()
+
+
+class Sum:
+    """A sum over ranks that is under way."""
+
+    def __init__(self, sent: Tensor, terms: Tensor, count: int, device: torch.device, work: dist.Work | None) -> None:
+        self._sent = sent  # must live until the work is done
+        self._terms, self._count, self._device, self._work = terms, count, device, work
+
+    def wait(self) -> Tensor:
+        """The sum, on the device of what was sent. On CUDA the stream waits, not the host."""
+        if self._work is None:
+            return self._terms
+        self._work.wait()
+        total = self._terms.new_zeros(self._terms.numel() // self._count)
+        for term in self._terms.view(self._count, -1) if total.numel() else ():
             total += term
-        return total.to(tensor.device)
+        return total.to(self._device)

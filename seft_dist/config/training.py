@@ -47,7 +47,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the data order."""
     log_every: int = 1
-    """Optimizer steps between records in metrics.jsonl and the trackers."""
+    """Optimizer steps between records in metrics.jsonl and the trackers. In between ranks exchange gradients only and do
+    not wait for their devices; signals and losses that are not finite are looked at when a step is recorded."""
     save_every: int = 0
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
     trace: bool = False

@@ -73,11 +73,13 @@ class Columns:
         return self.base + self.values
 
     @torch.no_grad()
-    def adamw_(self, grad: Tensor, group: dict[str, Any], decay_weight: bool) -> None:
-        """One AdamW update of the values, each entry's bias corrected by its own age. Local.
+    def adamw_(self, grad: Tensor, ok: Tensor, oldest: int, group: dict[str, Any], decay_weight: bool) -> None:
+        """One AdamW update of the values, each entry's bias corrected by its own age; nothing waits for the device. Local.
 
         Args:
             grad: fp32 [k].
+            ok: bool [], on the device: whether to update at all; False leaves every bit as it is.
+            oldest: No entry's age is above this before the update.
             group: A torch param group: lr, betas, eps, weight_decay.
             decay_weight: Whether decay shrinks base + delta (AdamW on the weight) or only the delta.
 
@@ -87,15 +89,16 @@ class Columns:
             return
         lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
         beta1, beta2 = group["betas"]
-        self.age += 1
+        grad = torch.where(ok, grad, 0.0)  # 0 and not finite is 0; the rates below then keep what was there
+        self.age += ok
         if decay:
-            self.values.sub_(self.weight() if decay_weight else self.values, alpha=lr * decay)
-        self.exp_avg.lerp_(grad, 1 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            self.values.sub_((self.weight() if decay_weight else self.values) * torch.where(ok, lr * decay, 0.0))
+        self.exp_avg.lerp_(grad, torch.where(ok, 1 - beta1, 0.0))
+        self.exp_avg_sq.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1 - beta2)
         # Ages take few values: the powers are tabulated in fp64 and looked up.
-        ages = torch.arange(int(self.age.max()) + 1, dtype=torch.float64, device=grad.device)
-        step_size = (lr / (1 - beta1**ages)).float()[self.age]
-        correction = (1 - beta2**ages).sqrt().float()[self.age]
+        ages = torch.arange(oldest + 2, dtype=torch.float64, device=grad.device)
+        step_size = torch.where(ok, lr / (1 - beta1**ages), 0.0).float()[self.age]
+        correction = torch.where(ok, (1 - beta2**ages).sqrt(), 1.0).float()[self.age]
         denominator = self.exp_avg_sq.sqrt().div_(correction).add_(eps)
         self.values.sub_(self.exp_avg.mul(step_size).div_(denominator))
 

@@ -39,6 +39,8 @@ class Slot:
         """fp32 [k], this rank's gradient since the last step; None: no backward yet."""
         self.window: Window | None = None
         """Where the dense gradient goes; None outside an evolution's window."""
+        self.recorded: Callable[[], None] = _nothing
+        """Called after each record: the gradient may leave for its owners."""
 
     def forget(self) -> None:
         """Drop the gradient since the last step. Local."""
@@ -73,6 +75,7 @@ class Slot:
             if dense is not None:
                 self.window.add(dense)  # last: the sum over ranks may be made in place
                 self.window.seconds += time.perf_counter() - began
+        self.recorded()
 
     def _record_experts(self, support: Support, x: Tensor, grad: Tensor, ends: list[int]) -> None:
         assert self.grad is not None
@@ -81,6 +84,10 @@ class Slot:
         for rows, block, out in zip(_slices(ends, len(x)), blocks, outs, strict=True):
             if rows.start < rows.stop:
                 sampled_grad_(out, block.shape, block.crow, block.col, x[rows], grad[rows])
+
+
+def _nothing() -> None:
+    pass
 
 
 def _slices(ends: list[int] | None, tokens: int) -> list[slice]:

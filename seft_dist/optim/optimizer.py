@@ -3,7 +3,6 @@
 The weights always hold base + delta, so the model is an ordinary Hugging Face model at every moment.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,22 +14,21 @@ from torch import Tensor, nn
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
-from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.evolution import Evolution, EvolutionReport
+from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.linear import install, uninstall
-from seft_dist.optim.setup import first_state, random_support
+from seft_dist.optim.setup import agree_on_config, check_write, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.targets import check_criteria, find_targets
+from seft_dist.optim.verdict import Verdict, judge
 from seft_dist.optim.window import Needs, Window, sampled, share_positions, take_kept
 from seft_dist.sparsity.bitmask import unpack
-from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution
+from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
 _NOT_IN_STATE_DICT = (
     "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
     "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
 )
-_CHECKED_LAYERS = 4
-_CHECKED_POSITIONS = 64
 
 
 class SeftOptimizer(torch.optim.Optimizer):
@@ -77,7 +75,6 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
-        self.grad_norm = 0.0
         self.evolution: EvolutionReport | None = None
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
@@ -89,6 +86,10 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._state: State | None = None
         self._needs = Needs.of(self.config)
         self._write_checked = False
+        self._exchange: Exchange | None = None
+        self._grad_norm = torch.zeros(())
+        self._settles_late = False
+        self._unsettled: Verdict | None = None
         super().__init__(
             [anchor for anchor, _ in installed.values()],
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -108,10 +109,21 @@ class SeftOptimizer(torch.optim.Optimizer):
         return self._backend
 
     @property
+    def exchange(self) -> Exchange:
+        """Where the gradients go in the coming step; known once attached."""
+        assert self._exchange is not None, "not attached"
+        return self._exchange
+
+    @property
     def sparse_state(self) -> State:
         """Masks and deltas of this rank; known once attached."""
         assert self._state is not None, "not attached"
         return self._state
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping. Local; waits for the device."""
+        return float(self._grad_norm)
 
     def attach(self) -> None:
         """Find out who owns what, and check that the model fits the configuration. **Collective**, idempotent.
@@ -125,12 +137,16 @@ class SeftOptimizer(torch.optim.Optimizer):
         if self._backend is not None:
             return
         backend = find_backend(self._model, self._targets, self._group)
-        self._agree_on_config(backend)
+        group = self.param_groups[0]
+        update = [group[key] for key in ("betas", "eps", "weight_decay")]
+        agree_on_config(backend, repr((self.config, self.max_grad_norm, update)))
         if isinstance(backend, ReplicatedBackend):
             for i in range(len(backend.names)):
                 backend.check_replicas(i)
         self._state = first_state(backend, self.config)
         self._backend = backend
+        self._exchange = Exchange(backend, self._slots)
+        self._settles_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
@@ -139,17 +155,6 @@ class SeftOptimizer(torch.optim.Optimizer):
     def _attach_before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self.attach()
-
-    def _agree_on_config(self, backend: Backend) -> None:
-        group = self.param_groups[0]
-        told = repr((self.config, self.max_grad_norm, [group[key] for key in ("betas", "eps", "weight_decay")]))
-        digest = int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "little")
-        for ranks in (backend.owners, backend.replicas):
-            wrong = disagreeing(ranks, torch.tensor([digest]))
-            if wrong:
-                raise ValueError(
-                    f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}"
-                )
 
     def _prepare_step(self) -> None:
         """Tell the slots what the coming step's backward must record. Local."""
@@ -162,8 +167,10 @@ class SeftOptimizer(torch.optim.Optimizer):
                 slot.window = None
             elif slot.window is None:
                 slot.window = self.new_window(i)
-        for slot, support in zip(self._slots, sampled(self._windows(), self.sparse_state.supports), strict=True):
+        supports = sampled(self._windows(), self.sparse_state.supports)
+        for slot, support in zip(self._slots, supports, strict=True):
             slot.support = None if first else support
+        self.exchange.prepare(supports)
 
     def new_window(self, i: int) -> Window:
         """An empty window of target i for the coming step. Local."""
@@ -172,11 +179,25 @@ class SeftOptimizer(torch.optim.Optimizer):
         return Window(self.backend, i, self._needs.of_first_support() if first else self._needs)
 
     def _is_first(self, step: int) -> bool:
-        return step == 1 and self.config.init == "gradient"
+        return is_first_support(self.config, step)
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Say before a backward pass whether it is the last one before ``step()``. Local; the same on every rank.
+
+        Told so, gradients leave for their owners while it still runs; otherwise all of them leave in ``step()``. With
+        gradient accumulation, say True before the last micro-batch only.
+
+        Args:
+            is_last_backward: As for FSDP2's method of this name; holds for one step.
+        """
+        if self._exchange is not None:
+            self._exchange.set_last(is_last_backward)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step, also those of a window. Local."""
         super().zero_grad(set_to_none)
+        if self._exchange is not None:
+            self._exchange.forget()
         for slot in self._slots:
             slot.forget()
             if slot.window is not None:
@@ -191,7 +212,7 @@ class SeftOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: A gradient is not finite; names the layer, nothing was changed. ``zero_grad()`` and go on,
-                or stop.
+                or stop. On a GPU, outside of windows, it is raised by the next call (see ``settle``).
             RuntimeError: A write is not seen by the model, or ranks disagree on masks or supports.
         """
         loss = None
@@ -199,19 +220,25 @@ class SeftOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.evolution = None
+        self.settle()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
         step = self.num_steps + 1
-        grad = take_kept(self._windows(), self._reduced_grad(), list(self.sparse_state.layers()))
-        self._refuse_non_finite(grad)
+        grad = take_kept(self._windows(), self.exchange.finish(), list(self.sparse_state.layers()))
         windows = [window for window in self._windows() if window is not None]
+        verdict = self._judge(step, grad)
+        if windows or not self._settles_late:
+            verdict.refuse(self.target_names)
+        else:
+            self._unsettled = verdict
         for window in windows:
             window.fold()
         with self.backend.writing():
             if self._is_first(step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = self._grad_of_first_support(windows)
-            self._update(grad)
+                verdict = self._judge(step, grad)
+            self._update(grad, verdict)
             self.num_steps = step
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
@@ -221,44 +248,32 @@ class SeftOptimizer(torch.optim.Optimizer):
             for slot in self._slots:
                 slot.window = None
         if not self._write_checked:
-            self._check_write()
+            check_write(self.backend, self.sparse_state)
+            self._write_checked = True
         self._prepare_step()
         return loss
 
-    def _reduced_grad(self) -> Tensor:
-        """Gradient at the own sampled positions, averaged over ranks, fp32 [own]. **Collective**; all layers in one call."""
-        backend, supports = self.backend, sampled(self._windows(), self.sparse_state.supports)
-        device = backend.device
-        per_layer = [
-            (slot.grad if slot.grad is not None else torch.zeros(len(support), device=device)).split(support.sizes)
-            for slot, support in zip(self._slots, supports, strict=True)
-        ]
-        sizes = [sum(support.sizes[rank] for support in supports) for rank in range(backend.owners.size)]
-        flat = torch.cat([part[rank] for rank in range(backend.owners.size) for part in per_layer])
-        own = backend.owners.sum_to_owners(flat, sizes)
-        return (backend.replicas.sum(own) / backend.world_size).to(device)
+    def settle(self) -> None:
+        """Wait for what the last step found out about its gradient. Local.
+
+        On a CPU, and in every step of a window, ``step()`` has done so. Else the device decides whether it updates, and the
+        host learns of it here: at the latest when the next step begins.
+
+        Raises:
+            FloatingPointError: The last step's gradient was not finite; it changed nothing and does not count.
+        """
+        verdict, self._unsettled = self._unsettled, None
+        if verdict is not None and not verdict.ok:
+            self.num_steps -= 1
+            self.zero_grad()
+            self._prepare_step()
+            verdict.refuse(self.target_names)
 
     def _windows(self) -> list[Window | None]:
         return [slot.window for slot in self._slots]
 
-    def _squared_norms(self, grad: Tensor) -> Tensor:
-        """Squared gradient norm of each target over all ranks, fp64 [targets]. **Collective**."""
-        parts = grad.split(self.sparse_state.lengths)
-        squared = torch.stack([part.double().square().sum() for part in parts])
-        return self.backend.owners.sum(squared)
-
-    def _refuse_non_finite(self, grad: Tensor) -> None:
-        squared = self._squared_norms(grad)
-        bad = torch.stack(
-            [window.is_finite().logical_not().cpu() if window else torch.tensor(False) for window in self._windows()]
-        )
-        wrong = self.backend.owners.sum(bad.double()).bool() | torch.isfinite(squared).logical_not().cpu()
-        if wrong.any():
-            names = [name for name, is_wrong in zip(self.target_names, wrong.tolist(), strict=True) if is_wrong]
-            raise FloatingPointError(
-                f"step {self.num_steps + 1}: the gradient of {names[0]} is not finite ({len(names)} of {len(wrong)} layers); "
-                "nothing was changed. Lower the learning rate, or look at this batch"
-            )
+    def _judge(self, step: int, grad: Tensor) -> Verdict:
+        return judge(self.backend, step, grad.split(self.sparse_state.lengths), self._windows())
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
         evolution = Evolution(self.backend, self.config, self.sparse_state, windows, step)
@@ -271,12 +286,15 @@ class SeftOptimizer(torch.optim.Optimizer):
             parts.append(windows[i].at(entries.indices.long() - self.backend.interval(i).start))
         return torch.cat(parts)
 
-    def _update(self, grad: Tensor) -> None:
-        norm = float(self._squared_norms(grad).sum().sqrt())
-        self.grad_norm = norm
+    def _update(self, grad: Tensor, verdict: Verdict) -> None:
+        self._grad_norm = verdict.norm
         if self.max_grad_norm is not None:
-            grad = grad * min(1.0, self.max_grad_norm / (norm + 1e-6))
-        self.sparse_state.columns.adamw_(grad, self.param_groups[0], self.config.decay == "weight")
+            grad = grad * (self.max_grad_norm / (verdict.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
+        # moments that were seeded are as old as their window
+        oldest = self.num_steps + self.config.window
+        self.sparse_state.columns.adamw_(
+            grad, verdict.is_finite, oldest, self.param_groups[0], self.config.decay == "weight"
+        )
         self._write()
 
     def _write(self) -> None:
@@ -294,31 +312,14 @@ class SeftOptimizer(torch.optim.Optimizer):
         for i, support in enumerate(state.supports):
             backend.store(i, backend.places(i, support.positions()), torch.cat([piece[i] for piece in pieces]))
 
-    def _check_write(self) -> None:
-        """Refuse to go on if the model does not see what was written. **Collective**, once a run."""
-        self._write_checked = True
-        backend, count = self.backend, len(self._slots)
-        smallest = min(range(count), key=lambda i: backend.partitions[i].numel)
-        layers = sorted({0, smallest, count // 2, count - 1})[:_CHECKED_LAYERS]
-        entries = list(self.sparse_state.layers())
-        wrong = torch.zeros(len(layers), dtype=torch.int64)
-        for row, i in enumerate(layers):
-            some = entries[i].take(slice(0, _CHECKED_POSITIONS))
-            seen = backend.read(i, some.indices.long()).to(some.base.device)
-            wrong[row] = int((seen != some.weight().to(seen.dtype)).sum())
-        ranks = backend.owners.stack(wrong).sum(1).nonzero().view(-1).tolist()
-        if ranks:
-            raise RuntimeError(
-                f"the model does not see the updates of its weights (ranks {ranks}, e.g. {backend.names[layers[0]]}): a gathered "
-                "copy hides the shard. Report how the model was sharded; nothing trained from here would be right"
-            )
-
     def sparsity(self) -> list[LayerSparsity]:
         """Counts of every target: wanted, active, zeros, deltas. **Collective**."""
+        self.settle()
         return self.sparse_state.sparsity(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
         """This rank's masks and deltas, target by target. Local."""
+        self.settle()
         backend, state = self.backend, self.sparse_state
         backend.prepare_write()
         for i, entries in enumerate(state.layers()):

@@ -1,4 +1,6 @@
-"""The state a run starts with, and every check of the model that can be made before a step."""
+"""The state a run starts with, and every check of the model that can be made before or right after the first step."""
+
+import hashlib
 
 import torch
 
@@ -6,7 +8,7 @@ from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.ranking import keys
-from seft_dist.optim.collectives import select
+from seft_dist.optim.collectives import disagreeing, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
@@ -16,6 +18,27 @@ from seft_dist.sparsity.schedule import share
 
 _INIT = 3  # key of the random first support's stream
 _LEAST_SPARSITY = 0.01
+_CHECKED_LAYERS = 4
+_CHECKED_POSITIONS = 64
+
+
+def agree_on_config(backend: Backend, told: str) -> None:
+    """Refuse ranks that were given something else. **Collective**.
+
+    Args:
+        backend: Knows the ranks.
+        told: This rank's configuration as text.
+
+    Raises:
+        ValueError: Naming the ranks; every rank raises the same.
+    """
+    digest = int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "little")
+    for ranks in (backend.owners, backend.replicas):
+        wrong = disagreeing(ranks, torch.tensor([digest]))
+        if wrong:
+            raise ValueError(
+                f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}"
+            )
 
 
 def first_state(backend: Backend, config: SeftConfig) -> State:
@@ -111,3 +134,30 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
     positions = [offsets + backend.interval(i).start for i, offsets in enumerate(chosen)]
     bases = [backend.load(i, backend.places(i, where)).float() for i, where in enumerate(positions)]
     state.set_entries(backend, list(map(Columns.grown, positions, bases)))
+
+
+def check_write(backend: Backend, state: State) -> None:
+    """Refuse to go on if the model does not see what was written. **Collective**, once a run.
+
+    Args:
+        backend: Holds the weights.
+        state: What they should be.
+
+    Raises:
+        RuntimeError: Naming the ranks; every rank raises the same.
+    """
+    count = len(backend.names)
+    smallest = min(range(count), key=lambda i: backend.partitions[i].numel)
+    layers = sorted({0, smallest, count // 2, count - 1})[:_CHECKED_LAYERS]
+    entries = list(state.layers())
+    wrong = torch.zeros(len(layers), dtype=torch.int64)
+    for row, i in enumerate(layers):
+        some = entries[i].take(slice(0, _CHECKED_POSITIONS))
+        seen = backend.read(i, some.indices.long()).to(some.base.device)
+        wrong[row] = int((seen != some.weight().to(seen.dtype)).sum())
+    ranks = backend.owners.stack(wrong).sum(1).nonzero().view(-1).tolist()
+    if ranks:
+        raise RuntimeError(
+            f"the model does not see the updates of its weights (ranks {ranks}, e.g. {backend.names[layers[0]]}): a gathered "
+            "copy hides the shard. Report how the model was sharded; nothing trained from here would be right"
+        )

@@ -12,6 +12,11 @@ def is_evolution(config: SeftConfig, step: int) -> bool:
     return config.last_step is None or step <= config.last_step
 
 
+def is_first_support(config: SeftConfig, step: int) -> bool:
+    """Whether step t begins with choosing the first support from its gradient. Local."""
+    return step == 1 and config.init == "gradient"
+
+
 def in_window(config: SeftConfig, step: int) -> bool:
     """Whether the dense gradient of step t is accumulated for the evolution that follows it. Local."""
     coming = -(-step // config.interval) * config.interval

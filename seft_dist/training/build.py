@@ -69,6 +69,7 @@ class Run:
         total = torch.zeros((), device=self.ranks.device)
         for i, (batch, tokens) in enumerate(zip(batches, learnt, strict=True)):
             loss = self._loss(batch, tokens) * (tokens * self.ranks.world_size / int(count))
+            self.seft.set_is_last_backward(i + 1 == len(batches))
             if self.engine is None:
                 loss.backward()
             else:

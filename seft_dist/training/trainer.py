@@ -18,6 +18,7 @@ from seft_dist.io.data import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.export import export_model
 from seft_dist.io.models import locate, open_source
 from seft_dist.kernels.describe import describe
+from seft_dist.sparsity.schedule import is_evolution, is_first_support
 from seft_dist.training import distributed
 from seft_dist.training.build import Run, build, read_batches
 from seft_dist.training.cli import to_yaml
@@ -46,7 +47,7 @@ from seft_dist.training.signals import StopRequest, name_of, stop_requests
 def train(config: TrainConfig) -> dict[str, Any]:
     """Fine-tune a pruned model as configured and write the run's folder. **Collective.**
 
-    SIGUSR1 or SIGTERM to any rank makes all of them save after the step they are in, and return.
+    SIGUSR1 or SIGTERM to any rank makes all of them save after the step they are in (the next logged one), and return.
 
     Args:
         config: The run.
@@ -57,7 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: Configuration, model, data or run folder cannot be used; nothing was written.
-        FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
+        FloatingPointError: A loss or gradient is not finite; that gradient changed no weight.
         OSError: A checkpoint could not be written; earlier ones are whole.
     """
     needs_group = config.backend in ("fsdp", "ddp") or config.replicas > 1 or config.offload
@@ -130,25 +131,34 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
     config, seft = run.config, run.seft
     saver = Saver(seft, Path(config.output) / CHECKPOINTS)
     micro: list[Batch] = []
+    since: list[Done] = []
     done = seft.num_steps
     try:
         for step, micro in zip(range(done + 1, config.steps + 1), data.batches(done), strict=False):
             torch.manual_seed(_seed_of(config.seed, step, run.ranks.rank))  # of dropout; nothing to save
             loss, _ = run.accumulate(micro)
-            agreed = agree(run.ranks, loss, micro, step, request, saver)
-            lr = run.update(step)
-            metrics.step(
-                step,
-                loss=agreed.loss,
-                tokens=agreed.tokens,
-                lr=lr,
-                grad_norm=seft.grad_norm,
-                evolution=seft.evolution,
-            )
-            record.step(step, micro, loss=agreed.loss, tokens=agreed.tokens, lr=lr)
+            since.append(Done(step, loss, sum(_tokens_of(batch) for batch in micro)))
+            saves = step == config.steps or bool(config.save_every and step % config.save_every == 0)
+            moves = is_first_support(seft.config, step) or is_evolution(seft.config, step)
+            if not (saves or moves or config.trace or step % config.log_every == 0):
+                since[-1].lr = run.update(step)
+                continue
+            agreed = agree(run.ranks, since, request, saver)
+            since[-1].lr = run.update(step)
+            for one, loss_of_all, tokens in zip(since, agreed.losses, agreed.tokens, strict=True):
+                metrics.step(
+                    one.step,
+                    loss=loss_of_all,
+                    tokens=tokens,
+                    lr=one.lr,
+                    grad_norm=seft.grad_norm,
+                    evolution=seft.evolution if one.step == step else None,
+                )
+            record.step(step, micro, loss=agreed.losses[-1], tokens=agreed.tokens[-1], lr=since[-1].lr)
+            since = []
             if agreed.written:
                 saver.finish()
-            if step == config.steps or agreed.stop or (config.save_every and step % config.save_every == 0):
+            if saves or agreed.stop:
                 saver.start(extra_of(config, origin, _state_of(run, metrics)))
             if agreed.stop:
                 saver.finish()
@@ -180,24 +190,45 @@ def _agreed_stop(ranks: Ranks, request: StopRequest) -> int:
     return int(number)
 
 
+def _tokens_of(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum()) if count_loss_tokens(batch) else 0
+
+
+@dataclass
+class Done:
+    """A step as this rank knows it."""
+
+    step: int
+    loss: Tensor
+    """On the device: nobody has waited for it."""
+    tokens: int
+    lr: float = 0.0
+
+
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of each other after the backward pass of a step."""
+    """What all ranks know of each other after the backward pass of a step that is logged."""
 
-    loss: float
-    """Mean over all tokens learnt."""
-    tokens: int
-    """Of all ranks."""
+    losses: list[float]
+    """Mean over all tokens learnt, for each step since the one that was logged before."""
+    tokens: list[int]
+    """Of all ranks, for each of these steps."""
     stop: int
     """The signal that asks for a stop, 0 for none."""
     written: bool
     """Every rank's part of the checkpoint that has begun is on disk, or has failed."""
 
 
-def agree(ranks: Ranks, loss: Tensor, micro: list[Batch], step: int, request: StopRequest, saver: Saver) -> Agreed:
-    """Exchange what must be known before the optimizer changes the weights. **Collective.**
+def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: Saver) -> Agreed:
+    """Exchange what must be known before the optimizer changes the weights again. **Collective.**
 
-    This waits for the device in every step.
+    This waits for the device: nothing else does in a step that is neither logged, saved nor of an evolution's window.
+
+    Args:
+        ranks: This process.
+        since: The steps since the last call; the backward pass of the last one is done, its update is not.
+        request: Asks this rank to stop.
+        saver: Of checkpoints.
 
     Returns:
         The same on every rank.
@@ -205,23 +236,29 @@ def agree(ranks: Ranks, loss: Tensor, micro: list[Batch], step: int, request: St
     Raises:
         FloatingPointError: A loss is not finite; names the step and the ranks.
     """
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in micro if count_loss_tokens(batch))
-    row = torch.tensor([0.0, tokens, request.number, saver.written], dtype=torch.float64, device=loss.device)
-    row[0] = loss
+    device = since[-1].loss.device
+    tokens = [float(one.tokens) for one in since]
+    rest = torch.tensor([*tokens, request.number, saver.written], dtype=torch.float64, device=device)
+    row = torch.cat([torch.stack([one.loss.double() for one in since]), rest])
     rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
     if ranks.world_size > 1:
         dist.all_gather(rows, row)
     else:
         rows = [row]
-    table = torch.stack(rows).tolist()
-    bad = [f"{rank} ({value[0]})" for rank, value in enumerate(table) if not math.isfinite(value[0])]
-    if bad:
-        raise FloatingPointError(
-            f"step {step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step {step - 1}. "
-            "Lower the learning rate, or look at this batch"
-        )
-    losses, counts, numbers, written = zip(*table, strict=True)
-    return Agreed(sum(losses) / ranks.world_size, int(sum(counts)), int(max(numbers)), all(written))
+    table, count = torch.stack(rows).cpu(), len(since)
+    for i, one in enumerate(since):
+        bad = [f"{rank} ({value})" for rank, value in enumerate(table[:, i].tolist()) if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"step {one.step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step "
+                f"{since[-1].step - 1}. Lower the learning rate, or look at this batch"
+            )
+    return Agreed(
+        losses=[sum(table[:, i].tolist()) / ranks.world_size for i in range(count)],
+        tokens=table[:, count : 2 * count].sum(0).long().tolist(),
+        stop=int(table[:, -2].max()),
+        written=bool(table[:, -1].all()),
+    )
 
 
 def finish(run: Run, metrics: Metrics, record: Record) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""One training step of every method on one model, interleaved: seconds and peak memory, as ratios to the floor.
+
+    python benchmarks/step.py --model models/SmolLM2-135M-Instruct-wanda60 --batch 1x256 --densities 0.01
+    python benchmarks/step.py --model llama2048 --batch 2x512 --densities 0.005 0.01 0.05
+
+The floor is a frozen model's forward and input gradients: no method that trains its linears can be below it. Each method
+lives in a process of its own (so that its peak memory is known) and does one step when it is its turn; ratios are taken
+inside each round and their median is shown, so a machine that slows down slows all of them. Peers: LoRA and SHiRA of
+PEFT (pip install -e '.[bench]'), full fine-tuning, and two forms of other sparse methods written in step_methods.py.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing as mp
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from step_methods import METHODS, draw_batch, load  # beside this file
+from tqdm import tqdm
+
+INTERVAL, WINDOW = 60, 5
+"""What the average over a run is calculated for."""
+
+
+def worker(pipe: Any, name: str, density: float, args: argparse.Namespace) -> None:
+    """Do a step of one method each time the pipe asks; answer with seconds, kind and peak bytes."""
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # freed blocks go back at once: peaks are the methods', not malloc's
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    sequences, tokens = map(int, args.batch.split("x"))
+    model = load(args.model)
+    step = METHODS[name](model, draw_batch(model, sequences, tokens), density)
+    pipe.send(None)
+    while pipe.recv():
+        begin = time.perf_counter()
+        kind = step()
+        seconds = time.perf_counter() - begin
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) << 10
+        pipe.send((seconds, kind, peak))
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of method, density, seconds of each round by kind of step, peak bytes."""
+    context = mp.get_context("spawn")
+    rows: list[dict[str, Any]] = []
+    for name in args.methods:
+        for density in args.densities if name in ("seft", "evolving", "spiel") else [None]:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(theirs, name, density, args), daemon=True)
+            process.start()
+            rows.append({"method": name, "density": density, "seconds": [], "pipe": ours, "process": process})
+    for row in rows:
+        row["pipe"].recv()  # loaded
+    for number in tqdm(range(args.warmup + args.rounds), desc="rounds", unit="round"):
+        for row in rows:
+            row["pipe"].send(True)
+            seconds, kind, row["peak"] = row["pipe"].recv()
+            if number >= args.warmup:
+                row["seconds"].append((kind, seconds))
+    for row in rows:
+        row.pop("pipe").send(False)
+        row.pop("process").join()
+    return rows
+
+
+def ratio(row: dict[str, Any], floor: dict[str, Any], kind: str = "step") -> float | None:
+    """Median over the rounds of one kind of step's seconds over the floor's in the same round."""
+    pairs = zip(row["seconds"], floor["seconds"], strict=True)
+    found = [seconds / below for (had, seconds), (_, below) in pairs if had == kind]
+    return statistics.median(found) if found else None
+
+
+def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print a table, and of evolving runs what an interval costs."""
+    floor = next(row for row in rows if row["method"] == "floor")
+    base = statistics.median(seconds for _, seconds in floor["seconds"])
+    table = Table(title=f"{args.model}, {args.batch} tokens, {args.threads} threads, {args.rounds} rounds")
+    for column in ("method", "density", "seconds", "x floor", "peak MB", "x floor"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        row["ratio"], row["memory_ratio"] = ratio(row, floor), row["peak"] / floor["peak"]
+        median = statistics.median(seconds for kind, seconds in row["seconds"] if kind == "step")
+        density = "" if row["density"] is None else f"{row['density']:.1%}"
+        cells = (row["method"], density, f"{median:.3f}", f"{row['ratio']:.3f}", f"{row['peak'] / 1e6:.0f}")
+        table.add_row(*cells, f"{row['memory_ratio']:.3f}")
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row["method"] != "evolving":
+            continue
+        evolutions = [float(kind.split()[1]) for kind, _ in row["seconds"] if kind.startswith("evolution")]
+        window = ratio(row, floor, "window")
+        if not evolutions or window is None:
+            continue
+        row["window_ratio"], row["evolution_ratio"] = window, statistics.median(evolutions) / base
+        ordinary = INTERVAL - WINDOW
+        row["average_ratio"] = (ordinary * row["ratio"] + WINDOW * window + row["evolution_ratio"]) / INTERVAL
+        console.print(
+            f"density {row['density']:.1%}: a step in a window {window:.3f} x floor; an evolution "
+            f"{row['evolution_ratio']:.3f} x floor ({statistics.median(evolutions):.3f} s); average over an interval of "
+            f"{INTERVAL} with a window of {WINDOW} and one evolution {row['average_ratio']:.3f} x floor"
+        )
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-wanda60", help='a folder, or "llama2048"')
+    parser.add_argument("--batch", default="1x256", help="sequences x tokens")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=16, help="two evolutions fall into 16")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds not counted (the first support is in the first)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", help="JSON file for all times")
+    args = parser.parse_args()
+    if "floor" not in args.methods:
+        parser.error('--methods needs "floor": everything is a ratio to it')
+    rows = measure(args)
+    summarise(rows, args)
+    if args.output:
+        Path(args.output).write_text(json.dumps({"options": vars(args), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
