@@ -124,7 +124,7 @@ def _update(kind: torch.dtype) -> float:
     group = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "betas": (0.9, 0.999)}
 
     def run() -> None:
-        columns.adamw_(grad, group, True)
+        columns.adamw_(grad, torch.tensor(True), 1000, group, True)
         weight[columns.indices.long()] = columns.weight().to(kind)
 
     return _seconds(run) / count
