@@ -80,7 +80,9 @@ class Exchange:
         Args:
             supports: Where they are.
         """
-        if len(supports) != len(self._supports) or any(a is not b for a, b in zip(supports, self._supports, strict=True)):
+        if len(supports) != len(self._supports) or any(
+            a is not b for a, b in zip(supports, self._supports, strict=True)
+        ):
             self._supports = supports
             self._buckets = buckets_of([len(support) for support in supports])
             self._bucket_of = [0] * len(supports)
