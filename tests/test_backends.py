@@ -259,7 +259,7 @@ def test_non_finite_gradient_on_one_rank_stops_all() -> None:
 
 
 def test_gathered_entries_are_counted(reference: dict[str, Any]) -> None:
-    """Bytes of a plain step: 4 for each delta of another rank, and one small sum for the norms (twice)."""
+    """Bytes of a plain step: 4 for each delta of another rank, and two fp64 numbers a layer are summed."""
 
     def on_rank(rank: int, world_size: int) -> tuple[int, int]:
         called, seft, backward, step = build("fsdp", SeftConfig(density=0.05, interval=50))
@@ -270,7 +270,7 @@ def test_gathered_entries_are_counted(reference: dict[str, Any]) -> None:
         layers = len(seft.target_names)
         own = len(seft.sparse_state.columns)
         total = sum(map(len, seft.sparse_state.supports))
-        norms = 3 * (2 * layers * 8 * (world_size - 1) // world_size)
+        norms = 2 * (2 * layers * 8) * (world_size - 1) // world_size
         return seft.backend.bytes_sent - sent, 4 * (total - own) + norms
 
     for found, expected in run_ranks(on_rank, 2):
