@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from seft_dist import SeftConfig, SeftOptimizer, pack_gathers, pack_weights, unpack_weights
-from seft_dist.backends.packed import PackedBackend, packed_of
+from seft_dist.backends.group import Group
+from seft_dist.backends.packed import PackedBackend, PackedShards, packed_of
 from seft_dist.config.inputs import ModelConfig
 from seft_dist.io import checkpoint
 from seft_dist.io.models import load_model, open_source
+from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
 from tests.layouts import shard_fsdp
 from tests.models import batch, prune_, prune_groups_, tiny_llama
@@ -110,6 +114,38 @@ def same(packing: str, world_size: int, **options: Any) -> list[dict[str, Any]]:
         assert all(map(torch.equal, one["weights"], other["weights"]))
         other["wire_dense"] = one["wire"]
     return packed
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1 << 30))
+def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: float, seed: int) -> None:
+    """Read, write and change the mask of one packed weight beside a dense one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(share: float) -> Tensor:
+        return torch.rand(rows * columns, generator=generator) < share
+
+    shards = PackedShards(Group(None), Group(None), torch.device("cpu"))
+    holder = nn.Linear(columns, rows, bias=False)
+    (holder.weight,) = shards.add_unit([((rows, columns), torch.float32)])
+    weight = packed_of(holder.weight)
+    assert weight is not None
+    mask = some(share)
+    dense = torch.randn(rows * columns, generator=generator) * mask * some(0.9)  # an active weight may be 0
+    weight.put(dense, pack(mask))
+    backend = PackedBackend({"linear": holder})
+    positions = (mask & some(0.5)).nonzero().view(-1)
+    places = backend.places(0, positions)
+    assert torch.equal(backend.load(0, places), dense[positions])
+    dense[positions] += 1
+    backend.store(0, places, dense[positions])
+    assert torch.equal(backend.own(0), dense)
+    moved = some(share)
+    with backend.writing():
+        backend.remask(0, pack(moved), (mask & ~moved).nonzero().view(-1))
+        backend.settle()
+    assert torch.equal(weight.dense().view(-1), dense * moved)
+    assert weight.values.numel() == int(moved.sum())
 
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
