@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.gather import GatherSize, PackedAllGather
 from seft_dist.backends.group import Group
-from seft_dist.sparsity.bitmask import popcount, unpack
+from seft_dist.kernels.bits import popcount, unpack
 from seft_dist.sparsity.partition import Partition
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seft_dist.kernels.bits import pack
 from seft_dist.kernels.packing import decode, encode
-from seft_dist.sparsity.bitmask import pack
 
 _WORTH = 0.9
 """Share of the dense bytes above which packing is not worth its time."""

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.fsdp import whole_value
 from seft_dist.backends.group import Group
+from seft_dist.kernels.bits import pack
 from seft_dist.kernels.packing import decode, encode
-from seft_dist.sparsity.bitmask import pack
 from seft_dist.sparsity.partition import Partition
 
 _ALIGNMENT = 16  # bytes: where a weight's bits or values begin in a gathered buffer
