@@ -335,6 +335,30 @@ def test_ranks_save_and_stop_when_their_launcher_is_gone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_torchrun_restarts_a_killed_rank(rendezvous: str, inputs: Path, tmp_path: Path) -> None:
+    output, steps = tmp_path / "run", 100
+    where = ["--master-port", port()] if rendezvous == "static" else ["--standalone"]
+    command = [
+        "torchrun",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        *where,
+        SCRIPT,
+        *options(inputs, output, steps),
+    ]
+    with processes([command], [environment()], tmp_path) as agents:
+        wait_for_step(output, 2)
+        os.kill(children(agents[0].pid)[-1], signal.SIGKILL)
+        assert agents[0].wait(timeout=LIMIT) == 0, (tmp_path / "process-0.log").read_text()[-3000:]
+    assert [line["step"] for line in records(output)] == list(range(1, steps + 1))
+    first, second = json.loads((output / "manifest.json").read_text())["attempts"]
+    assert first["first_step"] == 1 and second["first_step"] > 2
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_with_the_ranks_it_has_left(inputs: Path, tmp_path: Path) -> None:
     """Two elastic agents; one is lost with its rank, the other goes on alone from the last checkpoint."""
     output, steps, where = tmp_path / "run", 200, port()

@@ -108,6 +108,7 @@ def start(
         limit = timedelta(seconds=timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
+            store=_store_of_attempt(ranks, limit),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=limit,
@@ -271,6 +272,20 @@ def _set_rendezvous(ranks: Ranks) -> None:
         )
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _store_of_attempt(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks of one attempt under torchrun on one machine find each other; None: where torch would look.
+
+    With a static rendezvous (torchrun --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new
+    rank would find the addresses of the ranks that are gone. Several agents may have counted different restarts.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks.world_size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _mpi_rendezvous() -> tuple[str, int]:
