@@ -1,4 +1,4 @@
-"""The C++ library of this room: compiled when first used, kept in the folder of torch's extensions.
+"""The C++ library of this room: compiled when first used, kept in the folder of torch's extensions; and the Triton kernels.
 
 It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name tells the
 source, the processor and the compiler; one process of a machine builds it under a lock that ends with the process that holds
@@ -9,6 +9,8 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -18,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
 _SECONDS = 300
@@ -63,6 +66,14 @@ def library() -> ctypes.CDLL | None:
         getattr(loaded, name).argtypes = arguments
     loaded.built_with.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The kernels for CUDA, or None where Triton is not installed. Local."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("seft_dist.kernels.triton_kernels")
 
 
 def build() -> Path:

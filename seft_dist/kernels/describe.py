@@ -2,7 +2,7 @@
 
 import torch
 
-from seft_dist.kernels.build import library
+from seft_dist.kernels.build import library, triton_kernels
 
 
 def describe(device: torch.device) -> str:
@@ -11,6 +11,8 @@ def describe(device: torch.device) -> str:
     Args:
         device: Of the weights.
     """
+    if device.type == "cuda":
+        return "Triton (never tested on a GPU)" if triton_kernels() is not None else "torch (no Triton)"
     if device.type != "cpu":
         return "torch"
     functions = library()

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from seft_dist.kernels.build import library
+from seft_dist.kernels.build import library, triton_kernels
 from seft_dist.sparsity.bitmask import unpack
 
 
@@ -25,6 +25,8 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
         [set bits], of the same type.
     """
     assert dense.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-dense.numel() // 8)
+    if dense.is_cuda and dense.numel() and (kernels := triton_kernels()) is not None:  # never run on a GPU
+        return kernels.encode(dense.contiguous(), bits)
     functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
     if functions is None:
         return dense[unpack(bits, dense.numel())]
@@ -51,6 +53,8 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     """
     assert out.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-out.numel() // 8)
     assert values.dtype == out.dtype and values.device == out.device == bits.device
+    if out.is_cuda and out.numel() and out.stride(0) == 1 and (kernels := triton_kernels()) is not None:
+        return kernels.decode(bits, values, out)  # never run on a GPU
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
     if functions is None:
         return out.zero_().masked_scatter_(unpack(bits, out.numel()), values)

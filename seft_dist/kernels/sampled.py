@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seft_dist.kernels.build import library
+from seft_dist.kernels.build import library, triton_kernels
 
-Form = Literal["c++", "sampled_addmm", "dense"]
+Form = Literal["c++", "sampled_addmm", "dense", "triton"]
 
 _BLOCK = 64
 """Tokens that the C++ form transposes at a time: of common shapes they fit into a core's second cache."""
-_DENSE_ABOVE = {"c++": 0.15, "sampled_addmm": 0.1}
-"""Density from which on a dense product is faster."""
+_DENSE_ABOVE = {"c++": 0.15, "sampled_addmm": 0.1, "triton": 0.05}
+"""Density from which on a dense product is faster; for Triton a guess, it was never run on a GPU."""
 _DENSE_NUMBERS = 1 << 24
 """Most numbers of a dense product that exist at a time."""
 
@@ -33,6 +33,8 @@ def choose(shape: tuple[int, int], entries: int, device: torch.device) -> Form:
         device: Where the operands are.
     """
     density = entries / (shape[0] * shape[1])
+    if device.type == "cuda":
+        return "triton" if triton_kernels() is not None and density < _DENSE_ABOVE["triton"] else "dense"
     if device.type != "cpu":
         return "dense"
     if library() is not None:
@@ -53,6 +55,12 @@ def sampled_grad_(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor
     """
     if len(col) and len(x):
         FORMS[choose(shape, len(col), x.device)](out, shape, crow, col, x, grad)
+
+
+def _triton(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+    kernels = triton_kernels()
+    assert kernels is not None
+    kernels.sampled_grad_(out, shape, crow, col, x, grad)
 
 
 def _cpp(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
@@ -101,5 +109,6 @@ FORMS: dict[Form, Callable[[Tensor, tuple[int, int], Tensor, Tensor, Tensor, Ten
     "c++": _cpp,
     "sampled_addmm": _sampled_addmm,
     "dense": _dense,
+    "triton": _triton,
 }
 """Each adds to its first argument; arguments as of ``sampled_grad_``, at least one token and one position."""

@@ -1,0 +1,36 @@
+"""The Triton kernels on CPU tensors: run by test_kernels_triton.py in a process with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+
+from seft_dist.kernels import triton_kernels
+from seft_dist.optim.delta import Support
+from seft_dist.sparsity.bitmask import pack
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "rows", "cols", "share"), [(1, 3, 5, 1.0), (70, 20, 33, 0.1), (64, 9, 7, 0.5)])
+def test_sampled_gradient(tokens: int, rows: int, cols: int, share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(tokens, cols).to(dtype), torch.randn(tokens, 2 * rows).to(dtype)[:, ::2]
+    positions = (torch.rand(rows * cols) < share).nonzero().view(-1).int()
+    support = Support((rows, cols), [positions])
+    before = torch.arange(len(support), dtype=torch.float32)
+    out = before.clone()
+    triton_kernels.sampled_grad_(out, support.shape, support.crow, support.col, x, grad)
+    expected = (grad.double().T @ x.double()).reshape(-1)[support.positions()]
+    torch.testing.assert_close(out.double(), before + expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("numel", "share"), [(1, 1.0), (1024, 0.0), (1025, 1.0), (3001, 0.4)])
+def test_packing(numel: int, share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mask, dense = torch.rand(numel) < share, torch.randn(numel).to(dtype)
+    values = triton_kernels.encode(dense, pack(mask))
+    assert torch.equal(values, dense[mask])
+    around = torch.full((numel + 2,), 7, dtype=dtype)
+    triton_kernels.decode(pack(mask), values, around[1:-1])
+    assert torch.equal(around[1:-1], torch.where(mask, dense, 0)) and around[0] == around[-1] == 7
