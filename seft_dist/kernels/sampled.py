@@ -1,8 +1,8 @@
 """The gradient of a weight [out, in] at k of its positions: grad[k] += sum over tokens of g[t, row of k] x[t, column of k].
 
 Four forms, one result (to rounding; sums are made in fp32): C++, torch.sparse.sampled_addmm, a dense product of one block of
-rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks the fastest, by
-measurement (docs/performance.md).
+rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks by density
+(benchmarks/kernels.py measures it).
 """
 
 import warnings
