@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
@@ -21,13 +23,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(inputs: Path, output: Path, world_size: int, **over: Any) -> tuple[list[Any], bytes, bytes]:
-    """Trace, exported weights and delta."""
+def run(inputs: Path, output: Path, world_size: int, **over: Any) -> tuple[list[Any], bytes, dict[str, Any]]:
+    """Trace, exported weights and delta, of which only the order in the file's header is left to chance."""
     model = ModelConfig(path=str(inputs / "pruned"), activation_checkpointing=True)
     run_train(run_config(inputs, output, model=model, **over), world_size)
-    files = [output / "model" / "model.safetensors", output / "delta.safetensors"]
-    exported, delta = (file.read_bytes() for file in files)
-    return list(read_trace(output)), exported, delta
+    delta = output / "delta.safetensors"
+    with safe_open(delta, "pt") as handle:
+        content = {"metadata": handle.metadata()}
+    content |= {name: value.tolist() for name, value in load_file(delta).items()}
+    return list(read_trace(output)), (output / "model" / "model.safetensors").read_bytes(), content
 
 
 @pytest.mark.slow
