@@ -16,13 +16,18 @@ import os
 import resource
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
+from seft_dist.backends.shards import shard_fsdp, stored_part, zero3_construction
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
+from seft_dist.io.models import decoder_layers
+from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.plan import choose, make_plan
@@ -61,19 +66,21 @@ def plan_of(model: str, dtype: str, checkpoint: bool, batch: int, length: int, r
     )
 
 
-def measure(config: PlanConfig, held: str, ranks: int) -> list[dict[str, Any]]:
-    """Each rank's measured bytes."""
-    context = mp.get_context("spawn")
+def measure(config: PlanConfig, held: str, ranks: int, threads: int = 1) -> list[dict[str, Any]]:
+    """Each rank's measured bytes, and seconds of each step."""
+    context = mp.get_context("fork")  # libraries are loaded once, and shared
     with tempfile.TemporaryDirectory() as folder, context.Pool(ranks) as pool:
-        return pool.starmap(_train, [(rank, ranks, folder, config, held) for rank in range(ranks)], chunksize=1)
+        return pool.starmap(
+            _train, [(rank, ranks, folder, config, held, threads) for rank in range(ranks)], chunksize=1
+        )
 
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _train(rank: int, ranks: int, folder: str, config: PlanConfig, held: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def _train(rank: int, ranks: int, folder: str, config: PlanConfig, held: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu"
     )
@@ -83,22 +90,16 @@ def _train(rank: int, ranks: int, folder: str, config: PlanConfig, held: str) ->
     Path(folder, f"tiny-{rank}.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **tiny}))
     warm = plan_of(f"{folder}/tiny-{rank}.json", config.dtype, config.activation_checkpointing, 1, 32, ranks)
     _steps(warm, held, rank)  # what a first step loads and compiles is not counted
-    idle, low = _peak(), _now()
-    _steps(config, held, rank)
-    dist.barrier()
-    return {"peak": _peak() - low, "warm": idle - low}
+    low = _now()
+    seconds = _steps(config, held, rank)
+    return {"peak": _peak() - low, "seconds": seconds}
 
 
 def _now() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _steps(config: PlanConfig, held: str, rank: int) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from seft_dist.backends.shards import shard_fsdp, stored_part, zero3_construction
-    from seft_dist.io.models import decoder_layers
-    from seft_dist.optim.optimizer import SeftOptimizer
+def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
 
     architecture, kind = find_architecture(config.model), getattr(torch, config.dtype)
     ds = {
@@ -145,7 +146,10 @@ def _steps(config: PlanConfig, held: str, rank: int) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds)
         called = engine
     generator = torch.Generator().manual_seed(rank)
+    seconds = []
     for _ in range(config.steps):
+        dist.barrier()
+        began = time.perf_counter()
         ids = torch.randint(0, architecture.vocab_size, (config.batch_size, config.seq_len), generator=generator)
         loss = called(input_ids=ids, labels=ids).loss
         if engine is None:
@@ -155,14 +159,17 @@ def _steps(config: PlanConfig, held: str, rank: int) -> None:
         else:
             engine.backward(loss)
             engine.step()
+        dist.barrier()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def compare(model: str, dtype: str, held: str, ranks: int, checkpoint: bool, batch: int, length: int) -> dict[str, Any]:
     """One case: calculated and measured bytes of the fullest rank."""
     config = plan_of(model, dtype, checkpoint, batch, length, ranks)
+    measured = measure(config, held, ranks)
     nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
     memory = choose(make_plan(config, nothing), held, ranks).memory
-    measured = measure(config, held, ranks)
     largest = max(rank["peak"] for rank in measured)
     return {
         "calculated": memory.total,
@@ -176,6 +183,7 @@ def compare(model: str, dtype: str, held: str, ranks: int, checkpoint: bool, bat
 
 def main() -> None:
     """Run the cases that the command line names."""
+    torch.set_num_threads(1)  # processes with more threads cannot be forked
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="float32")

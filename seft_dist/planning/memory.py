@@ -13,6 +13,8 @@ _DELTA = 24
 """Bytes of an own delta: position, base, value, two moments, age."""
 _RANKED = 32
 """Bytes for each own weight of the layer that is being ranked or verified: scores, keys, marks, indices."""
+ZERO3_LIVE, ZERO3_FETCHED = 1_000_000_000, 50_000_000
+"""Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and in one fetch."""
 _ITEM = {"bfloat16": 2, "float32": 4}
 
 Terms = dict[str, float]
@@ -58,8 +60,15 @@ class Memory:
         }
 
 
-def gathered(shapes: Shapes, layout: Layout, item: int) -> Terms:
-    """Weights that are whole for a while on a rank that stores shards. Local."""
+def gathered(shapes: Shapes, layout: Layout, item: int, at_end: bool = False) -> Terms:
+    """Weights that are whole for a while on a rank that stores shards. Local.
+
+    Args:
+        shapes: The model's.
+        layout: How it is held.
+        item: Bytes of a weight.
+        at_end: In the backward pass of the first layers.
+    """
     if not layout.sharded:
         return {}
     padded = {w.name: layout.own(w) * layout.owners for w in shapes.weights}
@@ -67,7 +76,13 @@ def gathered(shapes: Shapes, layout: Layout, item: int) -> Terms:
     for weight in shapes.weights:
         if weight.layer is not None:
             units[weight.layer] += padded[weight.name]
-    root = sum(padded[w.name] for w in shapes.weights if w.layer is None)
+    whole = sum(padded.values())
+    root = whole - sum(units)
+    if layout.held in ("zero3", "zero3_offload") and not at_end:
+        return {
+            "gathered weights, not released yet": min(whole, ZERO3_LIVE) * item,
+            "gathered weights, being fetched": min(whole, ZERO3_FETCHED) * item,
+        }
     # The layer that is computed, and the buffer of the one that is fetched.
     return {"gathered layers (2)": 2 * max(units) * item, "gathered embeddings, head": root * item}
 
@@ -115,14 +130,14 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         "step": exchange,
     }
     if needs.dense and (not config.seft.static or config.seft.init == "gradient"):
-        phases |= _window_phases(config, shapes, layout, {**whole, **layers}, grads, earlier)
+        phases |= _window_phases(config, shapes, layout, whole, layers, grads)
         phases["evolution"] |= exchange
     host: Terms = {"base weights": weights} if offloaded else {}
     return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
 
 
 def _window_phases(
-    config: PlanConfig, shapes: Shapes, layout: Layout, computing: Terms, grads: Terms, earlier: bool
+    config: PlanConfig, shapes: Shapes, layout: Layout, whole: Terms, layers: Terms, grads: Terms
 ) -> dict[str, Terms]:
     """The backward pass of a window's step at its first and at its last layer, and the evolution after it."""
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
@@ -139,13 +154,14 @@ def _window_phases(
     one = {"window: dense gradient of one weight, exchange": dense}
     step = {**grads, "window: gradient of the step": 4.0 * own}
     ranking = {"ranking of one weight": float(_RANKED * max(map(layout.own, shapes.targets)))}
+    earlier = micro_batches(config, layout) > 1
     found = {
-        "window": {**computing, **before, **one, **(step if earlier else {})},
+        "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
     }
     if not earlier:  # activations go as gradients come
-        rest = {key: size for key, size in computing.items() if key != "activations"}
-        found["end of a window's backward"] = {**rest, **before, **one, **step}
+        rest = {key: size for key, size in layers.items() if key != "activations"}
+        found["end of a window's backward"] = {**gathered(shapes, layout, item, True), **rest, **before, **one, **step}
     return found
 
 
