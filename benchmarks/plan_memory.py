@@ -168,7 +168,7 @@ def compare(model: str, dtype: str, held: str, ranks: int, checkpoint: bool, bat
     """One case: calculated and measured bytes of the fullest rank."""
     config = plan_of(model, dtype, checkpoint, batch, length, ranks)
     measured = measure(config, held, ranks)
-    nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
+    nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
     memory = choose(make_plan(config, nothing), held, ranks).memory
     largest = max(rank["peak"] for rank in measured)
     return {

@@ -56,7 +56,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     shapes = SHAPES | {"smollm2": SMOLLM2}
     print(
-        "| model | layout | checkpointing | tokens | s/step planned | measured | ratio | evolution step planned | measured | ratio |"
+        "| model | layout | checkpointing | tokens | s/step planned | measured | ratio | evolution planned | measured | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

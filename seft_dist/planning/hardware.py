@@ -53,6 +53,8 @@ class Rates:
     """FLOP/s of sampled gradients, 2 for each delta and token."""
     moved: float | None
     """Bytes a second of elementwise operations; None: they are in the share (MFU) of matmul."""
+    decode: float
+    """Dense bytes a second made of packed weights."""
     update: float
     """Seconds for each own delta of an optimizer step."""
     evolve: float
@@ -73,7 +75,7 @@ class Rates:
         """What one of several ranks on a node has. Local."""
         if not self.shared:
             return self
-        faster = ("memory", "matmul", "attention", "dense", "sampled", "moved", "host")
+        faster = ("memory", "matmul", "attention", "dense", "sampled", "moved", "decode", "host")
         slower = ("update", "evolve")
         parts: dict[str, Any] = {key: getattr(self, key) / ranks for key in faster if getattr(self, key)}
         parts |= {key: getattr(self, key) * ranks for key in slower}
@@ -107,6 +109,7 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
         dense=gpu.float32 * cluster.mfu,
         sampled=peak * cluster.mfu * density / cluster.sampled_share,
         moved=None,
+        decode=gpu.bandwidth / 4,  # one kernel that reads bits and values and writes each weight once; never run
         update=120 / gpu.bandwidth,  # every column read and written a few times
         evolve=200 / gpu.bandwidth,  # keys of three rankings, each twice, and the check
         intra=cluster.link_share * (cluster.intra_gb_s * 1e9 if cluster.intra_gb_s else gpu.intra),

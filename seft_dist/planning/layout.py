@@ -1,11 +1,12 @@
 """Ways of holding a model on ranks, and what launch/train.py is told to get each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from seft_dist.config import ClusterConfig, PlanConfig
 from seft_dist.planning.architectures import Shapes, Weight
 
+Packing = Literal["none", "gather", "resident"]
 Held = Literal["single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
@@ -19,11 +20,14 @@ class Layout:
     """Ranks on a node."""
     replicas: int = 1
     """HSDP: groups of ranks that each hold a whole sharded copy."""
+    packing: Packing = "none"
+    """As ``TrainConfig.packing``."""
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"hsdp x{self.replicas}" if self.held == "hsdp" else self.held
+        name = f"hsdp x{self.replicas}" if self.held == "hsdp" else self.held
+        return name if self.packing == "none" else f"{name}, {self.packing}"
 
     @property
     def sharded(self) -> bool:
@@ -65,13 +69,15 @@ class Layout:
             suffix = "_bf16" if config.dtype == "bfloat16" else ""
             return ["--deepspeed", f"ds_configs/{self.held}{suffix}.json"]
         options = ["--backend", "fsdp" if self.held == "hsdp" else self.held]
-        return options + (["--replicas", str(self.replicas)] if self.held == "hsdp" else [])
+        options += ["--replicas", str(self.replicas)] if self.held == "hsdp" else []
+        return options + (["--packing", self.packing] if self.packing != "none" else [])
 
 
 def layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
     """Every way of holding a model on a number of ranks. Local."""
     if world_size == 1:
-        return [Layout("single", 1, cluster.gpus_per_node)]
+        alone = Layout("single", 1, cluster.gpus_per_node)
+        return [alone, replace(alone, packing="resident")]
     kinds: tuple[Held, ...] = ("fsdp", "zero3", "ddp", "zero2", "zero1", "zero0", "zero3_offload")
     found = [Layout(held, world_size, cluster.gpus_per_node) for held in kinds]
     nodes, rest = divmod(world_size, cluster.gpus_per_node)
@@ -81,7 +87,13 @@ def layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
             for copies in range(2, nodes + 1)
             if nodes % copies == 0
         ]
-    return found
+    packed = [
+        replace(layout, packing=packing)
+        for layout in found
+        if layout.held in ("fsdp", "hsdp")
+        for packing in ("gather", "resident")
+    ]
+    return found + packed
 
 
 def world_sizes(cluster: ClusterConfig) -> list[int]:
@@ -89,6 +101,11 @@ def world_sizes(cluster: ClusterConfig) -> list[int]:
     within = [2**i for i in range(cluster.gpus_per_node.bit_length()) if 2**i < cluster.gpus_per_node]
     nodes = [2**i for i in range(cluster.nodes.bit_length()) if 2**i < cluster.nodes]
     return within + [cluster.gpus_per_node * count for count in (*nodes, cluster.nodes)]
+
+
+def packed_bytes(sparsity: float, item: int) -> float:
+    """Bytes of a packed weight: one bit, and a value if it is not pruned. Local."""
+    return 1 / 8 + item * (1 - sparsity)
 
 
 def micro_batches(config: PlanConfig, layout: Layout) -> int:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import Shapes
-from seft_dist.planning.layout import Layout, micro_batches
+from seft_dist.planning.layout import Layout, micro_batches, packed_bytes
 from seft_dist.planning.trace import Work
 
 GB = 1e9
 _DELTA = 24
 """Bytes of an own delta: position, base, value, two moments, age."""
-_RANKED = 32
-"""Bytes for each own weight of the layer that is being ranked or verified: scores, keys, marks, indices."""
+_RANKED, _RANKED_FACTORED = 22, 32
+"""Bytes for each own weight of the layer that is being ranked: scores, keys, marks; with the gradient estimated, too."""
 ZERO3_LIVE, ZERO3_FETCHED = 1_000_000_000, 50_000_000
 """Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and in one fetch."""
 _ITEM = {"bfloat16": 2, "float32": 4}
@@ -60,10 +60,25 @@ class Memory:
         }
 
 
-def gathered(shapes: Shapes, layout: Layout, item: int, at_end: bool = False) -> Terms:
+def base_weights(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> Terms:
+    """The weights at rest. Local."""
+    if layout.packing != "resident":
+        return {"base weights": float(item * sum(map(layout.stored, shapes.weights)))}
+    rest = item * sum(layout.stored(weight) for weight in shapes.weights if not weight.target)
+    values = item * (1 - config.sparsity) * sum(map(layout.own, shapes.targets))
+    return {
+        "base weights, packed values of targets": values,  # their bits are the masks
+        "base weights, dense rest": float(rest),
+        "one target, dense": float(item * max(weight.numel for weight in shapes.targets)),
+        "places of own deltas": 4 * config.seft.density * sum(map(layout.own, shapes.targets)),
+    }
+
+
+def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_end: bool = False) -> Terms:
     """Weights that are whole for a while on a rank that stores shards. Local.
 
     Args:
+        config: The recipe.
         shapes: The model's.
         layout: How it is held.
         item: Bytes of a weight.
@@ -72,19 +87,26 @@ def gathered(shapes: Shapes, layout: Layout, item: int, at_end: bool = False) ->
     if not layout.sharded:
         return {}
     padded = {w.name: layout.own(w) * layout.owners for w in shapes.weights}
-    units = [0] * len(shapes.kinds)
+    dense, packed = [0] * len(shapes.kinds), [0.0] * len(shapes.kinds)
     for weight in shapes.weights:
         if weight.layer is not None:
-            units[weight.layer] += padded[weight.name]
+            dense[weight.layer] += padded[weight.name]
+            if weight.target:
+                packed[weight.layer] += padded[weight.name] * packed_bytes(config.sparsity, item)
     whole = sum(padded.values())
-    root = whole - sum(units)
     if layout.held in ("zero3", "zero3_offload") and not at_end:
         return {
             "gathered weights, not released yet": min(whole, ZERO3_LIVE) * item,
             "gathered weights, being fetched": min(whole, ZERO3_FETCHED) * item,
         }
+    root = {"gathered embeddings, head": float((whole - sum(dense)) * item)}
+    if layout.packing == "resident":
+        return {"gathered layers, packed (2)": 2 * max(packed), **root}
     # The layer that is computed, and the buffer of the one that is fetched.
-    return {"gathered layers (2)": 2 * max(units) * item, "gathered embeddings, head": root * item}
+    layers = {"gathered layers (2)": float(2 * max(dense) * item)}
+    if layout.packing == "gather":
+        layers["gathered layer, packed"] = max(packed)
+    return layers | root
 
 
 def activations(work: Work) -> tuple[Terms, Terms]:
@@ -110,10 +132,10 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     deltas = shapes.budget(config.seft.density)
     own_deltas = config.seft.density * own
     rows = sum(weight.target[0] for weight in shapes.targets if weight.target)
-    weights = item * sum(map(layout.stored, shapes.weights))
+    weights = base_weights(config, shapes, layout, item)
     offloaded = layout.held == "zero3_offload"
     resident = {
-        "base weights": 0.0 if offloaded else weights,
+        **({} if offloaded else weights),
         "buffers": shapes.buffers,
         "masks": own / 8,
         "own deltas, moments, ages": _DELTA * own_deltas,
@@ -122,46 +144,58 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     grads = {"gradients of all deltas": 4.0 * deltas}
     earlier = micro_batches(config, layout) > 1  # a micro-batch finds the gradients of those before it
     head, layers = activations(work)
-    whole = gathered(shapes, layout, item)
+    whole = gathered(config, shapes, layout, item)
     exchange = {"gradients of all deltas, exchange (3)": 12.0 * deltas}
     phases: dict[str, Terms] = {
         "loss": {**whole, **head, **(grads if earlier else {})},
         "backward": {**whole, **layers, **(grads if earlier else {})},
         "step": exchange,
     }
-    if needs.dense and (not config.seft.static or config.seft.init == "gradient"):
-        phases |= _window_phases(config, shapes, layout, whole, layers, grads)
+    if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):
+        phases |= _window_phases(config, shapes, layout, whole, layers, work.first, grads)
         phases["evolution"] |= exchange
-    host: Terms = {"base weights": weights} if offloaded else {}
+    host = weights if offloaded else {}
     return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
 
 
 def _window_phases(
-    config: PlanConfig, shapes: Shapes, layout: Layout, whole: Terms, layers: Terms, grads: Terms
+    config: PlanConfig, shapes: Shapes, layout: Layout, whole: Terms, layers: Terms, first: float, grads: Terms
 ) -> dict[str, Terms]:
     """The backward pass of a window's step at its first and at its last layer, and the evolution after it."""
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
     own = sum(map(layout.own, shapes.targets))
-    total = {"window: accumulated gradient": 4.0 * own}
+    ranked = (_RANKED_FACTORED if needs.factored else _RANKED) + (item if layout.packing == "resident" else 0)
+    ranking = {"ranking of one weight": float(ranked * max(map(layout.own, shapes.targets)))}
+    if needs.factored:
+        sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
+        return {"window": {**whole, **layers, **sums, **grads}, "evolution": {**sums, **ranking}}
+    each = needs.dtype.itemsize
+    total = {"window: accumulated gradient": float(each * own)}
     if needs.squares:
-        total["window: squares"] = 4.0 * own
-    before = total if config.seft.window > 1 else {}
+        total["window: squares"] = float(each * own)
+    # of candidates little is left after the first step, the only dense one
+    before = total if config.seft.window > 1 and not needs.candidates else {}
     largest = max(shapes.targets, key=lambda weight: weight.numel)
     # the gradient and what its exchange receives; of half-precision operands also copies in fp32
     dense = 4.0 * largest.numel * (1 + (layout.owners > 1))
     if item < 4:
         dense += 4.0 * config.batch_size * config.seq_len * sum(largest.target or ())
     one = {"window: dense gradient of one weight, exchange": dense}
-    step = {**grads, "window: gradient of the step": 4.0 * own}
-    ranking = {"ranking of one weight": float(_RANKED * max(map(layout.own, shapes.targets)))}
+    step = {**grads, "window: gradient of the step": float(each * own)}
     earlier = micro_batches(config, layout) > 1
     found = {
         "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
     }
     if not earlier:  # activations go as gradients come
-        rest = {key: size for key, size in layers.items() if key != "activations"}
-        found["end of a window's backward"] = {**gathered(shapes, layout, item, True), **rest, **before, **one, **step}
+        rest = {"activations and working tensors of the first layer": first}
+        found["end of a window's backward"] = {
+            **gathered(config, shapes, layout, item, True),
+            **rest,
+            **before,
+            **one,
+            **step,
+        }
     return found
 
 
@@ -177,18 +211,18 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         trained: "full" or "lora".
     """
     item = _ITEM[config.dtype]
-    weights = item * sum(map(layout.stored, shapes.weights))
+    weights = base_weights(config, shapes, layout, item)
     offloaded = layout.held == "zero3_offload"
     count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))
     divides_grads = layout.sharded or layout.held == "zero2"
     divides_state = divides_grads or layout.held == "zero1"
     states = 12 if item == 2 else 8  # fp32 copy and two moments
-    resident = {"base weights": 0.0 if offloaded else weights, "buffers": float(shapes.buffers)}
+    resident = {**({} if offloaded else weights), "buffers": float(shapes.buffers)}
     if trained == "lora":
         resident["adapters"] = item * count / (layout.owners if layout.sharded else 1)
     resident["optimizer states"] = states * count / (layout.owners if divides_state else 1)
     grads = {"gradients": item * count / (layout.owners if divides_grads else 1)}
-    whole = gathered(shapes, layout, item)
+    whole = gathered(config, shapes, layout, item)
     if layout.sharded and trained == "full":
         whole["gradients of a layer"] = item * max(shapes.unit_numels())
     head, layers = activations(work)
@@ -198,7 +232,7 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
             item * tokens * config.lora_rank * (1 if config.activation_checkpointing else len(shapes.targets))
         )
     phases = {"loss": {**whole, **head, **grads}, "backward": {**whole, **layers, **grads}, "step": grads}
-    host: Terms = {"base weights": weights} if offloaded else {}
+    host = weights if offloaded else {}
     return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
 
 

@@ -8,7 +8,7 @@ import torch
 from seft_dist.config import PlanConfig
 from seft_dist.planning.architectures import Shapes, find_architecture
 from seft_dist.planning.hardware import Rates, gpu_rates
-from seft_dist.planning.layout import Layout, layouts, world_sizes
+from seft_dist.planning.layout import Held, Layout, Packing, layouts, world_sizes
 from seft_dist.planning.memory import Memory, adam_memory, seft_memory
 from seft_dist.planning.timing import Time, adam_time, seft_time
 from seft_dist.planning.trace import Work, trace
@@ -78,14 +78,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
             f"seq_len={config.seq_len}: {config.model} reads at most {longest} tokens; choose a shorter one"
         )
     shapes = Shapes.of(architecture, config.seft.targets)
-    work = trace(
-        architecture,
-        shapes.kinds,
-        getattr(torch, config.dtype),
-        config.batch_size,
-        config.seq_len,
-        config.activation_checkpointing,
-    )
+    work = _work(config, shapes)
     found = [layout for size in world_sizes(config.cluster) for layout in layouts(config.cluster, size)]
     if config.global_batch is not None:  # more ranks than sequences would compute for nothing
         found = [layout for layout in found if layout.world_size * config.batch_size <= config.global_batch] or found[
@@ -100,10 +93,15 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
     return Plan(config, shapes, work, rates, choices, peers, advice)
 
 
-def choose(plan: Plan, held: str, world_size: int, method: str = "SEFT") -> Choice:
+def choose(plan: Plan, held: Held, world_size: int, method: str = "SEFT", packing: Packing = "none") -> Choice:
     """One method on one layout of a plan's model and recipe. Local."""
-    layout = Layout(held, world_size, plan.config.cluster.gpus_per_node)  # type: ignore[arg-type]
+    layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, packing=packing)
     return _choice(method, plan.config, plan.shapes, layout, plan.work, plan.rates)
+
+
+def _work(config: PlanConfig, shapes: Shapes) -> Work:
+    kind = getattr(torch, config.dtype)
+    return trace(shapes.config, shapes.kinds, kind, config.batch_size, config.seq_len, config.activation_checkpointing)
 
 
 def _choice(method: str, config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates) -> Choice:
@@ -135,16 +133,17 @@ def _advice(config: PlanConfig, shapes: Shapes, choices: list[Choice], rates: Ra
         "--activation_checkpointing true": {"activation_checkpointing": True},
         "--batch_size 1": {"batch_size": 1},
         f"--seq_len {config.seq_len // 2}": {"seq_len": config.seq_len // 2},
-        f"--seft.density {config.seft.density / 10:g}": {
-            "seft": dataclasses.replace(config.seft, density=config.seft.density / 10)
-        },
     }
     for said_so, change in changes.items():
         other = dataclasses.replace(config, **change)  # type: ignore[arg-type]
-        if other == config or other.seq_len < 2:
-            continue
-        if _smallest(other, shapes, rates, config.cluster.nodes) <= rates.memory:
+        if other != config and _smallest(other, shapes, rates, config.cluster.nodes) <= rates.memory:
             said.append(f"{said_so} would fit")
+    for store in dict.fromkeys((config.seft.window_store, "factored")):
+        for divisor in (1, 2, 5, 10, 20, 50, 100):
+            seft = dataclasses.replace(config.seft, density=config.seft.density / divisor, window_store=store)
+            if _smallest(dataclasses.replace(config, seft=seft), shapes, rates, config.cluster.nodes) <= rates.memory:
+                said.append(f"--seft.density {seft.density:g} --seft.window_store {store} would fit")
+                break
     for factor in (2, 4, 8, 16, 32, 64):
         if _smallest(config, shapes, rates, factor * config.cluster.nodes) <= rates.memory:
             return [*said, f"--cluster.nodes {factor * config.cluster.nodes} would fit"]
@@ -153,14 +152,7 @@ def _advice(config: PlanConfig, shapes: Shapes, choices: list[Choice], rates: Ra
 
 def _smallest(config: PlanConfig, shapes: Shapes, rates: Rates, nodes: int) -> float:
     """Bytes of the fullest rank on the layout that needs least, with all ranks of some nodes."""
-    work = trace(
-        shapes.config,
-        shapes.kinds,
-        getattr(torch, config.dtype),
-        config.batch_size,
-        config.seq_len,
-        config.activation_checkpointing,
-    )
+    work = _work(config, shapes)
     cluster = dataclasses.replace(config.cluster, nodes=nodes)
     found = layouts(cluster, nodes * cluster.gpus_per_node)
     return min(seft_memory(config, shapes, layout, work, rates.reserve).total for layout in found)

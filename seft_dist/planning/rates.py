@@ -14,10 +14,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.kernels.packing import decode, encode
 from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
+from seft_dist.sparsity.bitmask import pack
 
 _REPEATS = 5
 _TOKENS, _IN, _OUT = 512, 1024, 2816
@@ -69,6 +71,7 @@ def measure(dtype: str) -> Rates:
         dense=flops / _seconds(lambda: y.float().T @ x.float()),
         sampled=_sampled(x, y),
         moved=3 * big.numel() * big.element_size() / _seconds(lambda: big * big),
+        decode=_decode(kind),
         update=_update(kind),
         evolve=_evolve(kind),
         intra=_intra(),
@@ -114,6 +117,13 @@ def _sampled(x: Tensor, y: Tensor) -> float:
         * len(x)
         / _seconds(lambda: sampled_grad_(out, support.shape, support.crow, support.col, x, y))
     )
+
+
+def _decode(kind: torch.dtype) -> float:
+    weight = torch.randn(_OUT * _IN).masked_fill_(torch.rand(_OUT * _IN) < 0.6, 0).to(kind)
+    bits = pack(weight != 0)
+    values, out = encode(weight, bits), torch.empty_like(weight)
+    return weight.nbytes / _seconds(lambda: decode(bits, values, out))
 
 
 def _update(kind: torch.dtype) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from seft_dist.config import PlanConfig
+from seft_dist.config import PlanConfig, SeftConfig
 from seft_dist.planning import traffic
 from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.hardware import Rates
@@ -80,12 +80,14 @@ def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
     compute = micro * _pass(work, rates)
     weight_grads = dense_flops(config, shapes, work)
     sampled = micro * weight_grads * deltas / shapes.target_numel / rates.sampled
-    sent = traffic.gathers(shapes, links, item, micro)
+    sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
+    decoding = micro * _decoded(config, shapes, layout, item) / rates.decode
     exchanges = traffic.seft_step(config, shapes, links, item)
     step = {
         "forward and backward": compute,
         "sampled gradients": sampled,
+        **({"decoding packed weights": decoding} if decoding else {}),
         "waiting for weights": max(0.0, waits - compute) if rates.overlaps else waits,
         "exchange of gradients": sum(s.seconds for s in exchanges),
         "update": rates.update * config.seft.density * own,
@@ -100,7 +102,7 @@ def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
         step=step,
         window=max(0.0, dense) + sum(s.seconds for s in sent_window),
         evolution=rates.evolve * own + sum(s.seconds for s in sent_evolution),
-        windows=sum(in_window(method, t) or (t == 1 and first > 0) for t in number),
+        windows=_dense_steps(method, config.steps) if sent_window else 0,
         evolutions=sum(is_evolution(method, t) for t in number) + first,
         sent_step=[*sent, *exchanges],
         sent_window=sent_window,
@@ -108,6 +110,14 @@ def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
         steps=config.steps,
         tokens=tokens_of(config, layout),
     )
+
+
+def _dense_steps(method: SeftConfig, steps: int) -> int:
+    """Steps of a run that compute dense gradients."""
+    begins = {t for t in range(1, steps + 1) if in_window(method, t) and not (t > 1 and in_window(method, t - 1))}
+    if method.window_store != "candidates":
+        begins = {t for t in range(1, steps + 1) if in_window(method, t)}
+    return len(begins | ({1} if method.init == "gradient" else set()))
 
 
 def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates, trained: str) -> Time:
@@ -119,7 +129,7 @@ def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
     else:
         more = 6.0 * count * config.batch_size * config.seq_len * (4 / 3 if config.activation_checkpointing else 1)
     compute = micro * (_pass(work, rates) + more / rates.matmul)
-    sent = traffic.gathers(shapes, links, item, micro)
+    sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
     exchanges = [s.times(micro if layout.sharded else 1) for s in traffic.adam_step(shapes, links, item, count)]
     exchanged = sum(s.seconds for s in exchanges)
@@ -131,6 +141,12 @@ def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
         "update": rates.update * count / layout.owners / 4,  # in order, not scattered
     }
     return Time(step, 0.0, 0.0, 0, 0, [*sent, *exchanges], [], [], config.steps, tokens_of(config, layout))
+
+
+def _decoded(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> float:
+    """Dense bytes that a micro-batch makes of packed weights: each time a layer is computed, or gathered."""
+    passes = {"none": 0, "gather": 2, "resident": 3 if config.activation_checkpointing else 2}
+    return float(passes[layout.packing] * item * shapes.target_numel)
 
 
 def _pass(work: Work, rates: Rates) -> float:

@@ -6,6 +6,7 @@ Two or a few layers are run; every further layer of the same kind adds what the 
 import copy
 import types
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,7 +37,9 @@ class Work:
     head: float
     """Largest bytes alive up to the gradient of the last layer's output (logits and loss are in it)."""
     layers: float
-    """Largest bytes alive after that."""
+    """Largest bytes alive after that, before the gradient of the first layer's output."""
+    first: float
+    """Largest bytes alive after that: what the first layer's backward pass needs."""
     matmul: float
     """Floating-point operations of matrix products: forward, recomputation, gradients of inputs."""
     attention: float
@@ -54,7 +57,7 @@ class Work:
     @property
     def peak(self) -> float:
         """Largest bytes alive."""
-        return max(self.head, self.layers)
+        return max(self.head, self.layers, self.first)
 
 
 def trace(
@@ -90,7 +93,7 @@ def trace(
     total = first(costliest + 1)
     for kind in kinds[costliest + 1 :]:
         added = first(steps[kind] + 1).minus(first(steps[kind]))
-        total += Work(added.saved, added.saved, added.saved, added.matmul, added.attention, added.moved)
+        total += Work(added.saved, added.saved, added.saved, 0.0, added.matmul, added.attention, added.moved)
     return total
 
 
@@ -124,12 +127,14 @@ def _run(config: PreTrainedConfig, count: int, dtype: torch.dtype, batch: int, l
                 module.forward = types.MethodType(_even_experts, module)
         ids = torch.zeros(batch, length, dtype=torch.long)
         meter = _Meter([*model.parameters(), *model.buffers(), ids])
-        decoder_layers(model)[-1].register_forward_hook(meter.watch)
+        layers = decoder_layers(model)
+        layers[-1].register_forward_hook(meter.watch("head"))
+        layers[0].register_forward_hook(meter.watch("layers"))
         with meter:
             loss = model(input_ids=ids, labels=ids).loss
             saved = meter.live
             loss.backward()
-    return Work(saved, meter.head, meter.peak, meter.matmul, meter.attention, meter.moved)
+    return Work(saved, meter.part["head"], meter.part["layers"], meter.peak, meter.matmul, meter.attention, meter.moved)
 
 
 class _Meter(TorchDispatchMode):
@@ -137,17 +142,23 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.head = self.matmul = self.attention = self.moved = 0
+        self.live = self.peak = self.matmul = self.attention = self.moved = 0
+        self.part = {"head": 0, "layers": 0}
+        """Largest bytes alive in the parts of the backward pass that are done."""
         self._known = {_storage(tensor) for tensor in known}
 
-    def watch(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the last layer: its output's gradient ends the head's part."""
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.requires_grad:
-            hidden.register_hook(self._head_done)
+    def watch(self, part: str) -> Callable[..., None]:
+        """Forward hook of a layer: the gradient of its output ends this part of the backward pass."""
 
-    def _head_done(self, _: Tensor) -> None:
-        self.head, self.peak = self.peak, self.live
+        def done(_: Tensor) -> None:
+            self.part[part], self.peak = self.peak, self.live
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(done)
+
+        return hook
 
     def _freed(self, key: int, size: int) -> None:
         self.live -= size

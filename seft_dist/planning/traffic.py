@@ -6,7 +6,7 @@ from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.hardware import Rates
-from seft_dist.planning.layout import Layout
+from seft_dist.planning.layout import Layout, packed_bytes
 from seft_dist.sparsity.selection import BINS, DIGITS
 
 
@@ -60,19 +60,22 @@ class Links:
         return Sent(what, 0.0, sent, sent * self._together / self.rates.inter)
 
 
-def weights_gathered(shapes: Shapes, layout: Layout, item: int) -> float:
+def weights_gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> float:
     """Bytes of weights that a micro-batch gathers: each layer twice; FSDP keeps the root from forward to backward. Local."""
-    layers = sum(layout.own(w) * layout.owners for w in shapes.weights if w.layer is not None)
-    root = sum(layout.own(w) * layout.owners for w in shapes.weights if w.layer is None)
-    return float(item * (2 * layers + root * (1 if layout.held in ("fsdp", "hsdp") else 2)))
+    each = item if layout.packing == "none" else packed_bytes(config.sparsity, item)
+    total = 0.0
+    for weight in shapes.weights:
+        padded = layout.own(weight) * layout.owners * (each if weight.target else item)
+        total += padded * (1 if weight.layer is None and layout.held in ("fsdp", "hsdp") else 2)
+    return total
 
 
-def gathers(shapes: Shapes, links: Links, item: int, micro: int) -> list[Sent]:
+def gathers(config: PlanConfig, shapes: Shapes, links: Links, item: int, micro: int) -> list[Sent]:
     """Weights fetched in a step. Local."""
     layout = links.layout
     if not layout.sharded:
         return []
-    size = weights_gathered(shapes, layout, item)
+    size = weights_gathered(config, shapes, layout, item)
     found = [links.ring("weights", size).times(micro)]
     if layout.held == "zero3_offload":
         found.append(Sent("weights from host memory", 0, 0, micro * size / layout.owners / links.rates.host))
@@ -91,7 +94,7 @@ def seft_step(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> li
 
 
 def seft_window(config: PlanConfig, shapes: Shapes, links: Links, micro: int) -> list[Sent]:
-    """What each step of a window sends more. Local."""
+    """What each step of a window with dense gradients sends more. Local."""
     if not Needs.of(config.seft).dense:
         return []
     found = [links.exchange("dense gradients", 4 * shapes.target_numel).times(micro)]
@@ -109,12 +112,17 @@ def seft_evolution(config: PlanConfig, shapes: Shapes, links: Links, item: int) 
     radix = 2 * 8 * BINS * len(DIGITS) * problems
     ranked = 3 * min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else 3 * radix
     found = [
+        *(_factors(shapes, links) if Needs.of(config.seft).factored else []),
         links.ring("rankings", ranked),
         links.ring("positions of all deltas", 4 * deltas * layout.skew(shapes)),
     ]
     if not layout.sharded:
         found.append(links.ring("changes of weights", (8 + item) * 2 * moved))
     return found
+
+
+def _factors(shapes: Shapes, links: Links) -> list[Sent]:
+    return [links.ring("row and column sums", 8.0 * sum(sum(w.target) for w in shapes.targets if w.target))]
 
 
 def adam_step(shapes: Shapes, links: Links, item: int, trained: int) -> list[Sent]:
