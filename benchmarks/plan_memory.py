@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from seft_dist.backends.shards import shard_fsdp, stored_part, zero3_construction
+from seft_dist.backends.shards import fsdp_mesh, shard_fsdp, stored_part, zero3_construction
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.io.models import decoder_layers
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -120,7 +120,7 @@ def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture, dtype=kind)
         if held == "fsdp":
-            shard_fsdp(model, decoder_layers(model), torch.device("cpu"), 1, False)
+            shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
         model.to_empty(device="cpu")
         rotary = type(model.model.rotary_emb)(architecture)
         model.model.rotary_emb.inv_freq.copy_(rotary.inv_freq)

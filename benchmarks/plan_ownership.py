@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from seft_dist.backends.shards import shard_fsdp
+from seft_dist.backends.shards import fsdp_mesh, shard_fsdp
 from seft_dist.io.models import decoder_layers
 from seft_dist.planning.architectures import Shapes, find_architecture
 from seft_dist.planning.layout import Layout
@@ -29,7 +29,7 @@ def local_sizes(shapes: Shapes, rank: int, ranks: int) -> dict[str, int]:
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(shapes.config)
-        shard_fsdp(model, decoder_layers(model), torch.device("cpu"), 1, False)  # type: ignore[arg-type]
+        shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())  # type: ignore[arg-type]
         sizes = {}
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)

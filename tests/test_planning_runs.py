@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from seft_dist.backends.shards import shard_fsdp, stored_part
+from seft_dist.backends.shards import fsdp_mesh, shard_fsdp, stored_part
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.io.models import decoder_layers
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -41,7 +41,7 @@ def test_planned_bytes_are_those_that_are_sent(held: Held, tmp_path: Path) -> No
     def on_rank(rank: int, world: int) -> list[list[int]]:
         model = prune_(tiny_llama(hidden_size=64, intermediate_size=128))
         if held == "fsdp":
-            shard_fsdp(model, decoder_layers(model), torch.device("cpu"), 1, False)
+            shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
         seft = SeftOptimizer(model, seft_config)
         found = []
         for step in range(4):
@@ -74,7 +74,7 @@ def test_shards_of_the_whole_70b_are_the_planned_ones(ranks: int) -> None:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(shapes.config)
-            shard_fsdp(model, decoder_layers(model), torch.device("cpu"), 1, False)
+            shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
             held = {name: p.to_local().numel() for name, p in model.named_parameters() if isinstance(p, DTensor)}
         finally:
             dist.destroy_process_group()
@@ -92,7 +92,7 @@ def peak_of(config: PlanConfig, held: Held, ranks: int) -> float:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         if held == "fsdp":
-            shard_fsdp(model, decoder_layers(model), torch.device("cpu"), 1, False)
+            shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
         model.to_empty(device="cpu")
         model.model.rotary_emb.inv_freq.copy_(type(model.model.rotary_emb)(settings).inv_freq)
         for parameter in model.parameters():

@@ -151,9 +151,17 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         "backward": {**whole, **layers, **(grads if earlier else {})},
         "step": exchange,
     }
+    if layout.held == "ddp":
+        phases["begin of the run"] = {"weights that DDP broadcasts": weights["base weights"]}
+    if layout.held in ("fsdp", "hsdp"):  # the root's buffer lives until the first layer has its weights
+        phases["begin of forward"] = {**whole, "buffer of embeddings, head": whole["gathered embeddings, head"]}
     if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):
-        phases |= _window_phases(config, shapes, layout, whole, layers, work.first, grads)
-        phases["evolution"] |= exchange
+        window = _window_phases(config, shapes, layout, whole, layers, work.first, grads)
+        window["evolution"] |= exchange
+        if "begin of forward" in phases:
+            kept = {key: size for key, size in window["window"].items() if key == "window: accumulated gradient"}
+            phases["begin of forward"] |= kept
+        phases |= window
     host = weights if offloaded else {}
     return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
 

@@ -61,7 +61,7 @@ def measure(dtype: str) -> Rates:
     x, y = torch.randn(_TOKENS, _IN, dtype=kind), torch.randn(_TOKENS, _OUT, dtype=kind)
     weight = torch.randn(_OUT, _IN, dtype=kind)
     flops = 2.0 * _TOKENS * _IN * _OUT
-    big = torch.randn(1 << 20, dtype=kind)
+    big = torch.randn(1 << 22, dtype=kind)  # more than a cache holds
     return Rates(
         name="cpu",
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
@@ -70,7 +70,7 @@ def measure(dtype: str) -> Rates:
         attention=_attention(kind),
         dense=flops / _seconds(lambda: y.float().T @ x.float()),
         sampled=_sampled(x, y),
-        moved=3 * big.numel() * big.element_size() / _seconds(lambda: big * big),
+        moved=3 * big.nbytes / _seconds(lambda: big * big),
         decode=_decode(kind),
         update=_update(kind),
         evolve=_evolve(kind),
@@ -84,8 +84,8 @@ def measure(dtype: str) -> Rates:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median of a few calls, after one that warms up."""
-    run()
+    """Median of a few calls, after two that warm up."""
+    run(), run()
     times = []
     for _ in range(_REPEATS):
         began = time.perf_counter()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -37,7 +38,7 @@ def show(plan: Plan) -> Group:
 
 def layout_table(plan: Plan) -> Table:
     """What fits. Local."""
-    table = Table(title="Layouts, the recommended one first")
+    table = Table(title="Layouts, the recommended one first", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for column in ("layout", "ranks", "GB/rank", "s/step", "tokens/s", "hours", "rank-h", "fits"):
         table.add_column(column, justify="left" if column in ("layout", "fits") else "right", no_wrap=True)
     for choice in plan.choices[:_SHOWN]:
