@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("part", choices=["sampled", "packing", "selection"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.002, 0.01, 0.05, 0.1, 0.2])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.002, 0.01, 0.05, 0.1, 0.2, 0.4])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--numel", type=int, help="positions of packing (2^24) and selection (all of SmolLM2's)")

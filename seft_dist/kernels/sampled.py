@@ -18,7 +18,7 @@ Form = Literal["c++", "sampled_addmm", "dense", "triton"]
 
 _BLOCK = 64
 """Tokens that the C++ form transposes at a time: of common shapes they fit into a core's second cache."""
-_DENSE_ABOVE = {"c++": 0.15, "sampled_addmm": 0.1, "triton": 0.05}
+_DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1, "triton": 0.05}
 """Density from which on a dense product is faster; for Triton a guess, it was never run on a GPU."""
 _DENSE_NUMBERS = 1 << 24
 """Most numbers of a dense product that exist at a time."""
