@@ -181,7 +181,7 @@ def _window_phases(
     total = {"window: accumulated gradient": float(each * own)}
     if needs.squares:
         total["window: squares"] = float(each * own)
-    # of candidates little is left after the first step, the only dense one
+    # of candidates only their own sums are left after the first step, the only dense one
     before = total if config.seft.window > 1 and not needs.candidates else {}
     largest = max(shapes.targets, key=lambda weight: weight.numel)
     # the gradient and what its exchange receives; of half-precision operands also copies in fp32
@@ -195,6 +195,10 @@ def _window_phases(
         "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
     }
+    if needs.candidates:  # later steps: their positions and gradients are the whole model's on every rank
+        kept = min(1.0, (1 + 2 * config.seft.window_candidates) * config.seft.density)
+        of_all = {"window: candidates, own sums": 12.0 * kept * own, "window: candidates": 8.0 * kept * shapes.target_numel}
+        found["window of candidates"] = {**whole, **layers, **of_all}
     if not earlier:  # activations go as gradients come
         rest = {"activations and working tensors of the first layer": first}
         found["end of a window's backward"] = {
