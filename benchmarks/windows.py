@@ -129,6 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--targets", default="all-linear", help="as seft.targets; fewer layers take less time")
+    parser.add_argument("--only", default="", help="measure only forms with this in their name")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--window", type=int, default=5)
     parser.add_argument("--begin", type=int, default=10, help="steps before the window")
@@ -141,9 +143,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     interval = args.begin + args.window
-    base = SeftConfig(density=args.density, interval=interval, window=args.window, steps=20 * interval)
+    base = SeftConfig(
+        density=args.density, targets=args.targets, interval=interval, window=args.window, steps=20 * interval
+    )
     batches = read_batches(args.text, args.model, interval + args.window, tuple(args.shape))
-    print(f"torch {version('torch')}, {args.threads} threads, {vars(args)}")
+    print(f"torch {version('torch')}, {args.threads} threads, {vars(args)}", flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -156,8 +160,11 @@ def main() -> None:
         seen = batches[args.begin : interval]
         full = run(args, base, folder, seen)
         for name, config in forms(base, args.factors).items():
+            if args.only not in name:
+                continue
             rows.append(compare(name, full if name == "full" else run(args, config, folder, seen), full))
-        rows.append(compare("full, other text", run(args, base, folder, batches[interval:]), full))
+        if args.only in "full, other text":
+            rows.append(compare("full, other text", run(args, base, folder, batches[interval:]), full))
     if args.output is not None:
         args.output.write_text(json.dumps({"torch": version("torch"), "rows": rows}) + "\n")
 

@@ -1,5 +1,6 @@
 """A run goes on from a checkpoint on any number of ranks and any backend as if it had not been interrupted."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,29 @@ def test_every_kind_of_state_is_kept(options: dict[str, Any], tmp_path: Path) ->
     whole = run("fsdp", 2, 0, STEPS, tmp_path, config, save=False)
     run("fsdp", 2, 0, 7, tmp_path, config)
     assert_same(run("single", 1, 7, STEPS, tmp_path, config), whole, exact=False)
+
+
+@pytest.mark.parametrize("before", ["full", "candidates"])
+def test_the_form_of_a_window_may_change_before_it_begins(before: Any, tmp_path: Path) -> None:
+    """Step 6 begins a window of three: after step 5 there is an empty one, after step 6 it has begun."""
+    config = dataclasses.replace(CONFIG, begin=8, window_store="candidates")
+    seft = stepped(prune_(tiny_llama()), dataclasses.replace(config, window_store=before), steps=5)
+    checkpoint.save(seft, tmp_path / "5", {})
+    model = prune_(tiny_llama())
+    other = SeftOptimizer(model, config, lr=1e-2)
+    checkpoint.load(other, tmp_path / "5" / "step-00000005")
+    for t in range(5, 8):
+        model(**batch(t)).loss.backward()
+        other.step()
+        other.zero_grad()
+        if t == 5:
+            checkpoint.save(other, tmp_path / "6", {})
+    whole = stepped(prune_(tiny_llama()), config, steps=8)
+    assert whole.evolution is not None and other.evolution is not None
+    assert whole.evolution.digest == other.evolution.digest
+    late = SeftOptimizer(prune_(tiny_llama()), dataclasses.replace(config, window_store="full"), lr=1e-2)
+    with pytest.raises(ValueError, match="window_store='candidates' there, 'full' here"):
+        checkpoint.load(late, tmp_path / "6" / "step-00000006")
 
 
 def saved(folder: Path, config: SeftConfig = CONFIG, keep: int = 2) -> Path:

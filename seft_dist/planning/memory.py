@@ -197,7 +197,10 @@ def _window_phases(
     }
     if needs.candidates:  # later steps: their positions and gradients are the whole model's on every rank
         kept = min(1.0, (1 + 2 * config.seft.window_candidates) * config.seft.density)
-        of_all = {"window: candidates, own sums": 12.0 * kept * own, "window: candidates": 8.0 * kept * shapes.target_numel}
+        of_all = {
+            "window: candidates, own sums": 12.0 * kept * own,
+            "window: candidates": 8.0 * kept * shapes.target_numel,
+        }
         found["window of candidates"] = {**whole, **layers, **of_all}
     if not earlier:  # activations go as gradients come
         rest = {"activations and working tensors of the first layer": first}

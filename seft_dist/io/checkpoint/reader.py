@@ -85,7 +85,7 @@ def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path)
                 f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
                 "it began with"
             )
-    free = _FREE if manifest["window_steps"] is not None else _FREE + _FREE_OUTSIDE_WINDOWS
+    free = _FREE if manifest["window_steps"] else _FREE + _FREE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
     # An option that the writer did not know yet has a default that does what it did
     theirs = dataclasses.asdict(SeftConfig()) | manifest["method"]
@@ -178,7 +178,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
 
 
 def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[str, Tensor]) -> Window | None:
-    if reader.window_steps is None:
+    if not reader.window_steps:  # none, or one that the coming step begins
         return None
     backend = seft.backend
     window = seft.new_window(i)
