@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py ranks --output /tmp/scale/ranks.json          1, 2, 4, 8 gloo ranks, one model
     python benchmarks/scale.py model --output /tmp/scale/model.json          4 gloo ranks, growing models
-    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, up to 1.5 G weights in bf16
+    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, first support, up to 1.5 G weights in bf16
     python benchmarks/scale.py plot /tmp/scale --figures docs/figures
 
 The model is a stack of square linears without biases that exists as shards only: made on the meta device, sharded, filled with
@@ -18,6 +18,7 @@ import platform
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,15 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def train(width: int, depth: int, dtype: torch.dtype, store: WindowStore, sharded: bool) -> dict[str, Any]:
-    """Three steps, two evolutions; what they cost."""
+def train(width: int, depth: int, dtype: torch.dtype, store: WindowStore, sharded: bool, steps: int) -> dict[str, Any]:
+    """Some steps; what they cost."""
     began = time.perf_counter()
     model = make_model(width, depth, dtype, sharded)
     made = time.perf_counter() - began
     seft = SeftOptimizer(model, SeftConfig(density=0.01, interval=2, steps=4, window_store=store), lr=1e-3)
     generator = torch.Generator().manual_seed(dist.get_rank() if sharded else 0)
-    rows = []
-    for _ in range(STEPS):
+    rows: list[dict[str, Any]] = []
+    for _ in range(steps):
         began, sent = time.perf_counter(), seft.backend.bytes_sent if rows else 0
         out = model(torch.randn(TOKENS, width, generator=generator).to(dtype))
         (out.float() * torch.randn(out.shape, generator=generator)).sum().backward()
@@ -93,53 +94,62 @@ def train(width: int, depth: int, dtype: torch.dtype, store: WindowStore, sharde
     }
 
 
-def on_rank(rank: int, world_size: int, folder: str, width: int, depth: int, kind: str, store: WindowStore) -> None:
+def on_rank(
+    rank: int, world_size: int, folder: str, width: int, depth: int, kind: str, store: WindowStore, steps: int
+) -> None:
     """One rank; writes its result to a file of its own."""
     torch.set_num_threads(1)
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # freed blocks go back at once: the need is measured, not the hoard
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     dtype, sharded = getattr(torch, kind), world_size > 1
-    train(64, 2, dtype, store, sharded)  # what a first step loads is not counted
+    train(64, 2, dtype, store, sharded, steps)  # what a first step loads is not counted
     idle = peak_mb()
-    result = train(width, depth, dtype, store, sharded)
+    result = train(width, depth, dtype, store, sharded, steps)
     result |= {"peak_MB": peak_mb() - idle, "rank": rank}
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(world_size: int, width: int, depth: int, kind: str, store: WindowStore = "full") -> dict[str, Any]:
+def phases_of(row: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Seconds and bytes of the phases of the last evolution."""
+    return next(step["phases"] for step in reversed(row["steps"]) if step["phases"])
+
+
+def measure(
+    world_size: int, width: int, depth: int, kind: str, store: WindowStore = "full", steps: int = STEPS
+) -> dict[str, Any]:
     """Run on processes of their own; what the rank with the highest peak saw."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, (world_size, folder, width, depth, kind, store), nprocs=world_size)
+        mp.spawn(on_rank, (world_size, folder, width, depth, kind, store, steps), nprocs=world_size)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
     worst: dict[str, Any] = max(ranks, key=lambda found: found["peak_MB"])
-    row = {"ranks": world_size, "width": width, "depth": depth, "dtype": kind, "store": store} | worst
-    phases = row["steps"][1]["phases"]
+    row: dict[str, Any] = {"ranks": world_size, "width": width, "depth": depth, "dtype": kind, "store": store} | worst
+    phases = phases_of(row)
     spent = {name: round(seconds, 3) for name, (seconds, _) in phases.items()}
     print(
         f"{row['weights'] / 1e6:.0f} M weights, {kind}, {store}, {world_size} ranks: "
         f"peak {row['peak_MB']:.0f} MB, sent in an evolution "
         f"{sum(sent for _, sent in phases.values()) / 1e6:.2f} MB, "
-        f"in a step {row['steps'][2]['bytes'] / 1e6:.3f} MB, seconds {spent}",
+        f"in a step {row['steps'][-1]['bytes'] / 1e6:.3f} MB, seconds {spent}",
         flush=True,
     )
     return row
 
 
-def measure_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_ranks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The same model on more and more ranks."""
-    return [measure(world, args.width, args.depth, args.dtype) for world in args.ranks]
+    return (measure(world, args.width, args.depth, args.dtype) for world in args.ranks)
 
 
-def measure_model(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """More and more layers on the same ranks."""
-    return [measure(max(args.ranks), args.width, depth, args.dtype) for depth in args.depths]
+    return (measure(max(args.ranks), args.width, depth, args.dtype) for depth in args.depths)
 
 
-def measure_evolution(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One process, as many layers as fit."""
-    return [measure(1, args.width, depth, args.dtype, args.store) for depth in args.depths]
+def measure_evolution(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One process, as many layers as fit; the first support, which is an evolution too."""
+    return (measure(1, args.width, depth, args.dtype, args.store, steps=1) for depth in args.depths)
 
 
 def main() -> None:
@@ -150,7 +160,7 @@ def main() -> None:
         "model": (measure_model, {"width": 2048, "depths": [6, 12, 24, 48], "ranks": [4], "dtype": "float32"}),
         "evolution": (
             measure_evolution,
-            {"width": 4096, "depths": [3, 6, 12, 24, 48, 90], "dtype": "bfloat16", "store": "full"},
+            {"width": 4096, "depths": [3, 12, 24, 48, 90], "dtype": "bfloat16", "store": "full"},
         ),
     }
     for name, (_, defaults) in settings.items():
@@ -166,10 +176,12 @@ def main() -> None:
     if args.what == "plot":
         plot_all(args.results, args.figures)
         return
-    rows = settings[args.what][0](args)
     machine = f"{os.cpu_count()} cores, {platform.platform()}, torch {version('torch')}, 1 thread a process"
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"machine": machine, "rows": rows}) + "\n")
+    rows = []
+    for row in settings[args.what][0](args):
+        rows.append(row)
+        args.output.write_text(json.dumps({"machine": machine, "rows": rows}) + "\n")
 
 
 def plot_all(results: Path, figures: Path) -> None:
@@ -189,8 +201,7 @@ def plot_all(results: Path, figures: Path) -> None:
 
 def sent(row: dict[str, Any], window: bool) -> float:
     """MB that a rank sent for the evolution, or for the window before it."""
-    phases = row["steps"][1]["phases"].items()
-    return sum(size for name, (_, size) in phases if (name == "window") == window) / 1e6
+    return sum(size for name, (_, size) in phases_of(row).items() if (name == "window") == window) / 1e6
 
 
 def plot_growth(rows: list[dict[str, Any]], across: list[float], label: str, power: int, file: Path) -> None:
@@ -199,13 +210,15 @@ def plot_growth(rows: list[dict[str, Any]], across: list[float], label: str, pow
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2))
     left.loglog(across, [row["peak_MB"] for row in rows], "o-", label="measured")
-    line = [rows[0]["peak_MB"] * (x / across[0]) ** power for x in across]
+    first = 0 if power < 0 else -1  # where a fixed part shows least
+    line = [rows[first]["peak_MB"] * (x / across[first]) ** power for x in across]
     left.loglog(across, line, "--", color="grey", label="proportional" if power > 0 else "1 / ranks")
+    left.set_yticks([row["peak_MB"] for row in rows], [f"{row['peak_MB']:.0f}" for row in rows])
     left.set_ylabel("peak memory of a rank, MB")
     series = {
         "a step of the window": [sent(row, window=True) for row in rows],
         "an evolution": [sent(row, window=False) for row in rows],
-        "an ordinary step": [row["steps"][2]["bytes"] / 1e6 for row in rows],
+        "an ordinary step": [row["steps"][-1]["bytes"] / 1e6 for row in rows],
     }
     for title, values in series.items():
         points = [(x, value) for x, value in zip(across, values, strict=True) if value]
@@ -227,8 +240,8 @@ def plot_evolution(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.4))
     across = [row["weights"] / 1e6 for row in rows]
-    names = ("drop", "grow", "adapt", "commit", "verify")
-    seconds = {name: [row["steps"][1]["phases"][name][0] for row in rows] for name in names}
+    names = ("grow", "adapt", "commit", "verify")
+    seconds = {name: [phases_of(row)[name][0] for row in rows] for name in names}
     for name in names:
         axes.loglog(across, seconds[name], "o-", label=name)
     axes.loglog(across, [sum(took) for took in zip(*seconds.values(), strict=True)], "o-", color="black", label="all")

@@ -119,10 +119,7 @@ def forms(base: SeftConfig, factors: list[float]) -> dict[str, SeftConfig]:
     found = {store: dataclasses.replace(base, window_store=store) for store in ("full", "bf16")}  # type: ignore[arg-type]
     for factor in factors:
         found[f"candidates, {factor}"] = dataclasses.replace(base, window_store="candidates", window_candidates=factor)
-    return found | {
-        "factored": dataclasses.replace(base, window_store="factored"),
-        "full, last step only": dataclasses.replace(base, window=1),
-    }
+    return found | {"factored": dataclasses.replace(base, window_store="factored")}
 
 
 def main() -> None:
