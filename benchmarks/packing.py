@@ -11,6 +11,7 @@ again at the end. Every way of holding the weights runs in processes of its own,
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -176,6 +177,7 @@ def measure(options: argparse.Namespace, mode: str, prefixes: list[list[str]]) -
 
 def main() -> None:
     """Measure what was asked for and print a table."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a link is taken down again
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pruned causal LM")
     parser.add_argument("--ranks", type=int, default=2)
