@@ -5,7 +5,7 @@
 Every form starts from the same checkpoint, made with the full form just before a window, sees the same batches and makes the
 same evolution. "grown" and "removed" are the shares of the full form's positions that this form grows or takes out of the mask
 too; a second full window on other text says how much of a choice is the text's. Bytes are held by the window on one process
-(with W ranks each holds 1/W of what is per weight); traffic is what one of two ranks sends, by docs/evolution.md's formula.
+(with W ranks each holds 1/W of what is per weight); docs/evolution.md has formulas for the traffic.
 """
 
 import argparse
