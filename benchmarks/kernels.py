@@ -73,9 +73,9 @@ def sampled(rounds: int, densities: list[float], tokens: list[int], dtype: torch
                 given = (support.shape, support.crow, support.col, x, grad)
                 results = {form: torch.zeros(len(support)) for form in forms}
                 for form, result in results.items():
-                    FORMS[form](result, *given)
+                    FORMS[form](result, *given, False)
                     assert torch.allclose(result, results["dense"], rtol=1e-3, atol=1e-3 * length**0.5)
-                runs = {form: functools.partial(FORMS[form], results[form], *given) for form in forms}
+                runs = {form: functools.partial(FORMS[form], results[form], *given, False) for form in forms}
                 seconds = interleaved(runs, rounds)
                 row: dict[str, Any] = {"weight": name, "tokens": length, "density": density}
                 row["dense_ms"] = statistics.median(seconds["dense"]) * 1e3

@@ -5,7 +5,9 @@
 
 The floor is a frozen model's forward and input gradients: no method that trains its linears can be below it. Each method
 lives in a process of its own (so that its peak memory is known) and does one step when it is its turn; ratios are taken
-inside each round and their median is shown, so a machine that slows down slows all of them. Peers: LoRA and SHiRA of
+inside each round and their median is shown, so a machine that slows down slows all of them. Peak memory is that of an
+ordinary step; the last column also has the first step (SEFT chooses its first support from a dense gradient) and, of an
+evolving run, a window and an evolution. Peers: LoRA and SHiRA of
 PEFT (pip install -e '.[bench]'), full fine-tuning, and two forms of other sparse methods written in step_methods.py.
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step_methods import METHODS, draw_batch, load  # beside this file
+from step_methods import EVERY, METHODS, draw_batch, load  # beside this file
 from tqdm import tqdm
 
 INTERVAL, WINDOW = 60, 5
@@ -29,40 +31,57 @@ INTERVAL, WINDOW = 60, 5
 
 
 def worker(pipe: Any, name: str, density: float, args: argparse.Namespace) -> None:
-    """Do a step of one method each time the pipe asks; answer with seconds, kind and peak bytes."""
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # freed blocks go back at once: peaks are the methods', not malloc's
+    """Measure peaks of one method, then do a step each time the pipe asks; answer with seconds and kind."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     sequences, tokens = map(int, args.batch.split("x"))
     model = load(args.model)
     step = METHODS[name](model, draw_batch(model, sequences, tokens), density)
-    pipe.send(None)
+    _use_malloc(mapped_from=1 << 18)  # freed blocks go back at once: peaks are the methods', not malloc's
+    first, ordinary = 0, 0
+    for number in range(EVERY + 1 if name == "evolving" else 3):
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        kind = step()
+        peak = _status("VmHWM")
+        if number and kind == "step":
+            ordinary = max(ordinary, peak)
+        first = max(first, peak)
+    _use_malloc(mapped_from=1 << 25)  # what glibc's own rule comes to in training
+    pipe.send((ordinary, first))
     while pipe.recv():
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         begin = clock()
         kind = step()
-        seconds = clock() - begin
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.split("VmHWM:")[1].split()[0]) << 10
-        pipe.send((seconds, kind, peak))
+        pipe.send((clock() - begin, kind))
+
+
+def _use_malloc(mapped_from: int) -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, mapped_from)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2 * mapped_from)  # M_TRIM_THRESHOLD
+    libc.malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) << 10
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of method, density, seconds of each round by kind of step, peak bytes."""
+    """Rows of method, density, seconds of each round by kind of step, peak bytes of a step and of all kinds of steps."""
     context = mp.get_context("spawn")
     rows: list[dict[str, Any]] = []
-    for name in args.methods:
+    for name in tqdm(args.methods, desc="memory", unit="method"):
         for density in args.densities if name in ("seft", "evolving", "spiel") else [None]:
             ours, theirs = context.Pipe()
             process = context.Process(target=worker, args=(theirs, name, density, args), daemon=True)
             process.start()
-            rows.append({"method": name, "density": density, "seconds": [], "pipe": ours, "process": process})
-    for row in rows:
-        row["pipe"].recv()  # loaded
+            peak, peak_of_all = ours.recv()
+            rows.append({"method": name, "density": density, "seconds": [], "peak": peak, "peak_of_all": peak_of_all})
+            rows[-1] |= {"pipe": ours, "process": process}
     for number in tqdm(range(args.warmup + args.rounds), desc="rounds", unit="round"):
         for row in rows:
             row["pipe"].send(True)
-            seconds, kind, row["peak"] = row["pipe"].recv()
+            seconds, kind = row["pipe"].recv()
             if number >= args.warmup:
                 row["seconds"].append((kind, seconds))
     for row in rows:
@@ -85,14 +104,14 @@ def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     table = Table(
         title=f"{args.model}, {args.batch} tokens, {args.threads} threads, {args.rounds} rounds, {args.clock} seconds"
     )
-    for column in ("method", "density", "seconds", "x floor", "peak MB", "x floor"):
+    for column in ("method", "density", "seconds", "x floor", "peak MB", "x floor", "first step, evolution"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
         row["ratio"], row["memory_ratio"] = ratio(row, floor), row["peak"] / floor["peak"]
         median = statistics.median(seconds for kind, seconds in row["seconds"] if kind == "step")
         density = "" if row["density"] is None else f"{row['density']:.1%}"
         cells = (row["method"], density, f"{median:.3f}", f"{row['ratio']:.3f}", f"{row['peak'] / 1e6:.0f}")
-        table.add_row(*cells, f"{row['memory_ratio']:.3f}")
+        table.add_row(*cells, f"{row['memory_ratio']:.3f}", f"{row['peak_of_all'] / 1e6:.0f}")
     console = Console()
     console.print(table)
     for row in rows:
@@ -120,7 +139,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=16, help="two evolutions fall into 16")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds not counted (the first support is in the first)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds not counted")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--clock",

@@ -16,6 +16,8 @@ from seft_dist.optim.targets import find_targets
 Step = Callable[[], str]
 """Does one training step and says what kind it was: "step", "window" or "evolution"."""
 _LR = 1e-4
+EVERY = 8
+"""Steps from one evolution of an evolving run to the next."""
 
 
 def load(model: str) -> Any:
@@ -56,13 +58,13 @@ def floor(model: Any, data: dict[str, Tensor], density: float) -> Step:
 
 
 def seft(model: Any, data: dict[str, Tensor], density: float, evolves: bool = False) -> Step:
-    """This project, between evolutions; with ``evolves`` windows of 3 steps and an evolution at every 8th."""
-    every = {"interval": 8, "window": 3} if evolves else {"interval": 10**6}
+    """This project, between evolutions; with ``evolves`` windows of 3 steps and an evolution at every ``EVERY``-th."""
+    every = {"interval": EVERY, "window": 3} if evolves else {"interval": 10**6}
     optimizer = SeftOptimizer(model, SeftConfig(density=density, **every), lr=_LR, max_grad_norm=1.0)  # type: ignore[arg-type]
 
     def step() -> str:
         number = optimizer.num_steps + 1
-        kind = "window" if evolves and -(-number // 8) * 8 - number < 3 else "step"
+        kind = "window" if evolves and -(-number // EVERY) * EVERY - number < 3 else "step"
         model(**data).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -39,9 +39,18 @@ def reference(support: Support, x: Tensor, grad: Tensor) -> Tensor:
     share=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
     dtype=DTYPES,
     strided=st.booleans(),
+    accumulate=st.booleans(),
 )
 def test_every_form_is_the_dense_product_at_the_positions(
-    form: Form, seed: int, tokens: int, rows: int, cols: int, share: float, dtype: torch.dtype, strided: bool
+    form: Form,
+    seed: int,
+    tokens: int,
+    rows: int,
+    cols: int,
+    share: float,
+    dtype: torch.dtype,
+    strided: bool,
+    accumulate: bool,
 ) -> None:
     x, grad, support = draw(seed, tokens, rows, cols, share)
     x, grad = x.to(dtype), grad.to(dtype)
@@ -50,10 +59,12 @@ def test_every_form_is_the_dense_product_at_the_positions(
     if not len(support):
         return
     before = torch.arange(len(support), dtype=torch.float32)
-    out = before.clone()
-    FORMS[form](out, support.shape, support.crow, support.col, x, grad)
+    out = before.clone() if accumulate else torch.full_like(before, torch.nan)
+    FORMS[form](out, support.shape, support.crow, support.col, x, grad, accumulate)
     # Products of bf16 and fp16 numbers are exact in fp32: what remains is the rounding of the sums.
-    torch.testing.assert_close(out.double(), before + reference(support, x, grad), rtol=1e-5, atol=1e-5 * tokens**0.5)
+    torch.testing.assert_close(
+        out.double(), accumulate * before + reference(support, x, grad), rtol=1e-5, atol=1e-5 * tokens**0.5
+    )
 
 
 def test_nothing_to_do_changes_nothing() -> None:
@@ -64,6 +75,8 @@ def test_nothing_to_do_changes_nothing() -> None:
     out = torch.ones(12)
     sampled_grad_(out, support.shape, support.crow, support.col, x[:0], grad[:0])
     assert torch.equal(out, torch.ones(12))
+    sampled_grad_(out, support.shape, support.crow, support.col, x[:0], grad[:0], accumulate=False)
+    assert torch.equal(out, torch.zeros(12))
 
 
 def test_empty_rows_and_full_ones() -> None:
@@ -73,7 +86,7 @@ def test_empty_rows_and_full_ones() -> None:
     support = Support((50, 33), [positions])
     for form in ON_CPU:
         out = torch.zeros(len(support))
-        FORMS[form](out, support.shape, support.crow, support.col, x, grad)
+        FORMS[form](out, support.shape, support.crow, support.col, x, grad, True)
         torch.testing.assert_close(out.double(), reference(support, x, grad), rtol=1e-5, atol=1e-4)
 
 
@@ -94,7 +107,7 @@ def test_cpp_gives_the_same_bits_on_any_number_of_threads() -> None:
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
                 results.append(torch.zeros(len(support)))
-                FORMS["c++"](results[-1], support.shape, support.crow, support.col, x.to(dtype), grad.to(dtype))
+                FORMS["c++"](results[-1], support.shape, support.crow, support.col, x.to(dtype), grad.to(dtype), True)
         return results
 
     (results,) = run_ranks(on_threads, 1)  # a pool of threads must not be started in this process

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seft_dist.backends.group import Group
+from seft_dist.kernels.scatter import scatter_
 from seft_dist.sparsity.partition import Interval, Partition
 
 
@@ -94,7 +95,7 @@ class Backend(ABC):
 
     @abstractmethod
     def places(self, i: int, positions: Tensor) -> Tensor:
-        """Where ``load`` and ``store`` find positions; holds until the weight's mask changes. Local.
+        """Where ``load``, ``store`` and ``store_all`` find positions; holds until the weight's mask changes. Local.
 
         Args:
             i: Which target.
@@ -105,12 +106,28 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def memory(self, i: int) -> tuple[Tensor, int]:
+        """What the places of weight i point into, flat, in the model's dtype, and the place of its first value. Local."""
+
     def load(self, i: int, places: Tensor) -> Tensor:
         """The weights at some places, in the model's dtype. Local."""
+        memory, start = self.memory(i)
+        return memory[places.long() - start]
 
-    @abstractmethod
     def store(self, i: int, places: Tensor, values: Tensor) -> None:
         """Put values, in the model's dtype, at some places; inside ``writing()``. Local."""
+        memory, start = self.memory(i)
+        memory[places.long() - start] = values
+
+    def store_all(self, places: Sequence[Tensor], values: Tensor) -> None:
+        """Put values into every weight, as ``store``. Local.
+
+        Args:
+            places: Of each weight.
+            values: In the model's dtype, one weight's after another.
+        """
+        memories, starts = zip(*map(self.memory, range(len(places))), strict=True)
+        scatter_(memories, starts, places, values)
 
     @abstractmethod
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
@@ -205,14 +222,8 @@ class DenseBackend(Backend):
     def places(self, i: int, positions: Tensor) -> Tensor:
         return positions
 
-    def _offsets(self, i: int, places: Tensor) -> Tensor:
-        return places.long() - self.stored(i).start
-
-    def load(self, i: int, places: Tensor) -> Tensor:
-        return self.local(i)[self._offsets(i, places)]
-
-    def store(self, i: int, places: Tensor, values: Tensor) -> None:
-        self.local(i)[self._offsets(i, places)] = values
+    def memory(self, i: int) -> tuple[Tensor, int]:
+        return self.local(i), self.stored(i).start
 
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
         self.own(i)[removed] = 0

@@ -293,11 +293,8 @@ class PackedBackend(Backend):
     def places(self, i: int, positions: Tensor) -> Tensor:
         return self._weights[i].places(positions)
 
-    def load(self, i: int, places: Tensor) -> Tensor:
-        return self._weights[i].values[places.long()]
-
-    def store(self, i: int, places: Tensor, values: Tensor) -> None:
-        self._weights[i].values[places.long()] = values
+    def memory(self, i: int) -> tuple[Tensor, int]:
+        return self._weights[i].values, 0
 
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
         weight = self._weights[i]

@@ -26,9 +26,10 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
 _SECONDS = 300
 _HERE = Path(__file__).parent
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, _INT, _INT]
+_SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, *[_INT] * 3]
 _PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
 _UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
+_SCATTER = [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _INT]
 SIGNATURES = {
     "sampled_f32": _SAMPLED,
     "sampled_bf16": _SAMPLED,
@@ -46,6 +47,8 @@ SIGNATURES = {
     "encode_32": _PACKED,
     "decode_16": _UNPACKED,
     "decode_32": _UNPACKED,
+    "scatter_16": _SCATTER,
+    "scatter_32": _SCATTER,
 }
 """Argument types of each function; all return an int, 0 for success."""
 

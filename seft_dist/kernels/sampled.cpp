@@ -1,9 +1,10 @@
-// grad[k] += sum over tokens t of g[t, row of k] * x[t, column of k], for positions k sorted by row.
+// grad[k] = or += sum over tokens t of g[t, row of k] * x[t, column of k], for positions k sorted by row.
 //
 // Both operands are transposed for a block of tokens at a time, so that an entry is a dot product of two contiguous, aligned
 // vectors which are still in the cache. An entry's sum is made in the same order on any number of threads, and is whole before
 // it is added, so that it does not matter which process adds what first.
 #include <cstdlib>
+#include <memory>
 
 #include "lanes.h"
 
@@ -62,13 +63,28 @@ void dots(const float* g, const float* x, const int32_t* crow, const int32_t* co
     }
 }
 
+// Memory for 64-byte vectors that a thread keeps for its next call: some MB, and new memory costs a page fault every 4 KB.
+float* scratch(size_t floats) {
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    static thread_local std::unique_ptr<float, Free> space;
+    static thread_local size_t size = 0;
+    if (floats > size) {
+        size = (floats + 1023) / 1024 * 1024;
+        space.reset();
+        space.reset((float*)std::aligned_alloc(64, size * 4));
+        if (!space) size = 0;
+    }
+    return space.get();
+}
+
 template <class T>
 int sampled(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t tokens, int64_t rows, int64_t cols,
-            const int32_t* crow, const int32_t* col, int64_t numel, float* grad, int block, int threads) {
-    const int64_t padded = (numel + 15) / 16 * 16;
-    float* space = (float*)std::aligned_alloc(64, size_t((rows + cols) * block + padded) * 4);
+            const int32_t* crow, const int32_t* col, int64_t numel, float* grad, int accumulate, int block, int threads) {
+    float* space = scratch(size_t((rows + cols) * block + (accumulate ? numel : 0)));
     if (!space) return 1;
-    float *gt = space, *xt = gt + rows * block, *sums = xt + cols * block;
+    float *gt = space, *xt = gt + rows * block, *sums = accumulate ? xt + cols * block : grad;
 #pragma omp parallel num_threads(threads)
     for (int64_t t = 0; t < tokens; t += block) {
         const int64_t now = tokens - t < block ? tokens - t : block;
@@ -91,22 +107,22 @@ int sampled(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t 
             }
         }
     }
-    for (int64_t k = 0; k < numel; k++) grad[k] += sums[k];
-    std::free(space);
+    if (accumulate)
+        for (int64_t k = 0; k < numel; k++) grad[k] += sums[k];
     return 0;
 }
 
 }  // namespace
 
 extern "C" int sampled_f32(const float* x, int64_t xs, const float* g, int64_t gs, int64_t tokens, int64_t rows,
-                           int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad, int block,
-                           int threads) {
-    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, block, threads);
+                           int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad,
+                           int accumulate, int block, int threads) {
+    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, accumulate, block, threads);
 }
 extern "C" int sampled_bf16(const uint16_t* x, int64_t xs, const uint16_t* g, int64_t gs, int64_t tokens, int64_t rows,
-                            int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad, int block,
-                            int threads) {
-    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, block, threads);
+                            int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad,
+                            int accumulate, int block, int threads) {
+    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, accumulate, block, threads);
 }
 
 extern "C" const char* built_with() { return __VERSION__; }

@@ -1,4 +1,4 @@
-"""The gradient of a weight [out, in] at k of its positions: grad[k] += sum over tokens of g[t, row of k] x[t, column of k].
+"""The gradient of a weight [out, in] at k of its positions: grad[k] = or += sum over tokens of g[t, row of k] x[t, column of k].
 
 Four forms, one result (to rounding; sums are made in fp32): C++, torch.sparse.sampled_addmm, a dense product of one block of
 rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks by density
@@ -42,28 +42,40 @@ def choose(shape: tuple[int, int], entries: int, device: torch.device) -> Form:
     return "sampled_addmm" if density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available() else "dense"
 
 
-def sampled_grad_(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
-    """Add the weight gradient at some positions to ``out``, accumulated in fp32. Local.
+def sampled_grad_(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool = True
+) -> None:
+    """The weight gradient at some positions into ``out``, accumulated in fp32. Local.
 
     Args:
         out: fp32 [k], contiguous.
         shape: [out, in] of the weight.
-        crow: int32 [out + 1], where each row's positions begin.
-        col: int32 [k], column of each position; inside a row they increase.
+        crow: int32 [out + 1], contiguous, where each row's positions begin.
+        col: int32 [k], contiguous, column of each position; inside a row they increase.
         x: [T, in], the linear's input; fp32, bf16 or fp16, like ``grad``.
         grad: [T, out], gradient of its output.
+        accumulate: Whether to add to what ``out`` has.
     """
-    if len(col) and len(x):
-        FORMS[choose(shape, len(col), x.device)](out, shape, crow, col, x, grad)
+    entries, tokens = out.shape[0], x.shape[0]
+    if entries and tokens:
+        FORMS[choose(shape, entries, x.device)](out, shape, crow, col, x, grad, accumulate)
+    elif not accumulate:
+        out.zero_()
 
 
-def _triton(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _triton(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
+) -> None:
     kernels = triton_kernels()
     assert kernels is not None
+    if not accumulate:
+        out.zero_()
     kernels.sampled_grad_(out, shape, crow, col, x, grad)
 
 
-def _cpp(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _cpp(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
+) -> None:
     functions = library()
     assert functions is not None
     function = functions.sampled_f32
@@ -72,28 +84,38 @@ def _cpp(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tens
     else:
         x, grad = x.float(), grad.float()
     x, grad = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (x, grad))
+    entries, (tokens, columns), (rows,) = col.shape[0], x.shape, grad.shape[1:]
     assert crow.dtype == col.dtype == torch.int32 and out.dtype == torch.float32
-    assert crow.is_contiguous() and col.is_contiguous() and out.is_contiguous() and len(out) == len(col)
-    assert x.shape == (len(grad), shape[1]) and grad.shape[1] == shape[0] and len(crow) == shape[0] + 1
+    assert (
+        out.shape[0] == entries and crow.shape[0] == rows + 1 and grad.shape[0] == tokens and shape == (rows, columns)
+    )
     block = 16
-    while block < min(_BLOCK, len(x)):
+    while block < min(_BLOCK, tokens):
         block *= 2
     failed = function(
-        *(x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), len(x), *shape),
-        *(crow.data_ptr(), col.data_ptr(), len(col), out.data_ptr(), block, torch.get_num_threads()),
+        *(x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), tokens, rows, columns, crow.data_ptr()),
+        *(col.data_ptr(), entries, out.data_ptr(), accumulate, block, torch.get_num_threads()),
     )
     if failed:
         raise MemoryError(f"no memory for {block} tokens of {sum(shape)} numbers")
 
 
-def _sampled_addmm(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _sampled_addmm(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
+) -> None:
+    if not accumulate:
+        out.zero_()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(crow, col, out, size=shape, check_invariants=False)
     out.copy_(torch.sparse.sampled_addmm(pattern, grad.float().T, x.float()).values())
 
 
-def _dense(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _dense(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
+) -> None:
+    if not accumulate:
+        out.zero_()
     rows, columns = shape
     block = max(1, _DENSE_NUMBERS // columns)
     bounds = crow[::block].tolist() + [len(col)]
@@ -105,10 +127,10 @@ def _dense(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Te
         out[begin:end] += product.view(-1)[row * columns + col[begin:end]]
 
 
-FORMS: dict[Form, Callable[[Tensor, tuple[int, int], Tensor, Tensor, Tensor, Tensor], None]] = {
+FORMS: dict[Form, Callable[[Tensor, tuple[int, int], Tensor, Tensor, Tensor, Tensor, bool], None]] = {
     "c++": _cpp,
     "sampled_addmm": _sampled_addmm,
     "dense": _dense,
     "triton": _triton,
 }
-"""Each adds to its first argument; arguments as of ``sampled_grad_``, at least one token and one position."""
+"""Arguments as of ``sampled_grad_``, at least one token and one position."""

@@ -61,15 +61,7 @@ class Slot:
             parts = [grad[rows].float().T @ x[rows].float() for rows in _slices(ends, len(x))]
             dense = parts[0] if ends is None else torch.cat(parts)
         if self.support is not None:
-            if self.grad is None:
-                self.grad = torch.zeros(len(self.support), device=grad.device)
-            if dense is not None:
-                self.grad += dense.view(-1)[self.support.positions()]
-            elif ends is None:
-                support = self.support
-                sampled_grad_(self.grad, support.shape, support.crow, support.col, x, grad)
-            else:
-                self._record_experts(self.support, x, grad, ends)
+            self._sample(self.support, x, grad, ends, dense)
         if self.window is not None:
             self.window.observe(x, grad)
             if dense is not None:
@@ -77,13 +69,21 @@ class Slot:
                 self.window.seconds += time.perf_counter() - began
         self.recorded()
 
-    def _record_experts(self, support: Support, x: Tensor, grad: Tensor, ends: list[int]) -> None:
+    def _sample(self, support: Support, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:
+        before = self.grad
+        if dense is not None:
+            sampled = dense.view(-1)[support.positions()]
+            self.grad = sampled if before is None else before.add_(sampled)
+            return
+        if before is None:
+            self.grad = torch.empty(support.col.shape, device=grad.device)  # the first of a step writes, the others add
         assert self.grad is not None
-        blocks = support.blocks(len(ends))
-        outs = self.grad.split([len(block) for block in blocks])
-        for rows, block, out in zip(_slices(ends, len(x)), blocks, outs, strict=True):
-            if rows.start < rows.stop:
-                sampled_grad_(out, block.shape, block.crow, block.col, x[rows], grad[rows])
+        blocks, outs = [support], [self.grad]
+        if ends is not None:
+            blocks = support.blocks(len(ends))
+            outs = list(self.grad.split([len(block) for block in blocks]))
+        for rows, block, out in zip(_slices(ends, x.shape[0]), blocks, outs, strict=True):
+            sampled_grad_(out, block.shape, block.crow, block.col, x[rows], grad[rows], before is not None)
 
 
 def _nothing() -> None:

@@ -300,17 +300,15 @@ class SeftOptimizer(torch.optim.Optimizer):
     def _write(self) -> None:
         """weight = cast(base + delta) at the support. **Collective** for replicated weights, else local."""
         backend, state = self.backend, self.sparse_state
-        new = state.columns.weight().to(backend.dtypes[0])
-        if not backend.replicates:
-            for i, (values, places) in enumerate(zip(new.split(state.lengths), state.places, strict=True)):
-                backend.store(i, places, values)
-            return
-        pieces = [
-            part.split([support.sizes[rank] for support in state.supports])
-            for rank, part in enumerate(backend.owners.gather(new))
-        ]
-        for i, support in enumerate(state.supports):
-            backend.store(i, backend.places(i, support.positions()), torch.cat([piece[i] for piece in pieces]))
+        new, places = state.columns.weight().to(backend.dtypes[0]), state.places
+        if backend.replicates:
+            pieces = [
+                part.split([support.sizes[rank] for support in state.supports])
+                for rank, part in enumerate(backend.owners.gather(new))
+            ]
+            new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
+            places = [backend.places(i, support.positions()) for i, support in enumerate(state.supports)]
+        backend.store_all(places, new)
 
     def sparsity(self) -> list[LayerSparsity]:
         """Counts of every target: wanted, active, zeros, deltas. **Collective**."""

@@ -59,16 +59,16 @@ def judge(backend: Backend, step: int, grads: Sequence[Tensor], windows: Sequenc
         grads: Own entries' gradient of each target, fp32, averaged over ranks.
         windows: Of each target; its pending step must be finite as well.
     """
-    table = torch.zeros(2, len(grads), dtype=torch.float64, device=backend.device)
-    for i, (grad, window) in enumerate(zip(grads, windows, strict=True)):
-        table[0, i] = grad.double().square().sum()
+    norms = torch.stack(torch._foreach_norm(list(grads), dtype=torch.float64))
+    others = torch.zeros_like(norms)
+    for i, window in enumerate(windows):
         if window is not None:
-            table[1, i] = window.is_finite().logical_not()
-    squared, others = backend.owners.sum(table)
+            others[i] = window.is_finite().logical_not()
+    squared, others = backend.owners.sum(torch.stack([norms.square(), others]))
     wrong = squared.isfinite().logical_not() | others.bool()
     is_finite, event = wrong.any().logical_not(), None
     told = is_finite
-    if table.device.type == "cuda":  # never run on a GPU
+    if norms.device.type == "cuda":  # never run on a GPU
         told = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(is_finite, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

@@ -1,0 +1,39 @@
+"""Values put at some places of many tensors in one call: what an ordinary step writes into the weights."""
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from seft_dist.kernels.build import library
+
+
+def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Tensor], values: Tensor) -> None:
+    """outs[i][places[i] - starts[i]] = the i-th part of the values. Local.
+
+    Args:
+        outs: Each [n_i], contiguous, of the values' type.
+        starts: What each tensor's first element is called in its places.
+        places: Each int32 or int64 [k_i], without repeats, inside its tensor.
+        values: [sum of k_i], one tensor's after another.
+    """
+    sizes = [place.shape[0] for place in places]
+    assert values.shape == (sum(sizes),)
+    functions = library() if values.is_cpu and values.element_size() in (2, 4) else None
+    if functions is None:
+        for out, start, place, part in zip(outs, starts, places, values.split(sizes), strict=True):
+            out[place.long() - start] = part
+        return
+    places, values = [place.to(torch.int32) for place in places], values.contiguous()
+    assert all(place.is_contiguous() for place in places)
+    assert all(out.dtype == values.dtype and out.is_contiguous() for out in outs)
+    longs, pointers = ctypes.c_int64 * len(sizes), ctypes.c_void_p * len(sizes)
+    (functions.scatter_16 if values.element_size() == 2 else functions.scatter_32)(
+        pointers(*[out.data_ptr() for out in outs]),
+        longs(*starts),
+        pointers(*[place.data_ptr() for place in places]),
+        longs(*accumulate(sizes)),
+        *(len(sizes), values.data_ptr(), torch.get_num_threads()),
+    )

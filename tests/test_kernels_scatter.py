@@ -1,0 +1,43 @@
+"""Writing into many tensors at once: the same as writing into one after another."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seft_dist.kernels import scatter
+
+SIZES = st.lists(st.tuples(st.integers(0, 40_000), st.floats(0, 1), st.integers(0, 1000)), max_size=6)
+
+
+@given(
+    sizes=SIZES,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    kind=st.sampled_from([torch.int32, torch.int64]),
+    seed=st.integers(0, 99),
+)
+def test_it_is_an_index_put_of_each(
+    sizes: list[tuple[int, float, int]], dtype: torch.dtype, kind: torch.dtype, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    outs = [torch.randn(n, generator=draw).to(dtype) for n, _, _ in sizes]
+    offsets = [torch.randperm(n, generator=draw)[: int(share * n)] for n, share, _ in sizes]
+    starts = [start for _, _, start in sizes]
+    values = torch.randn(sum(map(len, offsets)), generator=draw).to(dtype)
+    wanted = [out.clone() for out in outs]
+    for out, offset, part in zip(wanted, offsets, values.split([len(each) for each in offsets]), strict=True):
+        out[offset] = part
+    places = [(offset + start).to(kind) for offset, start in zip(offsets, starts, strict=True)]
+    scatter.scatter_(outs, starts, places, values)
+    assert all(map(torch.equal, outs, wanted))
+
+
+def test_without_the_library_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    outs = [torch.zeros(2, 5), torch.zeros(2, 7)]
+    places = [torch.tensor([4, 1]), torch.tensor([13], dtype=torch.int32)]
+    values = torch.tensor([1.0, 2.0, 3.0])
+    scatter.scatter_([outs[0][0], outs[1][0]], [0, 10], places, values)
+    monkeypatch.setattr(scatter, "library", lambda: None)
+    scatter.scatter_([outs[0][1], outs[1][1]], [0, 10], places, values)
+    assert torch.equal(outs[0][0], outs[0][1]) and torch.equal(outs[1][0], outs[1][1])
+    assert outs[0][0].tolist() == [0, 2, 0, 0, 1] and outs[1][0, 3] == 3
