@@ -61,29 +61,13 @@ def worker(options: argparse.Namespace) -> None:
         packed = packed_of(holder.weight)
         held += packed.values.nbytes if packed else backend.own(i).nbytes  # the packed weight's bits are the mask
     ids = torch.randint(0, source.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(rank))
-    seconds, per_step, on_link = [], [], []
-    for step in range(options.steps + 1):
-        sent.clear()
-        before = link_bytes()
-        dist.barrier()
-        start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        seft.step()
-        seft.zero_grad()
-        dist.barrier()
-        if step:  # the first one compiles and learns the order
-            seconds.append(time.perf_counter() - start)
-            per_step.append(sum(sent))
-            on_link.append(link_bytes() - before)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    loss, steps = train(model, seft, ids, options.steps, sent)
     result = {
-        "loss": float(loss.detach()).hex(),
-        "seconds": statistics.median(seconds),
-        "fastest": min(seconds),
-        "gathered_MB": per_step[-1] / 1e6,
-        "link_MB": on_link[-1] / 1e6,
+        "loss": loss.hex(),
+        "seconds": statistics.median(seconds for seconds, _, _ in steps),
+        "fastest": min(seconds for seconds, _, _ in steps),
+        "gathered_MB": steps[-1][1] / 1e6,
+        "link_MB": steps[-1][2] / 1e6,
         "held_MB": held / 1e6,
         "dense_bf16_MB": sum(2 * len(backend.interval(i)) for i in range(len(backend.names))) / 1e6,
         "between_MB": (memory()["now"] - began) / 1e6,
@@ -99,6 +83,28 @@ def worker(options: argparse.Namespace) -> None:
         )
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train(model: Any, seft: Any, ids: Any, count: int, sent: list[int]) -> tuple[float, list[tuple[float, int, int]]]:
+    """Steps on one batch; the last loss, and of each step but the first its seconds, gathered bytes and bytes on the link."""
+    import torch.distributed as dist
+
+    steps = []
+    for step in range(count + 1):
+        sent.clear()
+        before = link_bytes()
+        dist.barrier()
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        seft.step()
+        seft.zero_grad()
+        dist.barrier()
+        if step:  # the first one compiles and learns the order
+            steps.append((time.perf_counter() - start, sum(sent), link_bytes() - before))
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    return float(loss.detach()), steps
 
 
 def count_gathered(sent: list[int], world_size: int) -> None:

@@ -99,8 +99,21 @@ def _now() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
+def _fill(model: Any, sparsity: float, everything_zeroed: bool) -> None:
+    """Random weights with zeros; a ZeRO-3 shard does not tell whether it is of a matrix."""
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            torch.manual_seed(number)
+            part, _ = stored_part(parameter)
+            part.normal_(std=0.02)
+            if parameter.dim() > 1 or everything_zeroed:
+                for chunk in part.split(1 << 20):
+                    chunk.masked_fill_(torch.rand(chunk.shape) < sparsity, 0)
+            if name.endswith("norm.weight"):
+                part.fill_(1.0)
 
+
+def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
     architecture, kind = find_architecture(config.model), getattr(torch, config.dtype)
     ds = {
         "train_micro_batch_size_per_gpu": config.batch_size,
@@ -124,16 +137,7 @@ def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
         model.to_empty(device="cpu")
         rotary = type(model.model.rotary_emb)(architecture)
         model.model.rotary_emb.inv_freq.copy_(rotary.inv_freq)
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            torch.manual_seed(number)
-            part, _ = stored_part(parameter)
-            part.normal_(std=0.02)
-            if parameter.dim() > 1 or held == "zero3":
-                for chunk in part.split(1 << 20):
-                    chunk.masked_fill_(torch.rand(chunk.shape) < config.sparsity, 0)
-            if name.endswith("norm.weight"):
-                part.fill_(1.0)
+    _fill(model, config.sparsity, everything_zeroed=held == "zero3")
     model.config.use_cache = False
     model.train()
     if config.activation_checkpointing:

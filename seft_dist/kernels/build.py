@@ -29,7 +29,15 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, *[_INT] * 3]
 _PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
 _UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
-_SCATTER = [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _INT]
+_SCATTER = [
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    _LONG,
+    _POINTER,
+    _INT,
+]  # outs, starts, places, ends, tensors, values, threads
 SIGNATURES = {
     "sampled_f32": _SAMPLED,
     "sampled_bf16": _SAMPLED,

@@ -7,7 +7,7 @@ rows after another from which the positions are taken, and on CUDA a Triton kern
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,13 +63,9 @@ def sampled_grad_(
         out.zero_()
 
 
-def _triton(
-    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
-) -> None:
+def _triton(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
     kernels = triton_kernels()
     assert kernels is not None
-    if not accumulate:
-        out.zero_()
     kernels.sampled_grad_(out, shape, crow, col, x, grad)
 
 
@@ -100,22 +96,14 @@ def _cpp(
         raise MemoryError(f"no memory for {block} tokens of {sum(shape)} numbers")
 
 
-def _sampled_addmm(
-    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
-) -> None:
-    if not accumulate:
-        out.zero_()
+def _sampled_addmm(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(crow, col, out, size=shape, check_invariants=False)
     out.copy_(torch.sparse.sampled_addmm(pattern, grad.float().T, x.float()).values())
 
 
-def _dense(
-    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
-) -> None:
-    if not accumulate:
-        out.zero_()
+def _dense(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
     rows, columns = shape
     block = max(1, _DENSE_NUMBERS // columns)
     bounds = crow[::block].tolist() + [len(col)]
@@ -127,10 +115,22 @@ def _dense(
         out[begin:end] += product.view(-1)[row * columns + col[begin:end]]
 
 
-FORMS: dict[Form, Callable[[Tensor, tuple[int, int], Tensor, Tensor, Tensor, Tensor, bool], None]] = {
+def _from_zero(adding: Callable[..., None]) -> Callable[..., None]:
+    """A form that can only add, as one that can also begin."""
+
+    def form(out: Tensor, *given: Any) -> None:
+        *operands, accumulate = given
+        if not accumulate:
+            out.zero_()
+        adding(out, *operands)
+
+    return form
+
+
+FORMS: dict[Form, Callable[..., None]] = {
     "c++": _cpp,
-    "sampled_addmm": _sampled_addmm,
-    "dense": _dense,
-    "triton": _triton,
+    "sampled_addmm": _from_zero(_sampled_addmm),
+    "dense": _from_zero(_dense),
+    "triton": _from_zero(_triton),
 }
 """Arguments as of ``sampled_grad_``, at least one token and one position."""

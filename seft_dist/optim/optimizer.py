@@ -307,7 +307,9 @@ class SeftOptimizer(torch.optim.Optimizer):
                 for rank, part in enumerate(backend.owners.gather(new))
             ]
             new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
-            places = [backend.places(i, support.positions()) for i, support in enumerate(state.supports)]
+            places = [
+                backend.places(i, support.positions().to(torch.int32)) for i, support in enumerate(state.supports)
+            ]
         backend.store_all(places, new)
 
     def sparsity(self) -> list[LayerSparsity]:

@@ -59,6 +59,7 @@ def judge(backend: Backend, step: int, grads: Sequence[Tensor], windows: Sequenc
         grads: Own entries' gradient of each target, fp32, averaged over ranks.
         windows: Of each target; its pending step must be finite as well.
     """
+    # one call for all layers, as torch's own clip_grad_norm_ does it
     norms = torch.stack(torch._foreach_norm(list(grads), dtype=torch.float64))
     others = torch.zeros_like(norms)
     for i, window in enumerate(windows):
