@@ -22,22 +22,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 _SECONDS = 300
 _HERE = Path(__file__).parent
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, *[_INT] * 3]
 _PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
 _UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
-_SCATTER = [
-    _POINTER,
-    _POINTER,
-    _POINTER,
-    _POINTER,
-    _LONG,
-    _POINTER,
-    _INT,
-]  # outs, starts, places, ends, tensors, values, threads
+_SCATTER = [*[_POINTER] * 4, _LONG, _POINTER, _INT]  # outs, starts, places, ends, tensors, values, threads
+_FLOAT = ctypes.c_float
+_ADAMW = [_LONG, _FLOAT, *[_POINTER] * 8, *[_FLOAT] * 5, _INT, _POINTER, _INT]
 SIGNATURES = {
     "sampled_f32": _SAMPLED,
     "sampled_bf16": _SAMPLED,
@@ -57,6 +51,7 @@ SIGNATURES = {
     "decode_32": _UNPACKED,
     "scatter_16": _SCATTER,
     "scatter_32": _SCATTER,
+    "adamw": _ADAMW,
 }
 """Argument types of each function; all return an int, 0 for success."""
 

@@ -13,15 +13,15 @@ namespace {
 // out[c][0 .. block) = in[0 .. tokens)[c] for the columns [begin, end), 0 from `tokens` on.
 template <class T>
 void transpose_block(const T* in, int64_t stride, int64_t tokens, int64_t begin, int64_t end, int block, float* out) {
-    int64_t c = begin;
-    for (; c + W <= end; c += W)
-        for (int t = 0; t < block; t += W) {
+    const int64_t whole = begin + (end - begin) / W * W;
+    for (int t = 0; t < block; t += W)
+        for (int64_t c = begin; c < whole; c += W) {
             Floats v[W];
             for (int i = 0; i < W; i++) v[i] = t + i < tokens ? load(in + (t + i) * stride + c) : Floats{};
             transpose(v);
             for (int i = 0; i < W; i++) *(Floats*)(out + (c + i) * block + t) = v[i];
         }
-    for (; c < end; c++)
+    for (int64_t c = whole; c < end; c++)
         for (int t = 0; t < block; t++) out[c * block + t] = t < tokens ? load_one(in + t * stride + c) : 0.0f;
 }
 

@@ -7,12 +7,12 @@ values    . .  .  .    . . .
 
 import itertools
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from seft_dist.backends.group import Group
+from seft_dist.kernels.adamw import AdamW
 
 
 @dataclass
@@ -72,35 +72,14 @@ class Columns:
         """base + delta, fp32 [k]. Local."""
         return self.base + self.values
 
-    @torch.no_grad()
-    def adamw_(self, grad: Tensor, ok: Tensor, oldest: int, group: dict[str, Any], decay_weight: bool) -> None:
-        """One AdamW update of the values, each entry's bias corrected by its own age; nothing waits for the device. Local.
+    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW) -> Tensor:
+        """One step of AdamW (``AdamW.update_``). Local.
 
-        Args:
-            grad: fp32 [k].
-            ok: bool [], on the device: whether to update at all; False leaves every bit as it is.
-            oldest: No entry's age is above this before the update.
-            group: A torch param group: lr, betas, eps, weight_decay.
-            decay_weight: Whether decay shrinks base + delta (AdamW on the weight) or only the delta.
-
-        Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+        Returns:
+            fp32 [k], ``weight()`` after it.
         """
-        if not len(self):
-            return
-        lr, eps, decay = float(group["lr"]), group["eps"], group["weight_decay"]
-        beta1, beta2 = group["betas"]
-        grad = torch.where(ok, grad, 0.0)  # 0 and not finite is 0; the rates below then keep what was there
-        self.age += ok
-        if decay:
-            self.values.sub_((self.weight() if decay_weight else self.values) * torch.where(ok, lr * decay, 0.0))
-        self.exp_avg.lerp_(grad, torch.where(ok, 1 - beta1, 0.0))
-        self.exp_avg_sq.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1 - beta2)
-        # Ages take few values: the powers are tabulated in fp64 and looked up.
-        ages = torch.arange(oldest + 2, dtype=torch.float64, device=grad.device)
-        step_size = torch.where(ok, lr / (1 - beta1**ages), 0.0).float()[self.age]
-        correction = torch.where(ok, (1 - beta2**ages).sqrt(), 1.0).float()[self.age]
-        denominator = self.exp_avg_sq.sqrt().div_(correction).add_(eps)
-        self.values.sub_(self.exp_avg.mul(step_size).div_(denominator))
+        moments = [self.exp_avg, self.exp_avg_sq]
+        return rule.update_(grad, scale, ok, self.base, self.values, moments, self.age)
 
 
 class Support:

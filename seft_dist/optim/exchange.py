@@ -11,7 +11,6 @@ by then leaves in ``finish``, so the result does not depend on when anything lef
 """
 
 from collections.abc import Callable
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -84,7 +83,8 @@ class Exchange:
             a is not b for a, b in zip(supports, self._supports, strict=True)
         ):
             self._supports = supports
-            self._buckets = buckets_of([len(support) for support in supports])
+            sizes = [len(support) for support in supports]
+            self._buckets = buckets_of(sizes) if self.group.size > 1 else [list(range(len(sizes)))]
             self._bucket_of = [0] * len(supports)
             for bucket, layers in enumerate(self._buckets):
                 for layer in layers:
@@ -159,9 +159,12 @@ class Exchange:
         self._expected = self._seen
         layers = [i for bucket in self._buckets for i in bucket]
         lengths = [self._supports[i].sizes[self.group.rank] for i in layers]
-        own = torch.cat([total.wait() for total in self._sums]) if self._sums else torch.empty(0)
+        totals = [total.wait() for total in self._sums]
+        own = totals[0] if len(totals) == 1 else torch.cat(totals)
         self._sums = []
-        ends = list(accumulate(lengths))
-        parts = {i: own[end - length : end] for i, length, end in zip(layers, lengths, ends, strict=True)}
-        flat = torch.cat([parts[i] for i in range(len(layers))])
-        return (self.backend.replicas.sum(flat) / self.backend.world_size).to(self.backend.device)
+        if layers != sorted(layers):
+            parts = dict(zip(layers, own.split(lengths), strict=True))
+            own = torch.cat([parts[i] for i in range(len(layers))])
+        if self.backend.world_size > 1:
+            own = self.backend.replicas.sum(own) / self.backend.world_size
+        return own.to(self.backend.device)

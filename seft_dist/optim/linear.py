@@ -46,7 +46,6 @@ class Slot:
         """Drop the gradient since the last step. Local."""
         self.grad, self.touched = None, False
 
-    @torch.no_grad()
     def record(self, x: Tensor, grad: Tensor, ends: list[int] | None = None) -> None:
         """Add one backward's weight gradient. **Collective** inside a window, else local.
 

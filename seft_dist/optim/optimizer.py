@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
+from seft_dist.kernels.adamw import AdamW
 from seft_dist.optim.evolution import Evolution, EvolutionReport
 from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.linear import install, uninstall
@@ -224,7 +225,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
         step = self.num_steps + 1
-        grad = take_kept(self._windows(), self.exchange.finish(), list(self.sparse_state.layers()))
+        grad = take_kept(self._windows(), self.exchange.finish(), self.sparse_state.layers())
         windows = [window for window in self._windows() if window is not None]
         verdict = self._judge(step, grad)
         if windows or not self._settles_late:
@@ -288,19 +289,19 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     def _update(self, grad: Tensor, verdict: Verdict) -> None:
         self._grad_norm = verdict.norm
+        scale, group = torch.ones((), device=grad.device), self.param_groups[0]
         if self.max_grad_norm is not None:
-            grad = grad * (self.max_grad_norm / (verdict.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
-        # moments that were seeded are as old as their window
-        oldest = self.num_steps + self.config.window
-        self.sparse_state.columns.adamw_(
-            grad, verdict.is_finite, oldest, self.param_groups[0], self.config.decay == "weight"
+            scale = (self.max_grad_norm / (verdict.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
+        rule = AdamW(
+            *(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], self.config.decay == "weight"),
+            oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
         )
-        self._write()
+        self._write(self.sparse_state.columns.update_(grad, scale, verdict.is_finite, rule))
 
-    def _write(self) -> None:
-        """weight = cast(base + delta) at the support. **Collective** for replicated weights, else local."""
+    def _write(self, weight: Tensor) -> None:
+        """Put base + delta, cast, at the support. **Collective** for replicated weights, else local."""
         backend, state = self.backend, self.sparse_state
-        new, places = state.columns.weight().to(backend.dtypes[0]), state.places
+        new, places = weight.to(backend.dtypes[0]), state.places
         if backend.replicates:
             pieces = [
                 part.split([support.sizes[rank] for support in state.supports])

@@ -8,7 +8,7 @@ A step's contribution counts only once the step succeeded: ``fold`` adds it, ``d
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -271,7 +271,7 @@ def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[S
     ]
 
 
-def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: list[Columns]) -> Tensor:
+def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[Columns]) -> Tensor:
     """Give the windows what was sampled for them. Local.
 
     Args:
@@ -282,6 +282,8 @@ def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: list[Colu
     Returns:
         fp32, the gradient at the own deltas.
     """
+    if all(window is None or window.positions is None for window in windows):
+        return grad
     parts, begin = [], 0
     for window, own in zip(windows, entries, strict=True):
         positions = None if window is None else window.positions

@@ -14,8 +14,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.kernels.adamw import AdamW
 from seft_dist.kernels.packing import decode, encode
 from seft_dist.kernels.sampled import sampled_grad_
+from seft_dist.kernels.scatter import scatter_
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
@@ -131,11 +133,11 @@ def _update(kind: torch.dtype) -> float:
     indices = torch.randperm(numel)[:count].sort().values
     columns, grad = Columns.grown(indices, torch.randn(count)), torch.randn(count)
     weight = torch.randn(numel).to(kind)
-    group = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    rule = AdamW(1e-3, (0.9, 0.999), 1e-8, 0.0, True, oldest=1000)
 
     def run() -> None:
-        columns.adamw_(grad, torch.tensor(True), 1000, group, True)
-        weight[columns.indices.long()] = columns.weight().to(kind)
+        new = columns.update_(grad, torch.tensor(1.0), torch.tensor(True), rule)
+        scatter_([weight], [0], [columns.indices], new.to(kind))
 
     return _seconds(run) / count
 
