@@ -3,9 +3,10 @@
     python benchmarks/plan_memory.py                        # every case, as a table
     python benchmarks/plan_memory.py --model CONFIG.json --dtype float32 --ranks 2 --held fsdp
 
-A case trains a randomly initialised, pruned model of the given shape for a few steps, an evolution with a window of two
-steps among them, on gloo ranks. Measured is the growth of each rank's largest resident set since just before the model
-was made, with an allocator that gives freed memory back at once.
+A case writes a randomly initialised, pruned model of the given shape to disk, loads it as launch/train.py does, in the same
+layout, and trains it for a few steps on gloo ranks, an evolution with a window of two steps among them. Measured is the
+growth of each rank's largest resident set since just before the model was loaded, with an allocator that gives freed memory
+back at once.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import json
 import multiprocessing as mp
 import os
 import resource
+import socket
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,163 +27,229 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from seft_dist.backends.shards import fsdp_mesh, shard_fsdp, stored_part, zero3_construction
-from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
-from seft_dist.io.models import decoder_layers
-from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SeftConfig, TrainConfig
+from seft_dist.io.models import open_source
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.plan import choose, make_plan
+from seft_dist.training import distributed
+from seft_dist.training.build import build
+from seft_dist.training.ds_config import read_ds_config
 
-SHAPES = {
-    "llama-wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16},
-    "llama-deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
+SHAPES: dict[str, dict[str, int]] = {
+    "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16},
+    "deep": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8},
 }
 """Llamas of 142 and 71 million parameters."""
-CASES = [
-    ("llama-wide", "float32", "single", 1, False, 1, 256),
-    ("llama-wide", "float32", "single", 1, True, 2, 512),
-    ("llama-wide", "bfloat16", "single", 1, True, 1, 512),
-    ("llama-wide", "float32", "fsdp", 2, False, 1, 256),
-    ("llama-wide", "float32", "fsdp", 4, True, 1, 256),
-    ("llama-wide", "float32", "ddp", 2, True, 1, 256),
-    ("llama-wide", "float32", "zero3", 2, True, 1, 256),
-    ("llama-deep", "float32", "ddp", 4, False, 1, 128),
-    ("llama-deep", "float32", "zero3", 4, False, 1, 256),
-]
-"""(shape, type, held, ranks, checkpointing, sequences, tokens of each)."""
+_SPARSITY = 0.6
 
 
-def plan_of(model: str, dtype: str, checkpoint: bool, batch: int, length: int, ranks: int) -> PlanConfig:
-    """The recipe of a case."""
-    return PlanConfig(
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]
-        activation_checkpointing=checkpoint,
-        batch_size=batch,
-        seq_len=length,
-        global_batch=None,
-        steps=3,
-        seft=SeftConfig(interval=2, window=2, density=0.01, end=2),
-        cluster=ClusterConfig(nodes=1, gpus_per_node=ranks, fragmentation=0.0),
-    )
+@dataclass(frozen=True)
+class Case:
+    """A run to plan and to do."""
 
+    model: str
+    """A key of SHAPES, or a config.json."""
+    held: str = "single"
+    ranks: int = 1
+    dtype: str = "float32"
+    checkpoint: bool = False
+    batch: int = 1
+    length: int = 256
+    packing: str = "none"
+    steps: int = 3
+    seft: dict[str, Any] = field(default_factory=dict)
+    """What differs from the benchmark's own options of the method."""
 
-def measure(config: PlanConfig, held: str, ranks: int, threads: int = 1) -> list[dict[str, Any]]:
-    """Each rank's measured bytes, and seconds of each step."""
-    context = mp.get_context("fork")  # libraries are loaded once, and shared
-    with tempfile.TemporaryDirectory() as folder, context.Pool(ranks) as pool:
-        return pool.starmap(
-            _train, [(rank, ranks, folder, config, held, threads) for rank in range(ranks)], chunksize=1
+    @property
+    def replicas(self) -> int:
+        """Copies of the model on groups of ranks."""
+        return 2 if self.held == "hsdp" else 1
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        parts = [self.held, str(self.ranks)] + [self.packing] * (self.packing != "none")
+        return " ".join(parts + [self.seft[key] for key in ("window_store",) if key in self.seft])
+
+    def plan(self, model: str) -> PlanConfig:
+        """What launch/plan.py is told.
+
+        Args:
+            model: A folder or config.json.
+        """
+        options = {"interval": 2, "window": 2, "density": 0.01, "end": 2} | self.seft
+        return PlanConfig(
+            model=model,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            sparsity=_SPARSITY,
+            activation_checkpointing=self.checkpoint,
+            batch_size=self.batch,
+            seq_len=self.length,
+            global_batch=None,
+            steps=self.steps,
+            seft=SeftConfig(**options),
+            cluster=ClusterConfig(nodes=self.replicas, gpus_per_node=self.ranks // self.replicas, fragmentation=0.0),
+        )
+
+    def run(self, folder: str, plan: PlanConfig) -> TrainConfig:
+        """What launch/train.py is told.
+
+        Args:
+            folder: The model's.
+            plan: Of ``plan``.
+        """
+        zero = self.held.startswith("zero")
+        suffix = "_bf16" if self.dtype == "bfloat16" else ""
+        return TrainConfig(
+            model=ModelConfig(path=folder, dtype=self.dtype, activation_checkpointing=self.checkpoint),  # type: ignore[arg-type]
+            data=DataConfig(path="none"),
+            output="none",
+            seft=plan.seft,
+            steps=plan.steps,
+            batch_size=self.batch,
+            global_batch=self.batch * self.ranks,
+            backend="deepspeed" if zero else "fsdp" if self.held == "hsdp" else self.held,  # type: ignore[arg-type]
+            deepspeed=f"ds_configs/{self.held}{suffix}.json" if zero else None,
+            replicas=self.replicas,
+            packing=self.packing,  # type: ignore[arg-type]
         )
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+_BF16 = {"dtype": "bfloat16", "checkpoint": True, "length": 512}
+CASES = [
+    Case("wide"),
+    Case("wide", checkpoint=True, batch=2, length=512),
+    Case("wide", **_BF16),
+    Case("wide", packing="resident", **_BF16),
+    *[Case("wide", seft={"window_store": store}, **_BF16) for store in ("bf16", "candidates", "factored")],
+    Case("wide", "fsdp", 2),
+    Case("wide", "fsdp", 2, packing="gather", **_BF16),
+    Case("wide", "fsdp", 2, packing="resident", **_BF16),
+    Case("wide", "fsdp", 2, packing="resident", seft={"window_store": "factored"}, **_BF16),
+    Case("wide", "fsdp", 4, checkpoint=True),
+    Case("wide", "hsdp", 4, checkpoint=True),
+    Case("wide", "ddp", 2, checkpoint=True),
+    *[Case("wide", f"zero{stage}", 2, checkpoint=True) for stage in (0, 1, 2, 3)],
+    Case("wide", "zero3_offload", 2, checkpoint=True),
+    Case("deep", "ddp", 4, length=128),
+    Case("deep", "zero3", 4),
+]
 
 
-def _train(rank: int, ranks: int, folder: str, config: PlanConfig, held: str, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu"
-    )
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
-    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Path(folder, f"tiny-{rank}.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **tiny}))
-    warm = plan_of(f"{folder}/tiny-{rank}.json", config.dtype, config.activation_checkpointing, 1, 32, ranks)
-    _steps(warm, held, rank)  # what a first step loads and compiles is not counted
-    low = _now()
-    seconds = _steps(config, held, rank)
-    return {"peak": _peak() - low, "seconds": seconds}
+def measure(case: Case, folder: str, plan: PlanConfig, threads: int = 1, frees: bool = True) -> list[dict[str, Any]]:
+    """Each rank's measured bytes, and seconds of each step.
+
+    Args:
+        case: What is run.
+        folder: Of its model, written by ``write_model``.
+        plan: Of ``case.plan``; its method and steps are run.
+        threads: Of each rank.
+        frees: Whether freed memory is given back at once, so that the peak is that of tensors; takes time.
+    """
+    context = mp.get_context("fork")  # libraries are loaded once, and shared
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with context.Pool(case.ranks) as pool:
+        args = [(rank, port, case, folder, plan, threads, frees) for rank in range(case.ranks)]
+        return pool.starmap(_train, args, chunksize=1)
 
 
-def _now() -> int:
+def _train(
+    rank: int, port: int, case: Case, folder: str, plan: PlanConfig, threads: int, frees: bool
+) -> dict[str, Any]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+    zero = case.held.startswith("zero")
+    ranks = distributed.start(deepspeed=zero, group=case.held in ("fsdp", "hsdp", "ddp"), threads=threads)
+    if frees:
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
+    tiny = replace(case, batch=1, length=32)
+    _steps(tiny.run(f"{folder}-tiny", tiny.plan(folder)), ranks, 32)  # what a first step loads and compiles
+    low = _resident()
+    seconds = _steps(case.run(folder, plan), ranks, case.length)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak": peak - low, "seconds": seconds}
+
+
+def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _fill(model: Any, sparsity: float, everything_zeroed: bool) -> None:
-    """Random weights with zeros; a ZeRO-3 shard does not tell whether it is of a matrix."""
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            torch.manual_seed(number)
-            part, _ = stored_part(parameter)
-            part.normal_(std=0.02)
-            if parameter.dim() > 1 or everything_zeroed:
-                for chunk in part.split(1 << 20):
-                    chunk.masked_fill_(torch.rand(chunk.shape) < sparsity, 0)
-            if name.endswith("norm.weight"):
-                part.fill_(1.0)
-
-
-def _steps(config: PlanConfig, held: str, rank: int) -> list[float]:
-    architecture, kind = find_architecture(config.model), getattr(torch, config.dtype)
-    ds = {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "zero_optimization": json.loads(Path("ds_configs/zero3.json").read_text())["zero_optimization"],
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**6,
-    }
-    if held == "zero3":
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo")
-        with zero3_construction(ds):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=kind)
-    else:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture, dtype=kind)
-        if held == "fsdp":
-            shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
-        model.to_empty(device="cpu")
-        rotary = type(model.model.rotary_emb)(architecture)
-        model.model.rotary_emb.inv_freq.copy_(rotary.inv_freq)
-    _fill(model, config.sparsity, everything_zeroed=held == "zero3")
-    model.config.use_cache = False
-    model.train()
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    seft = SeftOptimizer(model, config.seft, lr=1e-3)
-    called, engine = model, None
-    if held == "ddp":
-        called = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    elif held == "zero3":
-        engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds)
-        called = engine
-    generator = torch.Generator().manual_seed(rank)
+def _steps(config: TrainConfig, ranks: distributed.Ranks, length: int) -> list[float]:
+    ds = read_ds_config(config, ranks.world_size)
+    source = open_source(config.model, ds.dtype if ds else None)
+    run = build(config, ranks, source, ds)
+    generator = torch.Generator().manual_seed(ranks.rank)
     seconds = []
-    for _ in range(config.steps):
-        dist.barrier()
+    for step in range(1, config.steps + 1):
+        if dist.is_initialized():
+            dist.barrier()
         began = time.perf_counter()
-        ids = torch.randint(0, architecture.vocab_size, (config.batch_size, config.seq_len), generator=generator)
-        loss = called(input_ids=ids, labels=ids).loss
-        if engine is None:
-            loss.backward()
-            seft.step()
-            seft.zero_grad()
-        else:
-            engine.backward(loss)
-            engine.step()
-        dist.barrier()
+        ids = torch.randint(0, source.config.vocab_size, (config.batch_size, length), generator=generator)
+        run.accumulate([{"input_ids": ids, "labels": ids}])
+        run.update(step)
+        if dist.is_initialized():
+            dist.barrier()
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
-def compare(model: str, dtype: str, held: str, ranks: int, checkpoint: bool, batch: int, length: int) -> dict[str, Any]:
+def write_model(content: dict[str, Any], folder: str, dtype: str) -> None:
+    """Write a random model with zeros, and beside it, as ``folder``-tiny, one of the same kind to warm up with.
+
+    Args:
+        content: Of its config.json.
+        folder: Where to.
+        dtype: Of its weights.
+    """
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tiny = {key: value for key, value in content.items() if key != "head_dim"} | sizes | {"num_key_value_heads": 4}
+    writer = mp.get_context("fork").Process(target=_write, args=([(folder, content), (f"{folder}-tiny", tiny)], dtype))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise ValueError(f"the model could not be written to {folder}")
+
+
+def _write(models: list[tuple[str, dict[str, Any]]], dtype: str) -> None:
+    for folder, content in models:
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(json.dumps(content))
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(find_architecture(folder), dtype=getattr(torch, dtype))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.masked_fill_(torch.rand(parameter.shape) < _SPARSITY, 0)
+        model.save_pretrained(folder)
+
+
+def content_of(model: str) -> dict[str, Any]:
+    """What a case's config.json says."""
+    if model not in SHAPES:
+        return json.loads(Path(model).read_text())
+    return {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, **SHAPES[model]}
+
+
+def compare(case: Case) -> dict[str, Any]:
     """One case: calculated and measured bytes of the fullest rank."""
-    config = plan_of(model, dtype, checkpoint, batch, length, ranks)
-    measured = measure(config, held, ranks)
-    nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
-    memory = choose(make_plan(config, nothing), held, ranks).memory
-    largest = max(rank["peak"] for rank in measured)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = f"{parent}/model"
+        write_model(content_of(case.model), folder, case.dtype)
+        plan = case.plan(folder)
+        measured = measure(case, folder, plan)
+        nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 0.0, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
+        of = make_plan(plan, nothing)
+    chosen = choose(of, case.held, case.ranks, packing=case.packing, replicas=case.replicas)  # type: ignore[arg-type]
+    memory, largest = chosen.memory, max(rank["peak"] for rank in measured)
+    resident = sum(memory.resident.values())
     return {
-        "calculated": memory.total,
+        "calculated": memory.total + sum(memory.host.values()),  # a CPU's own memory is also its host's
         "measured": largest,
-        "ratio": memory.total / largest,
         "worst": memory.worst,
-        "phases": {name: sum(terms.values()) + sum(memory.resident.values()) for name, terms in memory.phases.items()},
+        "phases": {name: sum(terms.values()) + resident for name, terms in memory.phases.items()},
         "ranks": measured,
     }
 
@@ -189,33 +258,32 @@ def main() -> None:
     """Run the cases that the command line names."""
     torch.set_num_threads(1)  # processes with more threads cannot be forked
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--held", default="single")
+    parser.add_argument("--model", help="wide, deep or a config.json; without it every case of the benchmark is run")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--held", default="single", help="single, ddp, fsdp, hsdp (2 replicas), zero0 to zero3, zero3_offload"
+    )
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--packing", default="none", choices=["none", "gather", "resident"])
+    parser.add_argument("--window_store", default="full", choices=["full", "bf16", "candidates", "factored"])
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
-    args = parser.parse_args()
-    cases = CASES
-    if args.model:
-        cases = [(args.model, args.dtype, args.held, args.ranks, args.checkpoint, args.batch, args.length)]
+    args = vars(parser.parse_args())
+    store = args.pop("window_store")
+    cases = [Case(**args, seft={"window_store": store} if store != "full" else {})] if args["model"] else CASES
     print("| model | type | layout | checkpointing | tokens | largest in | calculated MB | measured MB | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for shape, dtype, held, ranks, checkpoint, batch, length in cases:
-            model = shape
-            if shape in SHAPES:
-                model = f"{folder}/{shape}.json"
-                content = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, **SHAPES[shape]}
-                Path(model).write_text(json.dumps(content))
-            found = compare(model, dtype, held, ranks, checkpoint, batch, length)
-            print(
-                f"| {Path(shape).name} | {dtype} | {held} {ranks} | {'yes' if checkpoint else 'no'} | {batch} x {length} | "
-                f"{found['worst']} | {found['calculated'] / 1e6:,.0f} | {found['measured'] / 1e6:,.0f} | {found['ratio']:.2f} |",
-                flush=True,
-            )
-            print({k: round(v / 1e6) for k, v in found["phases"].items()}, found["ranks"], file=sys.stderr, flush=True)
+    for case in cases:
+        found = compare(case)
+        calculated, measured = found["calculated"], found["measured"]
+        print(
+            f"| {Path(case.model).name} | {case.dtype} | {case.name} | {'yes' if case.checkpoint else 'no'} | "
+            f"{case.batch} x {case.length} | {found['worst']} | {calculated / 1e6:,.0f} | {measured / 1e6:,.0f} | "
+            f"{calculated / measured:.2f} |",
+            flush=True,
+        )
+        print({k: round(v / 1e6) for k, v in found["phases"].items()}, found["ranks"], file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

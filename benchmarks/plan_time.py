@@ -14,72 +14,75 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from plan_memory import SHAPES, measure, plan_of
+import torch
+from plan_memory import SHAPES, Case, content_of, measure, write_model
 
-from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
+from seft_dist.config import ClusterConfig
 from seft_dist.planning.plan import choose, make_plan
 from seft_dist.planning.rates import find_rates
 
-CASES = [
-    ("smollm2", "single", 1, False, 1, 256),
-    ("smollm2", "single", 1, True, 2, 512),
-    ("llama-wide", "single", 1, False, 1, 256),
-    ("llama-wide", "fsdp", 2, True, 1, 256),
-    ("llama-deep", "ddp", 2, False, 1, 256),
-    ("llama-deep", "zero3", 2, False, 1, 256),
-]
-"""(shape, held, ranks, checkpointing, sequences, tokens of each), fp32."""
-SMOLLM2 = {
+SHAPES["smollm2"] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
 }
+_ONCE: dict[str, Any] = {"steps": 8, "seft": {"interval": 4, "window": 1, "end": 4}}
+"""The fourth of eight steps has the only evolution after the first step."""
+CASES = [
+    Case("smollm2", **_ONCE),
+    Case("smollm2", checkpoint=True, batch=2, length=512, **_ONCE),
+    Case("wide", **_ONCE),
+    Case("wide", "fsdp", 2, checkpoint=True, **_ONCE),
+    Case("deep", "ddp", 2, **_ONCE),
+    Case("deep", "zero3", 2, **_ONCE),
+]
+"""All in fp32."""
 
 
-def recipe(model: str, checkpoint: bool, batch: int, length: int, ranks: int, rates: str) -> PlanConfig:
-    """Eight steps; the fourth has the only evolution after the first step."""
-    config = plan_of(model, "float32", checkpoint, batch, length, ranks)
-    cluster = ClusterConfig(gpu=rates, nodes=1, gpus_per_node=ranks)
-    return dataclasses.replace(config, cluster=cluster, steps=8, seft=SeftConfig(interval=4, window=1, end=4))
+def measured_rates(folder: str) -> str:
+    """Let launch/plan.py measure this machine; a file of rates."""
+    file, model = f"{folder}/rates.json", Path(folder, "rates-model.json")
+    model.write_text(json.dumps(content_of("deep")))
+    tiny = [f"--model={model}", "--dtype=float32", "--seq_len=64", "--global_batch=null"]
+    cluster = ["--cluster.gpu=cpu", "--cluster.nodes=1", "--cluster.gpus_per_node=2", f"--save_rates={file}"]
+    command = [sys.executable, "launch/plan.py", *tiny, *cluster]
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+    print(Path(file).read_text(), file=sys.stderr)
+    return file
 
 
 def main() -> None:
     """Measure the rates, then every case."""
+    torch.set_num_threads(1)  # processes with more threads cannot be forked
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", help="a file of rates that was measured before")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    shapes = SHAPES | {"smollm2": SMOLLM2}
     print(
         "| model | layout | checkpointing | tokens | s/step planned | measured | ratio | evolution planned | measured | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        for shape, content in shapes.items():
-            entry = {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, **content}
-            Path(folder, f"{shape}.json").write_text(json.dumps(entry))
-        rates = args.rates or f"{folder}/rates.json"
-        if not args.rates:
-            tiny = [f"--model={folder}/llama-deep.json", "--dtype=float32", "--seq_len=64", "--global_batch=null"]
-            cluster = ["--cluster.gpu=cpu", "--cluster.nodes=1", "--cluster.gpus_per_node=2", f"--save_rates={rates}"]
-            command = [sys.executable, "launch/plan.py", *tiny, *cluster]
-            environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-            print(Path(rates).read_text(), file=sys.stderr)
-        for shape, held, ranks, checkpoint, batch, length in CASES:
-            config = recipe(f"{folder}/{shape}.json", checkpoint, batch, length, ranks, rates)
-            seconds = measure(config, held, ranks, threads=max(1, cores // ranks))[0]["seconds"]
+    with tempfile.TemporaryDirectory() as parent:
+        rates = args.rates or measured_rates(parent)
+        for number, case in enumerate(CASES):
+            folder = f"{parent}/{number}"
+            write_model(content_of(case.model), folder, case.dtype)
+            plan = case.plan(folder)
+            plan = dataclasses.replace(plan, cluster=ClusterConfig(gpu=rates, nodes=1, gpus_per_node=case.ranks))
+            seconds = measure(case, folder, plan, threads=max(1, cores // case.ranks), frees=False)[0]["seconds"]
             plain, evolving = statistics.median([*seconds[1:3], *seconds[4:]]), seconds[3]
-            time = choose(make_plan(config, find_rates(config)), held, ranks).time
+            time = choose(make_plan(plan, find_rates(plan)), case.held, case.ranks).time  # type: ignore[arg-type]
             planned = time.seconds + time.window + time.evolution
             print(
-                f"| {shape} | {held} {ranks} | {'yes' if checkpoint else 'no'} | {batch} x {length} | {time.seconds:.2f} | "
-                f"{plain:.2f} | {time.seconds / plain:.2f} | {planned:.2f} | {evolving:.2f} | {planned / evolving:.2f} |",
+                f"| {case.model} | {case.name} | {'yes' if case.checkpoint else 'no'} | "
+                f"{case.batch} x {case.length} | {time.seconds:.2f} | {plain:.2f} | {time.seconds / plain:.2f} | "
+                f"{planned:.2f} | {evolving:.2f} | {planned / evolving:.2f} |",
                 flush=True,
             )
             print(time.step, seconds, file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.backends.shards import stored_part
 from seft_dist.config import ModelConfig
+from seft_dist.io import weights
 from seft_dist.io.models import load_model, named_state, open_source
 from tests.folders import model_folder
 from tests.models import prune_, tiny_llama
@@ -140,6 +141,28 @@ def test_memory_of_a_rank_falls_with_the_number_of_ranks(sharding: str, tmp_path
         for peak, stored in run_ranks(on_rank, world_size):
             assert stored <= size / world_size * 1.01
             assert peak < stored + slack < (0.7 * size if world_size == 4 else 2 * size), (peak, stored, size)
+
+
+def test_files_that_were_read_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_MOST_TOUCHED", limit := 1 << 20)
+    save_file({f"t{i}": torch.full((1 << 17,), float(i)) for i in range(16)}, tmp_path / "model.safetensors")
+    opened, most = weights.Weights(tmp_path), 0
+    for i in range(16):
+        assert opened.read(f"t{i}").eq(i).all()
+        most = max(most, mapped(tmp_path))
+    assert limit // 2 <= most <= 2 * limit
+    tensor = opened.read("t3")
+    opened.release()
+    assert tensor.eq(3).all() and opened.read("t4").eq(4).all()
+
+    loaded = load(model_folder(tmp_path / "llama"), "none")
+    assert mapped(tmp_path / "llama") == 0 and len(list(loaded.parameters()))
+
+
+def mapped(folder: Path) -> int:
+    """Bytes of a folder's files that are part of this process's resident set."""
+    entries = Path("/proc/self/smaps").read_text().split(str(folder))[1:]
+    return sum(int(entry.split("Rss:")[1].split()[0]) * 1024 for entry in entries)
 
 
 def anonymous() -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from seft_dist import SeftConfig, SeftOptimizer, pack_gathers, pack_weights, unpack_weights
 from seft_dist.backends.group import Group
@@ -266,6 +267,9 @@ def test_loaded_straight_into_packed_shards(tmp_path: Path, sharding: Any) -> No
         source = open_source(ModelConfig(path=str(tmp_path / "model")))
         plain, packed = (load_model(source, sharding=sharding, resident=kind) for kind in (None, "all-linear"))
         assert packed_of(packed.get_submodule("model.layers.1.mlp.up_proj").weight) is not None
+        # beside the root, whose gathered buffer would live until the end of forward if no other unit followed
+        units = [name for name, module in packed.named_modules() if isinstance(module, FSDPModule)]
+        assert units == (["", "model.layers.0"] if sharding == "fsdp" else [])
         with torch.no_grad():
             return torch.equal(plain(**batch(0)).logits, packed(**batch(0)).logits)
 

@@ -198,7 +198,9 @@ def test_what_fits_nowhere_says_what_would() -> None:
 
 
 def test_measured_rates_are_kept_and_shared_by_ranks(tmp_path: Path) -> None:
-    rates = Rates("cpu", 8e9, 1e9, 1e12, 1e12, 1e12, 1e12, 1e10, 1e10, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
+    rates = Rates(
+        "cpu", 8e9, 1e9, 1e12, 1e12, 1e12, 1e12, 1e10, 1e-5, 1e10, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True
+    )
     file = tmp_path / "rates.json"
     write_rates(str(file), {"float32": rates, "bfloat16": rates})
     assert read_rates(str(file))["float32"] == rates

@@ -22,7 +22,7 @@ from seft_dist.planning.plan import choose, make_plan
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
 
-RATES = Rates("test", 1e18, 0, 1e12, 1e12, 1e12, 1e12, None, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, False, True)
+RATES = Rates("test", 1e18, 0, 1e12, 1e12, 1e12, 1e12, None, 0.0, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, False, True)
 
 
 def planned(folder: Path, model: Any, ranks: int, **over: Any) -> PlanConfig:

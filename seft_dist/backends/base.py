@@ -204,7 +204,8 @@ class Backend(ABC):
             fp32 [len(interval(i))].
         """
         own = self.owners.sum_to_owners(grad.reshape(-1), self.partitions[i].sizes())
-        return self.replicas.sum(own) / self.world_size
+        own = self.replicas.sum(own)
+        return own.div_(self.world_size) if self.world_size > 1 else own
 
 
 class DenseBackend(Backend):

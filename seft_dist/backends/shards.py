@@ -63,9 +63,10 @@ def shard_fsdp(
         ignored: Parameters that are not FSDP2's.
     """
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    for layer in layers:
-        if any(parameter.dim() > 1 and parameter not in ignored for parameter in layer.parameters()):
-            fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
+    units = [layer for layer in layers if any(p.dim() > 1 and p not in ignored for p in layer.parameters())]
+    # FSDP2 keeps the buffer of what it gathered until it gathers the next unit: there must be one beside the root.
+    for layer in units or layers[:1]:
+        fully_shard(layer, mesh=mesh, offload_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, offload_policy=policy, ignored_params=ignored)
 
 

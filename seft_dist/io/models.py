@@ -308,5 +308,6 @@ def _fill(model: PreTrainedModel, names: dict[str, str], source: Source, shards:
             continue
         part, start = stored_part(state[name])
         part.copy_(source.weights.read(stored, start, start + part.numel()))
+    source.weights.release()
     if shards is not None:
         shards.settle()

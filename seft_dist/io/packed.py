@@ -128,6 +128,7 @@ class PackedWeights(Weights):
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._handles: dict[Path, Any] = {}
+        self._touched = 0
         self._entries: dict[str, dict[str, Any]] = {}
         expected = _read_index(folder)
         for file in sorted(set(expected.values())):
@@ -157,7 +158,7 @@ class PackedWeights(Weights):
         stop = info.numel if stop is None else stop
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
-        handle, entry = self._handles[info.file], self._entries[name]
+        handle, entry = self._mapped(info.file, info.numel * info.dtype.itemsize), self._entries[name]
         endings = (".mask", ".values") if entry["packed"] else ("",)
         parts = {ending: handle.get_tensor(name + ending) for ending in endings}
         if _digest(name, info.shape, info.dtype, parts) != entry["sha256"]:
@@ -183,7 +184,6 @@ class PackedWeights(Weights):
             raise ValueError(f"{file} has a header that cannot be understood ({error!r}); {_AGAIN}") from error
         if left:
             raise ValueError(f"{file} holds {min(left)}, which its header does not mention; {_AGAIN}")
-        self._handles[file] = handle
         self._entries |= entries
 
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_TOUCHED = 64 << 20
+"""Bytes to read of files before they are mapped anew."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -78,15 +80,15 @@ class Weights:
         """
         self.folder = folder
         self._handles: dict[Path, Any] = {}
+        self._touched = 0
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(folder):
             try:
-                handle = safe_open(file, framework="pt")
+                handle = self._mapped(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} is not a whole safetensors file ({error}): write or download it again"
                 ) from error
-            self._handles[file] = handle
             for name in handle.keys():  # noqa: SIM118  # not a dict
                 piece = handle.get_slice(name)
                 if piece.get_dtype() not in DTYPES:
@@ -160,13 +162,27 @@ class Weights:
         stop = info.numel if stop is None else stop
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
-        handle = self._handles[info.file]
+        handle = self._mapped(info.file, (stop - start) * info.dtype.itemsize)
         if not info.shape:
             return handle.get_tensor(name).view(1)
         width = prod(info.shape[1:])
         first = start // width
         rows = handle.get_slice(name)[first : -(-stop // width)]
         return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    def release(self) -> None:
+        """Unmap the files, whose pages count as this process's memory once they were read. Local; they are mapped again
+        when needed."""
+        self._handles, self._touched = {}, 0
+
+    def _mapped(self, file: Path, size: int = 0) -> Any:
+        """The file, of which so many bytes are about to be read."""
+        if self._touched + size > _MOST_TOUCHED:
+            self.release()
+        self._touched += size
+        if file not in self._handles:
+            self._handles[file] = safe_open(file, framework="pt")
+        return self._handles[file]
 
     def _read_fused(self, name: str, start: int, stop: int | None) -> Tensor:
         info, offset, parts = self.fused[name], 0, []

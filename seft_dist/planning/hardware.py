@@ -53,6 +53,8 @@ class Rates:
     """FLOP/s of sampled gradients, 2 for each delta and token."""
     moved: float | None
     """Bytes a second of elementwise operations; None: they are in the share (MFU) of matmul."""
+    call: float
+    """Seconds that an operation takes whatever its size; on GPUs in the share (MFU) of matmul."""
     decode: float
     """Dense bytes a second made of packed weights."""
     update: float
@@ -109,6 +111,7 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
         dense=gpu.float32 * cluster.mfu,
         sampled=peak * cluster.mfu * density / cluster.sampled_share,
         moved=None,
+        call=0.0,
         decode=gpu.bandwidth / 4,  # one kernel that reads bits and values and writes each weight once; never run
         update=120 / gpu.bandwidth,  # every column read and written a few times
         evolve=200 / gpu.bandwidth,  # keys of three rankings, each twice, and the check

@@ -156,7 +156,7 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     if layout.held in ("fsdp", "hsdp"):  # the root's buffer lives until the first layer has its weights
         phases["begin of forward"] = {**whole, "buffer of embeddings, head": whole["gathered embeddings, head"]}
     if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):
-        window = _window_phases(config, shapes, layout, whole, layers, work.first, grads)
+        window = _window_phases(config, shapes, layout, work, grads)
         window["evolution"] |= exchange
         if "begin of forward" in phases:
             kept = {key: size for key, size in window["window"].items() if key == "window: accumulated gradient"}
@@ -166,17 +166,20 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
 
 
-def _window_phases(
-    config: PlanConfig, shapes: Shapes, layout: Layout, whole: Terms, layers: Terms, first: float, grads: Terms
-) -> dict[str, Terms]:
-    """The backward pass of a window's step at its first and at its last layer, and the evolution after it."""
+def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, grads: Terms) -> dict[str, Terms]:
+    """A window's step: the loss, its backward pass at the first and at the last layer, and the evolution after it."""
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
+    whole, (head, layers) = gathered(config, shapes, layout, item), activations(work)
     own = sum(map(layout.own, shapes.targets))
     ranked = (_RANKED_FACTORED if needs.factored else _RANKED) + (item if layout.packing == "resident" else 0)
     ranking = {"ranking of one weight": float(ranked * max(map(layout.own, shapes.targets)))}
     if needs.factored:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
-        return {"window": {**whole, **layers, **sums, **grads}, "evolution": {**sums, **ranking}}
+        return {
+            "loss in a window": {**whole, **head, **sums},
+            "window": {**whole, **layers, **sums, **grads},
+            "evolution": {**sums, **ranking},
+        }
     each = needs.dtype.itemsize
     total = {"window: accumulated gradient": float(each * own)}
     if needs.squares:
@@ -192,6 +195,7 @@ def _window_phases(
     step = {**grads, "window: gradient of the step": float(each * own)}
     earlier = micro_batches(config, layout) > 1
     found = {
+        "loss in a window": {**whole, **head, **before, **(step if earlier else {})},
         "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
     }
@@ -202,8 +206,9 @@ def _window_phases(
             "window: candidates": 8.0 * kept * shapes.target_numel,
         }
         found["window of candidates"] = {**whole, **layers, **of_all}
+        found["loss in a window of candidates"] = {**whole, **head, **of_all}
     if not earlier:  # activations go as gradients come
-        rest = {"activations and working tensors of the first layer": first}
+        rest = {"activations and working tensors of the first layer": work.first}
         found["end of a window's backward"] = {
             **gathered(config, shapes, layout, item, True),
             **rest,

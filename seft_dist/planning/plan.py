@@ -93,9 +93,11 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
     return Plan(config, shapes, work, rates, choices, peers, advice)
 
 
-def choose(plan: Plan, held: Held, world_size: int, method: str = "SEFT", packing: Packing = "none") -> Choice:
+def choose(
+    plan: Plan, held: Held, world_size: int, method: str = "SEFT", packing: Packing = "none", replicas: int = 1
+) -> Choice:
     """One method on one layout of a plan's model and recipe. Local."""
-    layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, packing=packing)
+    layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, replicas, packing)
     return _choice(method, plan.config, plan.shapes, layout, plan.work, plan.rates)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from seft_dist.config import PlanConfig, SeftConfig
 from seft_dist.kernels.adamw import AdamW
@@ -19,8 +20,12 @@ from seft_dist.kernels.packing import decode, encode
 from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.kernels.scatter import scatter_
 from seft_dist.optim.delta import Columns, Support
+from seft_dist.optim.linear import install
 from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.targets import find_targets
+from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
+from seft_dist.planning.trace import trace
 from seft_dist.sparsity.bitmask import pack
 
 _REPEATS = 5
@@ -73,6 +78,7 @@ def measure(dtype: str) -> Rates:
         dense=flops / _seconds(lambda: y.float().T @ x.float()),
         sampled=_sampled(x, y),
         moved=3 * big.nbytes / _seconds(lambda: big * big),
+        call=_call(kind),
         decode=_decode(kind),
         update=_update(kind),
         evolve=_evolve(kind),
@@ -108,6 +114,20 @@ def _attention(kind: torch.dtype) -> float:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
     return 3.5 * 4 * heads * width * (length * length / 2) / _seconds(run)
+
+
+def _call(kind: torch.dtype) -> float:
+    """Seconds of an operation without work to speak of, between the others of a model: dispatch, Python, autograd."""
+    layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, **layers)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    kinds = Shapes.of(config, SeftConfig().targets).kinds
+    calls = trace(config, kinds, kind, batch=1, length=ids.shape[1], checkpoint=False).calls
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=kind)
+    model.requires_grad_(False)
+    for target in find_targets(model).values():
+        install(target)
+    return _seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()) / calls
 
 
 def _sampled(x: Tensor, y: Tensor) -> float:

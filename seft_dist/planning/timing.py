@@ -151,4 +151,4 @@ def _decoded(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> f
 
 def _pass(work: Work, rates: Rates) -> float:
     moved = work.moved / rates.moved if rates.moved else 0.0
-    return work.matmul / rates.matmul + work.attention / rates.attention + moved
+    return work.matmul / rates.matmul + work.attention / rates.attention + moved + work.calls * rates.call

@@ -46,6 +46,8 @@ class Work:
     """Floating-point operations of attention kernels."""
     moved: float
     """Bytes that all other operations read and write."""
+    calls: float
+    """Operations."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -53,6 +55,11 @@ class Work:
     def minus(self, other: "Work") -> "Work":
         """Difference, field by field. Local."""
         return Work(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def computed(self) -> tuple[float, float, float, float]:
+        """What takes time: matmul, attention, moved, calls."""
+        return self.matmul, self.attention, self.moved, self.calls
 
     @property
     def peak(self) -> float:
@@ -93,7 +100,7 @@ def trace(
     total = first(costliest + 1)
     for kind in kinds[costliest + 1 :]:
         added = first(steps[kind] + 1).minus(first(steps[kind]))
-        total += Work(added.saved, added.saved, added.saved, 0.0, added.matmul, added.attention, added.moved)
+        total += Work(added.saved, added.saved, added.saved, 0.0, *added.computed)
     return total
 
 
@@ -134,7 +141,8 @@ def _run(config: PreTrainedConfig, count: int, dtype: torch.dtype, batch: int, l
             loss = model(input_ids=ids, labels=ids).loss
             saved = meter.live
             loss.backward()
-    return Work(saved, meter.part["head"], meter.part["layers"], meter.peak, meter.matmul, meter.attention, meter.moved)
+    computed = (meter.matmul, meter.attention, meter.moved, meter.calls)
+    return Work(saved, meter.part["head"], meter.part["layers"], meter.peak, *computed)
 
 
 class _Meter(TorchDispatchMode):
@@ -142,7 +150,7 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.matmul = self.attention = self.moved = 0
+        self.live = self.peak = self.matmul = self.attention = self.moved = self.calls = 0
         self.part = {"head": 0, "layers": 0}
         """Largest bytes alive in the parts of the backward pass that are done."""
         self._known = {_storage(tensor) for tensor in known}
@@ -175,6 +183,7 @@ class _Meter(TorchDispatchMode):
                 self.live += size
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(tensor.untyped_storage(), self._freed, key, size)
+        self.calls += 1
         self._count(func._schema.name, inputs, results)
         return out
 
