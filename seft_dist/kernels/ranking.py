@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seft_dist.kernels.build import library
 from seft_dist.sparsity import bitmask, selection
+from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.scores import grow_gradient, sensitivity
 from seft_dist.sparsity.selection import BINS, DIGITS, descend, first_threshold, histogram, take, threshold_key
 
@@ -33,9 +34,7 @@ def keys(
     """
     functions = library() if scores.is_cpu else None
     if functions is None:
-        scores = sensitivity(scores, times) if times is not None else grow_gradient(scores) if absolute else scores
-        mask = bitmask.unpack(eligible, scores.numel()) if eligible is not None else None
-        return selection.keys(scores, largest, mask)
+        return _keys_in_torch(scores, largest, eligible, times, absolute)
     assert scores.dtype == torch.float32 and scores.dim() == 1
     assert times is None or (times.dtype == torch.float32 and times.shape == scores.shape and times.is_cpu)
     assert eligible is None or (eligible.dtype == torch.uint8 and eligible.numel() == -(-scores.numel() // 8))
@@ -45,6 +44,21 @@ def keys(
     key = torch.empty(scores.numel(), dtype=torch.int32)
     kind = 2 if times is not None else int(absolute)
     functions.rank_keys(a, b, bits, key.numel(), kind, largest, key.data_ptr(), torch.get_num_threads())
+    return key
+
+
+def _keys_in_torch(
+    scores: Tensor, largest: bool, eligible: Tensor | None, times: Tensor | None, absolute: bool
+) -> Tensor:
+    key, begin = torch.empty(scores.shape, dtype=torch.int32, device=scores.device), 0
+    for out in pieces(key):  # what is made on the way takes several times the room of the keys
+        end = begin + out.numel()
+        some = scores[begin:end]
+        if times is not None or absolute:
+            some = grow_gradient(some) if times is None else sensitivity(some, times[begin:end])
+        mask = None if eligible is None else bitmask.unpack(eligible[begin // 8 : -(-end // 8)], out.numel())
+        out.copy_(selection.keys(some, largest, mask))
+        begin = end
     return key
 
 

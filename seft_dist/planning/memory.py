@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import Shapes
@@ -11,10 +13,10 @@ from seft_dist.planning.trace import Work
 GB = 1e9
 _DELTA = 24
 """Bytes of an own delta: position, base, value, two moments, age."""
-_RANKED, _RANKED_FACTORED = 22, 32
-"""Bytes for each own weight of the layer that is being ranked: scores, keys, marks; with the gradient estimated, too."""
-ZERO3_LIVE, ZERO3_FETCHED = 1_000_000_000, 50_000_000
-"""Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and in one fetch."""
+_RANKED = 8
+"""Bytes for each own weight of the layer that is being ranked: the weight and its key."""
+ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
+"""Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and that are fetched ahead."""
 _ITEM = {"bfloat16": 2, "float32": 4}
 
 Terms = dict[str, float]
@@ -95,9 +97,10 @@ def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_e
                 packed[weight.layer] += padded[weight.name] * packed_bytes(config.sparsity, item)
     whole = sum(padded.values())
     if layout.held in ("zero3", "zero3_offload") and not at_end:
+        fetched = max(padded.values()) + min(max(dense), ZERO3_AHEAD)
         return {
             "gathered weights, not released yet": min(whole, ZERO3_LIVE) * item,
-            "gathered weights, being fetched": min(whole, ZERO3_FETCHED) * item,
+            "gathered weights, being fetched": min(whole, fetched) * item,
         }
     root = {"gathered embeddings, head": float((whole - sum(dense)) * item)}
     if layout.packing == "resident":
@@ -171,7 +174,8 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
     whole, (head, layers) = gathered(config, shapes, layout, item), activations(work)
     own = sum(map(layout.own, shapes.targets))
-    ranked = (_RANKED_FACTORED if needs.factored else _RANKED) + (item if layout.packing == "resident" else 0)
+    # the window's sums are in fp32 only where they are kept whole and so
+    ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
     ranking = {"ranking of one weight": float(ranked * max(map(layout.own, shapes.targets)))}
     if needs.factored:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}

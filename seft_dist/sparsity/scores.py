@@ -3,6 +3,8 @@
 Shapes: n positions of one rank's interval, k entries of the support in it. Everything is fp32 and finite.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,8 @@ def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
         norms: fp32 [in], norm of each input feature over the window.
         start: Flat position of the interval's first weight; its input is start mod in.
     """
-    return weight.abs() * norms[columns(start, weight.numel(), norms.numel(), weight.device)]
+    rows = norms.new_ones(1).expand(-(-(start + weight.numel()) // norms.numel()))
+    return _interval(torch.mul, rows, norms, start, weight.numel()).mul_(weight.abs())
 
 
 def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
@@ -58,8 +61,7 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
     Source: Anil et al., SM3-II (arXiv 1901.11150).
     """
-    positions = torch.arange(start, start + numel, device=rows.device)
-    return torch.minimum(rows[positions // cols.numel()], cols[positions % cols.numel()])
+    return _interval(torch.minimum, rows, cols, start, numel)
 
 
 def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
@@ -71,13 +73,14 @@ def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
         start: Flat position of the interval's first weight.
         numel: Number of positions.
     """
-    positions = torch.arange(start, start + numel, device=rows.device)
-    return rows.sqrt()[positions // cols.numel()] * cols.sqrt()[positions % cols.numel()]
+    return _interval(torch.mul, rows.sqrt(), cols.sqrt(), start, numel)
 
 
-def columns(start: int, numel: int, width: int, device: torch.device) -> Tensor:
-    """Input feature of each of ``numel`` flat positions from ``start`` on, int64 [numel]. Local."""
-    return torch.arange(start, start + numel, device=device) % width
+def _interval(join: Callable[[Tensor, Tensor], Tensor], rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
+    """join(row, column) at ``numel`` flat positions from ``start`` on, fp32 [numel]; rows it does not touch are left out."""
+    width = cols.numel()
+    first, last = start // width, -(-(start + numel) // width)
+    return join(rows[first:last].unsqueeze(1), cols).view(-1)[start - first * width :][:numel]
 
 
 def uniform(positions: Tensor, *keys: int) -> Tensor:

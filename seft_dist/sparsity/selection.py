@@ -7,6 +7,8 @@ digits the k-th largest key is known exactly, with how many of its ties are want
 import torch
 from torch import Tensor
 
+from seft_dist.sparsity.hashes import pieces
+
 DIGITS = ((21, 11), (10, 11), (0, 10))
 """(shift, bits) of each pass over the 32 bits of a key."""
 BINS = 1 << 11
@@ -43,7 +45,9 @@ def first_histogram(key: Tensor) -> Tensor:
         int64 [BINS].
     """
     shift = DIGITS[0][0]
-    counts = torch.bincount((key >> shift).add_(BINS // 2), minlength=BINS)
+    counts = torch.zeros(BINS, dtype=torch.int64, device=key.device)
+    for piece in pieces(key):
+        counts += torch.bincount((piece >> shift).add_(BINS // 2), minlength=BINS)
     counts[0] = 0  # of finite scores none comes here: these are the ineligible
     return counts
 
