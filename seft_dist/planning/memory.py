@@ -97,7 +97,7 @@ def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_e
                 packed[weight.layer] += padded[weight.name] * packed_bytes(config.sparsity, item)
     whole = sum(padded.values())
     if layout.held in ("zero3", "zero3_offload") and not at_end:
-        fetched = max(padded.values()) + min(max(dense), ZERO3_AHEAD)
+        fetched = max(padded.values()) + min(2 * max(dense), ZERO3_AHEAD)
         return {
             "gathered weights, not released yet": min(whole, ZERO3_LIVE) * item,
             "gathered weights, being fetched": min(whole, fetched) * item,
