@@ -39,7 +39,7 @@ def evaluate(called: nn.Module) -> None:
 def checkpointing(reentrant: bool) -> Any:
     def prepare(model: Any) -> None:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
 

@@ -54,7 +54,7 @@ def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONF
     model = prune_groups_(model, pattern) if pattern else prune_(model)
     if checkpointed:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     sharded(packing, model, replicas)
     seft = SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
     seen: list[Any] = []

@@ -64,7 +64,7 @@ def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, 
     kinds = Shapes.of(model.config, "all-linear").kinds
     expected = trace(model.config, kinds, dtype, 2, 48, checkpoint)
     if checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.requires_grad_(False)
     for target in find_targets(model).values():
         install(target)

@@ -1,4 +1,5 @@
-// One AdamW update of n entries: every column is read and written once, and the new weights come out on the way. rest1 and rest2 are 1 - beta.
+// One AdamW update of n entries: every column is read and written once, and the new weights come out on the way.
+// rest1 and rest2 are 1 - beta.
 #include <cstdint>
 
 namespace {

@@ -17,6 +17,8 @@ _RANKED = 8
 """Bytes for each own weight of the layer that is being ranked: the weight and its key."""
 ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
 """Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and that are fetched ahead."""
+DDP_BROADCASTS = 2.0 * (250 << 20)
+"""Bytes of the two buckets in which DistributedDataParallel has weights on their way when a run begins."""
 _ITEM = {"bfloat16": 2, "float32": 4}
 
 Terms = dict[str, float]
@@ -155,7 +157,7 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         "step": exchange,
     }
     if layout.held == "ddp":
-        phases["begin of the run"] = {"weights that DDP broadcasts": weights["base weights"]}
+        phases["begin of the run"] = {"weights that DDP broadcasts": min(weights["base weights"], DDP_BROADCASTS)}
     if layout.held in ("fsdp", "hsdp"):  # the root's buffer lives until the first layer has its weights
         phases["begin of forward"] = {**whole, "buffer of embeddings, head": whole["gathered embeddings, head"]}
     if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):

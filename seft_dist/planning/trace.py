@@ -124,7 +124,7 @@ def _run(config: PreTrainedConfig, count: int, dtype: torch.dtype, batch: int, l
         )
         model.train()
         if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         targets = find_targets(model, SeftConfig().targets)
         model.requires_grad_(False)
         for target in targets.values():

@@ -181,7 +181,7 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
     run = Run(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
     elif ds is not None:
         import deepspeed
 
