@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -10,7 +12,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="seft-datasets-"))
 
+import pytest
 import torch
 
 # Ranks are forked from this process: it must never have started a thread pool of its own.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of tokenised data for this module alone."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a tiny run needs: ``pruned``, a model with its tokenizer, and ``text.jsonl``."""
+    from tests.folders import model_folder, text_file
+
+    folder = tmp_path_factory.mktemp("inputs")
+    model_folder(folder / "pruned")
+    text_file(folder / "text.jsonl")
+    return folder

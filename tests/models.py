@@ -8,23 +8,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seft_dist.optim.targets import find_targets
 
 VOCAB = 128
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+"""Of every tiny model, as transformers' configurations name them."""
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:
     """A random two-layer Llama, the same for the same seed."""
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.1,
-    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(settings | over)))
+        model = LlamaForCausalLM(LlamaConfig(**({"vocab_size": VOCAB} | SIZES | over)))
     model.config.use_cache = False
     return model.to(dtype)
 

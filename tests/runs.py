@@ -29,6 +29,11 @@ def run_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
     return TrainConfig(**(settings | over))
 
 
+def make_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
+    """``run_config`` without a trace, all sequences of a step on one rank."""
+    return run_config(inputs, output, **({"batch_size": 12, "global_batch": None, "trace": False} | over))
+
+
 def ds_file(folder: Path, content: dict[str, Any]) -> str:
     """A ds_config."""
     path = folder / "ds.json"
@@ -36,13 +41,16 @@ def ds_file(folder: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
-def run_train(config: TrainConfig, world_size: int = 1, before: Callable[[], None] | None = None) -> dict[str, Any]:
+def run_train(
+    config: TrainConfig, world_size: int = 1, before: Callable[[], None] | None = None, timeout: float = 120
+) -> dict[str, Any]:
     """Train in forked ranks; rank 0's result.
 
     Args:
         config: The run.
         world_size: Number of ranks.
         before: Called first on each rank, e.g. to break something there.
+        timeout: Seconds.
     """
 
     def on_rank(rank: int, world: int) -> dict[str, Any]:
@@ -50,4 +58,14 @@ def run_train(config: TrainConfig, world_size: int = 1, before: Callable[[], Non
             before()
         return train(config)
 
-    return run_ranks(on_rank, world_size, timeout=120)[0]
+    return run_ranks(on_rank, world_size, timeout=timeout)[0]
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def digests(output: Path) -> list[str]:
+    """Of all its evolutions."""
+    return [record["evolution"]["digest"] for record in records(output) if "evolution" in record]

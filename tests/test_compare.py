@@ -18,7 +18,6 @@ from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.results.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_json
 from seft_dist.results.compare_report import print_comparison
 from seft_dist.results.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
-from tests.folders import model_folder, text_file
 from tests.runs import STEPS, run_config, run_train
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +30,6 @@ def one_code() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("seft_dist.training.facts.source_digest", lambda: "0" * 16)
         yield
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,11 @@ import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.training.cli import parse
 from seft_dist.training.trainer import train
-from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 def test_the_set_is_complete() -> None:

@@ -23,17 +23,7 @@ from seft_dist.training.build import build
 from seft_dist.training.distributed import start
 from seft_dist.training.fingerprint import data_fingerprint, has_dropout, model_fingerprint
 from seft_dist.training.trace import hash_of_batch
-from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
-
 
 VECTORS = st.tuples(st.integers(0, 2**31), st.integers(1, 60), st.lists(st.integers(0, 60), max_size=4))
 

@@ -10,20 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.folders import model_folder, text_file
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 SCRIPT = "launch/train.py"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 def options(inputs: Path, output: Path) -> list[str]:

@@ -17,16 +17,7 @@ from seft_dist.training.distributed import launch_facts
 from seft_dist.training.fingerprint import as_hex
 from seft_dist.training.manifest import lasting_attempts, read_manifest
 from seft_dist.training.trace import read_trace
-from tests.folders import model_folder, text_file
 from tests.runs import STEPS, ds_file, run_config, run_train
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

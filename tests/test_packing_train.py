@@ -11,16 +11,7 @@ from safetensors.torch import load_file
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
 from seft_dist.training.trace import read_trace
-from tests.folders import model_folder, text_file
 from tests.runs import run_config, run_train
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 def run(inputs: Path, output: Path, world_size: int, **over: Any) -> tuple[list[Any], bytes, dict[str, Any]]:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -26,11 +25,7 @@ from tests.texts import dense_folder, text_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,9 @@ import tests.preload  # noqa: F401
 from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.results.reproduce import Outcome, held, plan, reproduce
 from seft_dist.training.cli import parse
-from tests.folders import model_folder, text_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 def options(inputs: Path, *more: str) -> list[str]:

@@ -25,20 +25,12 @@ from seft_dist.training.build import Run
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
+from tests.runs import digests, ds_file, make_config, records
 from tests.test_launchers import BIN, ROOT, SCRIPT, port
-from tests.test_train import digests, ds_file, make_config, records
 
 pytestmark = pytest.mark.timeout(600)
 LIMIT = 240.0
 """Seconds within which everything here must have ended: a fifth of it will do, if nothing else runs on the machine."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
 
 
 def when_step(output: Path, step: int, act: Any) -> None:

@@ -22,49 +22,7 @@ from seft_dist.training.run_folder import check_run_folder, only_writer
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
-
-STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    model_folder(folder / "pruned")
-    text_file(folder / "text.jsonl")
-    return folder
-
-
-def make_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "model": ModelConfig(path=str(inputs / "pruned")),
-        "data": DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
-        "output": str(output),
-        "seft": SeftConfig(density=0.05, interval=3),
-        "optim": AdamConfig(lr=1e-2),
-        "steps": STEPS,
-        "batch_size": 12,
-        "threads": 1,
-    }
-    return TrainConfig(**(settings | over))
-
-
-def ds_file(folder: Path, content: dict[str, Any]) -> str:
-    path = folder / "ds.json"
-    path.write_text(json.dumps({"steps_per_print": 1 << 30} | content))
-    return str(path)
-
-
-def run_train(config: TrainConfig, world_size: int = 1, timeout: float = 120) -> dict[str, Any]:
-    """Train in forked ranks; rank 0's result."""
-    return run_ranks(lambda rank, world: train(config), world_size, timeout=timeout)[0]
-
-
-def records(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def digests(output: Path) -> list[str]:
-    return [record["evolution"]["digest"] for record in records(output) if "evolution" in record]
+from tests.runs import STEPS, digests, ds_file, make_config, records, run_train
 
 
 @pytest.fixture(scope="module")

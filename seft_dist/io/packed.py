@@ -138,26 +138,8 @@ class PackedWeights(Weights):
             name = min(found.items() ^ expected.items())[0]
             raise ValueError(f"{folder}: {INDEX} and the files do not agree about {name}; {_AGAIN}")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read positions start <= i < stop of a flattened tensor; the whole packed tensor is read and checked. Local.
-
-        Args:
-            name: Key of the tensor, or of a fused one.
-            start: First position.
-            stop: Position behind the last; None: the end.
-
-        Returns:
-            [stop - start], in the file's dtype, on the CPU.
-
-        Raises:
-            ValueError: The bytes are not those that were written.
-        """
-        if name in self.fused:
-            return self._read_fused(name, start, stop)
-        info = self.tensors[name]
-        stop = info.numel if stop is None else stop
-        if stop <= start:
-            return torch.empty(0, dtype=info.dtype)
+    def _read(self, name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
+        # the whole packed tensor is read and checked
         handle, entry = self._mapped(info.file, info.numel * info.dtype.itemsize), self._entries[name]
         endings = (".mask", ".values") if entry["packed"] else ("",)
         parts = {ending: handle.get_tensor(name + ending) for ending in endings}

@@ -155,6 +155,9 @@ class Weights:
 
         Returns:
             [stop - start], in the file's dtype, on the CPU.
+
+        Raises:
+            ValueError: A packed file's bytes are not those that were written.
         """
         if name in self.fused:
             return self._read_fused(name, start, stop)
@@ -162,6 +165,9 @@ class Weights:
         stop = info.numel if stop is None else stop
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
+        return self._read(name, info, start, stop)
+
+    def _read(self, name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
         handle = self._mapped(info.file, (stop - start) * info.dtype.itemsize)
         if not info.shape:
             return handle.get_tensor(name).view(1)
