@@ -133,9 +133,8 @@ def draw(
         for first, last in lanes[lane]:
             axes.barh(row, last - first, left=first, color=f"C{row}")
     for first, last, _ in exchanges:
-        axes.barh(
-            len(rows), max(last - first, 0.004 * over), left=first, color="C5"
-        )  # else some are too short to be seen
+        width = max(last - first, 0.004 * over)  # else some are too short to be seen
+        axes.barh(len(rows), width, left=first, color="C5")
     axes.axvline(over, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(rows) + 1), [*rows, "exchange of gradients"])
     axes.invert_yaxis()
