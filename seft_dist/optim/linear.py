@@ -9,7 +9,7 @@ weight gradient at the k positions; inside an evolution's window also the dense 
 
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.functional import linear  # bound here: DeepSpeed replaces the att
 from seft_dist.backends.packed import PackedWeight, packed_of
 from seft_dist.kernels.sampled import sampled_grad_
 from seft_dist.optim.delta import Support
+from seft_dist.optim.inputs import keep
 from seft_dist.optim.targets import ExpertWeight, Target, first_projection, is_conv1d
 from seft_dist.optim.window import Window
 
@@ -111,19 +112,19 @@ def _dense(weight: Weight) -> Tensor:
 
 
 def _save(ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None) -> None:
+    ctx.input, kept = keep(x)
+    ctx.dtype = x.dtype
     # The weight itself is saved, no copy: engines free it after forward and gather it again for backward. Of a packed one
     # only the way to it is kept.
-    if isinstance(weight, Tensor):
-        ctx.save_for_backward(x, weight)
-    else:
-        ctx.save_for_backward(x)
-        ctx.packed = weight
+    ctx.packed = None if isinstance(weight, Tensor) else weight
+    ctx.save_for_backward(*kept, *([weight] if isinstance(weight, Tensor) else []))
     ctx.anchor = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)
 
 
-def _saved(ctx: Any) -> tuple[Tensor, Weight]:
-    x, *weight = ctx.saved_tensors
-    return x, weight[0] if weight else ctx.packed
+def _saved(ctx: Any) -> tuple[Sequence[Tensor], Weight]:
+    """What was kept of the input, and the weight."""
+    saved = ctx.saved_tensors
+    return saved, saved[-1] if ctx.packed is None else ctx.packed
 
 
 def _anchor_grad(ctx: Any) -> Tensor | None:
@@ -157,15 +158,16 @@ class _SampledLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = _saved(ctx)
+        kept, weight = _saved(ctx)
         if ctx.slot is not None and ctx.slot.armed:
+            x = ctx.input.get(kept)
             tokens, grads_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             ctx.slot.record(*((grads_out, tokens) if ctx.transposed else (tokens, grads_out)))
         grad_x = None
         if ctx.needs_input_grad[0]:
             dense = _dense(weight)
             # Under autocast the output's type is not the weight's.
-            grad_x = (grad.to(dense.dtype) @ (dense.T if ctx.transposed else dense)).to(x.dtype)
+            grad_x = (grad.to(dense.dtype) @ (dense.T if ctx.transposed else dense)).to(ctx.dtype)
         return grad_x, None, None, _anchor_grad(ctx), None, None
 
 
@@ -187,13 +189,13 @@ class _SampledExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight = _saved(ctx)
+        kept, weight = _saved(ctx)
         if ctx.slot is not None and ctx.slot.armed:
-            ctx.slot.record(x, grad, ctx.ends)
+            ctx.slot.record(ctx.input.get(kept), grad, ctx.ends)
         grad_x = None
         if ctx.needs_input_grad[0]:
             dense = _dense(weight)
-            grad_x = experts_linear(grad.to(dense.dtype), dense.transpose(1, 2), ctx.ends).to(x.dtype)
+            grad_x = experts_linear(grad.to(dense.dtype), dense.transpose(1, 2), ctx.ends).to(ctx.dtype)
         return grad_x, None, _anchor_grad(ctx), None, None
 
 
