@@ -170,6 +170,17 @@ def test_full_fine_tuning_needs_more_than_lora_and_seft_less_traffic(plan70: Pla
     assert full.memory.resident["optimizer states"] == pytest.approx(12 * PUBLISHED["Llama-2-70B"] / 64)
 
 
+def test_only_peers_keep_the_inputs_of_their_linears() -> None:
+    """Of a Llama: two norms' outputs and the gated product; what o_proj gets, attention keeps for everybody."""
+    config = PlanConfig(model="Llama-2-7B", seq_len=512, batch_size=2, activation_checkpointing=False)
+    plan = make_plan(config)
+    inputs = 2 * 2 * 512 * 32 * (2 * 4096 + 11008)
+    assert plan.peer_work.saved - plan.work.saved == pytest.approx(inputs, rel=0.05)
+    assert plan.peer_work.matmul == plan.work.matmul
+    checkpointed = make_plan(dataclasses.replace(config, activation_checkpointing=True))
+    assert checkpointed.peer_work == checkpointed.work
+
+
 def test_errors_say_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model=Lama-2-70B is neither.*Llama-2-70B"):
         make_plan(PlanConfig(model="Lama-2-70B"))

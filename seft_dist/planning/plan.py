@@ -45,6 +45,9 @@ class Plan:
     config: PlanConfig
     shapes: Shapes
     work: Work
+    """Of SEFT's passes."""
+    peer_work: Work
+    """Of those of LoRA and full fine-tuning, which keep the inputs of their linears."""
     rates: Rates
     choices: list[Choice]
     """SEFT on every layout; those that fit first, the recommended one at the top."""
@@ -78,19 +81,22 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
             f"seq_len={config.seq_len}: {config.model} reads at most {longest} tokens; choose a shorter one"
         )
     shapes = Shapes.of(architecture, config.seft.targets)
-    work = _work(config, shapes)
+    work, peer_work = _works(config, shapes)
     found = [layout for size in world_sizes(config.cluster) for layout in layouts(config.cluster, size)]
     if config.global_batch is not None:  # more ranks than sequences would compute for nothing
         found = [layout for layout in found if layout.world_size * config.batch_size <= config.global_batch] or found[
             :1
         ]
     ranked = {
-        name: _ranked([_choice(name, config, shapes, layout, work, rates) for layout in found]) for name in METHODS
+        name: _ranked(
+            [_choice(name, config, shapes, layout, work if name == "SEFT" else peer_work, rates) for layout in found]
+        )
+        for name in METHODS
     }
     choices = ranked["SEFT"]
     peers = {name: of[0] if of[0].fits else None for name, of in ranked.items()}
     advice = [] if choices[0].fits else _advice(config, shapes, choices, rates)
-    return Plan(config, shapes, work, rates, choices, peers, advice)
+    return Plan(config, shapes, work, peer_work, rates, choices, peers, advice)
 
 
 def choose(
@@ -98,12 +104,19 @@ def choose(
 ) -> Choice:
     """One method on one layout of a plan's model and recipe. Local."""
     layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, replicas, packing)
-    return _choice(method, plan.config, plan.shapes, layout, plan.work, plan.rates)
+    work = plan.work if method == "SEFT" else plan.peer_work
+    return _choice(method, plan.config, plan.shapes, layout, work, plan.rates)
 
 
-def _work(config: PlanConfig, shapes: Shapes) -> Work:
-    kind = getattr(torch, config.dtype)
-    return trace(shapes.config, shapes.kinds, kind, config.batch_size, config.seq_len, config.activation_checkpointing)
+def _works(config: PlanConfig, shapes: Shapes) -> tuple[Work, Work]:
+    work = _work(config, shapes, inputs_kept=False)
+    # checkpointed layers keep nothing of anybody's
+    return work, work if config.activation_checkpointing else _work(config, shapes, inputs_kept=True)
+
+
+def _work(config: PlanConfig, shapes: Shapes, inputs_kept: bool) -> Work:
+    kind, checkpoint = getattr(torch, config.dtype), config.activation_checkpointing
+    return trace(shapes.config, shapes.kinds, kind, config.batch_size, config.seq_len, checkpoint, inputs_kept)
 
 
 def _choice(method: str, config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates) -> Choice:
@@ -154,7 +167,7 @@ def _advice(config: PlanConfig, shapes: Shapes, choices: list[Choice], rates: Ra
 
 def _smallest(config: PlanConfig, shapes: Shapes, rates: Rates, nodes: int) -> float:
     """Bytes of the fullest rank on the layout that needs least, with all ranks of some nodes."""
-    work = _work(config, shapes)
+    work = _work(config, shapes, inputs_kept=False)
     cluster = dataclasses.replace(config.cluster, nodes=nodes)
     found = layouts(cluster, nodes * cluster.gpus_per_node)
     return min(seft_memory(config, shapes, layout, work, rates.reserve).total for layout in found)

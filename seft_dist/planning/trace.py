@@ -3,6 +3,7 @@
 Two or a few layers are run; every further layer of the same kind adds what the last of its kind added.
 """
 
+import contextlib
 import copy
 import types
 import weakref
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
@@ -74,6 +76,7 @@ def trace(
     batch: int,
     length: int,
     checkpoint: bool,
+    inputs_kept: bool = False,
 ) -> Work:
     """Work of the whole model, from runs of its first few layers. Local.
 
@@ -84,12 +87,13 @@ def trace(
         batch: Sequences of a micro-batch.
         length: Tokens of each.
         checkpoint: Whether decoder layers are computed again in backward.
+        inputs_kept: Whether every linear keeps its input for backward, as those of LoRA and full fine-tuning do.
     """
     runs: dict[int, Work] = {}
 
     def first(count: int) -> Work:
         if count not in runs:
-            runs[count] = _run(config, count, dtype, batch, length, checkpoint)
+            runs[count] = _run(config, count, dtype, batch, length, checkpoint, inputs_kept)
         return runs[count]
 
     if len(kinds) == 1:
@@ -113,7 +117,17 @@ def _shortened(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     return config
 
 
-def _run(config: PreTrainedConfig, count: int, dtype: torch.dtype, batch: int, length: int, checkpoint: bool) -> Work:
+def _run(
+    config: PreTrainedConfig,
+    count: int,
+    dtype: torch.dtype,
+    batch: int,
+    length: int,
+    checkpoint: bool,
+    inputs_kept: bool,
+) -> Work:
+    # Where a hook decides what becomes of saved tensors, SEFT's linears save their inputs (seft_dist/optim/inputs.py).
+    hooks = saved_tensors_hooks(Tensor.detach, Tensor.detach) if inputs_kept else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = AutoModelForCausalLM.from_config(
             _shortened(config, count),
@@ -137,7 +151,7 @@ def _run(config: PreTrainedConfig, count: int, dtype: torch.dtype, batch: int, l
         layers = decoder_layers(model)
         layers[-1].register_forward_hook(meter.watch("head"))
         layers[0].register_forward_hook(meter.watch("layers"))
-        with meter:
+        with meter, hooks:
             loss = model(input_ids=ids, labels=ids).loss
             saved = meter.live
             loss.backward()
@@ -183,7 +197,7 @@ class _Meter(TorchDispatchMode):
                 self.live += size
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(tensor.untyped_storage(), self._freed, key, size)
-        self.calls += 1
+        self.calls += func is not torch.ops.aten.detach.default
         self._count(func._schema.name, inputs, results)
         return out
 
