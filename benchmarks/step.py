@@ -75,6 +75,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=worker, args=(theirs, name, density, args), daemon=True)
             process.start()
+            theirs.close()  # else a process that died would be waited for
             peak, peak_of_all = ours.recv()
             rows.append({"method": name, "density": density, "seconds": [], "peak": peak, "peak_of_all": peak_of_all})
             rows[-1] |= {"pipe": ours, "process": process}

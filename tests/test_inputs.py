@@ -67,7 +67,7 @@ def test_the_first_of_several_linears_computes_and_the_last_drops() -> None:
     (one, kept), (two, _) = keep(product), keep(product)
     value = one.get(kept)
     assert two.get(kept) is value
-    assert one._shared is two._shared and one._shared is not None and one._shared.value is None
+    assert one is two and one.value is None and not one.operands
 
 
 def kept_whole(x: Tensor) -> bool:
@@ -144,7 +144,7 @@ def test_no_more_kept_than_by_a_frozen_model(family: str, dtype: torch.dtype) ->
 def plain_inputs() -> Iterator[None]:
     """Every input kept, as autograd's own linear does."""
     before = linear.keep
-    linear.keep = lambda x: (inputs.Input(), [x])
+    linear.keep = lambda x: (inputs._WHOLE, [x])
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _MOST_STEPS = 5
 """Operations that are followed back: a norm's two products, the conversion between them, the choice of experts."""
 
-_SHARED = "seft_input"
+_KEY = "seft_input"
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,18 @@ Recipe = int | _Step
 """How a tensor comes about: its place among the kept ones, or the last operation."""
 
 
-class _Shared:
-    """An input of several linears (query, key, value): the first backward computes it, the last one drops it."""
+class Input:
+    """The way to one input, for all linears that share it (query, key, value): the first backward computes it.
 
-    def __init__(self) -> None:
+    The last one drops it, and what it was computed from.
+    """
+
+    def __init__(self, recipe: Recipe, operands: list[Tensor]) -> None:
+        self.recipe = recipe
+        self.operands: list[Tensor] = operands
+        """Until the last backward: a graph may outlive it."""
         self.users = 0
         self.value: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Input:
-    """The way to an input from what was kept of it."""
-
-    _recipe: Recipe = 0
-    _shared: _Shared | None = None
 
     def get(self, kept: Sequence[Tensor]) -> Tensor:
         """The input, bit for bit. Local.
@@ -52,14 +50,18 @@ class Input:
         Args:
             kept: What ``keep`` returned; others may follow.
         """
-        if self._shared is None:
-            return kept[0]
-        value = self._shared.value
-        if value is None:
-            value = _compute(self._recipe, kept)
-        self._shared.users -= 1
-        self._shared.value = value if self._shared.users > 0 else None
+        if isinstance(self.recipe, int):
+            return kept[self.recipe]
+        value = _compute(self.recipe, kept) if self.value is None else self.value
+        self.users -= 1
+        self.value = value if self.users > 0 else None
+        if self.users <= 0:
+            self.operands = []
         return value
+
+
+_WHOLE = Input(0, [])
+"""The way to an input that is kept itself."""
 
 
 def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
@@ -76,17 +78,19 @@ def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
     # already run them.
     node: Any = x.grad_fn
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return Input(), [x]
-    operands: list[Tensor] = []
-    try:
-        recipe = _follow(node, x.shape, operands, _MOST_STEPS)
-    except RuntimeError:  # an operand was changed in place since
-        recipe = None
-    if recipe is None:
-        return Input(), [x]
-    shared: _Shared = node.metadata.setdefault(_SHARED, _Shared())
-    shared.users += 1
-    return Input(recipe, shared), operands
+        return _WHOLE, [x]
+    known: Input | None = node.metadata.get(_KEY)
+    if known is None or not known.operands:
+        operands: list[Tensor] = []
+        try:
+            recipe = _follow(node, x.shape, operands, _MOST_STEPS)
+        except RuntimeError:  # an operand was changed in place since
+            recipe = None
+        if recipe is None:
+            return _WHOLE, [x]
+        known = node.metadata[_KEY] = Input(recipe, operands)
+    known.users += 1
+    return known, known.operands
 
 
 def _compute(recipe: Recipe, kept: Sequence[Tensor]) -> Tensor:
