@@ -111,9 +111,11 @@ def _dense(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.dense()
 
 
-def _save(ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None) -> None:
-    ctx.input, kept = keep(x)
-    ctx.dtype = x.dtype
+def _save(ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None, slot: Slot | None) -> None:
+    ctx.slot, ctx.dtype = slot, x.dtype
+    kept: list[Tensor] = []
+    if slot is not None:  # else nobody asks for the input
+        ctx.input, kept = keep(x)
     # The weight itself is saved, no copy: engines free it after forward and gather it again for backward. Of a packed one
     # only the way to it is kept.
     ctx.packed = None if isinstance(weight, Tensor) else weight
@@ -150,8 +152,8 @@ class _SampledLinear(torch.autograd.Function):
         slot: Slot | None,
         transposed: bool,
     ) -> Tensor:
-        _save(ctx, x, weight, anchor)
-        ctx.slot, ctx.transposed = slot, transposed
+        _save(ctx, x, weight, anchor, slot)
+        ctx.transposed = transposed
         dense = _dense(weight)
         return linear(x, dense.T if transposed else dense, bias)
 
@@ -182,8 +184,8 @@ class _SampledExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Weight, anchor: Tensor | None, slot: Slot | None, ends: list[int]
     ) -> Tensor:
-        _save(ctx, x, weight, anchor)
-        ctx.slot, ctx.ends = slot, ends
+        _save(ctx, x, weight, anchor, slot)
+        ctx.ends = ends
         return experts_linear(x, _dense(weight), ends)
 
     @staticmethod
