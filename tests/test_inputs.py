@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seft_dist import pack_weights
 from seft_dist.config import SeftConfig
 from seft_dist.optim import inputs, linear
 from seft_dist.optim.inputs import keep
@@ -138,6 +139,22 @@ def test_no_more_kept_than_by_a_frozen_model(family: str, dtype: torch.dtype) ->
     numbers = sum(p.numel() for p in model.parameters() if p.ndim == 1) * 4
     assert mine <= floor + 3 * numbers, (mine / floor, floor)
     seft.detach()
+
+
+def test_a_frozen_packed_linear_keeps_nothing() -> None:
+    model: Any = prune_(tiny_llama()).train()
+    pack_weights(model)
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings()(batch(0)["input_ids"]).requires_grad_()
+    nodes, seen, kept = [model(inputs_embeds=embedded).logits.grad_fn], set(), []
+    while nodes:
+        node: Any = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(before for before, _ in node.next_functions)
+            if "_SampledLinear" in node.name():
+                kept.append(node.saved_tensors)
+    assert len(kept) == 14 and all(tensors == () for tensors in kept)
 
 
 @contextlib.contextmanager
