@@ -205,11 +205,8 @@ def write_model(content: dict[str, Any], folder: str, dtype: str) -> None:
         dtype: Of its weights.
     """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tiny = (
-        {key: value for key, value in content.items() if key not in ("head_dim", "layer_types")}
-        | sizes
-        | {"num_key_value_heads": 4}
-    )
+    kept = {key: value for key, value in content.items() if key not in ("head_dim", "layer_types")}
+    tiny = kept | sizes | {"num_key_value_heads": 4}
     writer = mp.get_context("fork").Process(target=_write, args=([(folder, content), (f"{folder}-tiny", tiny)], dtype))
     writer.start()
     writer.join()
