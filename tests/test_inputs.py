@@ -71,6 +71,14 @@ def test_the_first_of_several_linears_computes_and_the_last_drops() -> None:
     assert one is two and one.value is None and not one.operands
 
 
+def test_who_never_asks_lets_go_too() -> None:
+    product = gated(torch.randn(4, 8, requires_grad=True), torch.randn(8))
+    (one, kept), (two, _) = keep(product), keep(product)
+    one.get(kept)
+    two.leave()
+    assert one.value is None and not one.operands
+
+
 def kept_whole(x: Tensor) -> bool:
     _, (kept, *more) = keep(x)
     return kept is x and not more

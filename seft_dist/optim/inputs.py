@@ -52,12 +52,15 @@ class Input:
         """
         if isinstance(self.recipe, int):
             return kept[self.recipe]
-        value = _compute(self.recipe, kept) if self.value is None else self.value
-        self.users -= 1
-        self.value = value if self.users > 0 else None
-        if self.users <= 0:
-            self.operands = []
+        value = self.value = _compute(self.recipe, kept) if self.value is None else self.value
+        self.leave()
         return value
+
+    def leave(self) -> None:
+        """One linear less will ask for it. Local."""
+        self.users -= 1
+        if self.users <= 0:
+            self.value, self.operands = None, []
 
 
 _WHOLE = Input(0, [])

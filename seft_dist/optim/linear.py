@@ -165,6 +165,8 @@ class _SampledLinear(torch.autograd.Function):
             x = ctx.input.get(kept)
             tokens, grads_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             ctx.slot.record(*((grads_out, tokens) if ctx.transposed else (tokens, grads_out)))
+        elif ctx.slot is not None:
+            ctx.input.leave()
         grad_x = None
         if ctx.needs_input_grad[0]:
             dense = _dense(weight)
@@ -194,6 +196,8 @@ class _SampledExperts(torch.autograd.Function):
         kept, weight = _saved(ctx)
         if ctx.slot is not None and ctx.slot.armed:
             ctx.slot.record(ctx.input.get(kept), grad, ctx.ends)
+        elif ctx.slot is not None:
+            ctx.input.leave()
         grad_x = None
         if ctx.needs_input_grad[0]:
             dense = _dense(weight)
