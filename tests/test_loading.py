@@ -135,8 +135,7 @@ def test_memory_of_a_rank_falls_with_the_number_of_ranks(sharding: str, tmp_path
         stored = sum(stored_part(parameter)[0].numel() for parameter in loaded.parameters()) * 4
         return peak - before, stored
 
-    # Beside its part a rank holds one tensor at a time (ZeRO-3 cuts each whole one up), what libraries allocate, and
-    # what malloc does not give back at once.
+    # Beside its part a rank holds one tensor at a time (ZeRO-3 cuts each whole one up) and what libraries allocate.
     slack = 4 * largest + 30e6
     for world_size in (1, 4):
         for peak, stored in run_ranks(on_rank, world_size):
