@@ -20,6 +20,7 @@ CONFIG = sorted((ROOT / "seft_dist" / "config").glob("*.py"))
 FLOORS = {
     "pattern": -1,
     "config": 0,
+    "files": 1,
     "sparsity": 1,
     "kernels": 2,
     "backends": 3,

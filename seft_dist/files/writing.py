@@ -1,0 +1,46 @@
+"""Files that are whole or not there: written under a temporary name, forced to disk, then renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PART = ".part"
+"""Ending of a file or folder that is still being written; whoever finds one alone may remove it."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: after a kill or on a full disk it holds the old text or the new one, never a part.
+
+    Args:
+        path: The file; its folder must exist.
+        text: Its new content, written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; what was there is still there, and the temporary file is gone.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        with open(part, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by indented JSON, as ``write_text`` does."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk, so that a rename in it survives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
