@@ -1,0 +1,357 @@
+"""A model of a real shape through every door on one machine: seconds, peak memory and bytes on disk of each step.
+
+    python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk             all steps, about an hour on 2 cores
+    python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk --steps plan evaluate
+    python benchmarks/walk.py --output /tmp/walk --show                          the table again
+
+The model has random values (its doors cost what a trained one's cost), is written one layer at a time, and gets a tokenizer
+trained on CPython's documentation, whose text is also what it is pruned with, trained on and evaluated on. A step that is
+done is not done again; its log is in OUTPUT/logs. Memory is that of all processes of a step together: "own" is what only they
+can use (anonymous pages), "resident" also counts pages of files, which the kernel takes back when it needs them.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from seft_dist.files.writing import write_json
+from seft_dist.planning.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+SEED = 0
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+"""The shape "tiny", for the test of this file."""
+
+
+@dataclass
+class Cost:
+    """What one step took."""
+
+    seconds: float
+    own_bytes: int
+    """Peak of the anonymous memory of all its processes."""
+    resident_bytes: int
+    """Peak of their resident memory, pages of mapped files included."""
+    disk_bytes: int
+    """Of what it left behind."""
+
+
+def make_model(shape: dict[str, Any], folder: Path) -> None:
+    """Write a model of random bf16 values: one file for each decoder layer and one for the rest."""
+    settings = dict(shape)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="bfloat16", use_cache=False)
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(SEED)
+    parts: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        words = name.split(".")
+        parts.setdefault(f"layer-{int(words[2]):03d}" if words[1] == "layers" else "rest", []).append(name)
+    where, total = {}, 0
+    for part, names in parts.items():
+        tensors = {}
+        for name in names:
+            values = torch.empty(model.get_parameter(name).shape, dtype=torch.bfloat16)
+            tensors[name] = values.fill_(1) if values.dim() == 1 else values.normal_(std=0.02, generator=generator)
+            where[name] = f"model-{part}.safetensors"
+            total += values.nbytes
+        save_file(tensors, folder / f"model-{part}.safetensors", metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    config.save_pretrained(folder)
+
+
+def make_tokenizer(vocabulary: int, folder: Path) -> None:
+    """Train a byte-level BPE on the text and save it beside the model."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocabulary, 4096),
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+class Walk:
+    """The steps, in the order in which a user would take them; each is a method named ``do_*`` that gives a command."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.root = args, Path(args.output).resolve()
+        self.model, self.text = self.root / "model", self.root / "text"
+        self.pruned, self.run = self.root / "pruned-wanda", self.root / "run-single"
+        self.data = ["--data.path", str(self.text / "train.jsonl"), "--data.seq_len", str(args.seq_len)]
+
+    def door(self, name: str, *options: str, ranks: int = 1) -> list[str]:
+        """A command line that starts a door on some ranks."""
+        started = [sys.executable]
+        if ranks > 1:
+            started += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return [*started, str(ROOT / "launch" / f"{name}.py"), *options]
+
+    def do_make(self) -> list[str]:
+        return [sys.executable, __file__, "--shape", self.args.shape, "--output", str(self.root), "--make"]
+
+    def do_prune_magnitude(self) -> list[str]:
+        return self._prune("magnitude", self.root / "pruned-magnitude")
+
+    def do_prune_wanda(self) -> list[str]:
+        return self._prune("wanda", self.pruned, *self.data, "--sequences", "4")
+
+    def _prune(self, method: str, output: Path, *options: str) -> list[str]:
+        given = ["--model.path", str(self.model), "--method", method, "--sparsity", "0.6"]
+        return self.door("prune", *given, "--output", str(output), *options)
+
+    def train(self, output: Path, *options: str, ranks: int = 1) -> list[str]:
+        """Four steps: a first support, an evolution at the second, a checkpoint after each second."""
+        given = [
+            "--model.path",
+            str(self.pruned),
+            *self.data,
+            "--output",
+            str(output),
+            "--steps",
+            "4",
+            "--save_every",
+            "2",
+        ]
+        given += ["--global_batch", "2", "--model.activation_checkpointing", "true", "--packing", "resident"]
+        given += ["--seft.density", str(self.args.density), "--seft.interval", "2", "--seft.window", "1"]
+        given += ["--seft.end", "2", "--seft.window_store", "factored"]
+        return self.door("train", *given, *options, ranks=ranks)
+
+    def do_train_single(self) -> list[str]:
+        return self.train(self.run)
+
+    def do_train_killed(self) -> list[str]:
+        """Killed as soon as the checkpoint of step 2 is whole; the step after this one goes on."""
+        return self.train(self.root / "run-killed", "--export", "false")
+
+    def do_train_resumed(self) -> list[str]:
+        return self.train(self.root / "run-killed", "--export", "false")
+
+    def do_train_fsdp(self) -> list[str]:
+        return self.train(self.root / "run-fsdp", "--backend", "fsdp", "--export", "false", ranks=2)
+
+    def do_export_hf(self) -> list[str]:
+        return self.door("export", "hf", "--run", str(self.run), "--output", str(self.root / "exported"))
+
+    def do_export_pack(self) -> list[str]:
+        return self.door("export", "pack", "--model", str(self.run / "model"), "--output", str(self.root / "packed"))
+
+    def do_delta_apply(self) -> list[str]:
+        delta = ["--delta", str(self.run / "delta.safetensors")]
+        return self.door(
+            "export", "delta", "apply", "--base", str(self.pruned), *delta, "--output", str(self.root / "applied")
+        )
+
+    def do_delta_remove(self) -> list[str]:
+        delta = ["--delta", str(self.run / "delta.safetensors")]
+        return self.door(
+            "export",
+            "delta",
+            "remove",
+            "--model",
+            str(self.root / "applied"),
+            *delta,
+            "--output",
+            str(self.root / "removed"),
+        )
+
+    def do_evaluate(self) -> list[str]:
+        data = ["--data.path", str(self.text / "heldout.jsonl"), "--data.seq_len", str(self.args.seq_len)]
+        given = ["--models.repaired", str(self.run / "model"), *data, "--data.max_records", "2"]
+        return self.door("evaluate", *given, "--output", str(self.root / "eval.json"))
+
+    def do_plan(self) -> list[str]:
+        cluster = ["--cluster.nodes", "1", "--cluster.gpus_per_node", "2"]
+        given = ["--model", str(self.pruned), "--seq_len", str(self.args.seq_len), "--global_batch", "2"]
+        return self.door("plan", *given, *cluster, "--seft.density", str(self.args.density))
+
+    # What each step leaves behind, for the bytes on disk.
+    LEAVES = {
+        "make": ["model"],
+        "prune_magnitude": ["pruned-magnitude"],
+        "prune_wanda": ["pruned-wanda"],
+        "train_single": ["run-single/checkpoints"],
+        "train_killed": ["run-killed/checkpoints"],
+        "train_resumed": ["run-killed/checkpoints"],
+        "train_fsdp": ["run-fsdp/checkpoints"],
+        "export_hf": ["exported"],
+        "export_pack": ["packed"],
+        "delta_apply": ["applied"],
+        "delta_remove": ["removed"],
+    }
+
+    # Folders that no later step reads: a 7B model in bf16 takes 13.5 GB each time it is written out.
+    DROPS = {
+        "prune_magnitude": ["pruned-magnitude"],
+        "train_resumed": ["run-killed"],
+        "train_fsdp": ["run-fsdp"],
+        "export_hf": ["exported"],
+        "export_pack": ["packed"],
+        "delta_remove": ["applied", "removed"],
+    }
+
+
+STEPS = [name.removeprefix("do_") for name in vars(Walk) if name.startswith("do_")]
+
+
+def take_step(walk: Walk, name: str) -> Cost:
+    """Run one step's command and watch what its processes need.
+
+    Raises:
+        RuntimeError: It failed; its log is named.
+    """
+    log = walk.root / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    killed = name == "train_killed"
+    began, own, resident = time.monotonic(), 0, 0
+    with log.open("wb") as file:
+        process = psutil.Popen(getattr(walk, f"do_{name}")(), stdout=file, stderr=file, cwd=ROOT)
+        while process.poll() is None:
+            now = _memory(process)
+            own, resident = max(own, now[0]), max(resident, now[1])
+            if killed and (walk.root / "run-killed/checkpoints/step-00000002/checkpoint.json").exists():
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.2)
+    if process.returncode and not (killed and process.returncode == -signal.SIGKILL):
+        raise RuntimeError(f"{name} ended with exit code {process.returncode}: see {log}")
+    left = [walk.root / place for place in walk.LEAVES.get(name, [])]
+    disk = sum(path.stat().st_size for place in left for path in place.rglob("*") if path.is_file())
+    return Cost(time.monotonic() - began, own, resident, disk)
+
+
+def _memory(process: psutil.Process) -> tuple[int, int]:
+    """Anonymous and resident bytes of a process and all below it."""
+    own = resident = 0
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0, 0
+    for one in family:
+        try:
+            info = one.memory_info()
+        except psutil.Error:  # it has just ended
+            continue
+        own, resident = own + info.rss - info.shared, resident + info.rss
+    return own, resident
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print the steps that were taken."""
+    facts = found["machine"]
+    title = f"{found['shape']}, {found['weights']:,} weights; {facts['cores']} cores, {facts['memory_gb']} GB; {facts['date']}"
+    table = Table(title=title)
+    for column in ("step", "seconds", "own GB", "resident GB", "on disk GB"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, row in found["steps"].items():
+        sizes = [f"{row[key] / 1e9:.2f}" for key in ("own_bytes", "resident_bytes", "disk_bytes")]
+        table.add_row(name.replace("_", " "), f"{row['seconds']:.0f}", *sizes)
+    console.print(table)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "python": platform.python_version(),
+        "processor": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            platform.machine(),
+        ),
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+    }
+
+
+def main() -> None:
+    """Read the options, take the steps, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="Llama-2-7B", choices=["tiny", *ARCHITECTURES])
+    parser.add_argument("--output", required=True, help="folder for models, runs, logs and walk.json")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
+    parser.add_argument("--seq_len", type=int, default=64)
+    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--again", action="store_true", help="take the named steps again, though they are done")
+    parser.add_argument("--keep", action="store_true", help="keep every folder, also those that no later step reads")
+    parser.add_argument("--show", action="store_true", help="only print the table")
+    parser.add_argument(
+        "--make", action="store_true", help=argparse.SUPPRESS
+    )  # the step "make", in a process of its own
+    args = parser.parse_args()
+    walk = Walk(args)
+    shape = TINY if args.shape == "tiny" else ARCHITECTURES[args.shape]
+    if args.make:
+        from seft_dist.io.demo import write_text
+
+        make_model(shape, walk.model)
+        make_tokenizer(shape["vocab_size"], walk.model)
+        write_text(walk.text)
+        return
+    results = walk.root / "walk.json"
+    found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    if not args.show:
+        walk.root.mkdir(parents=True, exist_ok=True)
+        for name in args.steps:
+            if name in found.get("steps", {}) and not args.again:
+                continue
+            for place in walk.LEAVES.get(name, []) if name != "train_resumed" else []:
+                shutil.rmtree(walk.root / Path(place).parts[0], ignore_errors=True)
+            print(f"{time.strftime('%H:%M:%S')} {name} ...", flush=True)
+            cost = take_step(walk, name)
+            steps = found.get("steps", {}) | {name: asdict(cost)}
+            index = json.loads((walk.model / "model.safetensors.index.json").read_text())
+            found = {"shape": args.shape, "weights": index["metadata"]["total_size"] // 2, "machine": machine()}
+            found |= {"options": {"seq_len": args.seq_len, "density": args.density}, "steps": steps}
+            write_json(results, found)
+            for place in [] if args.keep else walk.DROPS.get(name, []):
+                shutil.rmtree(walk.root / place)
+    show(found, Console())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        sys.exit(f"walk.py: {error}")
