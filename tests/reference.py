@@ -16,6 +16,8 @@ from seft_dist.optim.targets import find_targets
 from seft_dist.sparsity.scores import uniform
 from tests.reference_window import Window
 
+TINY = 2.0**-126
+
 
 @dataclass
 class Layer:
@@ -198,6 +200,10 @@ class DenseSeft:
             shrunk = layer.value if self.config.decay == "weight" else layer.delta
             moved = layer.delta - self.lr * self.weight_decay * shrunk - self.lr * first / (second.sqrt() + self.eps)
             layer.delta = torch.where(layer.support, moved, 0.0)
+            # An active weight is never 0 after an update: it keeps the smallest normal number.
+            lost = layer.support & (layer.value.abs() < TINY)
+            kept = torch.copysign(torch.tensor(TINY), layer.value) - layer.base.float()
+            layer.delta = torch.where(lost, kept, layer.delta)
 
     def _evolve(self, windows: list[Window]) -> None:
         for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):
@@ -228,6 +234,8 @@ class DenseSeft:
         else:
             score = uniform(layer.positions, config.seed, i, t, 2)
         free = ~layer.support & ~layer.dropped & window.known
+        if config.grow != "random":
+            free &= score != 0  # what has no gradient does not grow
         count = layer.budget - int(layer.support.sum())
         if not window.known.all():
             count = min(count, self._num_candidates(layer))
@@ -241,8 +249,8 @@ class DenseSeft:
             layer.age = torch.where(grown, a, layer.age)
 
     def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int) -> Tensor:
-        count = min(count, int(free.sum()))
         cap = math.floor(self.config.reactivation * count + 0.5)
+        count = min(count, int(free.sum()))
         if self.config.pattern:
             return self._walk(layer, score, free, count, cap)
         random = self.config.grow == "random"
@@ -267,7 +275,8 @@ class DenseSeft:
         else:
             prune = self._choose_of_all(scores, spare, sum(counts))
         for layer, least, count in zip(layers, prune, counts, strict=True):
-            grow = self._best_free(layer, layer.window.gradient.abs(), ~layer.support, count)
+            score = layer.window.gradient.abs()
+            grow = self._best_free(layer, score, ~layer.support & (score != 0), count)
             layer.window.known = layer.support | grow | least
             layer.window.gradient = torch.where(layer.window.known, layer.window.gradient, 0.0)
 

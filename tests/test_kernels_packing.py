@@ -30,8 +30,12 @@ def test_the_same_in_torch(seed: int, numel: int, share: float, dtype: torch.dty
 
 def test_a_wrong_number_of_values_is_refused() -> None:
     mask = torch.tensor([True, False, True])
-    with pytest.raises(AssertionError, match="3 values for another number of bits"):
+    with pytest.raises(ValueError, match="3 packed values for another number of bits"):
         decode(pack(mask), torch.ones(3), torch.empty(3))
+    with pytest.raises(ValueError, match="no bit behind the last position"):
+        decode(torch.tensor([0b1101], dtype=torch.uint8), torch.ones(3), torch.empty(3))
+    with pytest.raises(ValueError, match="bits of 9 positions, not 1 bytes"):
+        encode(torch.ones(9), pack(mask))
 
 
 def check_packing(seed: int, numel: int, share: float, dtype: torch.dtype, offset: int) -> None:

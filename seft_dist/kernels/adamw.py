@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library
 
 
@@ -44,7 +45,13 @@ class AdamW:
 
         Returns:
             fp32 [k], base + values after it.
+
+        Raises:
+            ValueError: An age is below 0 or above ``oldest``; looked at on a CPU only. Nothing was changed.
         """
+        if age.is_cpu and age.numel():  # it indexes a table
+            low, high = (int(extreme) for extreme in age.aminmax())
+            expect(low >= 0 and high <= self.oldest, f"ages from 0 to {self.oldest}, not {low} to {high}")
         functions = library() if values.is_cpu else None
         if functions is None:
             self._torch(torch.where(ok, grad * scale, 0.0), ok, base, values, moments, age)
@@ -52,8 +59,11 @@ class AdamW:
         if not bool(ok):
             return base + values
         columns = [grad.contiguous(), base, values, *moments, age]
-        assert all(column.is_contiguous() and column.shape == values.shape for column in columns)
-        assert all(column.dtype == torch.float32 for column in columns[:-1]) and age.dtype == torch.int32
+        expect(all(each.is_contiguous() and each.shape == values.shape for each in columns), "columns of one length")
+        expect(all(each.is_cpu for each in columns), "columns on the CPU")
+        expect(
+            all(each.dtype == torch.float32 for each in columns[:-1]) and age.dtype == torch.int32, "fp32, int32 ages"
+        )
         weight, (step_size, correction) = torch.empty_like(values), self._of_ages(values.device)
         beta1, beta2 = self.betas
         functions.adamw(

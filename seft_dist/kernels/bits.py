@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library
 from seft_dist.sparsity import bitmask
 from seft_dist.sparsity.hashes import hash_of_set
@@ -15,7 +16,7 @@ def pack(mask: Tensor) -> Tensor:
     functions = library() if mask.is_cpu else None
     if functions is None:
         return bitmask.pack(mask)
-    assert mask.dtype == torch.bool and mask.dim() == 1
+    expect(mask.dtype == torch.bool and mask.dim() == 1, "booleans, one-dimensional")
     mask = mask.contiguous()
     bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
     functions.pack_bools(mask.data_ptr(), mask.numel(), bits.data_ptr(), torch.get_num_threads())
@@ -73,10 +74,10 @@ def with_bits(bits: Tensor, numel: int, offsets: Tensor, value: bool) -> Tensor:
         return bitmask.pack(mask)
     _check(bits, numel)
     bits, offsets = bits.clone(), offsets.contiguous()
-    assert offsets.dtype == torch.int64
+    expect(offsets.dtype == torch.int64 and offsets.is_cpu, "offsets as int64 on the CPU")
     if offsets.numel():
         low, high = offsets.aminmax()
-        assert low >= 0 and high < numel
+        expect(int(low) >= 0 and int(high) < numel, f"offsets from 0 to {numel - 1}, not {int(low)} to {int(high)}")
         functions.set_bits(bits.data_ptr(), offsets.data_ptr(), offsets.numel(), value)
     return bits
 
@@ -117,4 +118,5 @@ def count_outside(bits: Tensor, dense: Tensor) -> int:
 
 
 def _check(bits: Tensor, numel: int) -> None:
-    assert bits.dtype == torch.uint8 and bits.is_contiguous() and bits.numel() == -(-numel // 8)
+    expect(bits.dtype == torch.uint8 and bits.is_contiguous() and bits.is_cpu, "bits as contiguous uint8 on the CPU")
+    expect(bits.numel() == -(-numel // 8), f"bits of {numel} positions, not {bits.numel()} bytes")

@@ -10,6 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library, triton_kernels
 from seft_dist.sparsity.bitmask import unpack
 
@@ -24,9 +25,9 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
     Returns:
         [set bits], of the same type.
     """
-    assert dense.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-dense.numel() // 8)
+    _check(bits, dense)
     if dense.is_cuda and dense.numel() and (kernels := triton_kernels()) is not None:  # never run on a GPU
-        return kernels.encode(dense.contiguous(), bits)
+        return kernels.encode(dense.contiguous(), bits.contiguous())
     functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
     if functions is None:
         return dense[unpack(bits, dense.numel())]
@@ -51,16 +52,28 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     Returns:
         ``out``.
     """
-    assert out.dim() == 1 and bits.dtype == torch.uint8 and bits.numel() == -(-out.numel() // 8)
-    assert values.dtype == out.dtype and values.device == out.device == bits.device
+    _check(bits, out)
+    expect(values.dtype == out.dtype and values.device == out.device, "values as the dense ones")
+    expect(values.dim() == 1, "values, one-dimensional")
     if out.is_cuda and out.numel() and out.stride(0) == 1 and (kernels := triton_kernels()) is not None:
-        return kernels.decode(bits, values, out)  # never run on a GPU
+        return kernels.decode(bits.contiguous(), values.contiguous(), out)  # never run on a GPU
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
     if functions is None:
-        return out.zero_().masked_scatter_(unpack(bits, out.numel()), values)
+        mask = unpack(bits, out.numel())
+        expect(out.is_cuda or int(mask.sum()) == values.numel(), f"as many values as bits, not {values.numel()}")
+        return out.zero_().masked_scatter_(mask, values)
     bits, values = bits.contiguous(), values.contiguous()
     function = functions.decode_16 if out.element_size() == 2 else functions.decode_32
     numbers = (values.data_ptr(), values.numel(), out.data_ptr(), torch.get_num_threads())
     if function(bits.data_ptr(), out.numel(), *numbers):
-        raise AssertionError(f"{values.numel()} values for another number of bits")
+        raise ValueError(f"{values.numel()} packed values for another number of bits: the file or message is damaged")
     return out
+
+
+def _check(bits: Tensor, dense: Tensor) -> None:
+    expect(dense.dim() == 1 and bits.dtype == torch.uint8 and bits.dim() == 1, "bits as uint8, one-dimensional")
+    expect(bits.device == dense.device, "bits where the values are")
+    numel = dense.numel()
+    expect(bits.numel() == -(-numel // 8), f"bits of {numel} positions, not {bits.numel()} bytes")
+    if bits.is_cpu and numel % 8:
+        expect(int(bits[-1]) >> numel % 8 == 0, "no bit behind the last position")

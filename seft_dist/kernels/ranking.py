@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library
 from seft_dist.sparsity import bitmask, selection
 from seft_dist.sparsity.hashes import pieces
@@ -35,9 +36,13 @@ def keys(
     functions = library() if scores.is_cpu else None
     if functions is None:
         return _keys_in_torch(scores, largest, eligible, times, absolute)
-    assert scores.dtype == torch.float32 and scores.dim() == 1
-    assert times is None or (times.dtype == torch.float32 and times.shape == scores.shape and times.is_cpu)
-    assert eligible is None or (eligible.dtype == torch.uint8 and eligible.numel() == -(-scores.numel() // 8))
+    expect(scores.dtype == torch.float32 and scores.dim() == 1, "scores as fp32, one-dimensional")
+    expect(
+        times is None or (times.dtype, times.shape, times.is_cpu) == (torch.float32, scores.shape, True), "two factors"
+    )
+    if eligible is not None:
+        expect(eligible.dtype == torch.uint8 and eligible.is_cpu, "bits as uint8 on the CPU")
+        expect(eligible.numel() == -(-scores.numel() // 8), f"bits of {scores.numel()} positions")
     # contiguous() keeps what is contiguous; the names keep the rest alive during the call
     given = [each.contiguous() if each is not None else None for each in (scores, times, eligible)]
     a, b, bits = (each.data_ptr() if each is not None else None for each in given)
@@ -67,7 +72,7 @@ def first_histogram(key: Tensor) -> Tensor:
     functions = library() if key.is_cpu else None
     if functions is None:
         return selection.first_histogram(key)
-    assert key.dtype == torch.int32 and key.is_contiguous()
+    expect(key.dtype == torch.int32 and key.is_contiguous(), "keys as contiguous int32")
     counts = torch.zeros(BINS, dtype=torch.int64)
     functions.count_keys(key.data_ptr(), key.numel(), counts.data_ptr(), torch.get_num_threads())
     counts[0] = 0  # the ineligible
@@ -88,7 +93,7 @@ def survivors(key: Tensor, first: int) -> tuple[Tensor, Tensor]:
     if functions is None:
         indices = selection.survivors(key, first)
         return indices, key[indices]
-    assert key.dtype == torch.int32 and key.is_contiguous()
+    expect(key.dtype == torch.int32 and key.is_contiguous(), "keys as contiguous int32")
     lowest, threads, found = first_threshold(first), torch.get_num_threads(), ctypes.c_int64()
     what = (key.data_ptr(), key.numel(), lowest, ctypes.byref(found))
     functions.keys_from(*what, None, None, threads)

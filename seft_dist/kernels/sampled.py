@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library, triton_kernels
 
 Form = Literal["c++", "sampled_addmm", "dense", "triton"]
@@ -81,10 +82,11 @@ def _cpp(
         x, grad = x.float(), grad.float()
     x, grad = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (x, grad))
     entries, (tokens, columns), (rows,) = col.shape[0], x.shape, grad.shape[1:]
-    assert crow.dtype == col.dtype == torch.int32 and out.dtype == torch.float32
-    assert (
-        out.shape[0] == entries and crow.shape[0] == rows + 1 and grad.shape[0] == tokens and shape == (rows, columns)
-    )
+    # That crow rises from 0 to the number of entries, and that columns are inside, is checked once, by Support.
+    expect(crow.dtype == col.dtype == torch.int32 and out.dtype == torch.float32, "int32 positions, fp32 sums")
+    expect(all(each.is_contiguous() and each.is_cpu for each in (crow, col, out)), "contiguous vectors on the CPU")
+    expect(out.shape == (entries,) and crow.shape == (rows + 1,), "a sum for each entry, a begin for each row")
+    expect(grad.shape[0] == tokens and tuple(shape) == (rows, columns), "operands of the weight's shape")
     block = 16
     while block < min(_BLOCK, tokens):
         block *= 2

@@ -1,4 +1,5 @@
-// outs[i][places[k] - starts[i]] = values[k] for the entries k of every tensor i, which lie one tensor after another.
+// outs[i][places[k] - starts[i]] = values[k] for the entries k of every tensor i, which lie one tensor after another. A place
+// outside of its tensor is not written, and the result is 1.
 #include <cstdint>
 
 namespace {
@@ -7,34 +8,40 @@ constexpr int64_t SMALL = 1 << 13;  // entries that are not worth a second threa
 constexpr int AHEAD = 16;           // a place is seldom in a cache: ask for it that many entries before
 
 template <class T>
-int scatter(T* const* outs, const int64_t* starts, const int32_t* const* places, const int64_t* ends, int64_t tensors,
-            const T* values, int threads) {
+int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const int32_t* const* places,
+            const int64_t* ends, int64_t tensors, const T* values, int threads) {
     const int64_t all = tensors ? ends[tensors - 1] : 0;
     if (all < SMALL) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
+    int outside = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : outside)
     for (int part = 0; part < threads; part++) {
         const int64_t begin = all * part / threads, end = all * (part + 1) / threads;
         int64_t first = 0;  // of the tensor's entries
         for (int64_t i = 0; i < tensors && first < end; first = ends[i++]) {
             const int64_t from = begin > first ? begin : first, to = end < ends[i] ? end : ends[i];
-            T* out = outs[i] - starts[i];
+            T* out = outs[i];
+            const int64_t start = starts[i], size = sizes[i];
             const int32_t* place = places[i] - first;
             for (int64_t k = from; k < to; k++) {
-                if (k + AHEAD < to) __builtin_prefetch(out + place[k + AHEAD], 1);
-                out[place[k]] = values[k];
+                if (k + AHEAD < to) __builtin_prefetch(out + (place[k + AHEAD] - start), 1);
+                const int64_t at = place[k] - start;
+                if (at < 0 || at >= size) outside = 1;
+                else out[at] = values[k];
             }
         }
     }
-    return 0;
+    return outside;
 }
 
 }  // namespace
 
-extern "C" int scatter_16(uint16_t* const* outs, const int64_t* starts, const int32_t* const* places,
-                          const int64_t* ends, int64_t tensors, const uint16_t* values, int threads) {
-    return scatter(outs, starts, places, ends, tensors, values, threads);
+extern "C" int scatter_16(uint16_t* const* outs, const int64_t* starts, const int64_t* sizes,
+                          const int32_t* const* places, const int64_t* ends, int64_t tensors,
+                          const uint16_t* values, int threads) {
+    return scatter(outs, starts, sizes, places, ends, tensors, values, threads);
 }
-extern "C" int scatter_32(uint32_t* const* outs, const int64_t* starts, const int32_t* const* places,
-                          const int64_t* ends, int64_t tensors, const uint32_t* values, int threads) {
-    return scatter(outs, starts, places, ends, tensors, values, threads);
+extern "C" int scatter_32(uint32_t* const* outs, const int64_t* starts, const int64_t* sizes,
+                          const int32_t* const* places, const int64_t* ends, int64_t tensors,
+                          const uint32_t* values, int threads) {
+    return scatter(outs, starts, sizes, places, ends, tensors, values, threads);
 }

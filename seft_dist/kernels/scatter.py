@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library
 
 
@@ -18,22 +19,28 @@ def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Ten
         starts: What each tensor's first element is called in its places.
         places: Each int32 or int64 [k_i], without repeats, inside its tensor.
         values: [sum of k_i], one tensor's after another.
+
+    Raises:
+        ValueError: A place is outside its tensor (of the compiled form; those that are inside were written).
     """
     sizes = [place.shape[0] for place in places]
-    assert values.shape == (sum(sizes),)
+    expect(values.shape == (sum(sizes),), f"{sum(sizes)} values")
     functions = library() if values.is_cpu and values.element_size() in (2, 4) else None
     if functions is None:
         for out, start, place, part in zip(outs, starts, places, values.split(sizes), strict=True):
             out[place.long() - start] = part
         return
     places, values = [place.to(torch.int32) for place in places], values.contiguous()
-    assert all(place.is_contiguous() for place in places)
-    assert all(out.dtype == values.dtype and out.is_contiguous() for out in outs)
+    expect(all(place.is_contiguous() and place.is_cpu for place in places), "contiguous places on the CPU")
+    expect(all(out.dtype == values.dtype and out.is_contiguous() and out.is_cpu for out in outs), "tensors of one type")
+    expect(len(outs) == len(starts) == len(sizes), "a start and places for each tensor")
     longs, pointers = ctypes.c_int64 * len(sizes), ctypes.c_void_p * len(sizes)
-    (functions.scatter_16 if values.element_size() == 2 else functions.scatter_32)(
+    outside = (functions.scatter_16 if values.element_size() == 2 else functions.scatter_32)(
         pointers(*[out.data_ptr() for out in outs]),
         longs(*starts),
+        longs(*[out.numel() for out in outs]),
         pointers(*[place.data_ptr() for place in places]),
         longs(*accumulate(sizes)),
         *(len(sizes), values.data_ptr(), torch.get_num_threads()),
     )
+    expect(not outside, "places inside their tensors")

@@ -39,13 +39,13 @@ def _count(bits, counts, numel, block: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _decode(bits, ends, values, out, numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode(bits, ends, values, count, out, numel, block: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     byte = tl.load(bits + i // 8, mask=i < numel, other=0).to(tl.int32)
     bit = byte >> (i % 8).to(tl.int32) & 1
     # ends: values of all programs up to and including this one
     place = tl.load(ends + tl.program_id(0)) - tl.sum(bit) + tl.cumsum(bit) - 1
-    value = tl.load(values + place, mask=bit > 0, other=0.0)
+    value = tl.load(values + place, mask=(bit > 0) & (place < count), other=0.0)  # never beyond what was given
     tl.store(out + i, value, mask=i < numel)
 
 
@@ -86,5 +86,5 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
 def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     """As ``packing.decode``, at least one position. Local."""
     ends = _ends(bits, out.numel())
-    _decode[(len(ends),)](bits, ends, values, out, out.numel(), block=_POSITIONS)
+    _decode[(len(ends),)](bits, ends, values, values.numel(), out, out.numel(), block=_POSITIONS)
     return out

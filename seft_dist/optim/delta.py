@@ -72,14 +72,45 @@ class Columns:
         """base + delta, fp32 [k]. Local."""
         return self.base + self.values
 
-    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW) -> Tensor:
-        """One step of AdamW (``AdamW.update_``). Local.
+    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, least: float = 0.0) -> Tensor:
+        """One step of AdamW (``AdamW.update_``), after which no weight is 0. Local.
+
+        Args:
+            grad: As of ``AdamW.update_``.
+            scale: Likewise.
+            ok: Likewise.
+            rule: The step's.
+            least: Smallest size of a weight afterwards, see ``least_size``.
 
         Returns:
             fp32 [k], ``weight()`` after it.
         """
         moments = [self.exp_avg, self.exp_avg_sq]
-        return rule.update_(grad, scale, ok, self.base, self.values, moments, self.age)
+        weight = rule.update_(grad, scale, ok, self.base, self.values, moments, self.age)
+        return self._keep_from_zero_(weight, ok, least)
+
+    def _keep_from_zero_(self, weight: Tensor, ok: Tensor, least: float) -> Tensor:
+        """Move each delta by so little that its weight is at least ``least`` in size; ``weight`` afterwards."""
+        lost = (weight.abs() < least) & ok
+        if lost.is_cpu and not bool(lost.any()):  # elsewhere asking would wait for the device
+            return weight
+        moved = torch.copysign(torch.full_like(weight, least), weight) - self.base
+        # Of a base so large that the difference is rounded to -base, the delta's neighbour is taken.
+        beside = torch.nextafter(self.values, torch.zeros_like(self.values))
+        moved = torch.where(self.base.abs() < 2.0**24 * least, moved, beside)
+        self.values.copy_(torch.where(lost, moved, self.values))
+        return self.weight()
+
+
+def least_size(dtype: torch.dtype) -> float:
+    """Smallest size of an active weight after an update: it stays non-zero in its type, and cast to bf16.
+
+    Args:
+        dtype: Of the model's weights.
+    """
+    of = torch.finfo(dtype)
+    # of fp32 and bf16 the same, 1.2e-38: the smallest normal number, which no hardware flushes to 0
+    return max(torch.finfo(torch.bfloat16).smallest_normal, of.smallest_normal * of.eps)
 
 
 class Support:
@@ -89,11 +120,15 @@ class Support:
         """Args:
         shape: [out, in] of the weight.
         parts: Each owner's positions, int32, sorted, in rank order.
+
+        Raises:
+            ValueError: A position is outside the weight: kernels index with them.
         """
         self.shape = shape
         self.sizes = [part.numel() for part in parts]
         """Entries of each owner."""
         positions = torch.cat(parts)
+        _check_inside(positions, shape)
         rows = torch.bincount(positions // shape[1], minlength=shape[0])
         self.crow = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).to(torch.int32)
         """int32 [out + 1], where each row's entries begin."""
@@ -120,6 +155,15 @@ class Support:
         """Flat positions, int64 [len], increasing. Local."""
         rows = torch.arange(self.shape[0], device=self.col.device)
         return rows.repeat_interleave(self.crow.diff()) * self.shape[1] + self.col
+
+
+def _check_inside(positions: Tensor, shape: tuple[int, int]) -> None:
+    if positions.numel():
+        low, high = (int(extreme) for extreme in positions.aminmax())
+        if low < 0 or high >= shape[0] * shape[1]:
+            raise ValueError(
+                f"positions {low} to {high} of a weight {list(shape)}: needs 0 to {shape[0] * shape[1] - 1}"
+            )
 
 
 def gather_supports(group: Group, indices: Tensor, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:

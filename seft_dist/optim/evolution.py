@@ -200,7 +200,7 @@ class Evolution:
         return keys(score, largest=False)
 
     def grow(self) -> None:
-        """The positions with the largest score enter the support, pruned ones too. **Collective**."""
+        """The positions with the largest score above 0 enter the support, pruned ones too. **Collective**."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
         if self.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
             wanted = [min(pair) for pair in zip(wanted, self._num_candidates(), strict=True)]
@@ -272,15 +272,17 @@ class Evolution:
     def _grow_key(self, i: int, eligible: Tensor) -> Tensor:
         start, numel = self.intervals[i].start, len(self.intervals[i])
         if self.config.grow == "gradient":
-            return keys(self._grad(i), largest=True, eligible=eligible, absolute=True)
-        if self.config.grow == "momentum":
+            key = keys(self._grad(i), largest=True, eligible=eligible, absolute=True)
+        elif self.config.grow == "momentum":
             rows, cols = self.windows[i].rows, self.windows[i].cols
             assert rows is not None and cols is not None, "criterion without its statistics"
-            score = scores.momentum(rows, cols, start, numel)
+            key = keys(scores.momentum(rows, cols, start, numel), largest=True, eligible=eligible)
         else:
             positions = torch.arange(start, start + numel, device=self.backend.device)
             score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
-        return keys(score, largest=True, eligible=eligible)
+            return keys(score, largest=True, eligible=eligible)
+        # A score of 0 says nothing for a position: it would cost an active weight, and the next update would not move it.
+        return key.masked_fill_(key == 0, INELIGIBLE)
 
     def adapt(self) -> None:
         """The active positions with the smallest score leave the mask until it has its size again. **Collective**."""

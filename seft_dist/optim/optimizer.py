@@ -15,15 +15,17 @@ from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
+from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution, EvolutionReport
 from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.linear import install, uninstall
-from seft_dist.optim.setup import agree_on_config, check_write, first_state, random_support
+from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient
+from seft_dist.optim.restoring import take_over
+from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.targets import check_criteria, find_targets
 from seft_dist.optim.verdict import Verdict, judge
 from seft_dist.optim.window import Needs, Window, sampled, share_positions, take_kept
-from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
 _NOT_IN_STATE_DICT = (
@@ -141,6 +143,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         update = [group[key] for key in ("betas", "eps", "weight_decay")]
         agree_on_config(backend, repr((self.config, self.max_grad_norm, update)))
+        clear_negative_zeros(backend)
         if isinstance(backend, ReplicatedBackend):
             for i in range(len(backend.names)):
                 backend.check_replicas(i)
@@ -151,6 +154,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
+        warn_without_evolution(backend, self.config)
         self._prepare_step()
 
     def _attach_before_forward(self, *_: Any) -> None:
@@ -250,6 +254,7 @@ class SeftOptimizer(torch.optim.Optimizer):
                 slot.window = None
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
+            warn_without_gradient(self.backend, self.config, self.sparse_state, verdict, self._is_first(step))
             self._write_checked = True
         self._prepare_step()
         return loss
@@ -296,7 +301,8 @@ class SeftOptimizer(torch.optim.Optimizer):
             *(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], self.config.decay == "weight"),
             oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
         )
-        self._write(self.sparse_state.columns.update_(grad, scale, verdict.is_finite, rule))
+        least = least_size(self.backend.dtypes[0])
+        self._write(self.sparse_state.columns.update_(grad, scale, verdict.is_finite, rule, least))
 
     def _write(self, weight: Tensor) -> None:
         """Put base + delta, cast, at the support. **Collective** for replicated weights, else local."""
@@ -343,27 +349,18 @@ class SeftOptimizer(torch.optim.Optimizer):
 
         Args:
             num_steps: Optimizer steps done.
-            layers: This rank's part of every target, in order; only one is held at a time.
+            layers: This rank's part of every target, in order.
 
         Raises:
+            ValueError: What was given is no state of this run: out of bounds, out of order, not finite, of other shapes or
+                counts. Names the target; every rank raises it, nothing was changed.
             RuntimeError: What was given breaks a promise about masks or supports.
         """
         self.attach()
-        backend, state = self.backend, self.sparse_state
-        entries = []
-        with backend.writing():
-            for i, layer in enumerate(layers):
-                own, start = backend.own(i).clone(), layer.interval.start
-                assert (layer.name, layer.interval) == (backend.names[i], backend.interval(i))
-                own[layer.committed.long() - start] = layer.committed_values.to(own)
-                own.masked_fill_(~unpack(layer.mask, len(layer.interval)), 0)
-                own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
-                backend.put_own(i, own, layer.mask)
-                state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
-                self._slots[i].window = layer.window
-                entries.append(layer.columns)
-            backend.settle()
-            state.set_entries(backend, entries)
+        backend, state, given = self.backend, self.sparse_state, list(layers)
+        take_over(given, backend, self.config, state, num_steps)
+        for slot, layer in zip(self._slots, given, strict=True):
+            slot.window = layer.window
         share_positions(backend, self._windows())
         state.verify(backend, self.config)
         self.num_steps = num_steps

@@ -14,6 +14,7 @@ from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
+from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.schedule import share
 
 _INIT = 3  # key of the random first support's stream
@@ -39,6 +40,33 @@ def agree_on_config(backend: Backend, told: str) -> None:
             raise ValueError(
                 f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}"
             )
+
+
+@torch.no_grad()
+def clear_negative_zeros(backend: Backend) -> None:
+    """Turn -0.0 into 0.0 in the targets' weights. **Collective**.
+
+    ``weight * mask`` leaves -0.0 where it prunes a negative weight. What is resumed, packed or exported has 0.0 there, so a
+    run must begin with it.
+
+    Args:
+        backend: Holds the weights.
+    """
+    memories = [backend.memory(i)[0] for i in range(len(backend.names))]
+    found = torch.tensor(
+        [int(any(bool(_negative_zeros(part).any()) for part in pieces(memory))) for memory in memories]
+    )
+    # Agreed on: where writes are published, all ranks must have written.
+    wanted = backend.replicas.max(backend.owners.max(found)).tolist()
+    if any(wanted):
+        with backend.writing():
+            for i in (i for i, is_wanted in enumerate(wanted) if is_wanted):
+                for part in pieces(backend.memory(i)[0]):
+                    part.masked_fill_(_negative_zeros(part), 0.0)
+
+
+def _negative_zeros(values: torch.Tensor) -> torch.Tensor:
+    return (values == 0) & values.signbit()
 
 
 def first_state(backend: Backend, config: SeftConfig) -> State:

@@ -12,6 +12,12 @@ def is_evolution(config: SeftConfig, step: int) -> bool:
     return config.last_step is None or step <= config.last_step
 
 
+def first_evolution(config: SeftConfig) -> int | None:
+    """Step of the first evolution (the first support aside); None if there will be none. Local."""
+    step = max(1, -(-config.begin // config.interval)) * config.interval
+    return step if is_evolution(config, step) else None
+
+
 def is_first_support(config: SeftConfig, step: int) -> bool:
     """Whether step t begins with choosing the first support from its gradient. Local."""
     return step == 1 and config.init == "gradient"

@@ -8,17 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from seft_dist.backends import Backend
+from seft_dist.optim import agreement
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
-WINDOW_OWN = ("positions", "total", "squares")  # window statistics with one value for each own weight or candidate
-WINDOW_SHARED = ("rows", "cols")  # the same on every rank
-WINDOW_SUMS = ("norms", "outputs")  # of each rank's own tokens
-_MESSAGE_BYTES = 1000
 
 
 class DamagedError(ValueError):
@@ -121,24 +117,14 @@ def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
         OSError: A rank could not read or write.
         ValueError: A rank found something wrong; ``DamagedError`` if all that failed did.
     """
-    error: Exception | None = None
-    try:
-        act()
-    except (OSError, ValueError, SafetensorError) as caught:
-        error = OSError(str(caught)) if isinstance(caught, SafetensorError) else caught
-    kind = 0 if error is None else 1 if isinstance(error, DamagedError) else 2 if isinstance(error, ValueError) else 3
-    rows = [backend.owners.stack(torch.tensor([kind]))]
-    rows = [backend.replicas.stack(rows[0]).view(-1)]
-    if not rows[0].any():
-        return
-    words = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
-    text = str(error or "").encode()[:_MESSAGE_BYTES]
-    words[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    table = backend.replicas.stack(backend.owners.stack(words)).view(-1, _MESSAGE_BYTES)
-    worst = int(rows[0].argmax())
-    message = bytes(table[worst].tolist()).rstrip(b"\0").decode(errors="replace")
-    where = "" if error is not None else f"rank {worst}: "
-    raise {1: DamagedError, 2: ValueError, 3: OSError}[int(rows[0][worst])](f"{where}{message}") from error
+
+    def read_or_write() -> None:
+        try:
+            act()
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    agreement.everywhere(backend, read_or_write, (DamagedError, ValueError, OSError))
 
 
 def remove(folder: Path) -> None:

@@ -10,18 +10,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from seft_dist.config import SeftConfig
-from seft_dist.io.checkpoint.files import (
+from seft_dist.io.checkpoint.files import DamagedError, check_sum, everywhere, rank_file, read_manifest
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.restoring import (
+    COLUMNS,
     WINDOW_OWN,
     WINDOW_SHARED,
     WINDOW_SUMS,
-    check_sum,
-    everywhere,
-    rank_file,
-    read_manifest,
+    Limits,
+    check_layers,
+    check_part,
 )
-from seft_dist.io.checkpoint.writer import COLUMNS
-from seft_dist.optim.delta import Columns
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import LayerDelta
 from seft_dist.optim.window import Window
 from seft_dist.sparsity.bitmask import pack, unpack
@@ -57,7 +57,16 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
 
     everywhere(backend, check_sums)
     reader = _Reader(checkpoint, manifest)
-    layers = (_layer(seft, reader, manifest["targets"][i], i) for i in range(len(backend.names)))
+    layers: list[LayerDelta] = []
+
+    def read() -> None:
+        try:
+            layers.extend(_layer(seft, reader, manifest["targets"][i], i) for i in range(len(backend.names)))
+            check_layers(layers, backend, seft.config, seft.sparse_state, manifest["num_steps"])
+        except ValueError as error:
+            raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
+
+    everywhere(backend, read)
     seft.restore(manifest["num_steps"], layers)
     return manifest["extra"]
 
@@ -102,14 +111,16 @@ class _Reader:
     """Parts of a checkpoint's tensors for any interval, whoever wrote them."""
 
     def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        self.num_steps: int = manifest["num_steps"]
         self.window_steps: int | None = manifest["window_steps"]
-        self._checkpoint, self._world_size = checkpoint, manifest["world_size"]
+        self.world_size: int = manifest["world_size"]
+        self._checkpoint = checkpoint
         self._open: dict[int, Any] = {}
         self._keys: dict[int, set[str]] = {}
 
     def _handle(self, rank: int) -> Any:
         if rank not in self._open:
-            self._open[rank] = safe_open(self._checkpoint / rank_file(rank, self._world_size), framework="pt")
+            self._open[rank] = safe_open(self._checkpoint / rank_file(rank, self.world_size), framework="pt")
             self._keys[rank] = set(self._open[rank].keys())
         return self._open[rank]
 
@@ -118,11 +129,23 @@ class _Reader:
         handle = self._handle(rank)
         return handle.get_tensor(key) if key in self._keys[rank] else None
 
+    def part(self, rank: int, name: str) -> dict[str, Tensor]:
+        """All that one rank wrote of a target, by the names of ``parts_of``."""
+        window = (*WINDOW_OWN, *WINDOW_SHARED, *WINDOW_SUMS) if self.window_steps else ()
+        keys = (*COLUMNS, "mask", "committed", "committed_values", *(f"window.{key}" for key in window))
+        values = {key: self.get(rank, f"{name}.{key}") for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
+
     def overlapping(self, target: dict[str, Any], interval: Interval) -> list[tuple[int, Interval]]:
         """Ranks that wrote a part of the interval, and what they owned."""
         rows, columns = target["shape"]
-        partition = Partition(rows * columns, target["chunk"], self._world_size)
-        owned = [(rank, partition.interval(rank)) for rank in range(self._world_size)]
+        if target["chunk"] * self.world_size < rows * columns:
+            raise DamagedError(
+                f"{target['name']} of {rows * columns} weights in {self.world_size} parts of {target['chunk']}: needs enough "
+                "for all weights"
+            )
+        partition = Partition(rows * columns, target["chunk"], self.world_size)
+        owned = [(rank, partition.interval(rank)) for rank in range(self.world_size)]
         return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
 
 
@@ -134,24 +157,25 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int)
         key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_OWN]
     }
     for rank, own in reader.overlapping(target, interval):
+        found = reader.part(rank, name)
+        check_part(
+            found,
+            Limits(
+                *(f"{rank_file(rank, reader.world_size)}: {name}", backend.shapes[i], own, backend.dtypes[i]),
+                *(seft.config, reader.num_steps, reader.window_steps or 0),
+            ),
+        )
         begin, end = max(own.start, interval.start), min(own.stop, interval.stop)
-
-        def want(key: str, rank: int = rank) -> Tensor:
-            value = reader.get(rank, f"{name}.{key}")
-            assert value is not None
-            return value
-
-        parts["mask"].append(unpack(want("mask"), len(own))[begin - own.start : end - own.start])
-        for keys, positions in ((COLUMNS, want("indices")), (["committed", "committed_values"], want("committed"))):
+        parts["mask"].append(unpack(found["mask"], len(own))[begin - own.start : end - own.start])
+        for keys, positions in ((COLUMNS, found["indices"]), (("committed", "committed_values"), found["committed"])):
             inside = (positions >= begin) & (positions < end)
             for key in keys:
-                parts[key].append(want(key)[inside])
-        kept = reader.get(rank, f"{name}.window.positions")
+                parts[key].append(found[key][inside])
+        kept = found.get("window.positions")
         which = slice(begin - own.start, end - own.start) if kept is None else (kept >= begin) & (kept < end)
         for key in WINDOW_OWN:
-            value = reader.get(rank, f"{name}.window.{key}")
-            if value is not None:
-                parts[key].append(value[which])
+            if f"window.{key}" in found:
+                parts[key].append(found[f"window.{key}"][which])
     kinds = {
         "indices": torch.int32,
         "age": torch.int32,

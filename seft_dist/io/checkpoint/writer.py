@@ -13,8 +13,6 @@ from torch import Tensor
 
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
-    WINDOW_OWN,
-    WINDOW_SHARED,
     complete,
     everywhere,
     rank_file,
@@ -24,10 +22,8 @@ from seft_dist.io.checkpoint.files import (
     write_manifest,
 )
 from seft_dist.io.weights import write_safetensors
-from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
-
-COLUMNS = [field.name for field in dataclasses.fields(Columns)]
+from seft_dist.optim.restoring import COLUMNS, WINDOW_OWN, WINDOW_SHARED
 
 
 def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = 2) -> Path:

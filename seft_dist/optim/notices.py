@@ -1,0 +1,65 @@
+"""Warnings of runs that would end well and have done nothing: each is given once, by one rank."""
+
+import warnings
+
+from seft_dist.backends import Backend
+from seft_dist.config import SeftConfig
+from seft_dist.optim.state import State
+from seft_dist.optim.verdict import Verdict
+from seft_dist.sparsity.schedule import first_evolution
+
+_LEVEL = 4  # of the caller of what calls the optimizer's method, roughly: hooks lie in between
+
+
+def _is_main(backend: Backend) -> bool:
+    return backend.owners.rank == 0 and backend.replicas.rank == 0
+
+
+def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
+    """Say so if the schedule has no evolution although it is not ``static``.
+
+    Args:
+        backend: Knows the ranks.
+        config: The method.
+    """
+    if config.static or first_evolution(config) is not None or not _is_main(backend):
+        return
+    until = "80 % of steps" if config.end is None else "end"
+    warnings.warn(
+        f"no evolution will happen: one is due at every step from begin={config.begin} on that is divisible by "
+        f"interval={config.interval}, but only until step {config.last_step} ({until}), so the first support stays. Make the "
+        "interval shorter, or begin earlier, or end later; or set static if this is wanted",
+        stacklevel=_LEVEL,
+    )
+
+
+def warn_without_gradient(backend: Backend, config: SeftConfig, state: State, verdict: Verdict, first: bool) -> None:
+    """Say so if there is nothing to learn from, in all layers or in some. Waits for the device.
+
+    Args:
+        backend: Knows the ranks.
+        config: The method.
+        state: After the step's update.
+        verdict: About the gradient that the deltas were updated with.
+        first: Whether the first support was chosen in this step.
+    """
+    if not _is_main(backend):
+        return
+    estimated = first and config.window_store == "factored"  # then this update had no gradient
+    without = [
+        name
+        for name, support, budget in zip(backend.names, state.supports, state.budgets, strict=True)
+        if budget and not len(support)
+    ]
+    if len(without) == sum(map(bool, state.budgets)) or (not estimated and float(verdict.norm) == 0):
+        warnings.warn(
+            f"step {verdict.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels (all "
+            "masked?), at whether the loss depends on the targets, and for weights or activations that are all 0",
+            stacklevel=_LEVEL,
+        )
+    elif without:
+        warnings.warn(
+            f"step {verdict.step}: the gradient of {len(without)} of {len(backend.names)} targets is exactly 0 (e.g. "
+            f"{without[0]}): they get no deltas until an evolution finds one. Look for inputs or outputs that are dead",
+            stacklevel=_LEVEL,
+        )

@@ -1,0 +1,225 @@
+"""Taking over masks and deltas that come from outside, e.g. from a file: first everything is checked, then it is used.
+
+Kernels index with positions and ages, so nothing that is out of bounds, out of order or not finite may get as far as that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.config import SeftConfig
+from seft_dist.kernels.bits import holds, popcount, unpack
+from seft_dist.optim.agreement import everywhere
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.state import LayerDelta, State
+from seft_dist.optim.window import Needs
+from seft_dist.sparsity.partition import Interval
+
+WINDOW_OWN = ("positions", "total", "squares")
+"""Window statistics with one value for each own weight or candidate."""
+WINDOW_SHARED = ("rows", "cols")
+"""The same on every rank."""
+WINDOW_SUMS = ("norms", "outputs")
+"""Of each rank's own tokens."""
+COLUMNS = tuple(field.name for field in fields(Columns))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a part of one target may hold."""
+
+    name: str
+    shape: tuple[int, int]
+    """[rows, columns] of the whole weight."""
+    interval: Interval
+    """The part's."""
+    dtype: torch.dtype
+    """Of the model's weights."""
+    config: SeftConfig
+    steps: int
+    """Optimizer steps done."""
+    window_steps: int
+    """Steps of a window that has begun; 0: none has."""
+
+    def expect(self, holds: bool, found: str, needed: str) -> None:
+        """Raise a ValueError that names the target unless a condition holds."""
+        if not holds:
+            raise ValueError(f"{self.name}: {found}; needs {needed}: this is no state that training has written")
+
+
+def parts_of(layer: LayerDelta) -> dict[str, Tensor | None]:
+    """The tensors of a target's part by the names that they have in checkpoints."""
+    parts: dict[str, Tensor | None] = {key: getattr(layer.columns, key) for key in COLUMNS}
+    parts |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
+    if layer.window is not None:
+        keys = WINDOW_OWN + WINDOW_SHARED + WINDOW_SUMS
+        parts |= {f"window.{key}": getattr(layer.window, key) for key in keys}
+    return parts
+
+
+def check_part(parts: Mapping[str, Tensor | None], limits: Limits) -> None:
+    """See that a part of a target is one that training could have left.
+
+    Args:
+        parts: Tensors by their names, see ``parts_of``; window sums and shared statistics may be missing.
+        limits: What they may hold.
+
+    Raises:
+        ValueError: Names the target, what was found and what is needed.
+    """
+    start, numel = limits.interval.start, len(limits.interval)
+    mask = _vector(parts, "mask", torch.uint8, -(-numel // 8), limits)
+    if numel % 8:
+        limits.expect(int(mask[-1]) >> numel % 8 == 0, "mask has bits behind its last position", "none there")
+    indices = _positions(parts, "indices", limits)
+    for key in ("base", "values", "exp_avg", "exp_avg_sq"):
+        column = _vector(parts, key, torch.float32, len(indices), limits)
+        _bounded(column, key, 0.0 if key == "exp_avg_sq" else None, None, limits)
+    oldest = limits.steps + limits.config.window
+    _bounded(_vector(parts, "age", torch.int32, len(indices), limits), "age", 0, oldest, limits)
+    committed = _positions(parts, "committed", limits)
+    values = _vector(parts, "committed_values", limits.dtype, len(committed), limits)
+    _bounded(values, "committed_values", None, None, limits)
+    for key, positions in (("indices", indices), ("committed", committed)):
+        outside = (~holds(mask, positions.long() - start)).nonzero()
+        if outside.numel():
+            limits.expect(
+                False, f"{key} has position {int(positions[outside[0]])} outside the mask", "active positions"
+            )
+    if limits.window_steps:
+        _check_window(parts, indices, limits)
+
+
+def _check_window(parts: Mapping[str, Tensor | None], indices: Tensor, limits: Limits) -> None:
+    needs, (rows, columns) = Needs.of(limits.config), limits.shape
+    window = limits.config.window
+    limits.expect(0 <= limits.window_steps <= window, f"a window of {limits.window_steps} steps", f"at most {window}")
+    kept = len(limits.interval)
+    if needs.candidates:
+        positions = _positions(parts, "window.positions", limits)
+        kept = len(positions)
+        missing = ~torch.isin(indices, positions)
+        limits.expect(not bool(missing.any()), "a window without the gradient of some deltas", "all of them")
+    else:
+        limits.expect(parts.get("window.positions") is None, "a window of candidates only", "one of all positions")
+    # More than is needed is there if the window began with the first support.
+    for key, needed, low in (("window.total", needs.dense, None), ("window.squares", needs.squares, 0.0)):
+        if needed or parts.get(key) is not None:
+            _bounded(_vector(parts, key, needs.dtype, kept, limits), key, low, None, limits)
+    for key, length in (("rows", rows), ("cols", columns), ("norms", columns), ("outputs", rows)):
+        name = f"window.{key}"
+        if parts.get(name) is not None:
+            _bounded(_vector(parts, name, torch.float32, length, limits), name, 0.0, None, limits)
+
+
+def _given(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> Tensor:
+    value = parts.get(key)
+    limits.expect(value is not None, f"{key} is missing", "it")
+    assert value is not None
+    return value
+
+
+def _vector(parts: Mapping[str, Tensor | None], key: str, dtype: torch.dtype, length: int, limits: Limits) -> Tensor:
+    value = _given(parts, key, limits)
+    found = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    needed = f"{str(dtype).removeprefix('torch.')} [{length}]"
+    limits.expect(value.dtype == dtype and value.shape == (length,), found, needed)
+    return value
+
+
+def _positions(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> Tensor:
+    """Increasing flat positions inside the interval."""
+    given = _given(parts, key, limits)
+    value = _vector(parts, key, torch.int32, len(given) if given.dim() == 1 else 0, limits)
+    wrong = (value[1:] <= value[:-1]).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        limits.expect(False, f"{key} has {int(value[at + 1])} behind {int(value[at])}", "increasing positions")
+    _bounded(value, key, limits.interval.start, limits.interval.stop - 1, limits)
+    return value
+
+
+def _bounded(values: Tensor, key: str, low: float | None, high: float | None, limits: Limits) -> None:
+    """Finite, and from ``low`` to ``high``."""
+    if not values.numel():
+        return
+    least, most = (float(extreme) for extreme in values.aminmax())  # both NaN if there is one
+    finite = abs(least) + abs(most) < float("inf")
+    limits.expect(finite, f"{key} has values that are not finite", "finite ones")
+    inside = (low is None or least >= low) and (high is None or most <= high)
+    needed = f"from {low} on" if high is None else f"{low} to {high}"
+    limits.expect(inside, f"{key} has values from {least:g} to {most:g}", needed)
+
+
+def check_layers(
+    layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int
+) -> None:
+    """See that layers are this rank's part of every target, and that they can be taken over.
+
+    Args:
+        layers: In the targets' order.
+        backend: Says who owns what.
+        config: The method.
+        state: Of the run's beginning.
+        num_steps: Optimizer steps done.
+
+    Raises:
+        ValueError: Names the target, what was found and what is needed.
+    """
+    if [layer.name for layer in layers] != backend.names:
+        raise ValueError(f"{len(layers)} layers were given for the {len(backend.names)} targets, or in another order")
+    if num_steps < 0:
+        raise ValueError(f"{num_steps} optimizer steps done: needs a number from 0 on")
+    for i, layer in enumerate(layers):
+        steps = 0 if layer.window is None else layer.window.num_steps
+        limits = Limits(layer.name, backend.shapes[i], backend.interval(i), backend.dtypes[i], config, num_steps, steps)
+        limits.expect(layer.interval == backend.interval(i), f"{layer.interval}", f"{backend.interval(i)}")
+        limits.expect(tuple(layer.shape) == backend.shapes[i], f"shape {layer.shape}", f"{backend.shapes[i]}")
+        if config.scope == "layer":
+            target = state.targets[i]
+            limits.expect(layer.target == target, f"a target of {layer.target} active positions", f"{target}")
+        check_part(parts_of(layer), limits)
+    if sum(layer.target for layer in layers) != sum(state.targets):
+        raise ValueError(
+            f"targets of {sum(layer.target for layer in layers)} active positions in all: needs {sum(state.targets)}"
+        )
+
+
+def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State) -> None:
+    """As many active positions and deltas over all ranks as there must be. **Collective**."""
+    counts = backend.owners.sum(torch.tensor([[popcount(layer.mask), len(layer.columns)] for layer in layers]))
+    for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
+        if config.adapt != "none" and active != layer.target:
+            raise ValueError(f"{layer.name}: a mask with {active} active positions; needs exactly {layer.target}")
+        if deltas > budget:
+            raise ValueError(f"{layer.name}: {deltas} deltas; needs at most {budget}")
+
+
+def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int) -> None:
+    """Put masks and deltas into the weights and the state, once all of them are seen to be right. **Collective**.
+
+    Args:
+        layers: This rank's part of every target.
+        backend: Holds the weights, as they were when the run began.
+        config: The method.
+        state: Is changed.
+        num_steps: Optimizer steps done.
+
+    Raises:
+        ValueError: Names the target, what was found and what is needed; every rank raises the same, nothing was changed.
+    """
+    everywhere(backend, lambda: check_layers(layers, backend, config, state, num_steps))
+    _check_counts(layers, backend, config, state)
+    with backend.writing():
+        for i, layer in enumerate(layers):
+            own, start = backend.own(i).clone(), layer.interval.start
+            own[layer.committed.long() - start] = layer.committed_values.to(own)
+            own.masked_fill_(~unpack(layer.mask, len(layer.interval)), 0)
+            own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
+            backend.put_own(i, own, layer.mask)
+            state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
+        backend.settle()
+        state.set_entries(backend, [layer.columns for layer in layers])
