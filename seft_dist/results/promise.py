@@ -21,7 +21,10 @@ _FREE = (
     *("model.path", "model.tokenizer", "model.dtype", "data.", "global_batch", "seft.steps"),
 )
 # Options that say how the work is divided; the layout shows what came of them.
-_LAYOUT = ("backend", "deepspeed", "replicas", "offload", "batch_size", "threads", "model.activation_checkpointing")
+_LAYOUT = (
+    *("backend", "deepspeed", "replicas", "offload", "packing", "batch_size", "threads"),
+    "model.activation_checkpointing",
+)
 # Keys of a ds_config that are looked at elsewhere
 _DERIVED = ("scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _DS = "ds_config "
