@@ -141,11 +141,10 @@ def test_what_falls_the_other_way_was_near(option: str, monkeypatch: pytest.Monk
         ]
         for count, *ties in zip(moved, near, also, strict=True):
             assert count <= 4 * min(ties), f"{moved} positions differ, near-ties {near} and {also}"
-        print(moved, near, also)
-        assert max(near) < ROWS * COLUMNS / 20
+        assert max(near) < ROWS * COLUMNS / 10
         if any(moved):
             return
-    assert option in ("random growth",), "nothing fell the other way"
+    pytest.fail("nothing fell the other way")
 
 
 def test_gradients_that_cancel_are_near_whatever_their_score() -> None:
@@ -158,7 +157,9 @@ def test_gradients_that_cancel_are_near_whatever_their_score() -> None:
     x, gradient = torch.randn(96, 24, generator=draw), torch.randn(96, 16, generator=draw)
     q, _ = torch.linalg.qr(x[:, :12].double())
     gradient[:, 3] -= (q @ (q.T @ gradient[:, 3].double())).float()  # row 3: no part along its 12 active inputs
-    config = SeftConfig(density=0.05, interval=1, window=1, steps=3, end=1, drop_fraction=1.0, init="random")
+    config = SeftConfig(
+        density=0.05, interval=1, window=1, steps=3, end=1, drop_fraction=1.0, init="random", drop="random"
+    )
     for order in (torch.arange(96), torch.randperm(96, generator=draw)):
         model = nn.Sequential(nn.Linear(24, 16, bias=False))
         model[0].weight = nn.Parameter(linear.weight.detach().clone())
