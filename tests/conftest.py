@@ -12,8 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="seft-datasets-"))
 
+import hypothesis
 import pytest
 import torch
+
+# For runs in which every example is slow (tests/test_kernels_sanitized.py)
+hypothesis.settings.register_profile("few", max_examples=12, deadline=None)
 
 # Ranks are forked from this process: it must never have started a thread pool of its own.
 torch.set_num_threads(1)

@@ -1,69 +1,95 @@
-"""Published pruning algorithms in plain dense torch, written from the papers' pseudo-code; knows nothing of the package."""
+"""Published pruning algorithms in plain dense torch, written from the papers' pseudo-code; knows nothing of the package.
+
+Which weights go is not computed a second time but judged: where two scores are equal to rounding, either choice is right,
+and SparseGPT's later weights and layers follow from it. So the reference takes over the choices, says by how much any of them
+missed the smallest scores, and computes everything else, in fp64.
+"""
 
 import torch
 from torch import Tensor, nn
 
-
-def magnitude_mask(scores: Tensor, count: int) -> Tensor:
-    """True at the ``count`` smallest scores of each row, smaller positions first among equal ones."""
-    order = scores.argsort(dim=1, stable=True)[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+CLOSE = 1e-5
+"""Slack of a choice that fp32 can make: far above its rounding, far below the distance of two scores."""
 
 
-def pattern_mask(scores: Tensor, kept: int, width: int) -> Tensor:
-    """True at the smallest ``width - kept`` of every ``width`` scores of a row."""
-    parts = [magnitude_mask(part, width - kept) for part in scores.split(width, dim=1)]
-    return torch.cat(parts, dim=1)
+def slack(scores: Tensor, gone: Tensor, count: int, typical: Tensor | None = None) -> float:
+    """By how much a choice misses the ``count`` smallest scores of each row, as a share of what is typical (of the row).
+
+    0 if it is right; of the size of rounding errors if it takes the other one of a tie; infinite if the number is wrong.
+    """
+    if not bool((gone.sum(1) == count).all()):
+        return torch.inf
+    largest_gone = scores.masked_fill(~gone, -torch.inf).amax(1)
+    smallest_kept = scores.masked_fill(gone, torch.inf).amin(1)
+    typical = scores.square().mean(1).sqrt() if typical is None else typical
+    return float(((largest_gone - smallest_kept).clamp(min=0) / typical.clamp(min=1e-30)).max())
+
+
+def pattern_slack(scores: Tensor, gone: Tensor, kept: int, width: int) -> float:
+    """``slack`` of every ``width`` scores of a row, of which ``kept`` stay; typical is what is typical of the row."""
+    parts = zip(scores.split(width, dim=1), gone.split(width, dim=1), strict=True)
+    typical = scores.square().mean(1).sqrt()
+    return max(slack(*part, width - kept, typical) for part in parts)
 
 
 def hessian_of(inputs: list[Tensor]) -> Tensor:
-    """2/n sum X X^T over n sequences, each [tokens, in]; fp32."""
-    total = torch.zeros(inputs[0].shape[1], inputs[0].shape[1])
+    """2/n sum X X^T over n sequences, each [tokens, in]; fp64."""
+    total = torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64)
     for sequence in inputs:
-        total += sequence.T @ sequence
+        total += sequence.double().T @ sequence.double()
     return 2 / len(inputs) * total
 
 
 def sparsegpt(
     weight: Tensor,
     hessian: Tensor,
+    gone: Tensor,
     counts: list[int],
     pattern: tuple[int, int] | None = None,
     *,
     per_row: bool = False,
     block: int = 128,
     dampening: float = 0.01,
-) -> Tensor:
-    """Algorithm 1 of the SparseGPT paper, in fp32.
+) -> tuple[Tensor, float]:
+    """Algorithm 1 of the SparseGPT paper, with choices that are given.
 
-    ``counts[i]`` weights of block i go (of each row of it if ``per_row``), or ``pattern`` decides.
+    Args:
+        weight: [out, in].
+        hessian: [in, in].
+        gone: bool [out, in], the weights that are pruned.
+        counts: How many weights of each block should be (of each row of it if ``per_row``), unless ``pattern`` decides.
+        pattern: N and M.
+        per_row: What a block's choice ranks.
+        block: Columns.
+        dampening: As a share of the mean diagonal.
+
+    Returns:
+        The pruned weight, fp64, and the largest slack of a choice, on the roots of the paper's scores.
     """
-    weight, hessian = weight.clone(), hessian.clone()
+    weight, hessian = weight.double(), hessian.double()
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
     weight[:, dead] = 0
     hessian += dampening * hessian.diagonal().mean() * torch.eye(len(hessian))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    columns = weight.shape[1]
+    columns, missed = weight.shape[1], 0.0
     for number, i in enumerate(range(0, columns, block)):
         end = min(i + block, columns)
-        errors = torch.zeros(len(weight), end - i)
-        scores = weight[:, i:end] ** 2 / inverse.diagonal()[i:end] ** 2
+        errors = torch.zeros(len(weight), end - i, dtype=torch.float64)
         if pattern is None:
-            flat = scores if per_row else scores.reshape(1, -1)
-            gone = magnitude_mask(flat, counts[number]).view_as(scores)
-        else:
-            gone = torch.zeros_like(scores, dtype=torch.bool)
+            scores, here = (weight[:, i:end] / inverse.diagonal()[i:end]).abs(), gone[:, i:end]
+            shape = (-1, end - i) if per_row else (1, -1)
+            missed = max(missed, slack(scores.reshape(shape), here.reshape(shape), counts[number]))
         for j in range(i, end):
             if pattern is not None and (j - i) % pattern[1] == 0:
                 span = slice(j, j + pattern[1])
-                now = weight[:, span] ** 2 / inverse.diagonal()[span] ** 2
-                gone[:, j - i : j - i + pattern[1]] = pattern_mask(now, *pattern)
-            errors[:, j - i] = torch.where(gone[:, j - i], weight[:, j] / inverse[j, j], 0.0)
+                now = (weight[:, span] / inverse.diagonal()[span]).abs()
+                missed = max(missed, pattern_slack(now, gone[:, span], *pattern))
+            errors[:, j - i] = torch.where(gone[:, j], weight[:, j] / inverse[j, j], 0.0)
             weight[:, j:end] -= torch.outer(errors[:, j - i], inverse[j, j:end])
-            weight[gone[:, j - i], j] = 0.0
+            weight[gone[:, j], j] = 0.0
         weight[:, end:] -= errors @ inverse[i:end, end:]
-    return weight
+    return weight, missed
 
 
 @torch.no_grad()

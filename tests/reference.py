@@ -92,7 +92,7 @@ class DenseSeft:
 
     ``closest`` is the smallest relative distance seen so far between the last score that was chosen and the first that
     was not (exact ties aside): where it is of the size of rounding errors, another order of summation may choose
-    otherwise.
+    otherwise. ``largest_delta`` is the largest |delta| of any entry in any step.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class DenseSeft:
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
         self.num_steps = 0
         self.grad_norm = 0.0
+        self.largest_delta = 0.0
         self.closest = math.inf
         model.requires_grad_(False)
         targets = find_targets(model, config.targets)
@@ -204,6 +205,7 @@ class DenseSeft:
             lost = layer.support & (layer.value.abs() < TINY)
             kept = torch.copysign(torch.tensor(TINY), layer.value) - layer.base.float()
             layer.delta = torch.where(lost, kept, layer.delta)
+            self.largest_delta = max(self.largest_delta, float(layer.delta.abs().max()))
 
     def _evolve(self, windows: list[Window]) -> None:
         for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):

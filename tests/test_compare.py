@@ -90,6 +90,18 @@ def test_another_layout_is_equal_within_the_tolerance(
     assert WITHIN in shown(found)
 
 
+@pytest.mark.parametrize("there", ["resident", "gather"])
+def test_packing_belongs_to_the_layout_and_changes_no_bit(there: str, single: Path, again: Path) -> None:
+    manifest = json.loads((again / "manifest.json").read_text())
+    manifest["attempts"][0]["layout"]["packing"] = manifest["attempts"][0]["config"]["packing"] = there
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    found = compare(single, again)
+    assert found.held and found.verdict == EQUAL and found.terms.promise == "bits", found.sentence
+    assert [(d.key, d.first, d.second) for d in found.terms.layout] == [("packing", "none", there)]
+    edit_trace(again, 2, lambda line: line.update(loss=(float.fromhex(line["loss"]) * (1 + 1e-12)).hex()))
+    assert compare(single, again).verdict == DIFFERS
+
+
 CHANGES: list[tuple[dict[str, Any], int, str]] = [
     ({"seed": 1}, 1, "data"),
     ({"optim": AdamConfig(lr=2e-2)}, 1, "learning rate 0.01 against 0.02"),

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
-from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.io.data import BatchStream, collate, load_sequences, load_tokenizer
 from seft_dist.io.models import open_source
-from seft_dist.optim.collectives import near_ties, select
 from seft_dist.sparsity.hashes import SCALE, distance, hash_of_entries, hash_of_set, hash_of_weight, sketch
-from seft_dist.sparsity.selection import keys
 from seft_dist.training.build import build
 from seft_dist.training.distributed import start
 from seft_dist.training.fingerprint import data_fingerprint, has_dropout, model_fingerprint
@@ -95,25 +92,6 @@ def test_sketches_tell_how_far_two_runs_are_apart() -> None:
         moved[0] += 1 << 20  # one in, one out
         assert round(distance(sketch(positions).tolist(), sketch(moved).tolist()) ** 2) in (0, 2, 4)
     assert 0.9 < sum(ratios) / len(ratios) < 1.05 and min(ratios) > 0.3 and max(ratios) < 2
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("form", ["gather", "radix"])
-def test_near_ties_are_counted_over_ranks(world_size: int, form: Any) -> None:
-    scores = torch.tensor([9.0, 5.0, 5.00001, 4.99999, 5.001, 1.0, 8.0, 2.0, 3.0, 3.00001, 7.0, 6.0])
-
-    def on_rank(rank: int, world: int) -> tuple[list[int], list[int]]:
-        import torch.distributed as dist
-
-        group = Group(dist.group.WORLD if world > 1 else None)
-        own = scores.view(2, world, -1)[:, rank]  # two layers
-        each = select(group, lambda i: keys(own[i], True), [0, 1], [3, 3], form)
-        both = select(group, lambda i: keys(own[i], True), [0, 0], [7], form)
-        per_layer = near_ties(group, lambda i: keys(own[i], True), [0, 1], each)
-        return per_layer, near_ties(group, lambda i: keys(own[i], True), [0, 0], both)
-
-    # Layer 0 takes 9, 5.001, 5.00001: near are 5 and 4.99999. Layer 1 takes 8, 7, 6. Of all, the 7th is 5.
-    assert run_ranks(on_rank, world_size) == [([2, 0], [2, 0])] * world_size
 
 
 def prints_of(folder: Path, world_size: int = 1, targets: str = "all-linear", **over: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+import platform
 import time
 import warnings
 from multiprocessing.process import BaseProcess
@@ -57,8 +58,13 @@ def compiler(folder: Path, script: str) -> str:
 
 @pytest.mark.parametrize(
     ("environment", "said"),
-    [({"PATH": "/nowhere"}, "install g++"), ({"CXX": "false"}, "exit code 1")],
-    ids=["no compiler", "it fails"],
+    [
+        ({"PATH": "/nowhere"}, "install g++"),
+        ({"CXX": "false"}, "exit code 1"),
+        ({"CXX": "c++ '-O1"}, "cannot be split"),
+        ({"CXX": ""}, "CXX is empty"),
+    ],
+    ids=["no compiler", "it fails", "open quote", "empty"],
 )
 def test_without_a_library_torch_does_it_and_says_why_once(
     tmp_path: Path, environment: dict[str, str], said: str
@@ -79,6 +85,16 @@ def test_two_processes_build_one_library_and_a_node_without_compiler_uses_it(tmp
     assert len(list(tmp_path.rglob("*.so"))) == 1 and not list(tmp_path.rglob("*.part"))
     out, used, warned = result(start(tmp_path, CXX="missing"))
     assert out == [6.0, 4.0] and used.startswith("C++") and not warned
+
+
+def test_options_for_another_processor_are_named_in_the_compilers_variable(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    counting = compiler(tmp_path, f'echo "$@" >>{log}; exec c++ "$@"')
+    out, used, warned = result(start(tmp_path, CXX=f"{counting} -march=x86-64 -O1"))
+    assert out == [6.0, 4.0] and not warned
+    assert used.endswith(", 4 lanes, -march=x86-64, -O1)") or "x86" not in platform.machine(), used
+    assert log.read_text().count("-march=x86-64 -O1") == 2  # compiled and linked with them
+    assert result(start(tmp_path, CXX=counting))[1] != used and len(list(tmp_path.rglob("*.so"))) == 2
 
 
 def test_a_killed_builder_leaves_nothing_that_hangs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
+from seft_dist.results.compare import EQUAL, compare
 from seft_dist.training.trace import read_trace
 from tests.runs import run_config, run_train
 
@@ -30,6 +31,8 @@ def test_runs_are_the_same(inputs: Path, tmp_path: Path) -> None:
     plain = run(inputs, tmp_path / "none", 2)
     for packing in ("gather", "resident"):
         assert run(inputs, tmp_path / packing, 2, packing=packing) == plain
+        found = compare(tmp_path / "none", tmp_path / packing)
+        assert found.verdict == EQUAL and found.held and found.terms.promise == "bits", found.sentence
 
 
 @pytest.mark.slow

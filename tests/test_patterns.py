@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.backends.group import Group
 from seft_dist.config import TrainConfig
-from seft_dist.optim.collectives import NEAR
 from seft_dist.optim.groups import GroupRanking, Groups
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import groups
@@ -272,11 +271,15 @@ def test_close_calls_are_counted() -> None:
     ranking = GroupRanking(Groups(backend, "2:4"), lambda _: key.clone(), lambda _: limits)
     chosen = (ranking(0) != INELIGIBLE).nonzero().view(-1)
     assert chosen.tolist() == [0, 4, 8, 10]
-    assert ranking.close_calls(0, chosen) == 2  # 0 against 1, and 10 (equal to 8, behind it) against 9
-    assert ranking.close_calls(0, torch.tensor([4, 8])) == 0
-    assert NEAR >= 8  # what "near" above stays within
+    error = torch.full((12,), 2.0**-20)
+    # 0 and 1; 8, 10 (its equal) and 9; none of the middle group
+    assert ranking.close_calls([chosen], lambda _: error) == [5]
+    assert ranking.close_calls([torch.tensor([4, 8])], lambda _: error) == [3]  # nothing of the first group was taken
+    assert ranking.close_calls([chosen], lambda _: error / 4) == [0]
+    # one that is far from the border, but uncertain, may cross it
+    assert ranking.close_calls([chosen], lambda _: (error / 4).index_fill(0, torch.tensor([7]), 0.8)) == [1]
     key[1] = INELIGIBLE
-    assert ranking.close_calls(0, chosen) == 1
+    assert ranking.close_calls([chosen], lambda _: error) == [3]
 
 
 def linear(weight: Tensor) -> nn.Module:

@@ -41,7 +41,7 @@ def tensors() -> tuple[nn.Linear, list[torch.Tensor]]:
 def test_sparsegpt(kind: str) -> None:
     published = maintained(f"{LLM_COMPRESSOR}.sparsegpt.sgpt_sparsify")
     linear, inputs = tensors()
-    hessian = reference.hessian_of(inputs)
+    hessian = reference.hessian_of(inputs).float()
     factor, dead = inverse_factor(hessian.double(), 0.01, "w")
     # unstructured, theirs prunes all up to a threshold: one weight more in each of the three blocks
     sparsity = 0.5 + 1.01 / (192 * 128) if kind == "layer" else 0.5
@@ -69,7 +69,7 @@ def test_sparsegpt_masks_of_another_library() -> None:
     """ModelOpt: 2:4, masks alone (it gives no weights)."""
     published = maintained(f"{MODEL_OPT}.sparsegpt")
     linear, inputs = tensors()
-    hessian = reference.hessian_of(inputs)
+    hessian = reference.hessian_of(inputs).float()
     factor, dead = inverse_factor(hessian.double(), 0.1, "w")
     ours = sparsegpt(linear.weight.detach(), factor, dead, Ranking("2:4", 0.5), Group(None))
     settings = {"pattern": "2:4 sparsity", "col_block_size": 128, "row_block_size": -1, "hessian_damp": 0.1}

@@ -3,6 +3,10 @@
 It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name tells the
 source, the processor and the compiler; one process of a machine builds it under a lock that ends with the process that holds
 it, the others wait, and a library appears whole or not at all.
+
+The environment decides as for every extension of torch: TORCH_EXTENSIONS_DIR names the folder, CXX the compiler. CXX may hold
+options, which come after ours: CXX="g++ -march=x86-64" builds for any x86-64 processor, so that two of them compute the same
+bits; CXX="g++ -fsanitize=address" looks for accesses outside of arrays.
 """
 
 import ctypes
@@ -13,6 +17,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -96,33 +101,51 @@ def build() -> Path:
 
     # The folder that TORCH_EXTENSIONS_DIR names, else one in the user's cache.
     folder = Path(cpp_extension._get_build_directory("seft_dist_kernels", verbose=False))
-    name = _key_of_source()
-    compiler = shutil.which(cpp_extension.get_cxx_compiler())
+    program, *options = compiler_command()
+    name = _key_of_source(options)
+    compiler = shutil.which(program)
     if compiler is None:
         earlier = sorted(folder.glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
         if earlier:  # e.g. built on a login node
             return earlier[-1]
         raise BuildError(
-            f"no C++ compiler {cpp_extension.get_cxx_compiler()!r} is found; install g++, or name one in CXX, or run "
-            "once where there is one"
+            f"no C++ compiler {program!r} is found; install g++, or name one in CXX, or run once where there is one"
         )
     library = folder / f"{name}-{_digest(_run([compiler, '--version'], folder))}.so"
     if not library.exists():
         with _lock(library.with_suffix(".lock")):
             if not library.exists():
-                _compile(compiler, library)
+                _compile(compiler, options, library)
     return library
 
 
-def _compile(compiler: str, library: Path) -> None:
+def compiler_command() -> list[str]:
+    """The C++ compiler and what it is told beside our own options, from CXX. Local.
+
+    Raises:
+        BuildError: CXX is empty or cannot be split into words.
+    """
+    from torch.utils import cpp_extension
+
+    given = cpp_extension.get_cxx_compiler()
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX={given!r} cannot be split into words ({error}): write it as in a shell") from error
+    if not words:
+        raise BuildError("CXX is empty: name a C++ compiler in it, or unset it")
+    return words
+
+
+def _compile(compiler: str, options: list[str], library: Path) -> None:
     prefix = f"{library.stem}."
     for left in library.parent.glob(f"{prefix}*.part"):  # of builders that were killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix, suffix=".part") as part:
-        _run([compiler, *FLAGS, "-c", *map(str, sorted(_HERE.glob("*.cpp")))], Path(part))
+        _run([compiler, *FLAGS, *options, "-c", *map(str, sorted(_HERE.glob("*.cpp")))], Path(part))
         # Linked without -fopenmp: the threads are those of the OpenMP library that torch has loaded, not a second one's.
         objects = sorted(path.name for path in Path(part).glob("*.o"))
-        _run([compiler, "-shared", "-o", "library.so", *objects], Path(part))
+        _run([compiler, "-shared", *options, "-o", "library.so", *objects], Path(part))
         os.replace(Path(part) / "library.so", library)
 
 
@@ -145,8 +168,8 @@ def _run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def _key_of_source() -> str:
-    text = " ".join(FLAGS) + _cpu()
+def _key_of_source(options: list[str]) -> str:
+    text = " ".join([*FLAGS, *options]) + _cpu()
     for path in sorted([*_HERE.glob("*.cpp"), *_HERE.glob("*.h")]):
         text += path.name + path.read_text(encoding="utf-8")
     return _digest(text)

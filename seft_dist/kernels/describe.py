@@ -2,11 +2,11 @@
 
 import torch
 
-from seft_dist.kernels.build import library, triton_kernels
+from seft_dist.kernels.build import compiler_command, library, triton_kernels
 
 
 def describe(device: torch.device) -> str:
-    """Say which kernels are used, e.g. "C++ (GCC 12.2.0, 16 lanes)". Local; builds the C++ ones at the first call.
+    """Say which kernels are used, e.g. "C++ (compiler 12.2.0, 16 lanes)". Local; builds the C++ ones at the first call.
 
     Args:
         device: Of the weights.
@@ -18,4 +18,5 @@ def describe(device: torch.device) -> str:
     functions = library()
     if functions is None:
         return "torch (no C++ library)"
-    return f"C++ (compiler {functions.built_with().decode()}, {functions.lanes()} lanes)"
+    options = "".join(f", {option}" for option in compiler_command()[1:])
+    return f"C++ (compiler {functions.built_with().decode()}, {functions.lanes()} lanes{options})"

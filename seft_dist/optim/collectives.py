@@ -21,10 +21,8 @@ from seft_dist.sparsity.selection import (
     histogram,
     take,
     threshold_key,
+    values_of,
 )
-
-NEAR = 1 << 10
-"""In units of the last place of an fp32 score: 0.6e-4 to 1.2e-4 of it."""
 
 
 def select(
@@ -105,34 +103,69 @@ def _select_gather(group: Group, keys: Callable[[int], Tensor], problems: list[i
     return selected
 
 
-def near_ties(group: Group, keys: Callable[[int], Tensor], problems: list[int], chosen: list[Tensor]) -> list[int]:
+def near_ties(
+    group: Group,
+    keys: Callable[[int], Tensor],
+    problems: list[int],
+    chosen: list[Tensor],
+    errors: Callable[[int], Tensor],
+) -> list[int]:
     """Count the candidates so close to the border of a selection that rounding could put them on the other side. **Collective**.
+
+    The border is midway between the last selected score and the first that is not. Where two candidates can change
+    places, the distance between them is at most the sum of their errors, so at least one of them is within its own error of
+    the border: no more than twice as many positions can differ as are counted.
 
     Args:
         group: The ranks that own the candidates.
         keys: This rank's keys of a layer; called twice for each layer.
         problems: The problem that each layer belongs to.
         chosen: What ``select`` returned.
+        errors: Of a layer, fp32 [n]: how far rounding can move each score. Candidates with error 0 are not counted.
 
     Returns:
-        Of each layer, over all ranks, the candidates whose score is within NEAR of the last selected one's; that one is
-        not counted, nor is anything where none was selected.
+        Of each layer, over all ranks, the candidates within their error of the border; 0 where all were selected, or none.
     """
     nothing = 1 << 32
-    borders = torch.full((max(problems) + 1,), -nothing)
+    # Largest first, so that one reduction finds both: minus the last selected key, and the first that is not.
+    borders = torch.full((2, max(problems) + 1), -nothing)
     for layer, problem in enumerate(problems):
+        key = keys(layer)
         if chosen[layer].numel():
-            borders[problem] = torch.maximum(borders[problem], -keys(layer)[chosen[layer]].min().cpu().long())
+            borders[0, problem] = torch.maximum(borders[0, problem], -key[chosen[layer]].min().cpu().long())
+        left = key.index_fill(0, chosen[layer], INELIGIBLE)
+        if left.numel() and int(first := left.max()) != INELIGIBLE:
+            borders[1, problem] = max(int(borders[1, problem]), int(first))
+    group.max(borders)
+    contested = (borders > -nothing).all(0)[problems].tolist()
+    ends = borders.masked_fill(borders == -nothing, 0) * torch.tensor([[-1], [1]])
+    middles = values_of(ends.to(torch.int32)).double().mean(0)[problems].tolist()
     found = torch.zeros(len(problems), dtype=torch.int64)
-    for layer, border in enumerate((-group.max(borders))[problems].tolist()):
-        if border < nothing:
-            key = keys(layer)
-            found[layer] = ((key >= max(border - NEAR, INELIGIBLE + 1)) & (key <= border + NEAR)).sum()
-    group.sum(found)
-    for problem in range(len(borders)):  # take off the last selected one itself
-        layer = max((layer for layer, of in enumerate(problems) if of == problem), key=lambda layer: int(found[layer]))
-        found[layer] -= int(found[layer] > 0)
-    return found.tolist()
+    for layer in range(len(problems)):
+        if contested[layer]:
+            error = errors(layer)
+            # the ineligible are NaN, near to nothing
+            found[layer] = (((values_of(keys(layer)) - middles[layer]).abs() <= error) & (error > 0)).sum()
+    return group.sum(found).tolist()
+
+
+def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wanted: int, by: int) -> list[int]:
+    """Count the candidates that are selected or not where a few more or fewer are wanted. **Collective**.
+
+    Args:
+        group: The ranks that own the candidates.
+        keys: This rank's keys of a layer, all of one problem.
+        layers: Their number.
+        wanted: How many entries are selected.
+        by: How many more or fewer that could be.
+
+    Returns:
+        Of each layer, over all ranks, the candidates at most ``by`` places from the border.
+    """
+    if not by:
+        return [0] * layers
+    most, fewest = (select(group, keys, [0] * layers, [max(0, wanted + change)]) for change in (by, -by))
+    return group.sum(torch.tensor([len(one) - len(other) for one, other in zip(most, fewest, strict=True)])).tolist()
 
 
 def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:

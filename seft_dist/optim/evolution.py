@@ -9,6 +9,7 @@ mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,9 +19,10 @@ from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.kernels.ranking import keys
-from seft_dist.optim.collectives import near_ties, select
+from seft_dist.optim.collectives import near_ties, next_to_border, select
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.groups import GroupRanking, Groups
+from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.state import State
 from seft_dist.optim.window import Window, share_positions
 from seft_dist.sparsity import scores
@@ -28,6 +30,9 @@ from seft_dist.sparsity.schedule import share
 from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
+Errors = Callable[[Rounding, int], Tensor]
+"""How far rounding can move each score of a layer, fp32, one for each key; called while near-ties are counted."""
+
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
 
@@ -89,6 +94,9 @@ class Evolution:
         self.reactivated: list[Tensor] = []
         self._norms: dict[int, Tensor] = {}
         self._phases: dict[str, Phase] = {}
+        self._rounding: Rounding | None = None
+        """While near-ties are counted."""
+        self._counted_before = 0
         self.groups = Groups(backend, config.pattern) if config.pattern else None
         """Of an N:M pattern."""
 
@@ -136,6 +144,12 @@ class Evolution:
     def _settle(self) -> None:
         for window in self.windows:
             window.settle()
+        self._begin_counting()
+
+    def _begin_counting(self) -> None:
+        if self.state.near_ties is not None:
+            self._rounding = Rounding(self.backend, self.config, self.windows, self.entries)
+            self._counted_before = sum(self.state.near_ties)
 
     def _phase(self, name: str, act: Callable[[], _T]) -> _T:
         began, sent = time.perf_counter(), self.backend.bytes_sent
@@ -160,17 +174,20 @@ class Evolution:
     def _grad(self, i: int) -> Tensor:
         return self.windows[i].gradient()
 
-    def _select(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
+    def _select(self, key: Callable[[int], Tensor], wanted: list[int], errors: Errors) -> list[Tensor]:
         problems = list(range(len(self.windows))) if len(wanted) > 1 else [0] * len(self.windows)
         chosen = select(self.backend.owners, key, problems, wanted, self.config.selection)
-        if self.state.near_ties is not None:
-            near = near_ties(self.backend.owners, key, problems, chosen)
-            self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, near, strict=True)]
+        if self._rounding is not None:
+            self._count(near_ties(self.backend.owners, key, problems, chosen, partial(errors, self._rounding)))
         return chosen
+
+    def _count(self, near: list[int]) -> None:
+        assert self.state.near_ties is not None
+        self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, near, strict=True)]
 
     def drop(self, fraction: float) -> None:
         """The entries with the smallest score leave the support. **Collective**."""
-        chosen = self._select(self._drop_key, [share(fraction, size) for size in self.sizes])
+        chosen = self._select(self._drop_key, [share(fraction, size) for size in self.sizes], self._drop_errors)
         for i, which in enumerate(chosen):
             offsets, base = self._offsets(i)[which], self.entries[i].base[which]
             # base 0 is a position reactivated earlier: back at 0 it would be an active position with weight 0, so its
@@ -199,13 +216,16 @@ class Evolution:
             score = scores.uniform(entries.indices.long(), self.config.seed, i, self.step, _DROP)
         return keys(score, largest=False)
 
+    def _drop_errors(self, rounding: Rounding, i: int) -> Tensor:
+        return rounding.of_drop(i, self._offsets(i), self.entries[i])
+
     def grow(self) -> None:
         """The positions with the largest score above 0 enter the support, pruned ones too. **Collective**."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
         if self.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
             wanted = [min(pair) for pair in zip(wanted, self._num_candidates(), strict=True)]
         ranking, self.grown = self._best_free(wanted)
-        self._count_close_calls(ranking, self.grown)
+        self._count_close_calls(ranking, self.grown, Rounding.of_grow)
         for i, offsets in enumerate(self.grown):
             self.reactivated.append(offsets[~bits.holds(self.state.masks[i], offsets)])
             self.state.masks[i] = self._mark(i, self.state.masks[i], offsets, True)
@@ -215,15 +235,15 @@ class Evolution:
         caps = [share(self.config.reactivation, count) for count in wanted]
         any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
         if caps == wanted:
-            return any_free, self._select(any_free, wanted)
+            return any_free, self._select(any_free, wanted, Rounding.of_grow)
         # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
-        pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps)
+        pruned = self._select(lambda i: any_free(i).masked_fill_(self._mask(i), INELIGIBLE), caps, Rounding.of_grow)
 
         def with_best_pruned(i: int) -> Tensor:
             return self._grow_key(i, self._mark(i, self._free(i) & self.state.masks[i], pruned[i], True))
 
         ranking = self._inside_groups(with_best_pruned)
-        return ranking, self._select(ranking, wanted)
+        return ranking, self._select(ranking, wanted, Rounding.of_grow)
 
     def _num_candidates(self) -> list[int]:
         return [share(self.config.window_candidates, budget) for budget in self.state.budgets]
@@ -231,6 +251,7 @@ class Evolution:
     def keep_candidates(self) -> None:
         """Of a window's gradient keep the support's, the best to grow and the best to prune. **Collective**."""
         began, sent = time.perf_counter(), self.backend.bytes_sent
+        self._begin_counting()
         wanted = self._num_candidates()
         none = [self._offsets(i)[:0] for i in range(len(self.windows))]
         self.dropped, self.grown, prune = none, none, none
@@ -240,7 +261,7 @@ class Evolution:
             def spare(i: int) -> Tensor:
                 return self._adapt_key(i).index_fill_(0, self._offsets(i), INELIGIBLE)
 
-            prune = self._select(spare, wanted if self.config.scope == "layer" else [sum(wanted)])
+            prune = self._select(spare, wanted if self.config.scope == "layer" else [sum(wanted)], self._adapt_errors)
         for i, window in enumerate(self.windows):
             window.keep(torch.cat([self._offsets(i), grow[i], prune[i]]).unique())
         share_positions(self.backend, self.windows)
@@ -255,11 +276,9 @@ class Evolution:
         """
         return GroupRanking(self.groups, key, self.groups.counter(self._mask)) if self.groups else key
 
-    def _count_close_calls(self, ranking: Callable[[int], Tensor], chosen: list[Tensor]) -> None:
-        if self.state.near_ties is not None and isinstance(ranking, GroupRanking):
-            near = torch.tensor([ranking.close_calls(i, offsets) for i, offsets in enumerate(chosen)])
-            total = self.backend.owners.sum(near).tolist()
-            self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, total, strict=True)]
+    def _count_close_calls(self, ranking: Callable[[int], Tensor], chosen: list[Tensor], errors: Errors) -> None:
+        if self._rounding is not None and isinstance(ranking, GroupRanking):
+            self._count(ranking.close_calls(chosen, partial(errors, self._rounding)))
 
     def _free(self, i: int) -> Tensor:
         """Bits of the positions that may enter the support."""
@@ -303,7 +322,13 @@ class Evolution:
     def _best_of_layers(self) -> list[Tensor]:
         active = self.state.active(self.backend)
         excess = [have - want for have, want in zip(active, self.state.targets, strict=True)]
-        return self._select(self._adapt_key, excess if self.config.scope == "layer" else [sum(excess)])
+        wanted = excess if self.config.scope == "layer" else [sum(excess)]
+        removed = self._select(self._adapt_key, wanted, self._adapt_errors)
+        if self._rounding is not None and self.config.scope == "global":
+            # A near-tie of one layer in Grow moves the border for all of them.
+            by = sum(self.state.near_ties or ()) - self._counted_before
+            self._count(next_to_border(self.backend.owners, self._adapt_key, len(self.windows), wanted[0], by))
+        return removed
 
     def _best_of_groups(self, groups: Groups) -> list[Tensor]:
         """Each group gives up as many as it got back."""
@@ -315,12 +340,19 @@ class Evolution:
 
         ranking = GroupRanking(groups, self._adapt_key, groups.counter(reactivated))
         removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(self.windows))]
-        self._count_close_calls(ranking, removed)
+        self._count_close_calls(ranking, removed, self._adapt_errors)
         return removed
 
-    def _adapt_key(self, i: int) -> Tensor:
+    def _weight(self, i: int) -> Tensor:
         weight = self.backend.own(i).to(torch.float32, copy=True)
         weight[self._offsets(i)] = self.entries[i].weight()  # fp32, before any cast
+        return weight
+
+    def _adapt_errors(self, rounding: Rounding, i: int) -> Tensor:
+        return rounding.of_adapt(i, self._weight(i), self._norms.get(i), self._offsets(i), self.entries[i])
+
+    def _adapt_key(self, i: int) -> Tensor:
+        weight = self._weight(i)
         # Without the grown ones: their weight is still 0, the step would undo itself.
         eligible = self._mark(i, self.state.masks[i], self.grown[i], False)
         if self.config.adapt == "sensitivity":

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from seft_dist.backends import Backend
-from seft_dist.optim.collectives import NEAR
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import groups
 from seft_dist.sparsity.bitmask import unpack
@@ -210,16 +209,28 @@ class GroupRanking:
         best = groups.best(whole, self._limits(i), self._groups.size)
         return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
 
-    def close_calls(self, i: int, chosen: Tensor) -> int:
-        """Of the chosen, those that rounding could have put behind the next one of their group. Local.
+    def close_calls(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
+        """Of each layer, the positions on all ranks that rounding could have put in or out of a group's best. **Collective**.
 
         Args:
-            i: Which target.
-            chosen: int64, own offsets.
+            chosen: int64, own offsets that were taken in the end; groups without any are not counted.
+            errors: Of a layer, fp32 [n]: how far rounding can move each score.
         """
-        whole = self._groups.whole(i, self._keys(i), self._edges)
-        close = groups.close_calls(whole, self._limits(i), self._groups.size, NEAR)
-        return int(self._groups.own(i, close)[chosen].sum())
+        whole_groups, size = self._groups, self._groups.size
+        edges = whole_groups.exchange(errors)
+
+        def marks(i: int) -> Tensor:
+            taken = torch.zeros(len(whole_groups.backend.interval(i)), dtype=torch.bool, device=chosen[i].device)
+            return taken.index_fill_(0, chosen[i], True)
+
+        taken_of = whole_groups.counter(marks)
+        found = torch.zeros(len(chosen), dtype=torch.int64)
+        for i in range(len(chosen)):
+            key = whole_groups.whole(i, self._keys(i), self._edges)
+            error = whole_groups.whole(i, errors(i), edges)
+            close = groups.close_calls(key, self._limits(i), size, error)
+            found[i] = whole_groups.own(i, close & (taken_of(i) > 0).repeat_interleave(size)).sum()
+        return whole_groups.backend.owners.sum(found).tolist()
 
 
 def place(group: int, size: int, width: int) -> str:

@@ -80,8 +80,8 @@ class State:
     group_prints: list[int] = field(default_factory=list)
     """Of an N:M pattern: hash of each whole weight's active positions by group at the start (``Groups.fingerprints``)."""
     near_ties: list[int] | None = None
-    """None: not counted. Else, of each layer, the candidates that a selection took or left by so little that rounding
-    could have decided (``collectives.near_ties``), added up until somebody sets it back."""
+    """None: not counted. Else, of each layer, the candidates that a selection took or left by so little that rounding of
+    their terms could have decided (``collectives.near_ties``), added up until somebody sets it back."""
 
     def layers(self) -> Iterator[Columns]:
         """Own entries of each layer (views). Local."""

@@ -261,7 +261,7 @@ def _parted_by_near_ties(found: Comparison) -> str:
     last = found.differences[-1]
     return (
         f"at step {first.step} about {moved} positions of {len(first.moved)} layers fall the other way (supports and masks; "
-        f"{ties} candidates there are within 1e-4 of a border). From then on they are two runs of equal standing: loss off "
+        f"{ties} candidates there are within rounding of a border). From then on they are two runs of equal standing: loss off "
         f"by {last.loss_relative:.1e} of itself at step {last.step}"
     )
 

@@ -21,7 +21,12 @@ _FREE = (
     *("model.path", "model.tokenizer", "model.dtype", "data.", "global_batch", "seft.steps"),
 )
 # Options that say how the work is divided; the layout shows what came of them.
-_LAYOUT = ("backend", "deepspeed", "replicas", "offload", "batch_size", "threads", "model.activation_checkpointing")
+_LAYOUT = (
+    *("backend", "deepspeed", "replicas", "offload", "packing", "batch_size", "threads"),
+    "model.activation_checkpointing",
+)
+# What of the layout changes no bit
+_EXACT = ("packing",)
 # Keys of a ds_config that are looked at elsewhere
 _DERIVED = ("scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _DS = "ds_config "
@@ -81,7 +86,7 @@ def terms(first: dict[str, Any], second: dict[str, Any]) -> Terms:
     environment = list(_differences(_per_attempt(first, _environment), _per_attempt(second, _environment)))
     if inputs:
         return Terms("none", inputs, layout, environment)
-    if not layout and not environment:
+    if not environment and all(difference.key in _EXACT for difference in layout):
         return Terms("bits", inputs, layout, environment)
     note = ""
     if first["dtype"] != "float32":

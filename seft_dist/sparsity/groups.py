@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.partition import Interval
-from seft_dist.sparsity.selection import INELIGIBLE
+from seft_dist.sparsity.selection import INELIGIBLE, values_of
 
 
 def extent(interval: Interval, size: int) -> Interval:
@@ -46,24 +46,30 @@ def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
     return taken.T.reshape(-1) & (key != INELIGIBLE)
 
 
-def close_calls(key: Tensor, limits: Tensor, size: int, near: int) -> Tensor:
-    """The last one that ``best`` takes of each group, if the first one that it leaves is almost equal. Local.
+def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tensor:
+    """The positions that rounding could have put on the other side of what ``best`` takes of their group. Local.
 
     Args:
         key: As for ``best``.
         limits: As for ``best``.
         size: M.
-        near: Largest difference of two keys that counts as almost equal.
+        errors: fp32 [n], how far rounding can move each score; positions with error 0 do not move.
 
     Returns:
         bool [n].
     """
-    ranks, across = _ranks(key, size), key.view(-1, size).T.long()
-    is_last = ranks == limits - 1
-    last = across.masked_fill(~is_last, 0).sum(0)
-    next_one = across.masked_fill(ranks != limits, 0).sum(0)
-    contested = (limits < size) & (next_one != INELIGIBLE) & (last - next_one <= near)
-    return (is_last & contested).T.reshape(-1)
+    ranks, across = _ranks(key, size), key.view(-1, size).T.contiguous()
+
+    def at(rank: Tensor) -> Tensor:
+        """The value at a place of each group; NaN where it has none, or it does not compete."""
+        here = ranks == rank
+        return values_of(across.masked_fill(~here, 0).sum(0, dtype=torch.int32)).masked_fill(~here.any(0), torch.nan)
+
+    # Of two that can change sides at least one is within its error of the middle.
+    middle = (at(limits - 1) + at(limits)) / 2
+    error = errors.view(-1, size).T
+    near = ((values_of(across) - middle).abs() <= error) & (error > 0)
+    return near.T.reshape(-1)
 
 
 def _ranks(key: Tensor, size: int) -> Tensor:

@@ -35,6 +35,18 @@ def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tenso
     return ordered if eligible is None else ordered.masked_fill_(~eligible, INELIGIBLE)
 
 
+def values_of(key: Tensor) -> Tensor:
+    """The numbers that keys stand for: scores, or minus them where small ones are selected. Local.
+
+    Args:
+        key: int32 of any shape.
+
+    Returns:
+        fp32, in the order of the keys; NaN for the ineligible.
+    """
+    return (key >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(key).view(torch.float32)
+
+
 def first_histogram(key: Tensor) -> Tensor:
     """Count the first digit of all competing keys. Local.
 

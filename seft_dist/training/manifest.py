@@ -117,6 +117,7 @@ def open_manifest(
         "batch_size": config.batch_size,
         "replicas": config.replicas,
         "offload": config.offload,
+        "packing": config.packing,
         "activation_checkpointing": config.model.activation_checkpointing,
         "deepspeed": ds.content if ds else None,
     }

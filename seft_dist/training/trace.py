@@ -68,7 +68,9 @@ class Trace:
             dist.all_reduce(batch)
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()
-        near, seft.sparse_state.near_ties = seft.sparse_state.near_ties, [0] * len(table)
+        near = seft.sparse_state.near_ties
+        if moved:  # those of a window's candidates are counted in an earlier step, and told with the evolution
+            seft.sparse_state.near_ties = [0] * len(table)
         if self._file is None:
             return
         record: dict[str, Any] = {

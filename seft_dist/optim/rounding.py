@@ -1,0 +1,136 @@
+"""How far rounding can move the scores of an evolution, so that near-ties can be told from choices; only where they are counted.
+
+A gradient is a sum over tokens. Where its terms cancel it is small, but the error of the sum is that of its terms: as large
+as at a position of the same row and column whose terms do not cancel. So an error is a share of the value and of what is
+typical of its row and column, never of a score alone.
+"""
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.config import SeftConfig
+from seft_dist.optim.delta import Columns
+from seft_dist.optim.window import Window
+from seft_dist.sparsity import scores
+
+ROUNDING = 2.0**-16
+"""Error of a value in fp32, as a share of itself and of its terms: 1.5e-5, many times what two layouts differ by."""
+_BF16 = 2.0**-8
+"""The same where gradients are kept in bf16: two of its steps."""
+
+
+class Rounding:
+    """Errors of the scores that the criteria rank by. Lists have one item for each target."""
+
+    def __init__(self, backend: Backend, config: SeftConfig, windows: list[Window], entries: list[Columns]) -> None:
+        """Find out what is typical. **Collective**; one sum of a few numbers for each row and column.
+
+        Args:
+            backend: Says who owns what.
+            config: The criteria.
+            windows: Settled statistics of each target.
+            entries: The own deltas of each target, before any is dropped.
+        """
+        self._backend, self._config, self._windows = backend, config, windows
+        self._share = _BF16 if config.window_store == "bf16" else ROUNDING
+        needs = config.grow != "random" or config.adapt == "sensitivity" or config.drop == "movement"
+        own = [torch.cat([*self._sums(i, needs), self._update_sums(entries[i])]) for i in range(len(windows))]
+        sums = backend.owners.sum(torch.cat(own)).split([len(part) for part in own])
+        self._typical, self._update = [], []
+        for (rows, cols), part in zip(backend.shapes, sums, strict=True):
+            row, row_count, col, col_count, update = part.split([rows, rows, cols, cols, 3])
+            mean = (row.sum() / row_count.sum().clamp(min=1)).clamp(min=torch.finfo(torch.float64).tiny)
+            row, col = row / row_count.clamp(min=1), col / col_count.clamp(min=1)
+            self._typical.append((row.float(), (col / mean).float()))
+            delta, root = (update[:2] / update[2].clamp(min=1)).sqrt().tolist()
+            self._update.append((delta, root))
+
+    def _sums(self, i: int, needed: bool) -> list[Tensor]:
+        """Squares of the gradient summed over each row, how many are not 0, and the same of the columns; fp64."""
+        (rows, cols), interval = self._backend.shapes[i], self._backend.interval(i)
+        sums = [
+            torch.zeros(size, dtype=torch.float64, device=self._backend.device) for size in (rows, rows, cols, cols)
+        ]
+        if needed and len(interval):
+            gradient = self._windows[i].gradient()
+            first, last = interval.start // cols, -(-interval.stop // cols)
+            whole = gradient.new_zeros((last - first) * cols)
+            whole[interval.start - first * cols :][: len(interval)] = gradient
+            whole = whole.view(-1, cols)
+            for at, values in ((0, whole.square()), (1, whole != 0)):
+                sums[at][first:last] = values.sum(1, dtype=torch.float64)
+                sums[2 + at] += values.sum(0, dtype=torch.float64)
+        return sums
+
+    def _update_sums(self, entries: Columns) -> Tensor:
+        root = self._root(entries)
+        return torch.stack([entries.values.square().sum(), root.square().sum(), (entries.age > 0).sum()]).double()
+
+    def _root(self, entries: Columns) -> Tensor:
+        """The size of an entry's gradients, up to a factor that is much the same for all, fp32 [k]."""
+        return (entries.exp_avg_sq / entries.age.clamp(min=1)).sqrt()
+
+    def _of_gradient(self, i: int) -> Tensor:
+        return (self._windows[i].gradient().abs() + self._typical_of(i)).mul_(self._share)
+
+    def _typical_of(self, i: int) -> Tensor:
+        interval = self._backend.interval(i)
+        return scores.factored(*self._typical[i], interval.start, len(interval))
+
+    def _of_deltas(self, i: int, entries: Columns) -> Tensor:
+        # Adam divides: an update from small gradients has an error as large as that of large ones, over a smaller root.
+        delta, root = self._update[i]
+        amplified = (self._share * root / self._root(entries)).clamp(max=2.0) * delta
+        return entries.values.abs() * self._share + torch.where(entries.values != 0, amplified, 0.0)
+
+    def _of_weights(self, i: int, weight: Tensor, offsets: Tensor, entries: Columns) -> Tensor:
+        errors = weight.abs() * self._share  # also of those whose delta became part of the base
+        errors[offsets] += self._of_deltas(i, entries)
+        return errors
+
+    def of_drop(self, i: int, offsets: Tensor, entries: Columns) -> Tensor:
+        """Errors of the scores by which a layer's own deltas are dropped, fp32 [k]; random ones have none.
+
+        Args:
+            i: Which target.
+            offsets: int64 [k], where the deltas are.
+            entries: The own deltas.
+        """
+        if self._config.drop == "random":
+            return torch.zeros_like(entries.values)
+        errors = self._of_deltas(i, entries)
+        if self._config.drop == "magnitude":
+            return errors
+        gradient = self._windows[i].gradient()[offsets].abs()
+        return errors * gradient + entries.values.abs() * self._of_gradient(i)[offsets]
+
+    def of_grow(self, i: int) -> Tensor:
+        """Errors of the scores by which a layer's own positions enter the support, fp32 [n]; random ones have none."""
+        interval = self._backend.interval(i)
+        if self._config.grow == "random":
+            return torch.zeros(len(interval), device=self._backend.device)
+        if self._config.grow == "gradient":
+            return self._of_gradient(i)
+        window = self._windows[i]
+        assert window.rows is not None and window.cols is not None, "criterion without its statistics"
+        root = scores.momentum(window.rows, window.cols, interval.start, len(interval)).sqrt()
+        return 2 * root * (root + self._typical_of(i)) * self._share
+
+    def of_adapt(self, i: int, weight: Tensor, norms: Tensor | None, offsets: Tensor, entries: Columns) -> Tensor:
+        """Errors of the scores by which a layer's own positions leave the mask, fp32 [n].
+
+        Args:
+            i: Which target.
+            weight: fp32 [n], the own weights before any cast.
+            norms: fp32 [in], of the inputs, for criterion "activation".
+            offsets: int64 [k], where the deltas are.
+            entries: The own deltas.
+        """
+        errors = self._of_weights(i, weight, offsets, entries)
+        if self._config.adapt == "sensitivity":
+            gradient = self._windows[i].gradient().abs()
+            return gradient.mul_(errors) + weight.abs() * self._of_gradient(i)
+        if norms is not None:
+            return scores.activation(errors + weight.abs() * self._share, norms, self._backend.interval(i).start)
+        return errors
