@@ -3,15 +3,16 @@
 Nothing is made up: what no file says is not in the card, or the card says that it was not recorded.
 """
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from seft_dist.io.models import Source
+from seft_dist.files.reading import check_kind, read_json, read_yaml
+from seft_dist.files.writing import write_text
 from seft_dist.io.semi_structured import target_rows
+from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.optim.targets import ALL_LINEAR
 from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
@@ -56,7 +57,7 @@ def write_card(folder: Path, source: Source, run: Path | None = None, base_model
         _use(folder, title),
         "## License\n\nThat of the base model; see its card.",
     ]
-    (folder / FILE).write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_text(folder / FILE, "\n\n".join(part for part in parts if part) + "\n")
 
 
 class _Found:
@@ -89,12 +90,11 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else json.loads(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): repair or remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no set of named entries: repair or remove it")
-    return content
+        if file.suffix == ".yaml":
+            return check_kind(read_yaml(file), dict[str, Any], str(file))
+        return read_json(file, dict[str, Any])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; repair or remove it") from error
 
 
 def _public(path: str) -> str:

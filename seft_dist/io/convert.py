@@ -5,19 +5,20 @@ GGUF. The sparse forms of compressed-tensors ("sparse-bitmask", "sparse-24-bitma
 """
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from seft_dist.io.folders import new_folder
-from seft_dist.io.models import TOKENIZER_FILES, locate
+from seft_dist.io.readers import copy_beside_config, suit_all_readers
+from seft_dist.io.settings import first_line as _first
+from seft_dist.io.settings import read_settings
+from seft_dist.io.source import SPARSE_FORMATS, locate
 from seft_dist.io.weights import MAX_SHARD_BYTES
-
-_SPARSE = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 
 
 def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -39,9 +40,8 @@ def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_by
             return
         source = locate(path)
         _save(_unpack(source, dtype), folder, dtype, max_bytes)
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        copy_beside_config(source, folder)
+        suit_all_readers(folder)
 
 
 def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -59,21 +59,25 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
     except Exception as error:  # readers of formats raise whatever they like
         raise ValueError(f"{gguf} cannot be unpacked by transformers: {_first(error)}") from error
     _save(model, folder, dtype, max_bytes)
+    suit_all_readers(folder)
 
 
 def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    read_settings(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configurations raise whatever their own arithmetic does
         raise ValueError(
             f"{source}: no model that transformers knows ({_first(error)}); needs a config.json of a causal LM"
         ) from error
     found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if found is None:
         raise ValueError(f"{source} is not quantized: it can be used as it is (launch/export.py hf changes its type)")
-    found = dict(found)
+    if not isinstance(found, dict) and not hasattr(found, "to_dict"):
+        raise ValueError(f"{source}: its quantization_config is {found!r:.60}; needs named entries")
+    found = dict(found if isinstance(found, dict) else found.to_dict())
     sparse = (found.get("sparsity_config") or {}).get("format", found.get("format"))
-    if sparse in _SPARSE:
+    if sparse in SPARSE_FORMATS:
         raise ValueError(
             f"{source} is stored as {sparse}, which current compressed-tensors cannot load: unpack it where an older one "
             "is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
@@ -121,11 +125,9 @@ def _save(unpacked: PreTrainedModel, folder: Path, dtype: torch.dtype, max_bytes
     odd = sorted(name for name, value in model.named_parameters() if value.dtype not in (torch.float32, dtype))
     if odd:
         raise ValueError(f"transformers leaves {odd[0]} of this model quantized: there is no way to plain weights")
-    model.save_pretrained(folder, max_shard_size=max_bytes)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_bytes)
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
     for file in folder.glob("*.safetensors"):  # safetensors lets only the owner read what it writes
         file.chmod(folder.stat().st_mode & 0o666)
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -22,9 +22,12 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seft_dist.io.folders import new_folder, save_settings
-from seft_dist.io.models import Source
-from seft_dist.io.weights import Weights, WeightsWriter, write_safetensors
+from seft_dist.files.reading import parse_json
+from seft_dist.io.folders import new_folder, refuse_existing, save_settings
+from seft_dist.io.source import Source
+from seft_dist.io.weight_files import write_safetensors
+from seft_dist.io.weights import WeightsWriter
+from seft_dist.sparsity.casts import cast_weight
 
 FORMAT = "seft_dist delta"
 VERSION = 2
@@ -196,8 +199,7 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
         ValueError: The models do not have the same tensors, or others differ too; nothing is written.
     """
     before, after = base.weights.tensors, repaired.weights.tensors
-    if output.exists():
-        raise ValueError(f"{output} exists already: choose another file, or remove it")
+    refuse_existing(output)
     for name in sorted(before.keys() | after.keys()):
         shapes = [tensors[name].shape if name in tensors else None for tensors in (before, after)]
         if shapes[0] != shapes[1]:
@@ -208,10 +210,12 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
     output.parent.mkdir(parents=True, exist_ok=True)
     writer = DeltaWriter(repaired.dtype, name_of(base))
     for name in after:
-        pair = [_cast(weights, name, repaired.dtype) for weights in (base.weights, repaired.weights)]
-        if pair[0].is_floating_point() and (names is None or name in names):
+        pair = [source.written(name, repaired.dtype)[0] for source in (base, repaired)]
+        if all(tensor.dtype == repaired.dtype for tensor in pair) and (names is None or name in names):
             writer.add(name, pair[0], pair[1])
-        elif not torch.equal(pair[0].view(-1).view(torch.uint8), pair[1].view(-1).view(torch.uint8)):
+        elif pair[0].dtype != pair[1].dtype or not torch.equal(
+            *(p.contiguous().view(-1).view(torch.uint8) for p in pair)
+        ):
             raise ValueError(f"{name} differs between {base.folder} and {repaired.folder} too: a delta cannot hold it")
     writer.close(output)
 
@@ -222,6 +226,8 @@ def read_delta(path: Path) -> Delta:
     Raises:
         ValueError: It is none, of a newer version, or what is in it does not fit together.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: needs delta.safetensors of a run")
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
@@ -233,11 +239,11 @@ def read_delta(path: Path) -> Delta:
     version = _version(metadata.get("format"), path)
     try:
         dtype = _DTYPES[metadata["dtype"]]
-        targets = json.loads(metadata["targets"])
+        targets = parse_json(metadata["targets"], list[str], "targets")
         prints = (metadata["base"], metadata["repaired"] if version > 1 else "")
-        if not isinstance(targets, list) or len({str(name) for name in targets}) != len(targets):
-            raise ValueError("targets is no list of names")
-        _check_tensors(version, dtype, [str(name) for name in targets], tensors)
+        if len(set(targets)) != len(targets):
+            raise ValueError("targets names a tensor twice")
+        _check_tensors(version, dtype, targets, tensors)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; make or download it again") from error
     return Delta(path, version, dtype, *prints, metadata.get("base_name", ""), targets, tensors)
@@ -312,17 +318,20 @@ def _convert(source: Source, delta: Delta, output: Path, start: str, end: str, k
             f"{delta.path} changes {absent[0]}, which {source.folder} does not have: it was made from "
             f"{delta.base_name or 'another model'}"
         )
-    before, after = Fingerprint(), Fingerprint()
+    before, after, targets = Fingerprint(), Fingerprint(), set(delta.targets)
     with new_folder(output) as folder:
         writer = WeightsWriter(folder)
-        for name in delta.targets + sorted(source.weights.tensors.keys() - set(delta.targets)):
-            weight = _cast(source.weights, name, delta.dtype)
-            if name in delta.targets:
+        for name in delta.targets + sorted(source.weights.tensors.keys() - targets):
+            if name not in targets:
+                writer.add(name, source.written(name, delta.dtype)[0])
+            else:
+                weight = source.weights.read(name).view(source.weights.tensors[name].shape)
+                weight, _ = cast_weight(weight, delta.dtype)
                 before.add(name, weight)
                 weight = weight.clone()  # what was read may be the file itself, mapped
                 delta.change(name, weight)
                 after.add(name, weight)
-            writer.add(name, weight)
+                writer.add(name, weight)
         if before.hexdigest() != start:
             raise ValueError(
                 f"{delta.path} belongs to another {kind} model than {source.folder}: its weights are not those the file "
@@ -332,8 +341,3 @@ def _convert(source: Source, delta: Delta, output: Path, start: str, end: str, k
             raise ValueError(f"{delta.path} is damaged: it does not lead to the weights it was made from")
         writer.close()
         save_settings(folder, source, delta.dtype)
-
-
-def _cast(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    weight = weights.read(name).view(weights.tensors[name].shape)
-    return weight.to(dtype) if weight.is_floating_point() else weight

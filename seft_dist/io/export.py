@@ -3,6 +3,7 @@
 Everything is written to a temporary place that is renamed when it is complete.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from seft_dist.io.folders import new_folder, save_settings
 from seft_dist.io.models import Source, load_model, named_state, open_source
 from seft_dist.io.packed import PackedSize, PackedWeights, PackedWriter
 from seft_dist.io.weights import MAX_SHARD_BYTES, WeightsWriter
+from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
+
+log = logging.getLogger(__name__)
 
 __all__ = ["DeltaWriter", "apply_delta", "export_model", "load_packed", "pack_model", "write_model"]
 
@@ -43,22 +47,32 @@ def export_model(
         writes: True on the one rank that writes.
         tokenizer: Folder whose tokenizer files are copied; None: the source's.
         delta: Also write this delta file against the source.
-        targets: Module names of the weights that training may have changed; needed for a delta file.
+        targets: Names of the targets, which may have changed; all other weights are copied from the source's files. None:
+            every weight comes from the model.
     """
     state = named_state(model)
-    if not writes:
-        for value in state.values():
-            full(value)
-        return
     names = {known for name in targets or () for known in (name, f"{name}.weight")}
+    # All else is as it was in the files, and is copied from there, bit for bit
+    asked = {name for name in state if targets is None or name in names or source.weights.find(name) is None}
+    if not writes:
+        for name in state:
+            if name in asked:
+                full(state[name])
+        return
     changes = DeltaWriter(source.dtype, name_of(source)) if delta is not None else None
     with new_folder(output) as folder:
-        writer = WeightsWriter(folder)
+        writer, seen = WeightsWriter(folder), Written()
         for name, value in state.items():
-            for stored, part in source.weights.split(name, full(value).cpu()):
-                writer.add(stored, part)
+            if name not in asked:
+                for stored in source.weights.stored_names(name):
+                    writer.add(stored, seen.add(stored, *source.written(stored, source.dtype)))
+                continue
+            for stored, part in source.weights.split(name, unsigned_zeros(full(value).cpu())):
+                writer.add(stored, seen.add(stored, part))
                 if changes is not None and name in names:
-                    changes.add(stored, source.weights.read(stored).to(source.dtype).view(part.shape), part)
+                    base, _ = cast_weight(source.weights.read(stored), part.dtype)
+                    changes.add(stored, base.view(part.shape), part)
+        seen.report(output)
         writer.close()
         save_settings(folder, source, source.dtype, tokenizer)
     if changes is not None and delta is not None:
@@ -86,7 +100,7 @@ def write_model(
     """
     with new_folder(output) as folder:
         writer = WeightsWriter(folder, max_bytes)
-        _copy(source, writer, dtype)
+        _copy(source, writer, dtype, output)
         writer.close()
         save_settings(folder, source, dtype)
         if finish is not None:
@@ -117,7 +131,7 @@ def pack_model(
     """
     with new_folder(output) as folder:
         writer = PackedWriter(folder, max_bytes)
-        _copy(source, writer, dtype)
+        _copy(source, writer, dtype, output)
         size = writer.close()
         save_settings(folder, source, dtype)
         if finish is not None:
@@ -150,7 +164,42 @@ def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None
     return model
 
 
-def _copy(source: Source, writer: WeightsWriter | PackedWriter, dtype: torch.dtype | None) -> None:
-    for name, info in source.weights.tensors.items():
-        tensor = source.weights.read(name).view(info.shape)
-        writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
+def _copy(source: Source, writer: WeightsWriter | PackedWriter, dtype: torch.dtype | None, output: Path) -> None:
+    seen = Written()
+    for name in source.weights.tensors:
+        writer.add(name, seen.add(name, *source.written(name, dtype)))
+    seen.report(output)
+
+
+class Written:
+    """What a user should hear of the weights that were written."""
+
+    def __init__(self) -> None:
+        self._small = self._matrices = 0
+        self._empty: list[str] = []
+
+    def add(self, name: str, tensor: Tensor, small: int = 0) -> Tensor:
+        """Look at one tensor, of which so many weights were too small for its type; returns it."""
+        self._small += small
+        if tensor.dim() > 1 and tensor.is_floating_point():
+            self._matrices += 1
+            if not bool(tensor.any()):
+                self._empty.append(name)
+        return tensor
+
+    def report(self, output: Path) -> None:
+        """Log warnings."""
+        if self._small:
+            log.warning(
+                "%s: %d weights are too small for the type asked for; they are kept at its smallest number, not at 0",
+                output,
+                self._small,
+            )
+        if self._empty:
+            log.warning(
+                "%s: %d of %d matrices are all 0, %s first: the model was pruned away, or its weights were never filled",
+                output,
+                len(self._empty),
+                self._matrices,
+                self._empty[0],
+            )

@@ -1,14 +1,32 @@
 """Folders that exports write: complete or not there at all, with the settings that belong to a model."""
 
-import copy
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from seft_dist.io.models import TOKENIZER_FILES, Source
+from seft_dist.files.writing import PART
+from seft_dist.io.readers import copy_settings
+from seft_dist.io.source import Source
+
+
+def refuse_existing(path: Path, what: str = "") -> None:
+    """Raise an error if anything has a name that is to be made; a link that leads nowhere has it too.
+
+    Args:
+        path: The file or folder to make.
+        what: The option that named it, for the message.
+
+    Raises:
+        ValueError: It is taken.
+    """
+    if os.path.lexists(path):
+        kind = "is a link that leads nowhere" if not path.exists() else "exists already"
+        raise ValueError(f"{what}{'=' if what else ''}{path} {kind}: choose another name, or remove it")
 
 
 @contextmanager
@@ -18,9 +36,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: It exists already, or cannot be made.
     """
-    if path.exists():
-        raise ValueError(f"{path} exists already: choose another folder, or remove it")
-    folder = path.with_name(path.name + ".part")
+    path = Path(path).expanduser()
+    refuse_existing(path)
+    folder = path.with_name(path.name + PART)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        raise ValueError(
+            f"{folder}, where {path.name} is put together, is no folder: remove it, or choose another name"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
@@ -42,20 +64,13 @@ def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, token
     Args:
         folder: Gets the files.
         source: The model they are taken from.
-        dtype: Type of the weights written; None: as stored, and config.json is copied byte for byte.
+        dtype: Type of the weights written; None: as stored.
         tokenizer: Folder of another tokenizer; None: the source's.
     """
-    if dtype is None:
-        shutil.copyfile(source.folder / "config.json", folder / "config.json")
-    else:
-        config = copy.deepcopy(source.config)
-        config.dtype = dtype
-        config.save_pretrained(folder)
-    origins = ((source.folder, ("generation_config.json",)), (tokenizer or source.folder, TOKENIZER_FILES))
-    for origin, names in origins:
-        for name in names:
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, folder / name)
+    changes: dict[str, Any] = dict(source.changes)
+    if dtype is not None:
+        changes |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    copy_settings(source.folder, folder, changes, tokenizer)
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:

@@ -5,125 +5,30 @@ rank's part from the safetensors files. No rank ever holds more than its own par
 """
 
 import copy
+import logging
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import fsdp_mesh, shard_fsdp, stored_part, whole_shape, zero3_construction
-from seft_dist.config import ModelConfig
-from seft_dist.io.packed import open_weights
-from seft_dist.io.weights import Weights
+from seft_dist.io.settings import first_line, read_generation
+from seft_dist.io.source import Source as Source
+from seft_dist.io.source import locate as locate
+from seft_dist.io.source import open_source as open_source
 from seft_dist.optim.linear import ANCHOR
 from seft_dist.optim.packing import pack_weights
+from seft_dist.sparsity.casts import cast_weight
+
+log = logging.getLogger(__name__)
 
 Sharding = Literal["none", "fsdp", "zero3"]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Old checkpoints store what is computed today.
 _COMPUTED = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$"
-
-
-def locate(path: str) -> Path:
-    """Find the folder of a model, from the Hugging Face hub if it is not a local one. Local.
-
-    Args:
-        path: A folder, or a hub name such as "org/model".
-
-    Returns:
-        The folder (of the hub's cache).
-
-    Raises:
-        ValueError: There is no such folder, and the hub does not give the model.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(
-            f"model.path={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [
-            "*.safetensors",
-            "*.safetensors.index.json",
-            "config.json",
-            "generation_config.json",
-            *TOKENIZER_FILES,
-        ]
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has no common error type
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path={path} is not a folder here, and the hub did not give it: {reason}") from error
-
-
-@dataclass(frozen=True)
-class Source:
-    """A causal LM on disk, checked but not loaded."""
-
-    folder: Path
-    config: PreTrainedConfig
-    weights: Weights
-    dtype: torch.dtype
-    """Type in which the weights will be held."""
-
-
-def open_source(config: ModelConfig, dtype: torch.dtype | None = None) -> Source:
-    """Find a model and read its headers. Local.
-
-    Args:
-        config: Which model.
-        dtype: Type the weights must have (a ds_config's); None: what config.dtype says.
-
-    Returns:
-        What ``load_model`` needs.
-
-    Raises:
-        ValueError: No such model, weights that are not safetensors or are quantized, remote code, or a wrong dtype.
-    """
-    folder = locate(config.path)
-    try:
-        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder}: no model that transformers knows ({reason}); needs a config.json of a causal LM"
-        ) from error
-    if getattr(hf, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{folder} is quantized: needs plain float32 or bfloat16 weights; launch/export.py plain makes them, where "
-            "transformers can"
-        )
-    weights = open_weights(folder)
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    if dtype is not None and named not in (None, dtype):
-        raise ValueError(
-            f'model.dtype={config.dtype}, but the ds_config trains in {dtype}: set "bf16": {{"enabled": true}} in the '
-            "ds_config for bfloat16, remove it for float32, or leave model.dtype at auto"
-        )
-    chosen = dtype or named or weights.dtype
-    if chosen not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{folder} is stored in {chosen}: choose --model.dtype float32 or bfloat16")
-    return Source(folder, hf, weights, chosen)
 
 
 def load_model(
@@ -161,10 +66,7 @@ def load_model(
         with zero3_construction(ds_config):
             model = _construct(source)
     else:
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):  # buffers (rotary frequencies) get their real values
-            model = _construct(source)
+        model = _without_values(source)
     model.tie_weights()
     names = _match(model, source)
     mesh = fsdp_mesh(device, replicas) if sharding == "fsdp" else None
@@ -174,8 +76,9 @@ def load_model(
     if sharding != "zero3":
         _materialise(model, torch.device("cpu") if offload else device)
     _fill(model, names, source, shards)
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    generation = read_generation(source.folder)
+    if generation is not None:
+        model.generation_config = generation
     model.config.use_cache = False
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -194,10 +97,7 @@ def outline(source: Source) -> tuple[PreTrainedModel, dict[str, str]]:
     Raises:
         ValueError: The files hold too few or too many tensors or wrong shapes.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        model = _construct(source)
+    model = _without_values(source)
     model.tie_weights()
     model.config.use_cache = False
     return model.eval(), _match(model, source)
@@ -217,7 +117,33 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _construct(source: Source) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=source.dtype, trust_remote_code=False)
+    config = copy.deepcopy(source.config)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=source.dtype, trust_remote_code=False)
+    except Exception as error:  # models raise whatever their own arithmetic does
+        raise ValueError(
+            f"{source.folder}: transformers cannot build this model ({type(error).__name__}: {first_line(error)}); check "
+            "config.json"
+        ) from error
+
+
+def _without_values(source: Source) -> PreTrainedModel:
+    """The model on the meta device; buffers (rotary frequencies) have their real values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _construct(source)
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, value in tensors.items():
+                if value is not None and value.dtype != torch.float32 and source.computes_in_fp32(f"{path}.{key}"):
+                    tensors[key] = _as_fp32(value)
+    return model
+
+
+def _as_fp32(value: Tensor) -> Tensor:
+    # Never trained, and FSDP2 wants one type of all that is.
+    return nn.Parameter(value.float(), requires_grad=False) if isinstance(value, nn.Parameter) else value.float()
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -300,14 +226,27 @@ def _materialise(model: PreTrainedModel, device: torch.device) -> None:
 
 @torch.no_grad()
 def _fill(model: PreTrainedModel, names: dict[str, str], source: Source, shards: PackedShards | None) -> None:
-    state = named_state(model)
+    state, small = named_state(model), 0
     for name, stored in names.items():
         packed = packed_of(state[name])
+        if packed is None:
+            part, start = stored_part(state[name])
+            stop, dtype = start + part.numel(), part.dtype
+        else:
+            start, stop, dtype = packed.interval.start, packed.interval.stop, packed.dtype
+        values, lifted = cast_weight(source.weights.read(stored, start, stop), dtype)
+        small += lifted
         if packed is not None:
-            packed.put(source.weights.read(stored, packed.interval.start, packed.interval.stop))
-            continue
-        part, start = stored_part(state[name])
-        part.copy_(source.weights.read(stored, start, start + part.numel()))
+            packed.put(values)
+        else:
+            part.copy_(values)
     source.weights.release()
+    if small:
+        log.warning(
+            "%s: %d weights are too small for %s; they are held at its smallest number, not at 0",
+            source.folder,
+            small,
+            source.dtype,
+        )
     if shards is not None:
         shards.settle()

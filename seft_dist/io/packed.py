@@ -1,7 +1,7 @@
 """The packed form of a pruned model: one bit for each position and the values that are there; exact, checked, streamed.
 
 A folder with packed-00001-of-0000N.safetensors and packed.safetensors.index.json in the place of model.safetensors;
-docs/exports.md describes every byte. "Zero" is a value whose bits are all 0: -0.0 and NaN are stored and come back.
+docs/exports.md describes every byte. "Zero" is a value whose bits are all 0, or -0.0, which is written and read as 0.0.
 """
 
 import hashlib
@@ -12,16 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import with_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from seft_dist.io.weights import DTYPES, MAX_SHARD_BYTES, TensorInfo, Weights, write_safetensors
+from seft_dist.files.reading import LENIENT, parse_json, read_json
+from seft_dist.files.writing import write_text
+from seft_dist.io.weight_files import named_files, write_safetensors
+from seft_dist.io.weights import DTYPES, MAX_SHARD_BYTES, TensorInfo, Weights
 from seft_dist.sparsity.bitmask import pack, unpack
+from seft_dist.sparsity.casts import unsigned_zeros
 
 FORMAT, VERSION = "seft_dist packed", 1
 INDEX = "packed.safetensors.index.json"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AGAIN = "pack or download it again"
+
+
+@with_config(LENIENT)
+class Entry(TypedDict):
+    """What a file's header says of one tensor."""
+
+    shape: list[int]
+    packed: bool
+    sha256: str
+
+
+@with_config(LENIENT)
+class PackedIndex(TypedDict):
+    """Which tensor is in which file."""
+
+    format: str
+    version: int
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +93,7 @@ class PackedWriter:
         Raises:
             ValueError: A name is taken.
         """
-        tensor = tensor.detach().contiguous()
+        tensor = unsigned_zeros(tensor.detach().contiguous())
         parts = _encode(tensor)
         size = sum(part.numel() * part.element_size() for part in parts.values())
         if self._tensors and self._bytes + size > self._max_bytes:
@@ -100,7 +124,7 @@ class PackedWriter:
         metadata = {"dense_size": size.dense_bytes, "total_size": size.packed_bytes}
         index = {"format": FORMAT, "version": VERSION, "metadata": metadata}
         text = json.dumps(index | {"weight_map": dict(sorted(weight_map.items()))}, indent=2)
-        (self._folder / INDEX).write_text(text + "\n")
+        write_text(self._folder / INDEX, text + "\n")
         return size
 
     def _part(self, i: int) -> Path:
@@ -129,7 +153,7 @@ class PackedWeights(Weights):
         self.tensors: dict[str, TensorInfo] = {}
         self._handles: dict[Path, Any] = {}
         self._touched = 0
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, Entry] = {}
         expected = _read_index(folder)
         for file in sorted(set(expected.values())):
             self._open(folder / file)
@@ -156,13 +180,15 @@ class PackedWeights(Weights):
             raise ValueError(f"{file} is not a whole safetensors file ({error}); {_AGAIN}") from error
         metadata = handle.metadata() or {}
         _check_version(metadata.get("format"), metadata.get("version"), file)
+        entries = parse_json(metadata.get("tensors", ""), dict[str, Entry], f"{file}: its list of tensors")
         try:
-            entries = json.loads(metadata["tensors"])
             left = set(handle.keys())
             for name, entry in entries.items():
+                if name in self.tensors:
+                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}; {_AGAIN}")
                 self.tensors[name] = _info(handle, file, name, entry)
                 left -= {name + ending for ending in ((".mask", ".values") if entry["packed"] else ("",))}
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{file} has a header that cannot be understood ({error!r}); {_AGAIN}") from error
         if left:
             raise ValueError(f"{file} holds {min(left)}, which its header does not mention; {_AGAIN}")
@@ -204,9 +230,9 @@ def _digest(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[s
     return digest.hexdigest()
 
 
-def _info(handle: Any, file: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+def _info(handle: Any, file: Path, name: str, entry: Entry) -> TensorInfo:
     """What the header says of one tensor, if the stored parts can be it."""
-    shape = tuple(int(size) for size in entry["shape"])
+    shape = tuple(entry["shape"])
     numel = prod(shape)
     if not entry["packed"]:
         piece = handle.get_slice(name)
@@ -220,19 +246,10 @@ def _info(handle: Any, file: Path, name: str, entry: dict[str, Any]) -> TensorIn
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        form, version, weight_map = index["format"], index["version"], dict(index["weight_map"])
-        files = {str(file) for file in weight_map.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / INDEX} cannot be read as the index of a packed model ({error!r}); {_AGAIN}"
-        ) from error
-    _check_version(form, version, folder / INDEX)
-    missing = sorted(file for file in files if Path(file).name != file or not (folder / file).is_file())
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names: download the rest")
-    return weight_map
+    index = read_json(folder / INDEX, PackedIndex)
+    _check_version(index["format"], index["version"], folder / INDEX)
+    named_files(folder, INDEX, index["weight_map"])
+    return index["weight_map"]
 
 
 def _check_version(form: Any, version: Any, file: Path) -> None:

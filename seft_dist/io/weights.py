@@ -22,11 +22,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from seft_dist.files.writing import write_text
+from seft_dist.io.renames import Pieces, renamed_tensors
+from seft_dist.io.weight_files import INDEX, SINGLE, weight_files
+from seft_dist.io.weight_files import write_safetensors as write_safetensors
+from seft_dist.sparsity.casts import unsigned_zeros
+
 MAX_SHARD_BYTES = 5_000_000_000
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_TOUCHED = 64 << 20
 """Bytes to read of files before they are mapped anew."""
 DTYPES = {
@@ -58,7 +62,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[str, ...] = ()
-    """Of a fused one: the tensors of the files it consists of, in order."""
+    """Of a fused or renamed one: the tensors of the files it consists of, in order."""
 
     @property
     def numel(self) -> int:
@@ -82,7 +86,7 @@ class Weights:
         self._handles: dict[Path, Any] = {}
         self._touched = 0
         self.tensors: dict[str, TensorInfo] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             try:
                 handle = self._mapped(file)
             except (SafetensorError, OSError) as error:
@@ -95,7 +99,11 @@ class Weights:
                     raise ValueError(
                         f"{file}: {name} is of type {piece.get_dtype()}; needs plain weights, not quantized ones"
                     )
+                if name in self.tensors:
+                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}: write the model again")
                 self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
+        if not self.tensors:
+            raise ValueError(f"{folder} has weight files without a tensor in them: write or download the model again")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,8 +116,8 @@ class Weights:
 
     @cached_property
     def fused(self) -> dict[str, TensorInfo]:
-        """Weights of all experts of a layer, by the name that transformers gives them."""
-        return _fuse(self.tensors)
+        """Weights that the files hold in pieces or under another name, by the name that transformers gives them."""
+        return _fuse(self.tensors) | _as_infos(renamed_tensors(self.folder, self.tensors), self.tensors)
 
     def find(self, name: str) -> str | None:
         """The name under which a model's weight can be read here; None: it is not in the files. Local.
@@ -124,6 +132,12 @@ class Weights:
     def info(self, name: str) -> TensorInfo:
         """Shape and type of a tensor of the files, or of a fused one. Local."""
         return self.tensors[name] if name in self.tensors else self.fused[name]
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The tensors of the files that hold a model's weight, which ``find`` knows, in order."""
+        found = self.find(name)
+        assert found is not None, name
+        return (found,) if found in self.tensors else self.fused[found].pieces
 
     def split(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A model's weight as the tensors that the files hold. Local.
@@ -158,6 +172,8 @@ class Weights:
 
         Raises:
             ValueError: A packed file's bytes are not those that were written.
+
+        Zeros come without a sign: -0.0, as products of weights and masks leave it, is read as 0.0.
         """
         if name in self.fused:
             return self._read_fused(name, start, stop)
@@ -165,7 +181,7 @@ class Weights:
         stop = info.numel if stop is None else stop
         if stop <= start:
             return torch.empty(0, dtype=info.dtype)
-        return self._read(name, info, start, stop)
+        return unsigned_zeros(self._read(name, info, start, stop))
 
     def _read(self, name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
         handle = self._mapped(info.file, (stop - start) * info.dtype.itemsize)
@@ -211,6 +227,8 @@ def _fuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     fused = {}
     for experts, names in layers.items():
         count = 1 + max(number for number, _ in names)
+        if count > len(names):  # some are missing; a number may be of any size
+            continue
         for key, kinds in (("gate_up_proj", (_GATE, _UP)), ("up_proj", (_UP,)), ("down_proj", (_DOWN,))):
             wanted = [
                 next((names[i, kind] for kind in kind_names if (i, kind) in names), "")
@@ -229,33 +247,20 @@ def _fuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     return fused
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if (folder / _INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{folder / _INDEX} is no safetensors index ({error!r}): write the model again") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {_INDEX} names: download the rest")
-        return [folder / name for name in names]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise ValueError(
-            f"{folder} has its weights only as pickled files ({pickled[0]}), which can run code when loaded: convert "
-            "it where you trust it, with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise ValueError(
-        f"{folder} has neither {_SINGLE} nor {_INDEX}: needs a Hugging Face folder with safetensors weights"
-    )
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one file, readable to those who may read its folder (safetensors itself lets only the owner). Local."""
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)
+def _as_infos(pieces: Pieces, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What follows for tensors that transformers renames or puts together; uneven ones are left out."""
+    found = {}
+    for name, (stored, experts) in pieces.items():
+        infos = [tensors[piece] for piece in stored]
+        first = infos[0]
+        if any((info.shape[1:], info.dtype) != (first.shape[1:], first.dtype) for info in infos):
+            continue
+        rows = sum(info.shape[0] for info in infos) if first.shape else 0
+        if experts and (not first.shape or rows % experts):
+            continue
+        shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
+        found[name] = TensorInfo(first.file, shape if first.shape else (), first.dtype, stored)
+    return found
 
 
 class WeightsWriter:
@@ -283,7 +288,7 @@ class WeightsWriter:
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > self._max_bytes:
             self._flush()
-        self._tensors[name] = tensor.detach().cpu().contiguous()
+        self._tensors[name] = unsigned_zeros(tensor.detach().cpu().contiguous())
         self._bytes += size
         self._total += size
 
@@ -293,12 +298,12 @@ class WeightsWriter:
         count = len(self._files)
         weight_map = {}
         for i, names in enumerate(self._files):
-            file = _SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            file = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             self._part(i).rename(self._folder / file)
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_text(self._folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     def _part(self, i: int) -> Path:
         return self._folder / f"part-{i}.safetensors"

@@ -16,6 +16,7 @@ from seft_dist.pruning.owl import outlier_share, owl_sparsities
 from seft_dist.pruning.sparsegpt import ExpertHessians, Hessians, inverse_factor, sparsegpt
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
+from seft_dist.sparsity.casts import cast_weight
 
 
 class Pruner:
@@ -161,7 +162,7 @@ class Pruner:
         """A weight [out, in], or one expert's part, pruned by SparseGPT on the rows of each rank. **Collective.**"""
         first, last = own_rows(len(weight), self._ranks)
         own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks, before)
-        return gather_rows(own.to(weight.dtype), self._ranks)
+        return gather_rows(cast_weight(own, weight.dtype)[0], self._ranks)
 
     def _measure(self, calibration: Calibration, take: Callable[[str, dict[str, Tensor]], None]) -> None:
         """The norms of the inputs in the dense model, given to ``take`` while the layer is in memory."""

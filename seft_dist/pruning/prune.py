@@ -5,7 +5,6 @@ layer is what prunes that layer.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
+from seft_dist.files.writing import write_json
 from seft_dist.io.data import load_sequences, load_tokenizer
 from seft_dist.io.export import export_model
-from seft_dist.io.models import locate, open_source
+from seft_dist.io.folders import refuse_existing
+from seft_dist.io.source import locate, open_source
 from seft_dist.optim.targets import Target, from_rows, matrix, weight_name
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex
@@ -62,8 +63,8 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
     Raises:
         ValueError: No such model or data, output exists, too little text, targets that cannot be pruned so.
     """
-    if config.method != "none" and Path(config.output).expanduser().exists():
-        raise ValueError(f"output={config.output} exists already: choose another folder, or remove it")
+    if config.method != "none":
+        refuse_existing(Path(config.output).expanduser(), "output")
     stream = StreamedModel(open_source(config.model), device or torch.device("cpu"))
     targets = stream.find_targets(config.targets)
     shapes = {name: matrix(target) for name, target in targets.items()}
@@ -162,10 +163,11 @@ def _write(plan: Plan, pulled: _Pulled, pruner: Pruner, ranks: Group) -> None:
     if first:
         shutil.rmtree(staged, ignore_errors=True)
     try:
-        export_model(plan.stream.model, pulled, staged, source, writes=first, tokenizer=tokenizer)
+        names = list(plan.targets)
+        export_model(plan.stream.model, pulled, staged, source, writes=first, tokenizer=tokenizer, targets=names)
         if first:
             _warn_off_target(list(pulled.counts.values()), plan, pruner)
-            (staged / "pruning.json").write_text(json.dumps(_record(plan, pulled, pruner), indent=2) + "\n")
+            write_json(staged / "pruning.json", _record(plan, pulled, pruner))
     except BaseException:
         if first:
             shutil.rmtree(staged, ignore_errors=True)

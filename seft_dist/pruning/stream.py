@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seft_dist.io.models import Source, named_state, outline
+from seft_dist.io.models import named_state, outline
+from seft_dist.io.source import Source
 from seft_dist.optim.targets import Target, find_targets, is_conv1d, weight_name
+from seft_dist.sparsity.casts import cast_weight
 
 
 class StreamedModel:
@@ -58,7 +60,7 @@ class StreamedModel:
         width = target.weight.shape[-1]
         end = None if stop is None else stop * width
         values = self.source.weights.read(self._stored[whole], start * width, end)
-        return values.view(-1, width).to(self.source.dtype)
+        return cast_weight(values.view(-1, width), self.source.dtype)[0]
 
     def name_of(self, value: Tensor) -> str:
         """Name of a parameter or persistent buffer of ``model``."""
@@ -73,14 +75,14 @@ class StreamedModel:
             stop: Row behind the last; None: the end.
 
         Returns:
-            [stop - start, ...], in the model's type, on the CPU.
+            [stop - start, ...], in the type that the model holds it in, on the CPU.
         """
         info = self.source.weights.info(self._stored[name])
         width = info.numel // info.shape[0] if info.shape and info.numel else 1
         end = None if stop is None else stop * width
         values = self.source.weights.read(self._stored[name], start * width, end)
         values = values.view(-1, *info.shape[1:]) if info.shape else values.view(())
-        return values.to(self.source.dtype) if values.is_floating_point() else values
+        return cast_weight(values, self._state[name].dtype)[0]
 
     @contextmanager
     def hold(self, prefix: str, without: str | None = None) -> Iterator[None]:

@@ -120,7 +120,7 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
                 f"models.{name}={path} is the folder of a run without an exported model: write it with launch/export.py, "
                 "then give its folder"
             )
-    return open_source(ModelConfig(path=path, dtype=config.dtype))
+    return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
 
 
 def _tasks(config: EvaluateConfig, show: bool) -> Any:

@@ -19,6 +19,7 @@ from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import fingerprint
 from seft_dist.optim.targets import weight_name
 from seft_dist.sparsity.bitmask import unpack
+from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.distributed import Ranks, together
 
@@ -62,7 +63,7 @@ def model_fingerprint(source: Source, seft: SeftOptimizer, ranks: Ranks) -> str:
                 values = source.weights.read(others[i], start, stop)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{tensors[others[i]].file} cannot be read: {error}") from error
-            values = values.to(source.dtype) if values.is_floating_point() else values
+            values, _ = cast_weight(values, source.dtype)
             for part in values.split(_CACHED):
                 prints[i] += fingerprint(part, start)
                 start += part.numel()

@@ -1,0 +1,116 @@
+"""A model's config.json, checked before anything is built after it: what it claims must fit what the files hold."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import with_config
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from typing_extensions import TypedDict
+
+from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.io.weights import Weights
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+# A model cannot have more layers than tensors. The other numbers may be defaults that a family does not use, as those of
+# experts in a dense model: they are only kept from taking all time or memory.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_USUAL_LAYERS, _USUAL_EXPERTS, _USUAL_WIDTH = 1000, 4096, 1 << 20
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WIDTHS = (
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads"),
+    *("head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+)
+_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
+
+
+@with_config(LENIENT)
+class Settings(TypedDict):
+    """What config.json must say at least."""
+
+    model_type: str
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read config.json as it is.
+
+    Raises:
+        ValueError: There is none, or it is no set of named entries with a model type.
+    """
+    try:
+        return dict(read_json(folder / CONFIG, Settings))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no {CONFIG}: needs the folder of a Hugging Face causal LM") from error
+
+
+def read_config(folder: Path, weights: Weights) -> PreTrainedConfig:
+    """Read config.json as transformers understands it.
+
+    Args:
+        folder: Of the model.
+        weights: Its files, of which only headers are looked at.
+
+    Raises:
+        ValueError: It does not fit the files, or transformers does not know such a model.
+    """
+    settings = read_settings(folder)
+    _check_sizes(settings, weights, folder / CONFIG)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # configurations raise whatever their own arithmetic does
+        raise ValueError(
+            f"{folder}: no model that transformers knows ({first_line(error)}); needs a {CONFIG} of a causal LM"
+        ) from error
+
+
+def read_generation(folder: Path) -> GenerationConfig | None:
+    """Read generation_config.json, if there is one.
+
+    Raises:
+        ValueError: It holds what transformers does not take.
+    """
+    if not (folder / GENERATION).is_file():
+        return None
+    read_json(folder / GENERATION, dict[str, Any])
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as many kinds as it has fields
+        raise ValueError(
+            f"{folder / GENERATION} is not taken by transformers ({first_line(error)}): repair or remove it"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+def _check_sizes(settings: dict[str, Any], weights: Weights, file: Path) -> None:
+    """Refuse numbers that the files cannot hold: building such a model takes for ever, or all memory."""
+    infos = weights.tensors.values()
+    tensors = len(infos)
+    widest = max((max(info.shape, default=1) for info in infos), default=1)
+    stacked = max((info.shape[0] for info in infos if len(info.shape) > 2), default=0)
+    limits = dict.fromkeys(_LAYERS, tensors)
+    limits |= dict.fromkeys(_FIRST_LAYERS, max(tensors, _USUAL_LAYERS))
+    limits |= dict.fromkeys(_EXPERTS, max(tensors, stacked, _USUAL_EXPERTS))
+    limits |= dict.fromkeys(_WIDTHS, max(widest, _USUAL_WIDTH))
+    for part, inner in {"": settings, **{k: v for k, v in settings.items() if isinstance(v, dict)}}.items():
+        for key, most in limits.items():
+            value, name = inner.get(key), f"{part}.{key}" if part else key
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if number is None:
+                    continue
+                if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
+                    raise ValueError(
+                        f"{file} says {name} is {_short(number)}, but the weight files hold {tensors} tensors with sides "
+                        f"up to {widest}: needs a whole number from 0 to {most}; the two may be of different models"
+                    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

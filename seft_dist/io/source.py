@@ -1,0 +1,193 @@
+"""A model on disk: found, checked, and told apart from what cannot be used, before anything is loaded."""
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from seft_dist.config import ModelConfig
+from seft_dist.io.packed import open_weights
+from seft_dist.io.readers import CHAT_TEMPLATES, TOKENIZER_FILES
+from seft_dist.io.settings import CONFIG, GENERATION, read_config, read_generation, read_settings
+from seft_dist.io.weights import Weights
+from seft_dist.sparsity.casts import cast_weight
+
+log = logging.getLogger(__name__)
+
+_PIECE = 1 << 24
+"""Positions to compare at a time."""
+SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
+"""Of compressed-tensors, which nothing current can load."""
+
+
+def locate(path: str) -> Path:
+    """Find the folder of a model, from the Hugging Face hub if it is not a local one. Local.
+
+    Args:
+        path: A folder, or a hub name such as "org/model".
+
+    Returns:
+        The folder (of the hub's cache).
+
+    Raises:
+        ValueError: There is no such folder, and the hub does not give the model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(
+            f"model.path={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG, GENERATION, *TOKENIZER_FILES]
+        patterns.append(f"{CHAT_TEMPLATES}/*.jinja")
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub's client has no common error type
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path={path} is not a folder here, and the hub did not give it: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal LM on disk, checked but not loaded."""
+
+    folder: Path
+    config: PreTrainedConfig
+    weights: Weights
+    dtype: torch.dtype
+    """Type in which the weights will be held."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Entries in which config.json should be another, so that it describes the files."""
+
+    def computes_in_fp32(self, name: str) -> bool:
+        """Whether a model held in a 16-bit type has this weight in fp32 nevertheless, as transformers does for some."""
+        return self.dtype != torch.float32 and _named(self.config, "_keep_in_fp32_modules_strict", name)
+
+    def written(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, int]:
+        """Read a whole tensor as exports write it.
+
+        A tensor keeps its bits and its type if it is stored in another type than most of the model, or if the family
+        keeps it in fp32: a router's bias, rounded, chooses other experts.
+
+        Args:
+            name: In the files.
+            dtype: Type that the model is written in; None: as it is stored.
+
+        Returns:
+            The tensor in its shape, and how many weights were too small for the type and are kept at its smallest
+            number.
+        """
+        info = self.weights.info(name)
+        tensor = self.weights.read(name).view(info.shape)
+        if dtype is None or info.dtype != self.weights.dtype:
+            return tensor, 0
+        if dtype.itemsize < info.dtype.itemsize and any(_named(self.config, kind, name) for kind in _KEPT):
+            return tensor, 0
+        return cast_weight(tensor, dtype)
+
+
+_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+
+
+def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: str = "--model.dtype") -> Source:
+    """Find a model and read its headers.
+
+    Args:
+        config: Which model.
+        dtype: Type the weights must have (a ds_config's); None: what config.dtype says.
+        option: What chooses the type where the model was asked for, for messages.
+
+    Returns:
+        What ``load_model`` needs.
+
+    Raises:
+        ValueError: No such model, weights that are not safetensors or are quantized, remote code, or a wrong dtype.
+    """
+    folder = locate(config.path)
+    _refuse_quantized(folder, read_settings(folder))
+    weights = open_weights(folder)
+    hf = read_config(folder, weights)
+    _refuse_quantized(folder, {"quantization_config": getattr(hf, "quantization_config", None)})
+    read_generation(folder)
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    if dtype is not None and named not in (None, dtype):
+        raise ValueError(
+            f'model.dtype={config.dtype}, but the ds_config trains in {dtype}: set "bf16": {{"enabled": true}} in the '
+            "ds_config for bfloat16, remove it for float32, or leave model.dtype at auto"
+        )
+    chosen = dtype or named or weights.dtype
+    if chosen not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{folder} is stored in {chosen}: choose {option} float32 or bfloat16")
+    changes: dict[str, Any] = {}
+    if _has_head_of_its_own(hf, weights):
+        log.warning(
+            "%s: config.json says that the output head is the embeddings (tie_word_embeddings), but the files hold a head "
+            "that differs: it is used, as by transformers 5, and exports say so",
+            folder,
+        )
+        changes["tie_word_embeddings"] = hf.tie_word_embeddings = False
+    source = Source(folder, hf, weights, chosen, changes)
+    if dtype == torch.bfloat16:
+        _warn_of_rounding(source)
+    return source
+
+
+def _refuse_quantized(folder: Path, settings: dict[str, Any]) -> None:
+    if settings.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder} is quantized: needs plain float32 or bfloat16 weights; launch/export.py plain makes them, where "
+            "transformers can"
+        )
+    sparse = settings.get("sparsity_config")
+    if isinstance(sparse, dict) and sparse.get("format") in SPARSE_FORMATS:
+        raise ValueError(
+            f"{folder} is stored as {sparse['format']}, which current compressed-tensors cannot load: unpack it where an "
+            "older one is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
+        )
+
+
+def _named(config: PreTrainedConfig, kind: str, name: str) -> bool:
+    """Whether a model's class lists a weight under one of transformers' headings."""
+    patterns = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), kind, None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _has_head_of_its_own(config: PreTrainedConfig, weights: Weights) -> bool:
+    """Whether a head that config.json calls tied is in the files with other values than the embeddings."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return False
+    tied = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_tied_weights_keys", None)
+    for pair in tied.items() if isinstance(tied, dict) else ():
+        one, two = (weights.find(name) for name in pair)
+        if one is None or two is None or one == two:
+            continue
+        numel = weights.info(one).numel
+        if weights.info(one).shape != weights.info(two).shape:
+            return True
+        for start in range(0, numel, _PIECE):
+            stop = min(start + _PIECE, numel)
+            if not torch.equal(weights.read(one, start, stop), weights.read(two, start, stop)):
+                return True
+    return False
+
+
+def _warn_of_rounding(source: Source) -> None:
+    """Say what DeepSpeed does to weights that a family keeps in fp32."""
+    tensors = source.weights.tensors
+    rounded = [name for name in tensors if tensors[name].dtype == torch.float32 and source.computes_in_fp32(name)]
+    if rounded:
+        log.warning(
+            "%s keeps %d tensors in fp32 (%s ...), which DeepSpeed holds in bf16 while it trains; exports have them as "
+            "they are stored",
+            source.folder,
+            len(rounded),
+            rounded[0],
+        )

@@ -1,0 +1,48 @@
+"""Weights in another type: zeros stay zeros, without a sign; what is not zero never becomes zero."""
+
+import torch
+from torch import Tensor
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def unsigned_zeros(values: Tensor) -> Tensor:
+    """Replace -0.0 by +0.0; every other bit stays, also those of NaN.
+
+    Products of weights and masks leave -0.0 behind. It compares equal to 0, but has bits: kernels for sparse weights and
+    packed files would carry it along as a value.
+
+    Args:
+        values: Any shape, type and device.
+
+    Returns:
+        ``values`` itself if there is none, or if they are no floating numbers of 2, 4 or 8 bytes; else a copy.
+    """
+    bits = _BITS.get(values.element_size())
+    if bits is None or not values.is_floating_point():
+        return values
+    negative = values.contiguous().view(bits) == torch.iinfo(bits).min
+    return values.masked_fill(negative, 0.0) if bool(negative.any()) else values
+
+
+def cast_weight(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Cast weights so that no weight becomes 0: what is too small is kept at the type's smallest number, with its sign.
+
+    A weight that became 0 would count as pruned: below 2^-134 (4.6e-41) that is what a plain cast to bfloat16 does.
+
+    Args:
+        values: Any shape, type and device; integers and booleans are not cast.
+        dtype: Floating type wanted.
+
+    Returns:
+        The weights in ``dtype``, and how many of them were too small.
+    """
+    if not values.is_floating_point() or values.dtype == dtype:
+        return values, 0
+    cast = values.to(dtype)
+    lost = (cast == 0) & (values != 0)
+    count = int(lost.sum())
+    if count:
+        smallest = torch.ones((), dtype=_BITS[dtype.itemsize], device=cast.device).view(dtype)
+        cast = torch.where(lost, torch.where(values < 0, -smallest, smallest), cast)
+    return cast, count
