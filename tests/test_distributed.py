@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seft_dist.training.distributed import check_agreement, find_ranks, first_host, start, together
+from seft_dist.training.distributed import check_agreement, find_ranks, start, together
+from seft_dist.training.rendezvous import first_host
 from tests.ranks import run_ranks
 
 

@@ -86,7 +86,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
-        if _speaks_first():
+        if getattr(error, "from_any_rank", False) or _speaks_first():
             print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
