@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.method import SeftConfig
 
 
@@ -42,6 +42,7 @@ class ClusterConfig:
     """Memory lost to fragmentation, as a share of what tensors need. An assumption."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "cluster.")
         check(self.nodes >= 1, f"cluster.nodes={self.nodes}", "at least 1")
         check(self.gpus_per_node >= 1, f"cluster.gpus_per_node={self.gpus_per_node}", "at least 1")
         for name in ("memory_gb", "tflops", "intra_gb_s", "inter_gb_s"):
@@ -87,6 +88,7 @@ class PlanConfig:
     """With cluster.gpu cpu: write the measured rates to this file, for later plans."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.model), "model is empty", "a name, a folder or a config.json")
         check(0 <= self.sparsity < 1, f"sparsity={self.sparsity}", "a share from 0 to below 1")
         check(
