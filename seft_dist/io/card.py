@@ -3,13 +3,13 @@
 Nothing is made up: what no file says is not in the card, or the card says that it was not recorded.
 """
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from seft_dist.files.reading import read_json, read_yaml
 from seft_dist.io.models import Source
 from seft_dist.io.semi_structured import target_rows
 from seft_dist.io.tables import kind_of
@@ -89,8 +89,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else json.loads(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = read_yaml(file) if file.suffix == ".yaml" else read_json(file, dict[str, Any])
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): repair or remove it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is no set of named entries: repair or remove it")

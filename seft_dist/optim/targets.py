@@ -128,7 +128,9 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     the one of ``regex`` has a limit, and unlike engines of linear time it knows all that Python's does.
     """
     if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"targets has {len(pattern)} characters: needs a regular expression of at most {_LONGEST_PATTERN}")
+        raise ValueError(
+            f"targets has {len(pattern)} characters: needs a regular expression of at most {_LONGEST_PATTERN}"
+        )
     try:
         re.compile(pattern)
         wanted = regex.compile(pattern)

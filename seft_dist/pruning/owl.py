@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
+
+from seft_dist.files.reading import read_yaml
 
 
 def outlier_share(scores: list[Tensor], threshold: float) -> float:
@@ -70,9 +71,9 @@ def read_sparsities(path: str, targets: Iterable[str], default: float | None) ->
     if not file.is_file():
         raise ValueError(f'layer_ratios={path} is no file: needs "uniform", "owl" or a JSON or YAML file')
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+        content = read_yaml(file)  # JSON is YAML
+    except ValueError as error:
+        raise ValueError(f"layer_ratios: {error}; a file that is neither JSON nor YAML cannot be read") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f'{path} holds {type(content).__name__}: needs names to sparsities, as "model.layers.0: 0.5"')
     for name, value in content.items():
