@@ -122,7 +122,9 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None) -> Source
         )
     chosen = dtype or named or weights.dtype
     if chosen not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{folder} is stored in {chosen}: choose --model.dtype float32 or bfloat16")
+        raise ValueError(
+            f"{folder} is stored in {chosen}: choose float32 or bfloat16 (--model.dtype; launch/evaluate.py: --dtype)"
+        )
     return Source(folder, hf, weights, chosen)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, check_kind
+from seft_dist.files.reading import LENIENT, check_kind, read_json
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
     Count,
@@ -25,7 +25,6 @@ from seft_dist.results.run_files import (
     read_config,
     read_evaluations,
     read_lines,
-    read_result,
     unlike,
 )
 
@@ -66,6 +65,13 @@ class _Whole(Result):
     world_size: Count
     backend: str
     density: float
+
+
+class _Measured(TypedDict):
+    __pydantic_config__ = LENIENT
+    path: str
+    perplexity: float
+    sparsity: float
 
 
 class _Method(TypedDict):
@@ -128,7 +134,7 @@ def read_run(folder: Path) -> Run:
         f"run launch/evaluate.py with --output {folder / 'eval.json'}",
     )
     config = _read(read_config, folder / "config.yaml", train)
-    result: dict[str, Any] = dict(_read(read_result, folder / "result.json", train))
+    result = _read(lambda path: read_json(path, dict[str, Any]), folder / "result.json", train)
     lines = _read(lambda path: read_lines(path, _Step), folder / "metrics.jsonl", train)
     found = _read(read_evaluations, folder / "eval.json", evaluate)
     models = found["models"]
@@ -137,11 +143,13 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is not a whole run, it has no {', '.join(missing or ['steps'])}: {train}")
     check_kind(result, _Whole, str(folder / "result.json"))
     check_kind(config, _Config, str(folder / "config.yaml"))
-    missing = [name for name in MODELS if not {"perplexity", "path", "sparsity"} <= models.get(name, {}).keys()]
+    missing = [name for name in MODELS if "perplexity" not in models.get(name, {})]
     if missing:
         raise ValueError(
             f"{folder / 'eval.json'} has no perplexity of {', '.join(missing)}: {evaluate} and these names"
         )
+    for name in MODELS:
+        check_kind(models[name], _Measured, f"{folder / 'eval.json'}, model {name}")
     apart = unlike({name: how_measured(found, name) for name in MODELS})
     return Run(folder=folder, config=config, result=result, steps=lines, models=dict(models), apart=apart)
 
