@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from seft_dist.training import distributed
 from seft_dist.training.distributed import check_agreement, find_ranks, start, together
 from seft_dist.training.rendezvous import Meeting, first_host, meet
 from tests.ranks import run_ranks
@@ -85,11 +86,6 @@ def test_ranks_are_found_under_every_launcher(env: dict[str, str], expected: tup
         ({"RANK": "", "WORLD_SIZE": " "}, (0, 1, "python")),
         ({"RANK": "", "WORLD_SIZE": "8"}, (0, 1, "python")),
         ({"RANK": "3"}, (0, 1, "python")),
-        # srun --ntasks 4 --pty bash, and in it python: the shell is the step's task
-        (
-            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PTY_PORT": "40001"},
-            (0, 1, "python"),
-        ),
         # LaunchParameters=use_interactive_step: salloc opens a shell in a step of one task
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, (0, 1, "slurm")),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, (0, 1, "python")),
@@ -111,6 +107,23 @@ def test_ranks_are_found_under_every_launcher(env: dict[str, str], expected: tup
 )
 def test_variables_that_were_left_over(env: dict[str, str], expected: tuple[int, int, str]) -> None:
     ranks = find_ranks(env)
+    assert (ranks.rank, ranks.world_size, ranks.launcher) == expected
+
+
+@pytest.mark.parametrize(
+    ("terminal", "task", "expected"),
+    [
+        (True, False, (0, 1, "python")),  # srun --ntasks 4 --pty bash, and in it python: the shell is the step's task
+        (True, True, (3, 4, "slurm")),  # srun --ntasks 4 --pty python
+        (False, False, (3, 4, "slurm")),  # in such a shell: srun --ntasks 4 apptainer exec ... python
+    ],
+)
+def test_a_shell_of_srun(
+    terminal: bool, task: bool, expected: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_has_terminal", lambda: terminal)
+    monkeypatch.setattr(distributed, "_is_task_of_slurm", lambda: task)
+    ranks = find_ranks({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "40001"})
     assert (ranks.rank, ranks.world_size, ranks.launcher) == expected
 
 

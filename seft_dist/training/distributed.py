@@ -115,13 +115,26 @@ def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str,
 
 
 def _typed_in_a_step(env: Mapping[str, str]) -> bool:
-    """Whether this process was started in a shell that srun --pty has opened: the shell is the step's task, not we."""
-    if "SLURM_PTY_PORT" not in env:
-        return False
+    """Whether this process was typed into a shell that srun --pty has opened: the shell is the step's task, not we.
+
+    A step that was started from such a shell has the variable too, but no terminal; srun --pty python has no shell.
+    """
+    return "SLURM_PTY_PORT" in env and _has_terminal() and not _is_task_of_slurm()
+
+
+def _has_terminal() -> bool:
     try:
-        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() != "slurmstepd"
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _is_task_of_slurm() -> bool:
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
     except OSError:  # no Linux
-        return True
+        return False
 
 
 def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
