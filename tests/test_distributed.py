@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seft_dist.training import distributed
+from seft_dist.training import launchers
 from seft_dist.training.distributed import check_agreement, find_ranks, start, together
 from seft_dist.training.rendezvous import Meeting, first_host, meet
 from tests.ranks import run_ranks
@@ -121,8 +121,8 @@ def test_variables_that_were_left_over(env: dict[str, str], expected: tuple[int,
 def test_a_shell_of_srun(
     terminal: bool, task: bool, expected: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "_has_terminal", lambda: terminal)
-    monkeypatch.setattr(distributed, "_is_task_of_slurm", lambda: task)
+    monkeypatch.setattr(launchers, "_has_terminal", lambda: terminal)
+    monkeypatch.setattr(launchers, "_is_task_of_slurm", lambda: task)
     ranks = find_ranks({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "40001"})
     assert (ranks.rank, ranks.world_size, ranks.launcher) == expected
 

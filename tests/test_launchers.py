@@ -49,21 +49,25 @@ def start(command: list[str], *, terminal: bool = False, **variables: str) -> su
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT)
     env |= variables
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        preexec_fn=take_terminal if terminal else None,
-    )
+    own, inner = os.openpty()
 
+    def take_terminal() -> None:  # as a process has that is typed into a shell
+        os.setsid()
+        fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
 
-def take_terminal() -> None:
-    """Give this process a terminal of its own, as one that is typed into a shell has."""
-    os.setsid()
-    fcntl.ioctl(os.openpty()[1], termios.TIOCSCTTY, 0)
+    try:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            preexec_fn=take_terminal if terminal else None,
+        )
+    finally:
+        os.close(own)
+        os.close(inner)
 
 
 def launcher(name: str) -> list[str]:

@@ -19,20 +19,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from seft_dist.training.launchers import read_ranks, variables_of_ranks, whole
 from seft_dist.training.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_meeting_place
 
 T = TypeVar("T")
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
-
-# Launcher, and its variables for rank, number of ranks, rank on the machine.
-_LAUNCHERS = (
-    ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,94 +64,25 @@ def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
         ValueError: The launcher's variables are incomplete, are no numbers, or contradict each other or an outer
             launcher's.
     """
-    env = _without_empty(env)
-    for launcher, rank, world_size, local_rank in _LAUNCHERS:
-        if not _complete(env, launcher, rank, world_size, local_rank):
-            continue
-        number, size = _whole(env, rank), _whole(env, world_size)
-        local = _whole(env, local_rank) if local_rank in env else 0
-        if not 0 <= number < size:
-            raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
-        if local < 0:
-            raise ValueError(f"{local_rank}={local}: needs this rank's number on its machine, 0 or more")
-        if size > 1 and local_rank not in env and torch.cuda.device_count() > 1:
-            raise ValueError(f"{rank} is set but {local_rank} is not: it is needed to choose this rank's GPU")
-        if launcher == "torch" and size > 1:
-            _refuse_other_ranks(env, number, size)
-        told_by = f"{rank}={number}, {world_size}={size}"
-        return Ranks(
-            rank=number, local_rank=local, world_size=size, launcher=launcher, device=_device(local), told_by=told_by
-        )
-    return Ranks(device=_device(0))
+    told = read_ranks(_environment(env))
+    if told is None:
+        return Ranks(device=_device(0))
+    if told.world_size > 1 and told.local_rank is None and torch.cuda.device_count() > 1:
+        raise ValueError(f"{told.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
+    local = told.local_rank or 0
+    return Ranks(
+        rank=told.rank,
+        local_rank=local,
+        world_size=told.world_size,
+        launcher=told.launcher,
+        device=_device(local),
+        told_by=told.variables,
+    )
 
 
-def _without_empty(env: Mapping[str, str] | None) -> dict[str, str]:
+def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that are not empty."""
     return {name: value for name, value in (os.environ if env is None else env).items() if value.strip()}
-
-
-def _whole(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env[name])
-    except ValueError:
-        raise ValueError(
-            f"{name}={env[name]!r} in the environment: needs a whole number; unset it if no launcher is meant"
-        ) from None
-
-
-def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str, local_rank: str) -> bool:
-    """Whether a launcher has told this process who it is."""
-    # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
-    # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
-    if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
-        return False
-    return launcher != "slurm" or not _typed_in_a_step(env)
-
-
-def _typed_in_a_step(env: Mapping[str, str]) -> bool:
-    """Whether this process was typed into a shell that srun --pty has opened: the shell is the step's task, not we.
-
-    A step that was started from such a shell has the variable too, but no terminal; srun --pty python has no shell.
-    """
-    return "SLURM_PTY_PORT" in env and _has_terminal() and not _is_task_of_slurm()
-
-
-def _has_terminal() -> bool:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
-def _is_task_of_slurm() -> bool:
-    try:
-        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
-    except OSError:  # no Linux
-        return False
-
-
-def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
-    """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
-    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:  # torchrun, deepspeed: one agent for each outer task
-        return
-    for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
-        if not _complete(env, launcher, rank, world_size, local_rank):
-            continue
-        outer, tasks = _whole(env, rank), _whole(env, world_size)
-        if tasks > 1 and (size % tasks or number * tasks // size != outer):
-            raise ValueError(
-                f"RANK={number}, WORLD_SIZE={size}, but {rank}={outer}, {world_size}={tasks}: one of them is left over from "
-                f"another launcher; unset RANK and WORLD_SIZE, or {rank} and {world_size}"
-            )
-
-
-def _warn_of_unused(env: Mapping[str, str]) -> None:
-    """Say that this process runs alone although variables speak of several ranks."""
-    names = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    names += [name for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") if env.get(name, "1") != "1"]
-    if names:
-        found = ", ".join(f"{name}={env[name]}" for name in names)
-        print(f"one process, although {found}: no launcher (torchrun, srun, ...) started it as a rank", file=sys.stderr)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -188,8 +112,11 @@ def start(
         OSError: Ranks did not come, or cannot reach each other.
     """
     ranks = find_ranks()
-    if ranks.launcher == "python":
-        _warn_of_unused(_without_empty(None))
+    unused = variables_of_ranks(_environment()) if ranks.launcher == "python" else ""
+    if unused:
+        print(
+            f"one process, although {unused}: no launcher (torchrun, srun, ...) started it as a rank", file=sys.stderr
+        )
     if (ranks.world_size > 1 or group or deepspeed) and not dist.is_initialized():
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
@@ -238,10 +165,10 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     Returns:
         ``host``; ``slurm`` (job, restarts, nodes) or None; ``environment``, variables of libraries that may change a result.
     """
-    env = _without_empty(env)
+    env = _environment(env)
     slurm = {
         "job_id": env.get("SLURM_JOB_ID"),
-        "restart_count": _whole(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
+        "restart_count": whole(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
         "nodes": env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"),
     }
     return {
@@ -353,7 +280,7 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
         return dist.HashStore()
     address, port = _meeting_place(ranks)
     wait, env = min(timeout, LONGEST_WAIT), os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if ranks.launcher == "torch" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if env.get("GROUP_WORLD_SIZE") != "1":
             return None
         try:
@@ -374,14 +301,14 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
 
 def _meeting_place(ranks: Ranks) -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT; set where the launcher did not."""
-    env = _without_empty(None)
+    env = _environment()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         if ranks.launcher == "mpi":
             address, port = mpi_meeting_place(ranks.world_size, ranks.told_by)
         elif ranks.launcher == "slurm":
-            job = _whole(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
-            step = _whole(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+            job = whole(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+            step = whole(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
             address = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
             port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
         else:
@@ -391,7 +318,7 @@ def _meeting_place(ranks: Ranks) -> tuple[str, int]:
             )
         env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | env
         os.environ.update({name: env[name] for name in missing})
-    port = _whole(env, "MASTER_PORT")
+    port = whole(env, "MASTER_PORT")
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT={port}: needs a port, 1 to 65535")
     return env["MASTER_ADDR"], port
