@@ -124,7 +124,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     """Names in which a regular expression is found.
 
-    Python's own engine may search some patterns, such as (a+)+$, for longer than anybody waits, and cannot be stopped;
+    Python's own engine may search some patterns, such as (a|a)+$, for longer than anybody waits, and cannot be stopped;
     the one of ``regex`` has a limit, and unlike engines of linear time it knows all that Python's does.
     """
     if len(pattern) > _LONGEST_PATTERN:
@@ -143,7 +143,7 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     except TimeoutError as error:
         raise ValueError(
             f"targets={pattern!r} takes more than {_SEARCH_SECONDS:g} s to search in one name: needs a regular expression "
-            "without repetitions inside repetitions, as in (a+)+"
+            "without repetitions inside repetitions, as in (a|a)+"
         ) from error
 
 
