@@ -226,3 +226,27 @@ def test_door_gives_a_task_of_lm_eval_records_from_a_file(top: Path, tmp_path: P
         right += number == record["label"]
     assert tasks["boolq"]["acc"] == right / 5
     assert f"{tasks['boolq']['acc']:.4f}" in done.stdout and "boolq" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ question.__class__.__mro__ }}", "reaches for more than its record"),
+        ("{{ cycler.__init__.__globals__.os.getcwd() }}", "reaches for more than its record"),
+        ("{{ nothing_like_this }}", "cannot be"),
+    ],
+)
+def test_templates_reach_their_record_only(template: str, message: str, top: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, {**SCIENCE, "doc_to_text": template}, science(3))
+    config = EvaluateConfig(models={"dense": str(top / "dense")}, tasks="science", tasks_path=str(tmp_path), limit=1)
+    with pytest.raises(ValueError, match=message):
+        evaluate(config, show=False)
+
+
+def test_a_description_whose_aliases_multiply(top: Path, tmp_path: Path) -> None:
+    lines = ["a: &a [x,x,x,x,x,x,x,x,x]"]
+    lines += [f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]" for m, n in zip("abcdefgh", "bcdefghi", strict=True)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
+    config = EvaluateConfig(models={"dense": str(top / "dense")}, tasks="science", tasks_path=str(tmp_path))
+    with pytest.raises(ValueError, match="bomb.yaml stands for"):
+        load_tasks(config, show=False)

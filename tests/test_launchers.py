@@ -1,11 +1,13 @@
 """launch/train.py as users start it: plain python, torchrun, deepspeed, accelerate launch, mpirun; two real ranks."""
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -40,13 +42,32 @@ def port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command as from a fresh shell: none of the tests' own rank variables."""
+def start(command: list[str], *, terminal: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as from a fresh shell, with some variables: none of the tests' own rank variables."""
     known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     env = {key: value for key, value in os.environ.items() if key not in known}
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    env |= variables
+    own, inner = os.openpty()
+
+    def take_terminal() -> None:  # as a process has that is typed into a shell
+        os.setsid()
+        fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
+
+    try:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            preexec_fn=take_terminal if terminal else None,
+        )
+    finally:
+        os.close(own)
+        os.close(inner)
 
 
 def launcher(name: str) -> list[str]:
@@ -101,3 +122,29 @@ def test_a_users_error_is_one_message(name: str, inputs: Path, tmp_path: Path) -
     for part in ("launch", "seft_dist"):  # torchrun adds a traceback of its own, we do not
         assert f'File "{ROOT}/{part}' not in failed.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_among_variables_that_were_left_over(inputs: Path, tmp_path: Path) -> None:
+    """In a shell that srun --pty has opened, after a job that set an address: FSDP in one process needs neither."""
+    shell = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    shell |= {"SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gone[1-2]", "SLURM_PTY_PORT": "40001"}
+    leaked = {"RANK": "", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, SCRIPT, *options(inputs, tmp_path / "run"), "--backend", "fsdp"]
+    done = start(command, terminal=True, **shell, **leaked)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 1
+    assert "one process, although SLURM_NTASKS=4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [("0", "rank 1 of 2 did not come within 2 s"), ("1", "rank 1 found no rank 0 at 127.0.0.1")],
+)
+def test_a_rank_that_is_alone_says_so(rank: str, message: str, inputs: Path, tmp_path: Path) -> None:
+    """Variables of a notebook's terminal, or of a launcher whose other ranks have died: no waiting for half an hour."""
+    leaked = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    failed = start([sys.executable, SCRIPT, *options(inputs, tmp_path / "run"), "--timeout", "2"], **leaked)
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert failed.returncode == 1 and len(lines) == 1, failed.stderr[-4000:]
+    assert message in lines[0] and f"RANK={rank}, WORLD_SIZE=2" in lines[0] and "unset RANK WORLD_SIZE" in lines[0]
+    assert "Traceback" not in failed.stderr and not (tmp_path / "run").exists()

@@ -167,6 +167,26 @@ def test_tables_and_figures(make_run: Callable[..., Path]) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
+def test_models_of_different_types_are_not_compared_in_silence(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    found = json.loads((folder / "eval.json").read_text())
+    for name, model in found["models"].items():
+        model["policy"] = {"text": "4f", "dtype": "bfloat16" if name == "repaired" else "float32"}
+    (folder / "eval.json").write_text(json.dumps(found))
+    print_tables(read_run(folder), console := Console(width=200, record=True))
+    said = console.export_text()
+    assert "cannot be compared: dtype is float32 (dense, pruned); bfloat16 (repaired)" in said
+
+
+def test_a_model_that_diverged_is_still_drawn(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    text = (folder / "eval.json").read_text()
+    (folder / "eval.json").write_text(text.replace("29.0", "NaN").replace("66.0", "0"))
+    run = read_run(folder)
+    print_tables(run, Console(record=True))
+    assert len(write_figures(run, folder)) == 3
+
+
 def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]) -> None:
     folder = make_run(moves=False)
     metrics = folder / "metrics.jsonl"

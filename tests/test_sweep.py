@@ -28,7 +28,27 @@ def make_run(folder: Path, *, loss: float | None = None, perplexity: float | Non
             json.dumps({"steps": 2, "loss": loss, "seconds": 1.5, "sparsity": sparsity})
         )
     if perplexity is not None:
-        (folder / "eval.json").write_text(json.dumps({"models": {"repaired": {"perplexity": perplexity}}}))
+        write_eval(folder, perplexity)
+
+
+def write_eval(folder: Path, perplexity: float, how: dict[str, Any] | None = None, **policy: Any) -> None:
+    """eval.json: as it was before it had a policy, or with one."""
+    old = {
+        "path": "heldout.jsonl",
+        "split": "train",
+        "window": 16,
+        "stride": None,
+        "max_tokens": None,
+        "num_tokens": 90,
+    }
+    old |= {"dtype": "auto"} | (how or {})
+    model = {"perplexity": perplexity} | {name: old[name] for name in ("window", "stride", "num_tokens")}
+    content = {
+        "data": {name: old[name] for name in ("path", "split")},
+        "settings": {name: old[name] for name in ("max_tokens", "dtype")},
+        "models": {"repaired": model | ({"policy": policy} if policy else {})},
+    }
+    (folder / "eval.json").write_text(json.dumps(content))
 
 
 def attempts(folder: Path, *ends: tuple[str, int], begun: int | None = None) -> None:
@@ -98,6 +118,76 @@ def test_means_over_seeds(tmp_path: Path) -> None:
     assert "Means over seeds" in console.export_text()
 
 
+POLICY = {
+    "data": "a",
+    "text": "4f",
+    "join": "documents",
+    "tokenizer": "9c",
+    "seq_len": 16,
+    "stride": None,
+    "dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        ({}, {"window": 64}, "seq_len is 16 (0); 64 (1)"),
+        ({}, {"stride": 8}, "stride is None (0); 8 (1)"),
+        ({}, {"path": "other.jsonl"}, "path is heldout.jsonl (0); other.jsonl (1)"),
+        ({}, {"num_tokens": 91}, "num_tokens is 90 (0); 91 (1)"),
+        ({}, {"max_tokens": 50}, "max_tokens is None (0); 50 (1)"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, "dtype is float32 (0); bfloat16 (1)"),
+        (POLICY, {**POLICY, "text": "55"}, "text is 4f (0); 55 (1)"),
+        (POLICY, {**POLICY, "join": "newline"}, "join is documents (0); newline (1)"),
+        (POLICY, {**POLICY, "tokenizer": "00"}, "tokenizer is 9c (0); 00 (1)"),
+        (POLICY, {**POLICY, "dtype": "bfloat16"}, "dtype is float32 (0); bfloat16 (1)"),
+        ({"window": 64}, POLICY, "seq_len is 64 (0); 16 (1)"),  # an older file beside a newer one
+    ],
+)
+def test_no_mean_over_unlike_evaluations(
+    first: dict[str, Any], second: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    for seed, how in enumerate((first, second)):
+        make_run(tmp_path / str(seed), loss=2.0 + seed, seed=seed, seft__seed=seed)
+        if how is POLICY or "join" in how:
+            write_eval(tmp_path / str(seed), 320.0 + seed, **how)
+        else:
+            write_eval(tmp_path / str(seed), 320.0 + seed, how)
+    text = written(tmp_path)[1]
+    assert "2.5000 +- 0.7071 | unlike |" in text and "320.5" not in text
+    assert f"No mean of perplexity: {named}" in text and f"These perplexities cannot be compared: {named}" in text
+
+
+def test_a_mean_over_like_evaluations(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / str(seed), loss=2.0, seed=seed, seft__seed=seed)
+        write_eval(tmp_path / str(seed), 320.0 + seed, **{**POLICY, "data": f"copy-{seed}"})
+    text = written(tmp_path)[1]
+    assert "320.500 +- 0.707" in text and "Warning" not in text
+
+
+def test_no_mean_over_other_sparsities_and_options(tmp_path: Path) -> None:
+    """tasks.tsv names seeds only, but the pruned model, or the recipe, was another one."""
+    (tmp_path / TASKS).write_text("a\t--seed 0\nb\t--seed 1\n")
+    for seed, name in enumerate("ab"):
+        make_run(tmp_path / name, loss=2.0 + seed, seed=seed)
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    result["sparsity"]["target"] = 0.5
+    (tmp_path / "b" / "result.json").write_text(json.dumps(result))
+    text = written(tmp_path)[1]
+    assert (
+        "| 2 | unlike | unlike |" in text and "No mean of loss: target sparsity is 60.0000% (a); 50.0000% (b)" in text
+    )
+    result["sparsity"]["target"] = 0.6
+    (tmp_path / "b" / "result.json").write_text(json.dumps(result))
+    assert "Warning" not in written(tmp_path)[1]
+    config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    config["optim"]["lr"] = 0.5
+    (tmp_path / "b" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "No mean of loss: optim.lr is 0.001 (a); 0.5 (b)" in written(tmp_path)[1]
+
+
 @pytest.mark.slow
 def test_figure(tmp_path: Path) -> None:
     for lr in (0.001, 0.002):
@@ -113,7 +203,7 @@ def test_what_is_not_a_sweep(tmp_path: Path) -> None:
         read_sweep(SweepConfig(folder=str(tmp_path)))
     make_run(tmp_path / "a")
     (tmp_path / "a" / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="a file of the run .* cannot be read"):
+    with pytest.raises(ValueError, match="a/result.json is no JSON"):
         read_sweep(SweepConfig(folder=str(tmp_path)))
     with pytest.raises(ValueError, match="folder is empty"):
         SweepConfig(folder="")

@@ -7,18 +7,75 @@ except while the engine keeps a gathered copy (parameters below ``stage3_param_p
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
+from seft_dist.files.reading import LENIENT, check_kind, read_json
 from seft_dist.sparsity.partition import Partition
 
 _ADAM_TYPES = ("adam", "adamw")
+_MOST_DEPTH = 20
+"""Levels of a ds_config; DeepSpeed's own keys need 5."""
+
+Auto = Literal["auto"]
+
+
+class _Enabled(TypedDict, total=False):
+    __pydantic_config__ = LENIENT
+    enabled: bool | Auto | None
+
+
+class _Offload(TypedDict, total=False):
+    __pydantic_config__ = LENIENT
+    device: str | None
+
+
+class _Zero(TypedDict, total=False):
+    __pydantic_config__ = LENIENT
+    stage: Literal[0, 1, 2, 3]
+    offload_param: _Offload
+    zero_hpz_partition_size: int
+    zero_quantized_weights: bool
+    zero_quantized_nontrainable_weights: bool
+    mics_shard_size: int
+
+
+class _Optimizer(TypedDict, total=False):
+    __pydantic_config__ = LENIENT
+    type: str
+    params: dict[str, Any]
+
+
+class _Params(TypedDict, total=False):
+    __pydantic_config__ = LENIENT
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    adam_w_mode: bool
+    bias_correction: bool
+
+
+class _DsConfig(TypedDict, total=False):
+    """The keys of a ds_config that are read here; DeepSpeed checks the others."""
+
+    __pydantic_config__ = LENIENT
+    zero_optimization: _Zero
+    optimizer: _Optimizer
+    gradient_clipping: float | Auto
+    fp16: _Enabled
+    bf16: _Enabled
+    train_batch_size: int | Auto
+    train_micro_batch_size_per_gpu: int | Auto
+    gradient_accumulation_steps: int | Auto
 
 
 def is_zero3(weight: Tensor) -> bool:
@@ -99,7 +156,7 @@ def _check_shard(name: str, weight: Any) -> None:
 
 
 def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
-    """Read a ds_config and refuse what this project cannot train with. Local.
+    """Read a ds_config and refuse what this project cannot train with.
 
     Args:
         ds_config: Path of a JSON file, or its content.
@@ -108,15 +165,22 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
         The content, a new dict.
 
     Raises:
-        ValueError: Unreadable, or fp16, ZeRO++ hpZ, quantized weights or NVMe parameters are asked for.
+        ValueError: Unreadable, a key of another type, or fp16, ZeRO++ hpZ, quantized weights or NVMe parameters are asked
+            for.
     """
+    content: dict[str, Any]
     if isinstance(ds_config, str):
+        name = f"ds_config {ds_config}"
         try:
-            content = json.loads(Path(ds_config).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"ds_config {ds_config}: {error}; needs a JSON file with DeepSpeed's keys") from error
+            content = read_json(Path(ds_config).expanduser(), dict[str, Any])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}; needs a JSON file with DeepSpeed's keys") from error
     else:
-        content = json.loads(json.dumps(ds_config))
+        name, content = "ds_config", ds_config
+    _check_depth(content, name)
+    content = dict(check_kind(json.loads(json.dumps(content)), _DsConfig, name))
+    if "bfloat16" in content:
+        raise ValueError(f"{name} has bfloat16, an old name: call it bf16")
     zero = content.get("zero_optimization", {})
     refused = {
         "fp16.enabled": content.get("fp16", {}).get("enabled") not in (None, False),
@@ -133,6 +197,19 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
             "remove it (bf16 instead of fp16; offload_param to cpu instead of nvme)"
         )
     return content
+
+
+def _check_depth(content: Any, name: str) -> None:
+    level = [content]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(f"{name} is nested deeper than {_MOST_DEPTH} levels: needs DeepSpeed's keys")
 
 
 def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None = None) -> dict[str, Any]:
@@ -165,6 +242,7 @@ def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None 
                 f"ds_config optimizer type {kind}: needs AdamW or Adam, the update the deltas have; change the type"
             )
         params = {key: value for key, value in block.get("params", {}).items() if value != "auto"}
+        check_kind(params, _Params, "ds_config optimizer params")
         ignored = {"torch_adam", "fused", "adam_w_mode", "bias_correction"}
         unknown = sorted(set(params) - set(args) - ignored)
         if unknown:
@@ -176,8 +254,18 @@ def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None 
         if params.get("bias_correction") is False:
             raise ValueError("ds_config optimizer bias_correction false cannot be honoured: remove it")
         args.update({key: value for key, value in params.items() if key not in ignored})
-        args["betas"] = tuple(args["betas"])
+        args["betas"] = _pair(args["betas"])
     clip = content.get("gradient_clipping", "auto")
     if clip != "auto":
         args["max_grad_norm"] = float(clip) or None
+    try:
+        replace(optim, **args)  # the checks of the options whose place they take
+    except ValueError as error:
+        raise ValueError(f"ds_config, optimizer block or gradient_clipping: {error}") from error
     return args
+
+
+def _pair(betas: Any) -> tuple[float, ...]:
+    if len(betas) != 2:
+        raise ValueError(f"ds_config optimizer betas {list(betas)}: needs two rates from 0 to below 1")
+    return tuple(betas)

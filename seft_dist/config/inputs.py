@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -60,6 +60,7 @@ class DataConfig:
     """Read at most this many records, after holding out. None: all."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data.")
         check(bool(self.path), "data.path is empty", "a file, a folder or the hub name of a dataset")
         check(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "at least 2 tokens")
         check(

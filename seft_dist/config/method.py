@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.pattern import check_kept
 
 DropSchedule = Literal["cosine", "linear", "constant"]
@@ -86,6 +86,7 @@ class SeftConfig:
     """Seed of the random criteria and of the random first support."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(0 < self.density <= 1, f"density={self.density}", "a share above 0 and at most 1, e.g. 0.01 for 1 %")
         check(bool(self.targets), "targets is empty", '"all-linear" or a regular expression for module names')
         check(self.interval >= 1, f"interval={self.interval}", "at least 1 optimizer step")
@@ -172,6 +173,7 @@ class AdamConfig:
     """Share of the steps over which the learning rate rises linearly from 0, 0 to 1."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "optim.")
         check(self.lr > 0, f"optim.lr={self.lr}", "a learning rate above 0")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas}", "two rates from 0 to below 1")
         check(self.eps > 0, f"optim.eps={self.eps}", "a number above 0")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.method import SeftConfig
+
+_NODES, _DEVICES = 100_000, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,10 @@ class ClusterConfig:
     """Memory lost to fragmentation, as a share of what tensors need. An assumption."""
 
     def __post_init__(self) -> None:
-        check(self.nodes >= 1, f"cluster.nodes={self.nodes}", "at least 1")
-        check(self.gpus_per_node >= 1, f"cluster.gpus_per_node={self.gpus_per_node}", "at least 1")
+        check_numbers(self, "cluster.")
+        check(1 <= self.nodes <= _NODES, f"cluster.nodes={self.nodes}", f"1 to {_NODES}")
+        devices = self.gpus_per_node
+        check(1 <= devices <= _DEVICES, f"cluster.gpus_per_node={devices}", f"1 to {_DEVICES}")
         for name in ("memory_gb", "tflops", "intra_gb_s", "inter_gb_s"):
             value = getattr(self, name)
             check(value is None or value > 0, f"cluster.{name}={value}", "a number above 0")
@@ -87,6 +91,7 @@ class PlanConfig:
     """With cluster.gpu cpu: write the measured rates to this file, for later plans."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.model), "model is empty", "a name, a folder or a config.json")
         check(0 <= self.sparsity < 1, f"sparsity={self.sparsity}", "a share from 0 to below 1")
         check(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 
 
@@ -48,6 +48,7 @@ class PruneConfig:
     """Seed for drawing the calibration sequences."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(
             self.sparsity is None or 0 < self.sparsity < 1,
             f"sparsity={self.sparsity}",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -46,6 +46,7 @@ class EvaluateConfig:
     """JSON file for the results. None: only print them."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.models), "models is empty", "at least one, each with a name: --models.NAME FOLDER")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}", "at least 1")
         check(self.max_tokens is None or self.max_tokens >= 2, f"max_tokens={self.max_tokens}", "at least 2, or null")
@@ -83,4 +84,5 @@ class SweepConfig:
     """False: no sweep.png (it needs matplotlib)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.folder), "folder is empty", "the folder of a sweep")

@@ -4,12 +4,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.checks import check
+from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 
 Backend = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
+_MONTH = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,12 @@ class TrainConfig:
     """Seconds after which a collective that a rank did not enter stops the run."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("steps", "batch_size", "replicas", "log_every"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
         check(self.save_every >= 0, f"save_every={self.save_every}", "0 or a number of steps")
         check(self.global_batch is None or self.global_batch >= 1, f"global_batch={self.global_batch}", "at least 1")
-        check(self.timeout > 0, f"timeout={self.timeout}", "seconds above 0")
+        check(1 <= self.timeout <= _MONTH, f"timeout={self.timeout}", f"1 to {_MONTH} seconds (30 days)")
         check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.output), "output is empty", "a folder for the run")
         dataclasses.replace(self.seft, steps=self.steps)  # checks the schedule against the run's length
@@ -113,6 +115,7 @@ class ReproduceConfig:
     Slurm job. None: python for one rank, torchrun on this machine for several."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check(bool(self.output), "output is empty", "a folder for the runs")
         check(bool(self.layouts.strip()), "layouts is empty", "at least one BACKEND:RANKS, e.g. fsdp:2")
         check(self.runs >= 1, f"runs={self.runs}", "at least 1")

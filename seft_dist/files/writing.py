@@ -19,10 +19,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; what was there is still there, and the temporary file is gone.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file by bytes, as ``write_text`` does."""
     part = path.with_name(path.name + PART)
     try:
-        with open(part, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(part, "wb") as handle:
+            handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
         part.replace(path)

@@ -9,10 +9,11 @@ repair, and a changed choice would move every token's path at once). Any other m
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
+import regex
 from torch import Tensor, nn
 
 from seft_dist.backends.shards import whole_shape
@@ -20,6 +21,9 @@ from seft_dist.config import SeftConfig
 
 ALL_LINEAR = "all-linear"
 _ROUTER = re.compile("router|gate$|gating", re.IGNORECASE)
+_LONGEST_PATTERN = 10_000
+_SEARCH_SECONDS = 10.0
+"""Longest that a pattern is searched in one name; real ones take microseconds."""
 
 
 class ExpertWeight:
@@ -104,13 +108,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
     if pattern == ALL_LINEAR:
         found = {name: target for name, target in known.items() if target is not head}
     else:
-        try:
-            wanted = re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"targets={pattern!r} is no regular expression ({error}): needs {ALL_LINEAR!r} or one, e.g. 'self_attn|down_proj'"
-            ) from error
-        found = {name: target for name, target in known.items() if wanted.search(name)}
+        wanted = _matching(pattern, known)
+        found = {name: target for name, target in known.items() if name in wanted}
     if not found:
         ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
         raise ValueError(f"targets={pattern!r} matches no linear of {type(model).__name__}; its linears end in: {ends}")
@@ -120,6 +119,32 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         _refuse_unknown(model, known, routers, head)
     _refuse_tied(model, found)
     return found
+
+
+def _matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """Names in which a regular expression is found.
+
+    Python's own engine may search some patterns, such as (a|a)+$, for longer than anybody waits, and cannot be stopped;
+    the one of ``regex`` has a limit, and unlike engines of linear time it knows all that Python's does.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(
+            f"targets has {len(pattern)} characters: needs a regular expression of at most {_LONGEST_PATTERN}"
+        )
+    try:
+        re.compile(pattern)
+        wanted = regex.compile(pattern)
+        return {name for name in names if wanted.search(name, timeout=_SEARCH_SECONDS)}
+    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(
+            f"targets={pattern[:200]!r} is no regular expression ({error}): needs {ALL_LINEAR!r} or one, e.g. "
+            "'self_attn|down_proj'"
+        ) from error
+    except TimeoutError as error:
+        raise ValueError(
+            f"targets={pattern!r} takes more than {_SEARCH_SECONDS:g} s to search in one name: needs a regular expression "
+            "without repetitions inside repetitions, as in (a|a)+"
+        ) from error
 
 
 def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:

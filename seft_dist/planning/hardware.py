@@ -1,11 +1,13 @@
 """What devices and links can do: vendors' data sheets times a stated share, or rates measured on this machine."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from seft_dist.config import ClusterConfig
+from seft_dist.files.reading import read_json
+from seft_dist.files.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,30 @@ def read_rates(file: str) -> dict[str, Rates]:
         ValueError: It is not such a file.
     """
     try:
-        content = json.loads(Path(file).read_text())
-        return {dtype: Rates(**content[dtype]) for dtype in ("bfloat16", "float32")}
+        content = read_json(Path(file), dict[str, dict[str, float | bool | str | None]])
+        return {dtype: _checked(Rates(**content[dtype])) for dtype in ("bfloat16", "float32")}  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: {error}; needs a file written by launch/plan.py --save_rates") from error
 
 
+_MAY_BE_0 = ("call", "reserve")
+
+
+def _checked(rates: Rates) -> Rates:
+    for field in fields(Rates):
+        value: Any = getattr(rates, field.name)
+        if field.type in (str, bool, "str", "bool"):
+            fits = isinstance(value, str if field.type in (str, "str") else bool)
+        elif value is None:
+            fits = field.name == "moved"
+        else:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            fits = number and (1e-30 <= value <= 1e30 or (value == 0 and field.name in _MAY_BE_0))
+        if not fits:
+            raise ValueError(f"{field.name} is {value!r}")
+    return rates
+
+
 def write_rates(file: str, rates: dict[str, Rates]) -> None:
-    """Keep measured rates of each type of weights for later plans. Local."""
-    Path(file).write_text(json.dumps({dtype: asdict(found) for dtype, found in rates.items()}, indent=2) + "\n")
+    """Keep measured rates of each type of weights for later plans."""
+    write_json(Path(file), {dtype: asdict(found) for dtype, found in rates.items()})

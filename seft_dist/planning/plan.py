@@ -76,7 +76,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
     dataclasses.replace(config.seft, steps=config.steps)  # checks the schedule against the run's length
     architecture = find_architecture(config.model)
     longest = getattr(architecture, "max_position_embeddings", config.seq_len)
-    if config.seq_len > longest:
+    if isinstance(longest, int) and config.seq_len > longest:
         raise ValueError(
             f"seq_len={config.seq_len}: {config.model} reads at most {longest} tokens; choose a shorter one"
         )
@@ -116,7 +116,11 @@ def _works(config: PlanConfig, shapes: Shapes) -> tuple[Work, Work]:
 
 def _work(config: PlanConfig, shapes: Shapes, inputs_kept: bool) -> Work:
     kind, checkpoint = getattr(torch, config.dtype), config.activation_checkpointing
-    return trace(shapes.config, shapes.kinds, kind, config.batch_size, config.seq_len, checkpoint, inputs_kept)
+    try:
+        return trace(shapes.config, shapes.kinds, kind, config.batch_size, config.seq_len, checkpoint, inputs_kept)
+    except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:  # of the model's own forward pass
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+        raise ValueError(f"model={config.model}: the model of its config cannot run ({reason})") from error
 
 
 def _choice(method: str, config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates) -> Choice:

@@ -70,7 +70,10 @@ def read_sparsities(path: str, targets: Iterable[str], default: float | None) ->
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f'layer_ratios={path} is no file: needs "uniform", "owl" or a JSON or YAML file')
-    content = read_yaml(file)  # JSON is YAML
+    try:
+        content = read_yaml(file)  # JSON is YAML
+    except ValueError as error:
+        raise ValueError(f"layer_ratios: {error}; a file that is neither JSON nor YAML cannot be read") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f'{path} holds {type(content).__name__}: needs names to sparsities, as "model.layers.0: 0.5"')
     for name, value in content.items():

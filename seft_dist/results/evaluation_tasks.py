@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness (the extra ``eval``) on a model in this process, whole or sharded over ranks.
 
 lm_eval is imported only here. It runs as in one process on every rank; only the calls of the model are dealt out. So any
-way of sharding works, and scores, few-shot examples and bootstrap are lm_eval's own.
+way of sharding works, and scores, few-shot examples and bootstrap are lm_eval's own. Templates of tasks are rendered in
+jinja2's sandbox; but a description may also name Python functions: it is code, to be trusted as such.
 """
 
 import contextlib
@@ -16,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import lm_eval.utils  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import torch.distributed as dist
+import yaml
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
@@ -24,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
+from seft_dist.files.reading import check_yaml, read_text
 from seft_dist.io.records import BUILDERS, reason
 
 Metrics = dict[str, float]
@@ -115,7 +121,7 @@ def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
         ValueError: There is no such task or file, or the records cannot be had.
     """
     names = [name.strip() for name in (config.tasks or "").split(",")]
-    with tempfile.TemporaryDirectory() as folder, _quiet(not show):
+    with tempfile.TemporaryDirectory() as folder, _quiet(not show), _sandbox():
         manager = _task_manager(config, names)
         found: list[Any] = []
         for name in names:
@@ -128,6 +134,8 @@ def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
             )
             try:
                 loaded = manager.load([spec])
+            except SecurityError as error:
+                raise ValueError(_unsafe(error)) from error
             except Exception as error:  # of the datasets library, the hub's client, or of a task's own code
                 raise ValueError(_no_records(name, config.task_files.get(name), reason(error))) from error
             groups = loaded["groups"]  # with their members inside
@@ -180,17 +188,41 @@ def run_tasks(
             task.set_config(key="num_fewshot", value=config.fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
     set_seed(SEED)
-    with _quiet(not show or group.rank > 0):
-        outcome = lm_eval.evaluate(
-            lm=RankedLM(model, tokenizer, config.batch_size, group),
-            task_dict=tasks,
-            limit=config.limit,
-            apply_chat_template=config.chat_template,
-            fewshot_as_multiturn=config.chat_template,
-            log_samples=False,
-        )
+    try:
+        with _quiet(not show or group.rank > 0), _sandbox():
+            outcome = lm_eval.evaluate(
+                lm=RankedLM(model, tokenizer, config.batch_size, group),
+                task_dict=tasks,
+                limit=config.limit,
+                apply_chat_template=config.chat_template,
+                fewshot_as_multiturn=config.chat_template,
+                log_samples=False,
+            )
+    except SecurityError as error:
+        raise ValueError(_unsafe(error)) from error
+    except TemplateError as error:
+        raise ValueError(f"a template of the tasks {config.tasks} cannot be rendered: {error}") from error
     model.train(training)
     return _metrics(outcome)
+
+
+@contextlib.contextmanager
+def _sandbox() -> Iterator[None]:
+    """Render templates of tasks so that they reach the record only; in lm_eval's own environment they can call anything."""
+    own = lm_eval.utils.env
+    safe = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    safe.filters.update(own.filters)
+    lm_eval.utils.env = safe
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = own
+
+
+def _unsafe(error: SecurityError) -> str:
+    return f"a template of a task reaches for more than its record ({error}): needs one that only reads the record's columns"
 
 
 @contextlib.contextmanager
@@ -219,10 +251,21 @@ def _task_manager(config: EvaluateConfig, names: list[str]) -> Any:
         folder = Path(config.tasks_path).expanduser()
         if not folder.is_dir():
             raise ValueError(f"tasks_path={config.tasks_path} is no folder: needs one with .yaml files of tasks")
+        for file in (*folder.rglob("*.yaml"), *folder.rglob("*.yml")):
+            text = read_text(file) if file.is_file() else ""
+            if "*" in text:
+                _check_aliases(text, str(file))
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own
     return TaskManager(include_path=config.tasks_path)
+
+
+def _check_aliases(text: str, name: str) -> None:
+    try:
+        check_yaml(text, name)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def _from_file(manager: Any, name: str, file: str, folder: Path) -> str:

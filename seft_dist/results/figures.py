@@ -1,8 +1,11 @@
 """Figures of a run: loss, evolutions, perplexity. matplotlib (the extra ``plots``) is imported only here."""
 
+import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seft_dist.files.writing import write_bytes
 from seft_dist.results.report import Run
 
 if TYPE_CHECKING:
@@ -51,9 +54,11 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
         for name, draw in drawings.items():
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
             draw(run, axes)
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=150)
+            image = io.BytesIO()
+            figure.savefig(image, dpi=150, format="png")
             plt.close(figure)
+            paths.append(folder / f"{name}.png")
+            write_bytes(paths[-1], image.getvalue())
     return paths
 
 
@@ -101,8 +106,9 @@ def _evolutions(run: Run, axes: "Axes") -> None:
 
 
 def _perplexity(run: Run, axes: "Axes") -> None:
-    bars = axes.bar(list(run.perplexity), list(run.perplexity.values()), 0.6, color=[GREEN, GREY, BLUE])
-    axes.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=12)
+    heights = [value if math.isfinite(value) else 0.0 for value in run.perplexity.values()]
+    bars = axes.bar(list(run.perplexity), heights, 0.6, color=[GREEN, GREY, BLUE])
+    axes.bar_label(bars, [f"{value:.1f}" for value in run.perplexity.values()], padding=3, fontsize=12)
     axes.set(title=f"Perplexity on held-out text, {run.name}", ylabel="perplexity (lower is better)")
-    axes.set_ylim(top=1.12 * max(run.perplexity.values()))
+    axes.set_ylim(top=1.12 * max(heights) or 1)
     axes.grid(False)

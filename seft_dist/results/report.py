@@ -5,15 +5,30 @@ runs/x/result.json     the run in few numbers     runs/x/eval.json        perple
 """
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeVar
 
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import TypedDict
+
+from seft_dist.files.reading import LENIENT, check_kind, read_json
+from seft_dist.files.writing import write_text
+from seft_dist.results.run_files import (
+    Count,
+    Line,
+    Result,
+    how_measured,
+    read_config,
+    read_evaluations,
+    read_lines,
+    unlike,
+)
+
+T = TypeVar("T")
 
 MODELS = ("dense", "pruned", "repaired")
 # Order of summary.json; what is neither model nor perplexity is copied from result.json.
@@ -21,6 +36,53 @@ _KEYS = (
     *("model", "backend", "world_size", "density", "steps", "perplexity"),
     *("sparsity", "evolutions", "reactivated", "seconds"),
 )
+
+
+class _Cost(TypedDict):
+    __pydantic_config__ = LENIENT
+    seconds: float
+    bytes_sent: float
+
+
+class _Evolution(TypedDict):
+    __pydantic_config__ = LENIENT
+    dropped: Count
+    grown: Count
+    reactivated: Count
+    pruned: Count
+    replaced: float
+    seconds: float
+    bytes_sent: float
+    phases: dict[str, _Cost]
+
+
+class _Step(Line):
+    tokens: Count
+    evolution: NotRequired[_Evolution]
+
+
+class _Whole(Result):
+    world_size: Count
+    backend: str
+    density: float
+
+
+class _Measured(TypedDict):
+    __pydantic_config__ = LENIENT
+    path: str
+    perplexity: float
+    sparsity: float
+
+
+class _Method(TypedDict):
+    __pydantic_config__ = LENIENT
+    adapt: str
+    reactivation: float
+
+
+class _Config(TypedDict):
+    __pydantic_config__ = LENIENT
+    seft: _Method
 
 
 @dataclass(frozen=True)
@@ -36,6 +98,8 @@ class Run:
     """The lines of metrics.jsonl, by step."""
     models: dict[str, dict[str, Any]]
     """What was measured of each model in MODELS: path, perplexity, sparsity (share of zeros) ..."""
+    apart: list[str]
+    """What keeps the perplexities from being compared: other types of weights, windows, texts."""
 
     @property
     def name(self) -> str:
@@ -69,25 +133,34 @@ def read_run(folder: Path) -> Run:
         "finish the run with launch/train.py",
         f"run launch/evaluate.py with --output {folder / 'eval.json'}",
     )
-    config = yaml.safe_load(_read(folder / "config.yaml", train))
-    result = json.loads(_read(folder / "result.json", train))
-    lines = [json.loads(line) for line in _read(folder / "metrics.jsonl", train).splitlines()]
-    models = json.loads(_read(folder / "eval.json", evaluate)).get("models", {})
+    config = _read(read_config, folder / "config.yaml", train)
+    result = _read(lambda path: read_json(path, dict[str, Any]), folder / "result.json", train)
+    lines = _read(lambda path: read_lines(path, _Step), folder / "metrics.jsonl", train)
+    found = _read(read_evaluations, folder / "eval.json", evaluate)
+    models = found["models"]
     missing = [key for key in _KEYS if key not in ("model", "perplexity") and key not in result]
     if missing or not lines:
         raise ValueError(f"{folder} is not a whole run, it has no {', '.join(missing or ['steps'])}: {train}")
+    check_kind(result, _Whole, str(folder / "result.json"))
+    check_kind(config, _Config, str(folder / "config.yaml"))
     missing = [name for name in MODELS if "perplexity" not in models.get(name, {})]
     if missing:
         raise ValueError(
             f"{folder / 'eval.json'} has no perplexity of {', '.join(missing)}: {evaluate} and these names"
         )
-    return Run(folder=folder, config=config, result=result, steps=lines, models=models)
+    for name in MODELS:
+        check_kind(models[name], _Measured, f"{folder / 'eval.json'}, model {name}")
+    apart = unlike({name: how_measured(found, name) for name in MODELS})
+    return Run(folder=folder, config=config, result=result, steps=lines, models=dict(models), apart=apart)
 
 
-def _read(path: Path, remedy: str) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: {remedy}")
-    return path.read_text(encoding="utf-8")
+def _read(read: Callable[[Path], T], path: Path, remedy: str) -> T:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; if it cannot be repaired: {remedy}") from error
 
 
 def write_summary(run: Run) -> Path:
@@ -101,9 +174,7 @@ def write_summary(run: Run) -> Path:
     """
     values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n")
     return path
 
 
@@ -122,8 +193,12 @@ def print_tables(run: Run, console: Console) -> None:
     table.add_column("zero weights in targets", justify="right")
     for name, value in run.perplexity.items():
         zeros = f"{run.models[name]['sparsity']:.4%}"
-        table.add_row(name, f"{value:.2f}", f"{value / run.perplexity['pruned']:.0%}", zeros)
+        share = f"{value / run.perplexity['pruned']:.0%}" if run.perplexity["pruned"] else "-"
+        table.add_row(name, f"{value:.2f}", share, zeros)
     console.print(table)
+    if run.apart:
+        text = f"Warning: these perplexities cannot be compared: {'; '.join(run.apart)}"
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     seft = run.config["seft"]
     console.print(
@@ -151,6 +226,7 @@ def _table_of_phases(found: list[dict[str, dict[str, float]]]) -> Table:
     for name in ("part", "seconds", "MB sent"):
         table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
     for name in found[0]:
-        seconds, sent = (sum(phases[name][key] for phases in found) / len(found) for key in ("seconds", "bytes_sent"))
+        costs = [phases[name] for phases in found if name in phases]
+        seconds, sent = (sum(cost[key] for cost in costs) / len(found) for key in ("seconds", "bytes_sent"))
         table.add_row(name, f"{seconds:.3f}", f"{sent / 1e6:.3f}")
     return table

@@ -6,24 +6,28 @@ SWEEP/sweep.csv, sweep.md, sweep.png                                            
 """
 
 import csv
-import json
-import os
+import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from seft_dist.config import SweepConfig
+from seft_dist.files.reading import read_text
+from seft_dist.files.writing import write_text
+from seft_dist.results.run_files import how_measured, read_config, read_evaluations, read_lines, read_result, unlike
 
 TASKS = "tasks.tsv"
 SEEDS = ("seed", "seft.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
+_WHERE = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
+"""Settings by which runs of one sweep may differ and still be averaged: they say where a run went, not what it did."""
+_MEANS = ("loss", "perplexity", "sparsity", "seconds")
 _NUMBERS = {"loss": ".4f", "perplexity": ".3f", "sparsity": ".4%", "seconds": ".0f"}
 
 
@@ -38,6 +42,11 @@ class SweepRun:
     """Of MEASURED, what is known; loss: training loss of the last record, in nats per token; perplexity: of the model
     "repaired" in eval.json; sparsity: share of zeros in the targets; off target: layers with another number of zeros than
     before."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """What runs must have in common beside their settings for a mean over them: target sparsity, and the options in
+    config.yaml."""
+    evaluated: dict[str, Any] = field(default_factory=dict)
+    """How the perplexity was measured."""
 
     @property
     def finished(self) -> bool:
@@ -92,61 +101,54 @@ def read_sweep(config: SweepConfig) -> Sweep:
     names = [*tasks, *(name for name in begun if name not in tasks)]
     if not names:
         raise ValueError(f"{folder} holds neither {TASKS} nor a run: needs the folder of slurm/sweep.sbatch (SWEEP)")
-    runs = []
-    for name in names:
-        try:
-            settings = tasks[name] if tasks.keys() >= set(names) else _settings(folder / name, tasks.get(name, {}))
-            runs.append(SweepRun(name, settings, _measure(folder / name)))
-        except (json.JSONDecodeError, yaml.YAMLError, KeyError) as error:
-            raise ValueError(f"a file of the run {folder / name} cannot be read: {error!r}") from error
-    return Sweep(folder, runs)
+    all_told = tasks.keys() >= set(names)
+    return Sweep(folder, [_read_run(folder / name, tasks.get(name, {}), all_told) for name in names])
 
 
 def _read_tasks(path: Path) -> dict[str, dict[str, str]]:
     tasks = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_text(path).splitlines() if path.exists() else []:
         name, _, options = line.partition("\t")
         words = options.replace("=", " ").split()
         tasks[name] = {key.lstrip("-"): value for key, value in zip(words[::2], words[1::2], strict=False)}
     return tasks
 
 
-def _settings(run: Path, options: dict[str, str]) -> dict[str, str]:
-    """All options of a run that has begun; else those it was to get."""
-    path = run / "config.yaml"
-    if not path.exists():
-        return options
-    flat: dict[str, str] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            elif prefix + key != "output":
-                flat[prefix + key] = str(value)
-
-    walk(yaml.safe_load(path.read_text(encoding="utf-8")), "")
-    return flat
-
-
-def _measure(run: Path) -> dict[str, Any]:
+def _read_run(run: Path, options: dict[str, str], all_told: bool) -> SweepRun:
+    """One run; its settings are those it was to get where tasks.tsv names all runs, or where it has not begun."""
+    begun = (run / "config.yaml").exists()
+    settings = _flat(read_config(run / "config.yaml")) if begun else {}
+    made = {name: value for name, value in settings.items() if name not in (*_WHERE, *SEEDS)}
     measured: dict[str, Any] = {"status": _status(run)}
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    if lines and not lines[-1].endswith("}"):  # a line that is being written
-        lines.pop()
+    lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if lines:
-        last = json.loads(lines[-1])
-        measured |= {"step": last["step"], "loss": last["loss"], "seconds": last["seconds"]}
+        measured |= {"step": lines[-1]["step"], "loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
     if (run / "result.json").exists():
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = read_result(run / "result.json")
         measured |= {"step": result["steps"], "loss": result["loss"], "seconds": result["seconds"]}
         measured |= {"sparsity": result["sparsity"]["final"], "off target": result["sparsity"]["layers_off_target"]}
+        if "target" in result["sparsity"]:
+            made["target sparsity"] = f"{result['sparsity']['target']:.4%}"
+    evaluated: dict[str, Any] = {}
     if (run / "eval.json").exists():
-        models = json.loads((run / "eval.json").read_text(encoding="utf-8"))["models"]
-        measured |= {"perplexity": models["repaired"]["perplexity"]} if "repaired" in models else {}
+        found = read_evaluations(run / "eval.json")
+        if "perplexity" in found["models"].get("repaired", {}):
+            measured["perplexity"] = found["models"]["repaired"]["perplexity"]
+            evaluated = how_measured(found, "repaired")
     attempts = _attempts(run)
-    return measured | ({"restarts": len(attempts) - 1} if attempts else {})
+    measured |= {"restarts": len(attempts) - 1} if attempts else {}
+    return SweepRun(run.name, options if all_told or not begun else settings, measured, made, evaluated)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """All options of a run by their dotted names, but for its output."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" != "output":
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
 
 
 def _status(run: Path) -> str:
@@ -164,9 +166,37 @@ def _status(run: Path) -> str:
 def _attempts(run: Path) -> list[tuple[str, str, str]]:
     """Restart, way and exit code of each attempt that wrote down its end (slurm/common.sh)."""
     path = run / "slurm" / "attempts.tsv"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_text(path).splitlines() if path.exists() else []
     fields = [line.split("\t") for line in lines]
     return [(line[1], line[2], line[3]) for line in fields if len(line) >= 4]
+
+
+def no_means(runs: Sequence[SweepRun]) -> dict[str, list[str]]:
+    """Which numbers of runs cannot be averaged, and what differs between them.
+
+    Args:
+        runs: Finished, and alike in all settings but their seeds.
+
+    Returns:
+        "loss", "perplexity", "sparsity" to what differs; empty where means may be made of all.
+    """
+    made = unlike({run.name: run.made for run in runs})
+    how = unlike({run.name: run.evaluated for run in runs if "perplexity" in run.measured})
+    found = {"loss": made, "sparsity": made, "perplexity": [*made, *how]}
+    return {name: reasons for name, reasons in found.items() if reasons}
+
+
+def warnings_of(sweep: Sweep) -> list[str]:
+    """Say which means are not made, and which numbers of the table cannot be compared."""
+    texts = []
+    for key, group in sweep.groups().items():
+        for name, reasons in no_means(group).items() if len(group) > 1 else ():
+            label = f" of {', '.join(key)}" if key else ""
+            texts.append(f"No mean of {name}{label}: {'; '.join(reasons)}")
+    apart = unlike({run.name: run.evaluated for run in sweep.runs if "perplexity" in run.measured})
+    if apart:
+        texts.append(f"These perplexities cannot be compared: {'; '.join(apart)}")
+    return texts
 
 
 def print_sweep(sweep: Sweep, console: Console) -> None:
@@ -183,7 +213,9 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(_progress(sweep))
+    for text in warnings_of(sweep):
+        console.print(f"Warning: {text}", style="yellow", markup=False, soft_wrap=True)
+    console.print(_progress(sweep), markup=False)
 
 
 def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
@@ -199,24 +231,25 @@ def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
     Raises:
         ValueError: matplotlib is wanted and not installed.
     """
-    paths = [sweep.folder / "sweep.csv", sweep.folder / "sweep.md"]
     varied = sweep.varied
-    with (sweep.folder / "sweep.csv.tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *varied, *MEASURED])
-        for run in sweep.runs:
-            settings = [run.settings.get(name, "") for name in varied]
-            writer.writerow([run.name, *settings, *(run.measured.get(name, "") for name in MEASURED)])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["run", *varied, *MEASURED])
+    for run in sweep.runs:
+        settings = [run.settings.get(name, "") for name in varied]
+        writer.writerow([run.name, *settings, *(run.measured.get(name, "") for name in MEASURED)])
     parts = []
     for title, head, rows in _tables(sweep):
         lines = [head, ["---"] * len(head), *rows]
         parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    parts.append(_progress(sweep))
-    (sweep.folder / "sweep.md.tmp").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    for path in paths:  # another job may be reading them
-        os.replace(path.with_name(path.name + ".tmp"), path)
+    parts += [*(f"**Warning**: {warning}" for warning in warnings_of(sweep)), _progress(sweep)]
+    paths = [sweep.folder / "sweep.csv", sweep.folder / "sweep.md"]
+    write_text(paths[0], text.getvalue())
+    write_text(paths[1], "\n\n".join(parts) + "\n")
     if config.figure and any(run.finished for run in sweep.runs):
-        paths.append(_draw(sweep))
+        from seft_dist.results.sweep_figure import draw
+
+        paths.append(draw(sweep))
     return paths
 
 
@@ -238,58 +271,25 @@ def _tables(sweep: Sweep) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     groups = sweep.groups()
     if not any(len(group) > 1 for group in groups.values()):
         return
-    numbers = [name for name in ("loss", "perplexity", "sparsity", "seconds") if name in shown]
-    rows = [
-        [*key, str(len(group)), *(_spread(name, _values(group, name)) for name in numbers)]
-        for key, group in groups.items()
-    ]
+    numbers = [name for name in _MEANS if name in shown]
+    rows = [[*key, str(len(group)), *(_spread(name, group) for name in numbers)] for key, group in groups.items()]
     yield "Means over seeds, with standard deviations", [*(n for n in varied if n not in SEEDS), "runs", *numbers], rows
 
 
-def _values(runs: Sequence[SweepRun], name: str) -> list[float]:
+def values_of(runs: Sequence[SweepRun], name: str) -> list[float]:
+    """A number of each run that has it."""
     return [run.measured[name] for run in runs if name in run.measured]
 
 
-def _spread(name: str, values: list[float]) -> str:
+def _spread(name: str, group: Sequence[SweepRun]) -> str:
+    values = values_of(group, name)
     if not values:
         return ""
+    if len(values) > 1 and name in no_means(group):
+        return "unlike"
     mean = _text(name, statistics.mean(values))
     return f"{mean} +- {_text(name, statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def _text(name: str, value: Any) -> str:
     return "" if value is None else format(value, _NUMBERS[name]) if name in _NUMBERS else str(value)
-
-
-def _draw(sweep: Sweep) -> Path:
-    """Perplexity, or else loss, over the varied setting with most values (density if it varies); a line for the others."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib: pip install 'seft_dist[plots]', or --figure false") from error
-    matplotlib.use("Agg")  # files only, no display
-    import matplotlib.pyplot as plt
-
-    others = [name for name in sweep.varied if name not in SEEDS]
-    groups = sweep.groups()
-    axis = max(
-        range(len(others)), key=lambda i: (others[i] == "seft.density", len({key[i] for key in groups})), default=None
-    )
-    measure = "perplexity" if all(_values(group, "perplexity") for group in groups.values()) else "loss"
-    lines: dict[str, list[tuple[str, list[float]]]] = {}
-    for key, group in groups.items():
-        label = ", ".join(f"{others[i]} {value}" for i, value in enumerate(key) if i != axis)
-        lines.setdefault(label, []).append(("all" if axis is None else key[axis], _values(group, measure)))
-    figure, axes = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
-    for label, points in lines.items():
-        means = [statistics.mean(values) for _, values in points]
-        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        axes.errorbar([x for x, _ in points], means, yerr=deviations, marker="o", capsize=3, label=label or None)
-    axes.set(title=f"Sweep {sweep.folder.name}", xlabel="" if axis is None else others[axis], ylabel=measure)
-    axes.grid(axis="y", color="#E6E6E6")
-    if any(lines):
-        axes.legend(frameon=False)
-    path = sweep.folder / "sweep.png"
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path

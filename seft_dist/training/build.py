@@ -157,6 +157,7 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
         ValueError: The model cannot be used.
     """
     backend = together(ranks, lambda: chosen_backend(config, ranks.world_size))
+    together(ranks, lambda: ds.check() if ds is not None else None)
     sharding: Sharding = "fsdp" if backend == "fsdp" else "zero3" if ds is not None and ds.stage == 3 else "none"
     adam = dataclasses.asdict(config.optim)
     args = {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}

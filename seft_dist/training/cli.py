@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+
+from seft_dist.files.reading import check_yaml
 
 T = TypeVar("T")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_LONGEST_MESSAGE = 1000
+_load_any_yaml = get_loader("yaml")
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
@@ -51,6 +55,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         SystemExit: An option is unknown, missing or of the wrong type (code 2), or ``--help`` or ``--print_config``.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     usage = "%(prog)s [--config FILE] [options]"
     parser = _Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; may be repeated.")
@@ -83,10 +88,11 @@ def run(main: Callable[[], None]) -> None:
     fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs
     or ranks that were lost, and keep their traceback.
     """
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
-        if _speaks_first():
+        if getattr(error, "from_any_rank", False) or _speaks_first():
             print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
@@ -111,13 +117,36 @@ class _Parser(ArgumentParser):
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         return super().format_help(formatter) + getattr(self, "_optional", "")
 
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._file = str(cfg_path)
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"not UTF-8 text ({error.reason} at byte {error.start})", error)
+        finally:
+            self._file = ""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if len(message) > _LONGEST_MESSAGE:  # it may repeat a whole file
+            message = message[:_LONGEST_MESSAGE] + " ..."
+        if getattr(self, "_file", ""):
+            message = f"{self._file}: {message}"
         named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
         if named:
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
         if _speaks_first():
             print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse does, but aliases that multiply and bottomless nesting are an error."""
+    if len(text) > 200 or "*" in text:
+        try:
+            check_yaml(text, "the YAML")
+        except ValueError as error:
+            raise yaml.YAMLError(str(error)) from error
+    return _load_any_yaml(text)
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:

@@ -5,10 +5,9 @@ tells a process its rank in its own way. Nothing here was ever run on a GPU: the
 """
 
 import hashlib
-import importlib.util
 import os
-import re
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from seft_dist.training.launchers import read_ranks, variables_of_ranks, whole
+from seft_dist.training.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_meeting_place
 
 T = TypeVar("T")
 
@@ -40,6 +42,8 @@ class Ranks:
     """Where the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
     device: torch.device = torch.device("cpu")
     """Where this process computes."""
+    told_by: str = ""
+    """The variables that said so, with their values, for messages."""
 
     @property
     def is_main(self) -> bool:
@@ -48,35 +52,37 @@ class Ranks:
 
 
 def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
-    """Find this process's rank from what its launcher left in the environment. Local.
+    """Find this process's rank from what its launcher left in the environment.
 
     Args:
-        env: The environment; None: the process's own.
+        env: The environment; None: the process's own. Variables that are empty count as not set.
 
     Returns:
         The ranks, with the device this process should use.
 
     Raises:
-        ValueError: The launcher's variables are incomplete or contradict each other.
+        ValueError: The launcher's variables are incomplete, are no numbers, or contradict each other or an outer
+            launcher's.
     """
-    env = os.environ if env is None else env
-    for launcher, rank, world_size, local_rank in (
-        ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-        ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ):
-        # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
-        # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
-        if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
-            continue
-        number, size, local = int(env[rank]), int(env[world_size]), int(env.get(local_rank, "0"))
-        if not 0 <= number < size:
-            raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
-        if size > 1 and local_rank not in env and torch.cuda.device_count() > 1:
-            raise ValueError(f"{rank} is set but {local_rank} is not: it is needed to choose this rank's GPU")
-        return Ranks(rank=number, local_rank=local, world_size=size, launcher=launcher, device=_device(local))
-    return Ranks(device=_device(0))
+    told = read_ranks(_environment(env))
+    if told is None:
+        return Ranks(device=_device(0))
+    if told.world_size > 1 and told.local_rank is None and torch.cuda.device_count() > 1:
+        raise ValueError(f"{told.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
+    local = told.local_rank or 0
+    return Ranks(
+        rank=told.rank,
+        local_rank=local,
+        world_size=told.world_size,
+        launcher=told.launcher,
+        device=_device(local),
+        told_by=told.variables,
+    )
+
+
+def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that are not empty."""
+    return {name: value for name, value in (os.environ if env is None else env).items() if value.strip()}
 
 
 def _device(local_rank: int) -> torch.device:
@@ -94,21 +100,30 @@ def start(
     Args:
         deepspeed: Also prepare the process for DeepSpeed (its accelerator choice, its rank variables).
         group: Start a process group even for a single rank (FSDP2 needs one; so does DeepSpeed).
-        timeout: Seconds after which a collective that a rank did not enter fails, in groups made later too.
+        timeout: Seconds after which a collective that a rank did not enter fails, in groups made later too. Ranks wait
+            for each other to start as long, but at most ``rendezvous.LONGEST_WAIT``.
         threads: CPU threads of this rank. None: cores of this machine divided by the ranks on it, on CPU.
 
     Returns:
         This process's ranks.
+
+    Raises:
+        ValueError: What the environment says about ranks cannot be.
+        OSError: Ranks did not come, or cannot reach each other.
     """
     ranks = find_ranks()
+    unused = variables_of_ranks(_environment()) if ranks.launcher == "python" else ""
+    if unused:
+        print(
+            f"one process, although {unused}: no launcher (torchrun, srun, ...) started it as a rank", file=sys.stderr
+        )
     if (ranks.world_size > 1 or group or deepspeed) and not dist.is_initialized():
-        _set_rendezvous(ranks)
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
         limit = timedelta(seconds=timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
-            store=_store_of_attempt(ranks, limit),
+            store=_store(ranks, timeout),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=limit,
@@ -150,10 +165,10 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     Returns:
         ``host``; ``slurm`` (job, restarts, nodes) or None; ``environment``, variables of libraries that may change a result.
     """
-    env = os.environ if env is None else env
+    env = _environment(env)
     slurm = {
         "job_id": env.get("SLURM_JOB_ID"),
-        "restart_count": int(env.get("SLURM_RESTART_COUNT", "0")),
+        "restart_count": whole(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
         "nodes": env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"),
     }
     return {
@@ -254,66 +269,59 @@ def _ranks_on_this_machine() -> int:
     return names.count(socket.gethostname())
 
 
-def _set_rendezvous(ranks: Ranks) -> None:
-    """Set MASTER_ADDR and MASTER_PORT where the launcher did not."""
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return
-    if ranks.world_size == 1:
-        address, port = "127.0.0.1", _free_port()
-    elif ranks.launcher == "mpi":
-        address, port = _mpi_rendezvous()
-    elif ranks.launcher == "slurm":
-        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", "0"))
-        address = first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
-        port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
-    else:
-        raise ValueError(
-            "RANK and WORLD_SIZE are set but MASTER_ADDR and MASTER_PORT are not: set them, or use torchrun"
-        )
-    os.environ.setdefault("MASTER_ADDR", address)
-    os.environ.setdefault("MASTER_PORT", str(port))
+def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
+    """Where the ranks find each other; None: where torch looks under several agents of torchrun.
 
-
-def _store_of_attempt(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks of one attempt under torchrun on one machine find each other; None: where torch would look.
-
-    With a static rendezvous (torchrun --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new
-    rank would find the addresses of the ranks that are gone. Several agents may have counted different restarts.
+    Under torchrun the ranks have been started together, and its agent holds the store. With a static rendezvous (torchrun
+    --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new rank would find the addresses of the
+    ranks that are gone. Several agents may have counted different restarts.
     """
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
-        return None
-    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = dist.TCPStore(address, port, ranks.world_size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    if ranks.world_size == 1:  # needs no address and no port, whatever an earlier launcher has left over
+        return dist.HashStore()
+    address, port = _meeting_place(ranks)
+    wait, env = min(timeout, LONGEST_WAIT), os.environ
+    if ranks.launcher == "torch" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if env.get("GROUP_WORLD_SIZE") != "1":
+            return None
+        try:
+            agent = dist.TCPStore(address, port, ranks.world_size, False, timeout=timedelta(seconds=wait))
+        except dist.DistError as error:
+            raise OSError(
+                f"no torchrun at {address}:{port} (MASTER_ADDR, MASTER_PORT): the variables are left over from a shell that "
+                "torchrun has started (unset TORCHELASTIC_USE_AGENT_STORE, RANK and WORLD_SIZE), or it has ended"
+            ) from error
+        agent.set_timeout(timedelta(seconds=timeout))
+        return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", agent)
+    told_by = f"{ranks.told_by}, MASTER_ADDR={address}, MASTER_PORT={port}"
+    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, told_by=told_by)
+    store = meet(meeting, wait)
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
-def _mpi_rendezvous() -> tuple[str, int]:
-    if importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(
-            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to "
-            "the name of rank 0's machine and a free port on it"
-        )
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    hosts = world.allgather(socket.gethostname())
-    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
-    return address, world.bcast(_free_port() if world.Get_rank() == 0 else None, root=0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def first_host(nodelist: str) -> str:
-    """First machine of a Slurm node list, e.g. "gpu017" of "gpu[017-031,040],big1". Local."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    if found is None:
-        raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR and MASTER_PORT")
-    return "".join(part or "" for part in found.groups())
+def _meeting_place(ranks: Ranks) -> tuple[str, int]:
+    """MASTER_ADDR and MASTER_PORT; set where the launcher did not."""
+    env = _environment()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        if ranks.launcher == "mpi":
+            address, port = mpi_meeting_place(ranks.world_size, ranks.told_by)
+        elif ranks.launcher == "slurm":
+            job = whole(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+            step = whole(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+            address = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
+            port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
+        else:
+            raise ValueError(
+                f"{ranks.told_by}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; for one "
+                "process unset RANK and WORLD_SIZE, which are left over"
+            )
+        env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | env
+        os.environ.update({name: env[name] for name in missing})
+    port = whole(env, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"MASTER_PORT={port}: needs a port, 1 to 65535")
+    return env["MASTER_ADDR"], port
 
 
 def _prepare_deepspeed(ranks: Ranks) -> None:

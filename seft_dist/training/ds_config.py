@@ -1,5 +1,6 @@
 """A run's ds_config: the file's own keys, with the batch sizes filled in from the run's options."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,20 @@ class DsConfig:
         """Type of the weights."""
         return torch.bfloat16 if self.content.get("bf16", {}).get("enabled") else torch.float32
 
+    def check(self) -> None:
+        """Let DeepSpeed check its own keys, before anything is loaded.
+
+        Raises:
+            ValueError: It refuses one.
+        """
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        try:
+            DeepSpeedConfig(copy.deepcopy(self.content))
+        except Exception as error:  # assertions, its own and pydantic's errors, whatever a wrong type leads to
+            reason = " ".join(str(error).split())
+            raise ValueError(f"DeepSpeed refuses the ds_config: {type(error).__name__}: {reason[:400]}") from error
+
 
 def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
     """Read the ds_config and fill in what the run's own options say. Local.
@@ -49,7 +64,10 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
     if config.deepspeed is None:
         return None
     content = load_ds_config(config.deepspeed)
-    optimizer = ds_optimizer_args(content, config.optim)
+    try:
+        optimizer = ds_optimizer_args(content, config.optim)
+    except ValueError as error:
+        raise ValueError(f"{config.deepspeed}: {error}") from error
     content = {key: value for key, value in content.items() if key not in _OURS}
     assert config.global_batch is not None
     accumulate = num_micro(config.global_batch, config.batch_size, world_size)

@@ -1,0 +1,64 @@
+"""The figure of a sweep: perplexity, or else loss, over the setting that was varied."""
+
+import io
+import statistics
+from pathlib import Path
+
+from seft_dist.files.writing import write_bytes
+from seft_dist.results.run_files import unlike
+from seft_dist.results.sweep import SEEDS, Sweep, SweepRun, no_means, values_of
+
+
+def draw(sweep: Sweep) -> Path:
+    """Draw sweep.png: over the varied setting with most values (density if it varies), a line for each of the others.
+
+    Perplexities are drawn if all runs have one and all were measured alike, else losses; runs that cannot be averaged are
+    points of their own.
+
+    Args:
+        sweep: With at least one finished run.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("the figure needs matplotlib: pip install 'seft_dist[plots]', or --figure false") from error
+    matplotlib.use("Agg")  # files only, no display
+    import matplotlib.pyplot as plt
+
+    others = [name for name in sweep.varied if name not in SEEDS]
+    groups = sweep.groups()
+    axis = max(
+        range(len(others)), key=lambda i: (others[i] == "seft.density", len({key[i] for key in groups})), default=None
+    )
+    measure = _measure([run for group in groups.values() for run in group])
+    lines: dict[str, list[tuple[str, list[float]]]] = {}
+    for key, group in groups.items():
+        label = ", ".join(f"{others[i]} {value}" for i, value in enumerate(key) if i != axis)
+        place = "all" if axis is None else key[axis]
+        parts = [[run] for run in group] if measure in no_means(group) else [group]
+        lines.setdefault(label, []).extend((place, values_of(part, measure)) for part in parts)
+    figure, axes = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
+    for label, points in lines.items():
+        means = [statistics.mean(values) for _, values in points]
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        axes.errorbar([x for x, _ in points], means, yerr=deviations, marker="o", capsize=3, label=label or None)
+    axes.set(title=f"Sweep {sweep.folder.name}", xlabel="" if axis is None else others[axis], ylabel=measure)
+    axes.grid(axis="y", color="#E6E6E6")
+    if any(lines):
+        axes.legend(frameon=False)
+    path, image = sweep.folder / "sweep.png", io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    plt.close(figure)
+    write_bytes(path, image.getvalue())
+    return path
+
+
+def _measure(runs: list[SweepRun]) -> str:
+    measured = all("perplexity" in run.measured for run in runs)
+    return "perplexity" if measured and not unlike({run.name: run.evaluated for run in runs}) else "loss"

@@ -1,0 +1,131 @@
+"""What launchers leave in an environment: which of it is meant for this process, and which was left over.
+
+The environment itself is read in ``distributed``; here it is a mapping.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Launcher, and its variables for rank, number of ranks, rank on the machine.
+_LAUNCHERS = (
+    ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a launcher has told this process."""
+
+    launcher: str
+    """"torch" (torchrun, deepspeed, accelerate, or by hand), "mpi" or "slurm"."""
+    rank: int
+    world_size: int
+    local_rank: int | None
+    """None: it did not say."""
+    variables: str
+    """What said so, for messages, e.g. "RANK=0, WORLD_SIZE=8"."""
+
+
+def read_ranks(env: Mapping[str, str]) -> Told | None:
+    """Find what a launcher has told this process.
+
+    Args:
+        env: The environment, without empty variables.
+
+    Returns:
+        None: no launcher has started it as one of its ranks.
+
+    Raises:
+        ValueError: Variables are no numbers, or contradict each other or an outer launcher's.
+    """
+    for launcher, rank, world_size, local_rank in _LAUNCHERS:
+        if not _complete(env, launcher, rank, world_size, local_rank):
+            continue
+        number, size = whole(env, rank), whole(env, world_size)
+        local = whole(env, local_rank) if local_rank in env else None
+        if not 0 <= number < size:
+            raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
+        if local is not None and local < 0:
+            raise ValueError(f"{local_rank}={local}: needs this rank's number on its machine, 0 or more")
+        if launcher == "torch" and size > 1:
+            _refuse_other_ranks(env, number, size)
+        variables = f"{rank}={number}, {world_size}={size}"
+        return Told(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
+    return None
+
+
+def whole(env: Mapping[str, str], name: str) -> int:
+    """Read a variable that must be a whole number.
+
+    Raises:
+        ValueError: It is none; names the variable and its value.
+    """
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ValueError(
+            f"{name}={env[name]!r} in the environment: needs a whole number; unset it if no launcher is meant"
+        ) from None
+
+
+def variables_of_ranks(env: Mapping[str, str]) -> str:
+    """Variables that speak of several ranks, for a process that no launcher has started; "" if there are none.
+
+    Args:
+        env: The environment, without empty variables.
+    """
+    names = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    names += [name for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") if env.get(name, "1") != "1"]
+    return ", ".join(f"{name}={env[name]}" for name in names)
+
+
+def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str, local_rank: str) -> bool:
+    """Whether a launcher has told this process who it is."""
+    # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
+    # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
+    if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
+        return False
+    return launcher != "slurm" or not _typed_in_a_step(env)
+
+
+def _typed_in_a_step(env: Mapping[str, str]) -> bool:
+    """Whether this process was typed into a shell that srun --pty has opened: the shell is the step's task, not we.
+
+    A step that was started from such a shell has the variable too, but no terminal; srun --pty python has no shell.
+    """
+    return "SLURM_PTY_PORT" in env and _has_terminal() and not _is_task_of_slurm()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _is_task_of_slurm() -> bool:
+    try:
+        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
+    except OSError:  # no Linux
+        return False
+
+
+def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
+    """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
+    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:  # torchrun, deepspeed: one agent for each outer task
+        return
+    for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
+        if not _complete(env, launcher, rank, world_size, local_rank):
+            continue
+        outer, tasks = whole(env, rank), whole(env, world_size)
+        if tasks > 1 and (size % tasks or number * tasks // size != outer):
+            raise ValueError(
+                f"RANK={number}, WORLD_SIZE={size}, but {rank}={outer}, {world_size}={tasks}: one of them is left over from "
+                f"another launcher; unset RANK and WORLD_SIZE, or {rank} and {world_size}"
+            )

@@ -1,0 +1,187 @@
+"""Where ranks meet before there is a process group: a store at rank 0, a bounded wait, and a word on who is missing.
+
+The environment is read in ``distributed``; here it only appears in messages.
+"""
+
+import importlib.util
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+LONGEST_WAIT = 600.0
+"""Seconds that ranks wait for each other at the start, at most; some file systems take minutes to load the libraries."""
+_FIRST_NOTICE, _NOTICES = 20.0, 60.0
+"""Seconds until rank 0 says for whom it waits, and between further lines."""
+_HERE, _ARRIVED, _ALL = "seft_dist/here/", "seft_dist/arrived", "seft_dist/all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Who meets where."""
+
+    address: str
+    """Machine of rank 0."""
+    port: int
+    """Where rank 0 listens."""
+    rank: int
+    world_size: int
+    told_by: str
+    """The variables that say so, with their values, e.g. "RANK=0, WORLD_SIZE=8"."""
+
+    @property
+    def place(self) -> str:
+        """Address and port, for messages."""
+        return f"{self.address}:{self.port} (MASTER_ADDR, MASTER_PORT)"
+
+
+class RanksMissingError(TimeoutError):
+    """Ranks did not come, or were lost while the others waited."""
+
+    from_any_rank = True
+    """Rank 0 may be the one that is missing, so whoever notices says it."""
+
+
+def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dist.Store:
+    """Wait until every rank has come, and return the store through which they find each other. **Collective.**
+
+    Args:
+        meeting: Who meets where.
+        seconds: Longest wait.
+        notice: Seconds after which rank 0 prints for whom it waits.
+
+    Raises:
+        OSError: The port is in use, rank 0 cannot be reached, or (``RanksMissingError``) ranks did not come.
+        ValueError: Another process says that it is this rank.
+    """
+    end = time.monotonic() + seconds
+    store = _open_store(meeting, seconds)
+    try:
+        if store.add(f"{_HERE}{meeting.rank}", 1) > 1:
+            raise ValueError(
+                f"two processes are rank {meeting.rank} at {meeting.place}: variables of an earlier or another run are "
+                f"set ({meeting.told_by}), or another run uses this port; unset them, or set another MASTER_PORT"
+            )
+        if store.add(_ARRIVED, 1) == meeting.world_size:
+            store.set(_ALL, "")
+        _wait_for_all(store, meeting, seconds, end, notice)
+    except dist.DistNetworkError as error:
+        raise RanksMissingError(
+            f"rank {meeting.rank} lost rank 0 at {meeting.place} while ranks were meeting: see what rank 0 said"
+        ) from error
+    return store
+
+
+def _open_store(meeting: Meeting, seconds: float) -> dist.Store:
+    rank, limit = meeting.rank, timedelta(seconds=seconds)
+    try:
+        return dist.TCPStore(
+            meeting.address, meeting.port, meeting.world_size, rank == 0, timeout=limit, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        if rank == 0 and ("EADDRINUSE" in reason or "in use" in reason):
+            raise OSError(
+                f"MASTER_PORT={meeting.port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port, or stop "
+                "the run that uses it"
+            ) from error
+        if rank == 0:
+            raise OSError(
+                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.place} ({reason}): MASTER_ADDR must name "
+                "this machine"
+            ) from error
+        raise RanksMissingError(
+            f"rank {rank} found no rank 0 at {meeting.place} within {seconds:g} s. {_advice(meeting)}"
+        ) from error
+
+
+def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: float, notice: float) -> None:
+    said = False
+    while True:
+        left = end - time.monotonic()
+        pause = min(_NOTICES if said else notice, left)
+        try:
+            store.wait([_ALL], timedelta(seconds=max(pause, 0.001)))
+            return
+        except dist.DistNetworkError:
+            raise
+        except dist.DistError:  # so far nobody was lost
+            pass
+        missing = [rank for rank in range(meeting.world_size) if not store.check([f"{_HERE}{rank}"])]
+        if time.monotonic() >= end and missing:
+            raise RanksMissingError(
+                f"{_listed(missing)} of {meeting.world_size} did not come within {seconds:g} s. {_advice(meeting)}"
+            )
+        if meeting.rank == 0 and missing:
+            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.told_by})", file=sys.stderr)
+            said = True
+
+
+def _advice(meeting: Meeting) -> str:
+    names = " ".join(entry.partition("=")[0] for entry in meeting.told_by.split(", "))
+    return (
+        f"{meeting.told_by} say that there are {meeting.world_size}: see whether the others have started and reach "
+        f"{meeting.place}; if this was to be one process, the variables are left over: unset {names}"
+    )
+
+
+def _listed(ranks: list[int]) -> str:
+    """Ranks as text: neighbours are put together, the end of a long list is left out."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    return f"rank {', '.join(texts[:8])}{', ...' if len(texts) > 8 else ''}"
+
+
+def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
+    """Agree through MPI on the machine of rank 0 and a free port there. **Collective.**
+
+    Args:
+        world_size: Ranks, as the environment says.
+        told_by: The variables that say so.
+
+    Raises:
+        ValueError: mpi4py is not installed, or MPI itself knows another number of ranks.
+    """
+    if importlib.util.find_spec("mpi4py") is None:
+        raise ValueError(
+            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to "
+            "the name of rank 0's machine and a free port on it"
+        )
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if world.Get_size() != world_size:
+        raise ValueError(
+            f"{told_by}, but MPI itself knows {world.Get_size()} ranks: the variables are left over from a shell that "
+            "mpirun has started (unset them), or mpi4py was built for another MPI than this mpirun's"
+        )
+    hosts = world.allgather(socket.gethostname())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    return address, world.bcast(_free_port() if world.Get_rank() == 0 else None, root=0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_host(nodelist: str) -> str:
+    """First machine of a Slurm node list, e.g. "gpu017" of "gpu[017-031,040],big1".
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if found is None:
+        raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR and MASTER_PORT")
+    return "".join(part or "" for part in found.groups())
