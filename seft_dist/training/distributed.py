@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
+RENDEZVOUS_SECONDS = 300.0
+"""Longest wait for ranks that do not come at the start, if collectives may take longer: they are started together, and
+one that is lost before they have met is noticed by nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,8 @@ def start(
     Args:
         deepspeed: Also prepare the process for DeepSpeed (its accelerator choice, its rank variables).
         group: Start a process group even for a single rank (FSDP2 needs one; so does DeepSpeed).
-        timeout: Seconds after which a collective that a rank did not enter fails, in groups made later too.
+        timeout: Seconds after which a collective that a rank did not enter fails, in groups made later too; at most
+            ``RENDEZVOUS_SECONDS`` of them are waited for ranks that never came.
         threads: CPU threads of this rank. None: cores of this machine divided by the ranks on it, on CPU.
 
     Returns:
@@ -105,14 +109,16 @@ def start(
         _set_rendezvous(ranks)
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
-        limit = timedelta(seconds=timeout)
+        limit, meeting = timedelta(seconds=timeout), timedelta(seconds=min(timeout, RENDEZVOUS_SECONDS))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
-            store=_store_of_attempt(ranks, limit),
+            store=_store_of_attempt(ranks, meeting),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=limit,
+            timeout=meeting,
         )
+        distributed_c10d._set_pg_timeout(limit)
+        distributed_c10d._get_default_store().set_timeout(limit)
         # The groups of a device mesh (HSDP) and of DeepSpeed take these, whatever the default group has: 30 minutes
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":
