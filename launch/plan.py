@@ -22,6 +22,7 @@ def main() -> None:
 
     from rich.console import Console
 
+    from seft_dist.files.writing import write_text
     from seft_dist.planning.commands import submit_line
     from seft_dist.planning.plan import make_plan
     from seft_dist.planning.rates import find_rates
@@ -34,7 +35,7 @@ def main() -> None:
         console.print("\nThe recommended run, to be given your pruned model and your text:", style="bold")
         print(submit_line(config, plan.best.layout))
     if config.output:
-        Path(config.output).write_text(to_json(plan))
+        write_text(Path(config.output), to_json(plan))
 
 
 if __name__ == "__main__":

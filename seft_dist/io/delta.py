@@ -22,6 +22,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seft_dist.files.writing import sync_file
 from seft_dist.io.folders import new_folder, save_settings
 from seft_dist.io.models import Source
 from seft_dist.io.weights import Weights, WeightsWriter, write_safetensors
@@ -78,6 +79,7 @@ class DeltaWriter:
         part = path.with_name(path.name + ".part")
         metadata = {**self._metadata, **prints, "targets": json.dumps(self._names)}
         write_safetensors(part, self._tensors, metadata)
+        sync_file(part)
         part.rename(path)
 
 

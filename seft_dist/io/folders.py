@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from seft_dist.files.writing import sync_files, sync_folder
 from seft_dist.io.models import TOKENIZER_FILES, Source
 
 
@@ -33,7 +34,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    sync_files(folder)
     folder.rename(path)
+    sync_folder(path.parent)
 
 
 def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seft_dist.config import ClusterConfig
+from seft_dist.files.writing import write_json
 
 
 @dataclass(frozen=True)
@@ -140,4 +141,4 @@ def read_rates(file: str) -> dict[str, Rates]:
 
 def write_rates(file: str, rates: dict[str, Rates]) -> None:
     """Keep measured rates of each type of weights for later plans. Local."""
-    Path(file).write_text(json.dumps({dtype: asdict(found) for dtype, found in rates.items()}, indent=2) + "\n")
+    write_json(Path(file), {dtype: asdict(found) for dtype, found in rates.items()})

@@ -5,7 +5,6 @@ runs/x/result.json     the run in few numbers     runs/x/eval.json        perple
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from seft_dist.files.writing import write_json
 
 MODELS = ("dense", "pruned", "repaired")
 # Order of summary.json; what is neither model nor perplexity is copied from result.json.
@@ -101,9 +102,7 @@ def write_summary(run: Run) -> Path:
     """
     values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {key: values[key] for key in _KEYS})
     return path
 
 

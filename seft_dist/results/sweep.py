@@ -6,8 +6,8 @@ SWEEP/sweep.csv, sweep.md, sweep.png                                            
 """
 
 import csv
+import io
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.config import SweepConfig
+from seft_dist.files.writing import write_text
 
 TASKS = "tasks.tsv"
 SEEDS = ("seed", "seft.seed")
@@ -201,20 +202,19 @@ def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
     """
     paths = [sweep.folder / "sweep.csv", sweep.folder / "sweep.md"]
     varied = sweep.varied
-    with (sweep.folder / "sweep.csv.tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *varied, *MEASURED])
-        for run in sweep.runs:
-            settings = [run.settings.get(name, "") for name in varied]
-            writer.writerow([run.name, *settings, *(run.measured.get(name, "") for name in MEASURED)])
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    writer.writerow(["run", *varied, *MEASURED])
+    for run in sweep.runs:
+        settings = [run.settings.get(name, "") for name in varied]
+        writer.writerow([run.name, *settings, *(run.measured.get(name, "") for name in MEASURED)])
+    write_text(paths[0], lines.getvalue())
     parts = []
     for title, head, rows in _tables(sweep):
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        cells = [head, ["---"] * len(head), *rows]
+        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells))
     parts.append(_progress(sweep))
-    (sweep.folder / "sweep.md.tmp").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    for path in paths:  # another job may be reading them
-        os.replace(path.with_name(path.name + ".tmp"), path)
+    write_text(paths[1], "\n\n".join(parts) + "\n")
     if config.figure and any(run.finished for run in sweep.runs):
         paths.append(_draw(sweep))
     return paths

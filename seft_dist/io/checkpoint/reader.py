@@ -14,19 +14,22 @@ from seft_dist.io.checkpoint.files import (
     WINDOW_OWN,
     WINDOW_SHARED,
     WINDOW_SUMS,
+    DamagedError,
     check_sum,
     everywhere,
     rank_file,
     read_manifest,
 )
+from seft_dist.io.checkpoint.schema import Manifest, Target, check_tensors
 from seft_dist.io.checkpoint.writer import COLUMNS
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import LayerDelta
-from seft_dist.optim.window import Window
+from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _FREE = ("steps", "end", "selection")  # settings that a resumed run may change: they do not alter what was done
 _FREE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 
@@ -51,18 +54,39 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     manifest = read_manifest(checkpoint)
     _check_fits(seft, manifest, checkpoint)
 
-    def check_sums() -> None:
-        for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
-            check_sum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
-
-    everywhere(backend, check_sums)
+    everywhere(backend, lambda: _check_files(seft, manifest, checkpoint))
     reader = _Reader(checkpoint, manifest)
-    layers = (_layer(seft, reader, manifest["targets"][i], i) for i in range(len(backend.names)))
+    targets = {target["name"]: target for target in manifest["targets"]}
+    layers = (_layer(seft, reader, targets[name], i) for i, name in enumerate(backend.names))
     seft.restore(manifest["num_steps"], layers)
     return manifest["extra"]
 
 
-def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path) -> None:
+def _check_files(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
+    """This rank's part of the files, whoever wrote them: afterwards everything that is read of them is there.
+
+    Raises:
+        DamagedError: A file is missing, altered, or does not hold what it must.
+    """
+    backend, needs = seft.backend, Needs.of(seft.config)
+    types = {name: _TYPES[dtype] for name, dtype in zip(backend.names, backend.dtypes, strict=True)}
+    own = {
+        "total": needs.dense,
+        "squares": needs.dense and needs.squares,
+        "positions": needs.candidates and needs.dense,
+    }
+    shared = dict.fromkeys(needs.sums, True) | dict.fromkeys(WINDOW_SHARED, needs.dense and needs.momentum)
+    for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
+        file = checkpoint / rank_file(rank, manifest["world_size"])
+        check_sum(file, manifest["sha256"][rank])
+        window = {key for key, needed in (own if rank else own | shared).items() if needed}
+        try:
+            check_tensors(file, manifest, rank, types, window)
+        except ValueError as error:
+            raise DamagedError(f"{error}; use an older checkpoint") from error
+
+
+def _check_fits(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
     state, backend = seft.sparse_state, seft.backend
     found = {target["name"]: target for target in manifest["targets"]}
     for where, names in (("there", found.keys() - set(backend.names)), ("here", set(backend.names) - found.keys())):
@@ -101,7 +125,7 @@ def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path)
 class _Reader:
     """Parts of a checkpoint's tensors for any interval, whoever wrote them."""
 
-    def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
         self.window_steps: int | None = manifest["window_steps"]
         self._checkpoint, self._world_size = checkpoint, manifest["world_size"]
         self._open: dict[int, Any] = {}
@@ -118,7 +142,7 @@ class _Reader:
         handle = self._handle(rank)
         return handle.get_tensor(key) if key in self._keys[rank] else None
 
-    def overlapping(self, target: dict[str, Any], interval: Interval) -> list[tuple[int, Interval]]:
+    def overlapping(self, target: Target, interval: Interval) -> list[tuple[int, Interval]]:
         """Ranks that wrote a part of the interval, and what they owned."""
         rows, columns = target["shape"]
         partition = Partition(rows * columns, target["chunk"], self._world_size)
@@ -126,7 +150,7 @@ class _Reader:
         return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
 
 
-def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int) -> LayerDelta:
+def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> LayerDelta:
     """This rank's part of one target."""
     backend, name = seft.backend, target["name"]
     interval, device = backend.interval(i), backend.device
