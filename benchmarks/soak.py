@@ -1,139 +1,395 @@
-"""Kill a run again and again, go on with other ranks and other backends, and compare the end with an uninterrupted run.
+"""Kill runs again and again, go on with other ranks, backends and launchers, and check after each kill what is left.
 
-    python benchmarks/soak.py --config launch/recipes/quickstart.yaml --steps 16 --global_batch 4 --kills 6 --output /tmp/soak
+    python benchmarks/soak.py --output /tmp/soak --kills 300
+    python benchmarks/soak.py --config launch/recipes/quickstart.yaml --steps 16 --kills 6 --output /tmp/soak_real
 
-Every attempt starts launch/train.py on a drawn layout and ends it at a drawn moment: SIGKILL of one rank, of all processes or
-of torchrun alone, SIGUSR1 to a rank, or SIGTERM to torchrun; the last three save first. Prints what happened and the
-differences in losses, masks, supports and weights.
+Every attempt starts launch/train.py under a drawn launcher and ends it at a drawn moment of its start-up, its steps or its
+export: SIGKILL to a rank, to the launcher or to everything; now and then a signal that asks it to stop. A run is killed
+until it is finished, at most ``--kills_of_a_run`` times; then the next one begins. Without --config a tiny random model and
+text are made, so that a kill costs seconds.
+
+Checked after each attempt: nothing is left running; the exit code is one that docs/checkpoints.md gives; the newest
+checkpoint is whole and not older than before; no more checkpoints than may be; metrics.jsonl and trace.jsonl have the steps
+from 1 on, each once, at least to that checkpoint; losses are the undisturbed run's. Checked of a finished run: masks,
+supports, weights and zeros too, and that nothing else is in its folder than in the undisturbed one's.
+
+OUTPUT/kills.jsonl has a line for each attempt; the same command again goes on from there. Draws depend on the seed and the
+numbers of run and attempt only.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
+import socket
+import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "single": (1, ["--backend", "single"]),
-    "fsdp": (2, ["--backend", "fsdp"]),
-    "ddp": (2, ["--backend", "ddp"]),
-    "zero2": (2, ["--deepspeed", "ds_configs/zero2.json", "--backend", "auto"]),
-    "zero3": (2, ["--deepspeed", "ds_configs/zero3.json", "--backend", "auto"]),
-}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-HOW = {
-    "SIGKILL to one rank": signal.SIGKILL,
-    "SIGKILL to everything": signal.SIGKILL,
-    "SIGKILL to torchrun": signal.SIGKILL,
-    "SIGTERM to torchrun": signal.SIGTERM,
-    "SIGUSR1 to one rank": signal.SIGUSR1,
+from seft_dist.io.checkpoint import KEEP, complete, read_manifest  # noqa: E402
+from seft_dist.io.checkpoint.files import check_sum, rank_file  # noqa: E402
+from seft_dist.results.promise import LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE  # noqa: E402
+from seft_dist.training.run_folder import is_finished  # noqa: E402
+
+DOOR = "launch/train.py"
+LAYOUTS: dict[str, tuple[list[str], list[str]]] = {
+    "single": ([sys.executable], ["--backend", "single"]),
+    "fsdp": (["torchrun"], ["--backend", "fsdp"]),
+    "ddp": (["torchrun"], ["--backend", "ddp"]),
+    "zero2": (["deepspeed"], ["--deepspeed", "ds_configs/zero2.json"]),
+    "zero3": (["deepspeed"], ["--deepspeed", "ds_configs/zero3.json"]),
+    "mpi": (["mpirun"], ["--backend", "fsdp"]),
 }
+"""Launcher and options; two ranks, but for the first."""
+HOW = {
+    "SIGKILL to a rank": 6,
+    "SIGKILL to the launcher": 4,
+    "SIGKILL to everything": 4,
+    "SIGTERM to the launcher": 1,
+    "SIGINT to the launcher": 1,
+    "SIGUSR1 to a rank": 1,
+}
+"""With weights."""
+PHASES = ("start-up", "steps", "export")
+LIMIT = 400.0
+"""Seconds within which everything must have ended by itself after a kill: a rank waits up to 300 for one that never came."""
+
+
+def launcher(layout: str) -> list[str]:
+    """The command in front of the door."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    name = LAYOUTS[layout][0][0]
+    return {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port],
+        "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port],
+        "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
+    }.get(name, [sys.executable])
 
 
 def start(layout: str, args: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
-    """Start an attempt in a session of its own."""
-    ranks, options = LAYOUTS[layout]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(random.Random().randint(20000, 31000)), "launch/train.py", "--config", args.config]
-    command += ["--output", str(output), "--steps", str(args.steps), "--global_batch", str(args.global_batch)]
-    command += ["--save_every", str(args.save_every), "--threads", "1", *options, *args.options]
+    """Start an attempt in a session of its own; what it prints goes to OUTPUT.log."""
+    ranks = 1 if layout == "single" else 2
+    command = [*launcher(layout), DOOR, "--config", str(args.config), "--output", str(output)]
+    command += [
+        "--steps",
+        str(args.steps),
+        "--global_batch",
+        str(args.global_batch),
+        "--save_every",
+        str(args.save_every),
+    ]
+    command += ["--batch_size", str(max(1, args.global_batch // ranks)), "--threads", "1", "--trace", "true"]
+    command += [*LAYOUTS[layout][1], *args.options]
+    known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in known}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     with open(f"{output}.log", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
-def ranks_of(agent: int) -> list[int]:
-    """Processes of the ranks that an agent has started."""
-    found = subprocess.run(["ps", "--ppid", str(agent), "-o", "pid=", "-o", "args="], capture_output=True, text=True)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "launch/train.py" in line]
+def processes(output: Path) -> dict[int, bool]:
+    """Everything that was started for a run's folder, and whether it is a rank (else a launcher)."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended in this moment
+            continue
+        if str(output) in words and DOOR in words:
+            before = [word for word in words[1 : words.index(DOOR)] if word != "-u"]
+            found[int(entry.parent.name)] = not before and Path(words[0]).name.startswith("python")
+    return found
 
 
-def newest(output: Path) -> str:
-    """Name of the newest checkpoint."""
-    found = sorted(path.parent.name for path in (output / "checkpoints").glob("step-*/checkpoint.json"))
-    return found[-1] if found else "none"
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a file of JSON lines."""
+    text = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl."""
-    path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def last_step(output: Path) -> int:
+    """The last step in metrics.jsonl."""
+    found = lines(output / "metrics.jsonl")
+    return found[-1]["step"] if found else 0
 
 
-def disturb(process: subprocess.Popen[bytes], output: Path, draw: random.Random) -> str:
-    """Wait until an attempt has made some steps and a random while more, then hit it."""
-    before = len(records(output))
-    while process.poll() is None and len(records(output)) <= before + draw.randint(0, 2):
-        time.sleep(0.2)
-    time.sleep(draw.uniform(0, 4))
+def newest(output: Path) -> int:
+    """Step of the newest checkpoint, 0 for none."""
+    found = complete(output / "checkpoints")
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
+def wait_for(
+    moment: str, process: subprocess.Popen[bytes], args: argparse.Namespace, output: Path, draw: random.Random
+) -> None:
+    """Wait for a drawn moment of an attempt, or for its end."""
+    begun, steps = time.monotonic(), args.steps
+    if moment == "start-up":
+        delay = draw.uniform(0, args.startup) if draw.random() < 0.8 else draw.uniform(0, 1)
+        while process.poll() is None and time.monotonic() < begun + delay:
+            time.sleep(0.01)
+        return
+    first = newest(output)
+    until = steps if moment == "export" else min(steps, first + draw.randint(1, max(1, steps - first)))
+    delay = draw.uniform(0, 2.0 if moment == "export" else 0.3)
+    while process.poll() is None and last_step(output) < until and time.monotonic() < begun + LIMIT:
+        time.sleep(0.01)
+    time.sleep(delay)
+
+
+def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> bool:
+    """Send what was drawn; False if there is nobody any more who could be hit."""
+    running = processes(output)
+    ranks = sorted(pid for pid, is_rank in running.items() if is_rank)
+    victims = {
+        "rank": [draw.choice(ranks)] if ranks else [process.pid],
+        "launcher": [process.pid],
+        "everything": [process.pid, *running],
+    }[how.split()[-1]]
     if process.poll() is not None:
-        return "ended by itself"
-    how = draw.choice(list(HOW))
-    ranks = ranks_of(process.pid)
-    # torchrun gives ranks sessions of their own
-    one = [draw.choice(ranks)] if ranks else []
-    victims = {"rank": one, "torchrun": [process.pid], "everything": [process.pid, *ranks]}[how.split()[-1]]
+        return False
     for victim in victims:
-        os.kill(victim, HOW[how])
-    code = process.wait(timeout=300)
-    end = time.monotonic() + 300
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-        assert time.monotonic() < end, f"ranks {ranks} are left behind"
-        time.sleep(0.1)
-    return f"{how}, exit code {code}"
+        try:
+            os.kill(victim, signal.Signals[how.split()[0]])
+        except ProcessLookupError:
+            continue
+    return True
 
 
-def compare(found: Path, whole: Path) -> dict[str, Any]:
-    """Largest differences between two finished runs."""
-    ours, theirs = records(found), records(whole)
-    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (found, whole))
-    evolutions = [[line["evolution"]["digest"] for line in lines if "evolution" in line] for lines in (ours, theirs)]
+def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturbed: bool) -> dict[str, Any]:
+    """One attempt, from its start until nothing of it is left; what happened, and what is wrong with what it left."""
+    layout, how = draw.choice(args.layouts), draw.choices(list(HOW), list(HOW.values()))[0]
+    moment = draw.choices(PHASES, (3, 4, 3))[0]
+    for pid in processes(output):  # of an earlier call of this script that was stopped
+        os.kill(pid, signal.SIGKILL)
+    before, begun = newest(output), time.monotonic()
+    process = start(layout, args, output)
+    found: dict[str, Any] = {"layout": layout, "from": before, "how": "finished"}
+    if disturbed:
+        wait_for(moment, process, args, output, draw)
+        step, saving = last_step(output), bool(list((output / "checkpoints").glob("partial-*")))
+        if hit(process, output, how, draw):
+            phase = "export" if step == args.steps else "steps" if step > before else "start-up"
+            found |= {"how": how, "phase": phase, "saving": saving}
+    try:
+        found["code"] = process.wait(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        found["code"] = None
+    left = set(processes(output))
+    while left and time.monotonic() < begun + 2 * LIMIT:
+        time.sleep(0.05)
+        left = set(processes(output))
+    for pid in left | ({process.pid} if found["code"] is None else set()):
+        os.kill(pid, signal.SIGKILL)
+    found |= {"to": newest(output), "seconds": round(time.monotonic() - begun, 1), "finished": is_finished(output)}
+    problems = [f"left running: {sorted(left)}"] if left else []
+    return found | {"problems": problems + wrong_code(found) + wrong_state(args, output, before)}
+
+
+def wrong_code(found: dict[str, Any]) -> list[str]:
+    """Exit codes are those that docs/checkpoints.md gives; a launcher's own may be another than its ranks'."""
+    code, how, single = found["code"], found["how"], found["layout"] == "single"
+    if code is None:
+        return [f"did not end within {LIMIT:.0f} s"]
+    if found["finished"] and code in (0, 130):
+        return []
+    if how == "finished":
+        return [f"exit code {code} without having been disturbed"] if code else ["exit code 0 and no result"]
+    number = signal.Signals[how.split()[0]]
+    if number == signal.SIGKILL:
+        allowed = {-9} if single or not how.endswith("rank") else None
+    elif single:  # killed by it, if Python itself was still loading
+        allowed = {130 if number == signal.SIGINT else 0} | ({-number} if found["phase"] == "start-up" else set())
+    else:
+        allowed = None
+    if allowed is None:  # of torchrun, deepspeed and mpirun: anything but the code that says "never again"
+        return ["exit code 2"] if code == 2 else []
+    return [] if code in allowed else [f"exit code {code} after {how}: needs {sorted(allowed)}"]
+
+
+def wrong_state(args: argparse.Namespace, output: Path, before: int) -> list[str]:
+    """What an attempt must have left, however it ended."""
+    problems = []
+    found = complete(output / "checkpoints")
+    step = newest(output)
+    if step < before:
+        problems.append(f"the newest checkpoint was of step {before} and is of {step}")
+    if len(found) > KEEP + 1:  # a kill may come between the new one and the removal of the old one
+        problems.append(f"{len(found)} checkpoints")
+    for path in found[-1:]:
+        try:
+            manifest = read_manifest(path)
+            for rank, digest in enumerate(manifest["sha256"]):
+                check_sum(path / rank_file(rank, manifest["world_size"]), digest)
+        except (ValueError, OSError) as error:
+            problems.append(f"the newest checkpoint cannot be read: {error}")
+    for name in ("metrics.jsonl", "trace.jsonl"):
+        steps = [line["step"] for line in lines(output / name)]
+        if steps != list(range(1, len(steps) + 1)) or len(steps) < step:
+            problems.append(f"{name} has steps {steps} at checkpoint {step}")
+    whole = {line["step"]: line["loss"] for line in lines(args.whole / "metrics.jsonl")}
+    worst = max((abs(line["loss"] / whole[line["step"]] - 1) for line in lines(output / "metrics.jsonl")), default=0.0)
+    if worst > args.tolerance:
+        problems.append(f"losses differ by {worst:.1e}")
+    aside = [path.name for folder in (output, output / "checkpoints") for path in folder.glob("damaged-*")]
+    return problems + ([f"put aside: {aside}"] if aside else [])
+
+
+def compare(args: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """A finished run against the undisturbed one."""
+    ours, theirs = (lines(folder / "metrics.jsonl") for folder in (output, args.whole))
+    digests = [[line["evolution"]["digest"] for line in one if "evolution" in line] for one in (ours, theirs)]
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, args.whole))
+    names = [
+        {str(path.relative_to(folder)) for path in folder.glob("*") if path.suffix != ".diff"}
+        for folder in (output, args.whole)
+    ]
+    far = [name for name in one if not one[name].allclose(other[name], rtol=WEIGHT_RELATIVE, atol=WEIGHT_ABSOLUTE)]
+    zeros = [name for name in one if not (one[name] == 0).equal(other[name] == 0)]
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    checks = {
+        "steps": [line["step"] for line in ours] == list(range(1, args.steps + 1)),
+        "masks and supports": digests[0] == digests[1],
+        f"weights of {far[:3]}": not far,
+        f"zeros of {zeros[:3]}": not zeros,
+        f"names in the folder: {sorted(names[0] ^ names[1])}": names[0] == names[1],
+        f"checkpoints: {kept}": len(kept) == min(KEEP, len(complete(args.whole / "checkpoints"))),
+        "layers off target": json.loads((output / "result.json").read_text())["sparsity"]["layers_off_target"] == 0,
+    }
     return {
-        "steps": [line["step"] for line in ours] == [line["step"] for line in theirs],
-        "loss, relative": max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=True)),
-        "evolutions": len(evolutions[0]),
-        "equal masks and supports": sum(a == b for a, b in zip(*evolutions, strict=True)),
-        "weights, largest difference": max(float((one[name] - other[name]).abs().max()) for name in one),
-        "zeros that differ": sum(int(((one[name] == 0) != (other[name] == 0)).sum()) for name in one),
+        "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=False)),
+        "weights": max(float((one[name] - other[name]).abs().max()) for name in one),
+        "problems": [f"the finished run differs in {what}" for what, holds in checks.items() if not holds],
     }
 
 
+def make_inputs(folder: Path) -> Path:
+    """A tiny random model, text for it, and a recipe."""
+    from tests.folders import model_folder, text_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model_folder(folder / "pruned")
+    text_file(folder / "text.jsonl")
+    recipe = {
+        "model": {"path": str(folder / "pruned")},
+        "data": {"path": str(folder / "text.jsonl"), "seq_len": 16},
+        "seft": {"density": 0.05, "interval": 4, "window": 2},
+        "optim": {"lr": 0.003},
+        "timeout": 60.0,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return folder / "recipe.yaml"
+
+
+def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs and attempts until there are enough kills; every line of the log."""
+    log_file = args.output / "kills.jsonl"
+    log = lines(log_file)
+    if log_file.exists():  # a line that was cut is made again
+        log_file.write_text("".join(json.dumps(line) + "\n" for line in log))
+    begun = time.monotonic()
+    run = log[-1]["run"] if log else 0
+    closed = not log or log[-1]["finished"] or bool(log[-1]["problems"])
+    while not (closed and sum(line["how"] != "finished" for line in log) >= args.kills):
+        run += closed
+        output, own = args.output / "runs" / f"{run:04d}", [line for line in log if line["run"] == run]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw = random.Random(f"{args.seed} {run} {len(own)}")
+        kills = sum(line["how"] != "finished" for line in log)
+        line = attempt(args, output, draw, kills < args.kills and len(own) < args.kills_of_a_run)
+        line = {"run": run, "attempt": len(own) + 1} | line
+        if line["finished"]:
+            end = compare(args, output)
+            line |= {"loss": end["loss"], "weights": end["weights"], "problems": line["problems"] + end["problems"]}
+        with log_file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        log.append(line)
+        closed = line["finished"] or bool(line["problems"])
+        if line["finished"] and not line["problems"]:
+            shutil.rmtree(output)
+            Path(f"{output}.log").unlink()
+        kills, minutes = sum(one["how"] != "finished" for one in log), (time.monotonic() - begun) / 60
+        print(
+            f"kill {kills} of {args.kills}, run {run}.{line['attempt']}, {minutes:.0f} min: {line['layout']:<6} from step "
+            f"{line['from']} to {line['to']}, {line['how']} {line.get('phase', '')}, exit code {line['code']}"
+            f"{'; PROBLEM: ' + '; '.join(line['problems']) if line['problems'] else ''}",
+            flush=True,
+        )
+    return log
+
+
+def summarize(log: list[dict[str, Any]]) -> None:
+    """Print what was done and what was found."""
+    table = Table(title="Kills by layout and moment")
+    for name in ("layout", "how", *PHASES, "while saving", "all"):
+        table.add_column(name, justify="left" if name in ("layout", "how") else "right")
+    kills = [line for line in log if line["how"] != "finished"]
+    for (layout, how), count in sorted(Counter((line["layout"], line["how"]) for line in kills).items()):
+        own = [line for line in kills if (line["layout"], line["how"]) == (layout, how)]
+        phases = [str(sum(line["phase"] == phase for line in own)) for phase in PHASES]
+        table.add_row(layout, how, *phases, str(sum(line["saving"] for line in own)), str(count))
+    phases = [str(sum(line["phase"] == phase for line in kills)) for phase in PHASES]
+    table.add_row("all", "", *phases, str(sum(line["saving"] for line in kills)), str(len(kills)), style="bold")
+    Console(width=120).print(table)
+    ended = [line for line in log if line["finished"]]
+    wrong = [line for line in log if line["problems"]]
+    summary = {
+        "attempts": len(log),
+        "kills": len(kills),
+        "finished runs": len(ended),
+        "largest relative difference of a loss": max((line["loss"] for line in ended), default=None),
+        "largest difference of a weight": max((line["weights"] for line in ended), default=None),
+        "median seconds of an attempt": statistics.median(line["seconds"] for line in log) if log else None,
+        "problems": [f"run {line['run']}.{line['attempt']}: {'; '.join(line['problems'])}" for line in wrong],
+    }
+    print(json.dumps(summary, indent=1))
+
+
 def main() -> None:
-    """Run the uninterrupted run, then the one that is killed."""
+    """Make the undisturbed run, then those that are killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", type=Path, help="a recipe of launch/train.py; default: a tiny random model")
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--global_batch", type=int, default=4)
-    parser.add_argument("--save_every", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--save_every", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--kills_of_a_run", type=int, default=8)
+    parser.add_argument("--startup", type=float, default=20.0, help="seconds of start-up in which kills are drawn")
+    parser.add_argument("--tolerance", type=float, default=LOSS_RELATIVE, help="relative, of losses")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
-    args, rest = parser.parse_known_args()
-    args.options = rest
+    there = [name for name in LAYOUTS if name != "mpi" or shutil.which("mpirun")]
+    parser.add_argument("--layouts", nargs="+", default=there, choices=list(LAYOUTS))
+    args, args.options = parser.parse_known_args()
+    args.output = args.output.resolve()
+    args.whole = args.output / "whole"
     args.output.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(args.seed)
-    whole, run = args.output / "whole", args.output / "run"
-    if not (whole / "result.json").exists():
-        code = start(args.layouts[0], args, whole).wait()
-        assert code == 0, f"the uninterrupted run failed: see {whole}.log"
-    attempt = 0
-    while not (run / "result.json").exists():
-        layout = draw.choice(args.layouts)
-        process = start(layout, args, run)
-        begun = newest(run)
-        what = disturb(process, run, draw) if attempt < args.kills else f"left alone, exit code {process.wait()}"
-        attempt += 1
-        print(f"attempt {attempt}: {layout:<7} from {begun:<14} to {newest(run):<14} {what}", flush=True)
-        assert attempt < args.kills + 5, f"the run does not end: see {run}.log"
-    print(json.dumps(compare(run, whole), indent=1))
+    if args.config is None:
+        args.config = args.output / "inputs" / "recipe.yaml"
+        if not args.config.exists():
+            make_inputs(args.config.parent)
+    if not is_finished(args.whole):
+        code = start(args.layouts[0], args, args.whole).wait()
+        if code:
+            sys.exit(f"the undisturbed run failed with code {code}: see {args.whole}.log")
+    log = soak(args)
+    summarize(log)
+    sys.exit(any(line["problems"] for line in log))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,30 @@
 The same script runs under accelerate launch, mpirun and srun.
 """
 
-from seft_dist.config import TrainConfig
-from seft_dist.training.cli import parse, run
+import sys
+from functools import partial
+
+from seft_dist.training.signals import StopRequest, stop_requests
 
 
-def main() -> None:
+def main(request: StopRequest | None = None) -> None:
     """Train as the command line says."""
+    from seft_dist.config import TrainConfig
+    from seft_dist.training.cli import parse
+
     config = parse(TrainConfig, description=__doc__)
 
     from seft_dist.training.distributed import shutdown
     from seft_dist.training.trainer import train
 
-    train(config)
+    result = train(config, request)
     shutdown()
+    if result.get("stopped") == "SIGINT":
+        sys.exit(130)  # as everything that Ctrl-C ends: a script must not go on with its next command
 
 
 if __name__ == "__main__":
-    run(main)
+    with stop_requests() as asked:  # before anything is loaded that takes long
+        from seft_dist.training.cli import run
+
+        run(partial(main, asked))

@@ -72,7 +72,7 @@ stopped= # USR1: time limit or preemption is near.  TERM: Slurm ends this attemp
 ranks=   # the srun that passes it on
 
 # Slurm sends USR1 to this shell only (--signal=B:), and srun passes on what it gets. It is sent again and again until the
-# ranks have ended: one that is still loading its libraries has no handler yet, and a second signal does no harm. (scancel
+# ranks have ended: one that is just being started has no handler yet, and a second signal does no harm. (scancel
 # could send it too, but where Slurm is busy it tries again later, and may then hit the next attempt.)
 on_usr1() {
     [ -z "$stopped" ] || return
@@ -136,7 +136,11 @@ ended() { # ended HOW [CHECKPOINT]: how many attempts of this job ended so (ther
 }
 
 RUN=${RUN:-runs/$SLURM_JOB_NAME-$JOB}
-RESULT=result.json # in RUN: exists once the run is finished
+RESULT=result.json # in RUN: whole once the run is finished
+
+finished() { # finished FILE: it is there and whole. An empty or cut one, as a full disk leaves it, is no result
+    [ -s "$1" ] && [ "$(head -c 1 "$1" | tr -d '\0')" = "{" ] && [ "$(tail -c 3 "$1" | tr -d '\0[:space:]' | tail -c 1)" = "}" ]
+}
 
 take_output() { # take_output ARGUMENTS...
     local argument previous=
@@ -150,7 +154,7 @@ take_output() { # take_output ARGUMENTS...
 open_run() { # open_run ARGUMENTS...
     begin=$(date +%FT%T)
     RUN=$(realpath -m "$RUN")
-    if [ -e "$RUN/$RESULT" ]; then
+    if finished "$RUN/$RESULT"; then
         log "$RUN is finished, it holds $RESULT: nothing to do"
         exit 0
     fi
@@ -237,7 +241,7 @@ close_run() { # close_run CODE: the step ended with it. Ends this script
     local code=$1 at
     at=$(newest)
     [ ! -e "$ATTEMPT/refused" ] || code=2
-    if [ -e "$RUN/$RESULT" ]; then
+    if finished "$RUN/$RESULT"; then
         record finished "$code"
         log "finished: $RUN"
         exit 0

@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_put_aside(
     resumed = run_ranks(lambda rank, world: train(config), world_size)
     assert {**resumed[0], "seconds": 0} == {**whole[0], "seconds": 0}
     kept = {path.name for path in (output / "checkpoints").iterdir()}
-    assert kept == {"step-00000005", "step-00000010", "damaged-00000010"}
+    assert kept == {"step-00000005", "step-00000010", "damaged-step-00000010"}
     said = capfd.readouterr().err
     assert said.count(f"{file} is damaged") == 1 and "going on from the checkpoint before it" in said
     for path in (output / "checkpoints").glob("step-*"):
@@ -200,7 +200,8 @@ def test_a_damaged_checkpoint_is_put_aside(
     def refused(rank: int, world: int) -> None:
         for _ in range(2):  # the second time too, when they have been put aside already
             with pytest.raises(
-                ValueError, match=r"all checkpoints in .* are damaged \(damaged-00000005, damaged-00000010\)"
+                ValueError,
+                match=r"all checkpoints in .* are damaged \(damaged-step-00000005, damaged-step-00000010, .*-2\)",
             ):
                 train(config)
 

@@ -49,3 +49,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Force every file in a folder to disk, before the folder gets the name that says it is complete."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's content to disk."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that it stays for whoever wants to look into it.
+
+    Returns:
+        Its new path: ``damaged-NAME``, or ``damaged-NAME-2`` and so on if there is one already.
+    """
+    number, aside = 1, path.with_name(f"damaged-{path.name}")
+    while aside.exists() or aside.is_symlink():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}-{number}")
+    path.rename(aside)
+    return aside

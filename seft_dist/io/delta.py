@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seft_dist.files.reading import parse_json
+from seft_dist.files.writing import sync_file
 from seft_dist.io.folders import new_folder, refuse_existing, save_settings
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import write_safetensors
@@ -81,6 +82,7 @@ class DeltaWriter:
         part = path.with_name(path.name + ".part")
         metadata = {**self._metadata, **prints, "targets": json.dumps(self._names)}
         write_safetensors(part, self._tensors, metadata)
+        sync_file(part)
         part.rename(path)
 
 

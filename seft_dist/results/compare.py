@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from seft_dist.files.writing import write_text
 from seft_dist.results.promise import DELTA_RELATIVE, LOSS_RELATIVE, Terms, layout_name, terms
 from seft_dist.results.step_diff import StepDifference, first_of, metrics_of, step_differences
 from seft_dist.results.weights_diff import WeightDifference, compare_weights, tampered, unlike_tensors
@@ -295,4 +296,4 @@ def _where(found: Comparison, changed: list[WeightDifference]) -> str:
 def write_json(found: Comparison, path: Path) -> None:
     """Write everything that was found. Local."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found.to_json(), indent=1, default=str) + "\n")
+    write_text(path, json.dumps(found.to_json(), indent=1, default=str) + "\n")

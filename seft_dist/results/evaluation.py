@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from seft_dist.backends.fsdp import FsdpBackend, reshard
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig, ModelConfig
+from seft_dist.files import writing
 from seft_dist.io.data import load_sequences, load_tokenizer
 from seft_dist.io.models import Source, load_model, open_source
 from seft_dist.optim.targets import find_targets
@@ -181,9 +182,7 @@ def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ra
     whole = {"data": settings.pop("data"), "models": models, "settings": settings}
     whole |= {"world_size": ranks.world_size, "threads": torch.get_num_threads(), "versions": _versions(config)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(whole, indent=2) + "\n")
-    part.replace(path)
+    writing.write_json(path, whole)
 
 
 def _versions(config: EvaluateConfig) -> dict[str, str | None]:

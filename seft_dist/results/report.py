@@ -4,7 +4,6 @@ runs/x/config.yaml     the configuration          runs/x/metrics.jsonl    one li
 runs/x/result.json     the run in few numbers     runs/x/eval.json        perplexity of dense, pruned and repaired model
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 from typing_extensions import TypedDict
 
 from seft_dist.files.reading import LENIENT, check_kind, read_json
-from seft_dist.files.writing import write_text
+from seft_dist.files.writing import write_json
 from seft_dist.results.run_files import (
     Count,
     Line,
@@ -174,7 +173,7 @@ def write_summary(run: Run) -> Path:
     """
     values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
-    write_text(path, json.dumps({key: values[key] for key in _KEYS}, indent=2) + "\n")
+    write_json(path, {key: values[key] for key in _KEYS})
     return path
 
 

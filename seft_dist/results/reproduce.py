@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from seft_dist.backends.deepspeed import load_ds_config
 from seft_dist.config import ReproduceConfig, TrainConfig
+from seft_dist.files import writing
 from seft_dist.io.models import open_source
 from seft_dist.results.compare import compare, write_json
 from seft_dist.training.distributed import find_ranks
 from seft_dist.training.manifest import read_manifest
-from seft_dist.training.run_folder import RESULT
+from seft_dist.training.run_folder import is_finished
 from seft_dist.training.trace import FILE as TRACE
 
 FILE = "reproduce.json"
@@ -216,12 +217,12 @@ def _open(folder: Path, planned: list[Planned]) -> None:
 def _make(folder: Path, run: Planned, outcome: Outcome, steps: int, title: str, tell: Callable[[str], None]) -> None:
     """Make one run, unless it is there already."""
     output, log = folder / run.name, folder / f"{run.name}.log"
-    if not (output / RESULT).is_file():
+    if not is_finished(output):
         began = time.perf_counter()
         with log.open("ab") as file, _progress(output / TRACE, steps, title) as show:
             code, stopped = _wait(subprocess.Popen(run.command, stdout=file, stderr=subprocess.STDOUT), show)
         outcome.seconds = round(time.perf_counter() - began, 1)
-        if stopped or (code == 0 and not (output / RESULT).is_file()):
+        if stopped or (code == 0 and not is_finished(output)):
             outcome.status = "stopped"
             tell(f"{run.name} was stopped; the same command goes on from its last checkpoint")
             return
@@ -300,6 +301,4 @@ def _judge(folder: Path, outcome: Outcome, others: dict[str, Outcome]) -> None:
 
 def _write(folder: Path, outcomes: list[Outcome]) -> None:
     content = {"held": held(outcomes), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(folder / FILE)
+    writing.write_json(folder / FILE, content)

@@ -1,6 +1,5 @@
 """What is left behind when a run stops by an error: one file for each rank that saw it, for whoever looks into it later."""
 
-import json
 import math
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from seft_dist.files.writing import write_json
 from seft_dist.io.checkpoint import latest
 from seft_dist.io.data import Batch
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -52,7 +52,7 @@ def write_diagnosis(
     path = output / FOLDER / f"step-{seft.num_steps:08d}-rank-{ranks.rank:05d}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content, indent=1))
+        write_json(path, content)
     except OSError:
         return None  # the error itself is what must be seen
     goes_on = f"the same command goes on from {newest}" if newest else "no checkpoint was written yet"

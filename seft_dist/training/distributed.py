@@ -120,14 +120,16 @@ def start(
     if (ranks.world_size > 1 or group or deepspeed) and not dist.is_initialized():
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
-        limit = timedelta(seconds=timeout)
+        limit, meeting = timedelta(seconds=timeout), timedelta(seconds=min(timeout, LONGEST_WAIT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
             store=_store(ranks, timeout),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=limit,
+            timeout=meeting,
         )
+        distributed_c10d._set_pg_timeout(limit)
+        distributed_c10d._get_default_store().set_timeout(limit)
         # The groups of a device mesh (HSDP) and of DeepSpeed take these, whatever the default group has: 30 minutes
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":

@@ -8,6 +8,7 @@
     attempts     one for each start of the run: when, how and where, with which versions, code and configuration;
                  ``first_step`` is the step it began with, so what it did ends where a later one begins
     evolutions   step and digest of all masks and supports, for each evolution
+    damaged      only if a manifest of this run could not be read: what it is called now; attempts before it are in there
     final        after the last step: its loss, and for each target hashes of support, mask and weights
 
 Written by rank 0 when an attempt starts, after each evolution and at the end; a run that goes on adds to it. Uncommitted
@@ -17,7 +18,6 @@ changes of the code are beside it, in ``code-<digest>.diff``.
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections import Counter
@@ -27,16 +27,39 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
+from seft_dist.files.reading import check_kind, read_json
+from seft_dist.files.writing import put_aside, write_bytes, write_text
 from seft_dist.kernels.describe import describe
 from seft_dist.optim.evolution import EvolutionReport
 from seft_dist.training import facts
 from seft_dist.training.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig
+from seft_dist.training.metrics import FILE as METRICS
+from seft_dist.training.metrics import say
+from seft_dist.training.step_lines import StepLines
 
 FILE = "manifest.json"
 FORMAT = "seft_dist manifest 1"
+
+
+class _Attempt(TypedDict):
+    first_step: int
+
+
+class _Evolution(TypedDict):
+    step: int
+    digest: str
+
+
+class _Kind(TypedDict):
+    """What is read again of a manifest; it has more."""
+
+    attempts: list[_Attempt]
+    evolutions: list[_Evolution]
 
 
 class Manifest:
@@ -74,9 +97,7 @@ class Manifest:
     def _write(self) -> None:
         if self._content is None:
             return
-        part = self._folder / f"{FILE}.part"
-        part.write_text(_to_json(self._content))
-        os.replace(part, self._folder / FILE)
+        write_text(self._folder / FILE, _to_json(self._content))
 
 
 def open_manifest(
@@ -108,7 +129,7 @@ def open_manifest(
     folder = Path(config.output)
     if not ranks.is_main:
         return Manifest(folder, None)
-    old = _read_old(folder / FILE)
+    old = _read_old(folder, done)
     layout = {
         "backend": backend,
         "world_size": ranks.world_size,
@@ -137,8 +158,10 @@ def open_manifest(
         "config": dataclasses.asdict(config),
     }
     content: dict[str, Any] = {"format": FORMAT, "model": model, "dtype": dtype, "dropout": dropout, "data": data}
-    content["attempts"] = [*old.get("attempts", []), attempt]
-    content["evolutions"] = [entry for entry in old.get("evolutions", []) if entry["step"] <= done]
+    content["attempts"] = [*old["attempts"], attempt]
+    content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= done]
+    if old.get("damaged"):
+        content["damaged"] = old["damaged"]
     return Manifest(folder, content | {"final": None})
 
 
@@ -153,14 +176,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / FILE if path.is_dir() else path
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file, dict[str, Any])
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: no manifest can be read ({error}); needs the folder of a run of launch/train.py, or its {FILE}"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise ValueError(f"{file} has format {found!r}, this program reads {FORMAT!r}")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {content.get('format')!r}, this program reads {FORMAT!r}")
+    check_kind(content, TypeAdapter(_Kind), str(file))
     return content
 
 
@@ -173,12 +196,22 @@ def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return lasting
 
 
-def _read_old(file: Path) -> dict[str, Any]:
-    """The manifest of earlier attempts; nothing if there is none that can be used."""
+def _read_old(folder: Path, done: int) -> dict[str, Any]:
+    """The manifest of earlier attempts; if it is damaged, it is put aside, and what is known otherwise is taken."""
+    if not (folder / FILE).exists():
+        return {"attempts": [], "evolutions": []}
     try:
-        return read_manifest(file)
-    except ValueError:
-        return {}
+        return read_manifest(folder)
+    except ValueError as error:
+        aside = put_aside(folder / FILE)
+        say(f"{error}\nit is now {aside.name}: {FILE} goes on without the attempts before this one")
+    steps = StepLines.read(folder / METRICS)
+    evolutions = [
+        {"step": step, "digest": line["evolution"]["digest"]}
+        for step, line in steps.items()
+        if step <= done and isinstance(line.get("evolution"), dict) and "digest" in line["evolution"]
+    ]
+    return {"attempts": [], "evolutions": evolutions, "damaged": [aside.name]}
 
 
 def _code(folder: Path) -> dict[str, Any]:
@@ -186,7 +219,7 @@ def _code(folder: Path) -> dict[str, Any]:
     about, diff = facts.code()
     if diff:
         about["diff"] = f"code-{hashlib.sha256(diff).hexdigest()[:8]}.diff"
-        (folder / about["diff"]).write_bytes(diff)
+        write_bytes(folder / about["diff"], diff)
     return about
 
 

@@ -13,18 +13,21 @@ loss is the mean over ranks and over the steps since the line before; tokens are
 
 import dataclasses
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
+from seft_dist.files.reading import check_kind
 from seft_dist.optim.evolution import EvolutionReport
+from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "metrics.jsonl"
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -43,6 +46,18 @@ def check_trackers(config: TrainConfig) -> None:
             )
 
 
+class _State(TypedDict, total=False):
+    """From ``Metrics.state``."""
+
+    tokens: int
+    evolutions: int
+    reactivated: int
+    records: int
+    loss: float
+    losses: list[float]
+    seconds: float
+
+
 class Metrics:
     """Counts steps on every rank and writes them down on rank 0. Local."""
 
@@ -54,8 +69,12 @@ class Metrics:
         writes: True on rank 0.
         start: Steps already done (a resumed run); later lines of an earlier attempt are removed.
         state: What ``state()`` gave after those steps.
+
+        Raises:
+            ValueError: ``state`` is not what ``state()`` gives.
+            OSError: The file cannot be read or written.
         """
-        state = state or {}
+        state = dict(check_kind(state or {}, TypeAdapter(_State), "the checkpoint's state of the metrics"))
         self.tokens: int = state.get("tokens", 0)
         """Of all ranks."""
         self.evolutions: int = state.get("evolutions", 0)
@@ -72,9 +91,8 @@ class Metrics:
         self._trackers: list[Any] = []
         if not writes:
             return
-        path = Path(config.output) / FILE
-        path.write_text("".join(lines_until(path, start)))
-        self._file = path.open("a", buffering=1)
+        self._lines = StepLines(Path(config.output) / FILE, start)
+        _tell_what_is_missing(config, self._lines, start, state.get("records"))
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -94,6 +112,8 @@ class Metrics:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to count on; JSON."""
         counts = {"tokens": self.tokens, "evolutions": self.evolutions, "reactivated": self.reactivated}
+        if self._writes:
+            counts["records"] = len(self._lines.steps)
         return counts | {"loss": self.last_loss, "losses": self._losses, "seconds": self.seconds}
 
     def step(
@@ -139,16 +159,21 @@ class Metrics:
         self._bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
         if evolution is not None:
             record["evolution"] = {key: value for key, value in dataclasses.asdict(evolution).items() if key != "step"}
-        self._file.write(json.dumps(record) + "\n")
+        self._lines.add(record)
         for tracker in self._trackers:
             tracker.log(_flat(record, numbers_only=True), step=step)
+
+    def sync(self) -> None:
+        """Force what was recorded to disk."""
+        if self._writes:
+            self._lines.sync()
 
     def close(self) -> None:
         """End the progress bar, the file and the trackers."""
         if not self._writes:
             return
         self._bar.close()
-        self._file.close()
+        self._lines.close()
         for tracker in self._trackers:
             tracker.finish()
 
@@ -194,12 +219,17 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
     return trackers
 
 
-def lines_until(path: Path, step: int) -> list[str]:
-    """The lines of the steps done; the last one may have been cut when the run was stopped. Local."""
-    if not step or not path.exists():
-        return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [line for line in whole if json.loads(line)["step"] <= step]
+def _tell_what_is_missing(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
+    """Say so if the steps done had other lines than are there: ``records`` of them, None if a checkpoint does not say."""
+    wanted = {step for step in range(1, done + 1) if step % config.log_every == 0} - set(lines.steps)
+    count = len(wanted) if records is None else records - len(lines.steps)
+    if lines.put_aside is not None:
+        say(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
+    if count > 0:
+        named = f", among them those of steps {as_ranges(wanted)}" if wanted else ""
+        say(
+            f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has them"
+        )
 
 
 def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[str, Any]:

@@ -76,6 +76,11 @@ class Record:
         """
         self._manifest.finish(self._seft.num_steps, loss, topology_hashes(self._seft))
 
+    def sync(self) -> None:
+        """Force what was recorded to disk. Local."""
+        if self._trace is not None:
+            self._trace.sync()
+
     def close(self) -> None:
         """End the files. Local."""
         if self._trace is not None:

@@ -6,88 +6,96 @@ checkpoints/        see io/checkpoint
 diagnosis/          see training/diagnosis.py: only if an error stopped it
 model/              the repaired model, a Hugging Face folder
 delta.safetensors   what changed against the pruned model, see io/export.py
+damaged-*           what could not be read when the run went on
+run.lock            see training/writer_lock.py: while a process writes here
 slurm/              what each attempt of a batch job ran, see slurm/common.sh: may be there before the run
 result.json         written last: the run is finished
 """
 
 import dataclasses
-import hashlib
 import shutil
-import socket
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
+from seft_dist.files.reading import check_kind, read_json
+from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
 from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.cli import to_dict, to_yaml
 from seft_dist.training.distributed import Ranks, together
+from seft_dist.training.metrics import say
+from seft_dist.training.writer_lock import LOCK
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
 SLURM = "slurm"
-PATIENCE = 30.0
-"""Seconds that an earlier attempt gets to end before this one is refused."""
+_FOLDERS = (SLURM, CHECKPOINTS, MODEL)
+_FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a result: an empty or damaged one, as a full disk leaves it, is none. Local."""
+    try:
+        return bool(read_json(folder / RESULT, dict[str, Any]))
+    except (OSError, ValueError):
+        return False
 
 
 def check_run_folder(config: TrainConfig) -> None:
     """Refuse a folder that this run must not write to. Local, on rank 0.
 
     Raises:
-        ValueError: It holds a finished run, or something else.
+        ValueError: It holds a finished run, or something else, or a file where the run needs a folder.
     """
     folder = Path(config.output)
-    if (folder / RESULT).exists():
+    if is_finished(folder):
         raise ValueError(f"{folder} holds a finished run: choose another output, or remove the folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={folder} is a file: needs a folder")
-    others = [path.name for path in folder.iterdir() if path.name != SLURM] if folder.is_dir() else []
-    if others and not (folder / CONFIG).exists():
-        raise ValueError(f"{folder} is not empty and holds no run: choose another output")
+    if not (folder / CONFIG).exists():
+        others = [path.name for path in folder.iterdir() if not _left_by_a_start(path)] if folder.is_dir() else []
+        if others:
+            raise ValueError(
+                f"{folder} is not empty and holds no run: choose another output (found {', '.join(sorted(others)[:3])})"
+            )
+    # What only the end of the run would meet
+    for name in (*_FOLDERS, *_FILES):
+        path = folder / name
+        wrong = path.exists() and path.is_dir() != (name in _FOLDERS)
+        if wrong or (name == MODEL and path.is_symlink()):
+            found = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+            needed = "a folder" if name in _FOLDERS else "a file"
+            raise ValueError(f"{path} is {found}: the run writes {needed} there; remove it, or choose another output")
 
 
-@contextmanager
-def only_writer(config: TrainConfig) -> Iterator[None]:
-    """Be the only run that writes to the folder, as far as this machine knows, while the context lasts. Local, on rank 0.
-
-    A name in the kernel, not a file: it goes when its process goes, however that ends.
-
-    Raises:
-        ValueError: Another one is still there after ``PATIENCE`` seconds.
-    """
-    folder = Path(config.output).resolve()
-    name = f"\0seft_dist {hashlib.sha256(bytes(folder)).hexdigest()}"
-    deadline = time.monotonic() + PATIENCE
-    with socket.socket(socket.AF_UNIX) as claim:
-        while True:
-            try:
-                claim.bind(name)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"another process on this machine is writing to {folder}: stop it, or choose another output"
-                    ) from error
-            time.sleep(0.1)
-        yield
+def _left_by_a_start(path: Path) -> bool:
+    """True for what is in the folder before config.yaml is: a batch script's record, or what a killed start has left."""
+    if path.name == CHECKPOINTS:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name in (SLURM, LOCK, CONFIG + PART)
 
 
 def open_run_folder(config: TrainConfig) -> None:
-    """Make the run's folder and save the configuration in it. Local, on rank 0.
+    """Save the configuration in the run's folder, and clear away what a killed attempt has left. Local, on rank 0.
 
     Raises:
         ValueError: It cannot be written.
     """
     folder = Path(config.output)
     try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(to_yaml(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, to_yaml(config))  # first: it says that the folder is a run's
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+        if (folder / RESULT).exists():
+            say(f"{folder / RESULT} cannot be read: it is now {put_aside(folder / RESULT).name}, and the run goes on")
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
+    checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
     shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an attempt that was stopped while it exported
 
 
@@ -106,7 +114,7 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
     global_batch = config.batch_size * world_size
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
-            global_batch = _origin_of(path, checkpoint.read_manifest(path)["extra"])["global_batch"]
+            global_batch = _checked(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
             break
         except ValueError:  # resume() says what is wrong with it
             continue
@@ -160,12 +168,12 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origi
     found = together(ranks, lambda: checkpoint.complete(folder))
     for path in reversed(found):
         try:
-            extra = checkpoint.load(seft, path)
+            extra = _checked(path, checkpoint.load(seft, path))
         except checkpoint.DamagedError as error:
             problem = str(error)
             together(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
-        _check_origin(path, _origin_of(path, extra), dataclasses.asdict(origin))
+        _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
         if seft.num_steps > config.steps:
             raise ValueError(
                 f"{path} has done {seft.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
@@ -186,19 +194,30 @@ def _check_new(folder: Path) -> None:
 
 
 def _put_aside(path: Path, problem: str) -> None:
-    aside = path.with_name(path.name.replace("step", "damaged"))
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    print(f"{problem}\nput aside as {aside}; going on from the checkpoint before it", file=sys.stderr, flush=True)
+    say(f"{problem}\nput aside as {put_aside(path)}; going on from the checkpoint before it")
 
 
-def _origin_of(path: Path, extra: dict[str, Any]) -> dict[str, Any]:
+class _Origin(TypedDict):
+    model: str
+    data: str
+    sequences: int
+    global_batch: Annotated[int, Field(ge=1)]
+    seed: int
+
+
+class _Extra(TypedDict):
+    origin: _Origin
+    state: dict[str, Any]
+
+
+def _checked(path: Path, extra: dict[str, Any]) -> _Extra:
+    """What ``extra_of`` gave, as a checkpoint holds it."""
     if "origin" not in extra:
         raise ValueError(
             f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints of its "
             "own, of this version; choose another output"
         )
-    return extra["origin"]
+    return check_kind(extra, TypeAdapter(_Extra), f"extra of {path}")
 
 
 def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

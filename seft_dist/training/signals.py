@@ -1,19 +1,26 @@
-"""Being asked to stop: a signal to any rank becomes a number that the ranks agree on between two steps."""
+"""Being asked to stop: a signal to any rank becomes a number that the ranks agree on between two steps.
 
+Imports no torch: the doors catch signals before they load it, which takes many seconds on a busy file system.
+"""
+
+import contextlib
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from seft_dist.training.distributed import find_launcher
-
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""What Slurm sends before a time limit or a preemption, and what everybody sends to end a process."""
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What Slurm sends before a time limit or a preemption, what everybody sends to end a process, Ctrl-C (torchrun passes it on
+to its ranks), and what a terminal sends that is closed."""
+_ONE_KEYSTROKE = 3.0
+"""Seconds within which several SIGINTs are one Ctrl-C: the terminal sends it, and launchers pass it on."""
 
 
 class StopRequest:
-    """Remembers the first stop signal; later ones change nothing. Local.
+    """Remembers the first stop signal; later ones change nothing, but a second Ctrl-C interrupts at once. Local.
 
     A launcher that is gone counts as SIGTERM: torchrun killed by SIGKILL, or deepspeed by anything, leave their ranks
     behind, which would go on for days where nobody sees them.
@@ -21,19 +28,45 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number = 0
-        self._launcher = find_launcher()
+        self._since = 0.0
+        self._parent = os.getppid()
+        self._terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+        self._find_launcher: Callable[[], tuple[int, ...]] = tuple
+        self._launcher: tuple[int, ...] = ()
+
+    def watch(self, find_launcher: Callable[[], tuple[int, ...]]) -> None:
+        """Look from now on whether the launcher is still there.
+
+        Args:
+            find_launcher: Its processes; others, when one has ended.
+        """
+        self._find_launcher, self._launcher = find_launcher, find_launcher()
+        if self._launcher and self._parent not in self._launcher:  # it ended while this process was starting
+            self._launcher = (self._parent,)
 
     @property
     def number(self) -> int:
         """The signal, 0 for none."""
-        if not self._number and find_launcher() != self._launcher:
+        if not self._number and self._find_launcher() != self._launcher:
             print("the launcher of this rank has ended: saving and stopping", file=sys.stderr, flush=True)
             self._number = signal.SIGTERM
         return self._number
 
     def remember(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: nothing is interrupted, the training loop looks at ``number`` after each step."""
-        self._number = self._number or number
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+        if not self._number:
+            self._number, self._since = number, time.monotonic()
+        elif number == self._number == signal.SIGINT and time.monotonic() > self._since + _ONE_KEYSTROKE:
+            raise KeyboardInterrupt
+
+    def _leave_terminal(self) -> None:
+        """Print into nothing: a terminal that was closed answers with errors, which would end the run before it saves."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def name_of(number: int) -> str:
@@ -43,11 +76,20 @@ def name_of(number: int) -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch stop signals while the context lasts. Local, in the main thread."""
+    """Catch stop signals while the context lasts, but those that this process was told to ignore. Local, in the main thread."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.remember) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    caught = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup: SIGHUP
+    for number in caught:
+        signal.signal(number, request.remember)
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in caught.items():
             signal.signal(number, handler)
+
+
+def _is_terminal(number: int) -> bool:
+    with contextlib.suppress(OSError):
+        return os.isatty(number)
+    return False

@@ -27,7 +27,8 @@ from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch
 from seft_dist.sparsity.scores import mix
 from seft_dist.training.fingerprint import as_hex
-from seft_dist.training.metrics import lines_until
+from seft_dist.training.metrics import say
+from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "trace.jsonl"
 
@@ -41,15 +42,20 @@ class Trace:
         seft: What is trained; the steps that it has done already stay in the file, later ones of an earlier attempt are
             removed.
         writes: True on rank 0.
+
+        Raises:
+            OSError: The file cannot be read or written.
         """
         self._seft = seft
         self._masks: list[tuple[Tensor, Tensor]] | None = None
         self._seft.sparse_state.near_ties = [0] * len(seft.target_names)
-        self._file = None
-        if writes:
-            path = folder / FILE
-            path.write_text("".join(lines_until(path, seft.num_steps)))
-            self._file = path.open("a", buffering=1)
+        self._lines = StepLines(folder / FILE, seft.num_steps) if writes else None
+        if self._lines is not None:
+            if self._lines.put_aside is not None:
+                say(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
+            missing = set(range(1, seft.num_steps + 1)) - set(self._lines.steps)
+            if missing:
+                say(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
 
     @torch.no_grad()
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
@@ -71,7 +77,7 @@ class Trace:
         near = seft.sparse_state.near_ties
         if moved:  # those of a window's candidates are counted in an earlier step, and told with the evolution
             seft.sparse_state.near_ties = [0] * len(table)
-        if self._file is None:
+        if self._lines is None:
             return
         record: dict[str, Any] = {
             "step": step,
@@ -91,7 +97,7 @@ class Trace:
                 name: [row[4 + BUCKETS : middle], row[middle:], ties]
                 for name, row, ties in zip(seft.target_names, table, near or (), strict=True)
             }
-        self._file.write(json.dumps(record) + "\n")
+        self._lines.add(record)
 
     def _rows(self, moved: bool) -> Tensor:
         """This rank's terms, int64 [targets, 4 + 3 BUCKETS]."""
@@ -114,10 +120,15 @@ class Trace:
             rows.append(torch.cat([torch.stack(hashes), *sketches]))
         return torch.stack(rows)
 
+    def sync(self) -> None:
+        """Force what was written to disk. Local."""
+        if self._lines is not None:
+            self._lines.sync()
+
     def close(self) -> None:
         """End the file. Local."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 def hash_of_batch(batch: Batch) -> Tensor:
@@ -134,15 +145,22 @@ def hash_of_batch(batch: Batch) -> Tensor:
 
 
 def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a run's trace, floats as floats; none if there is no trace. Local."""
+    """The steps of a run's trace, floats as floats; none if there is no trace. Local.
+
+    Raises:
+        ValueError: A line cannot be read.
+    """
     path = folder / FILE
     if not path.is_file():
         return
     with path.open() as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.endswith("\n"):  # the last one may have been cut when the run was stopped
-                record = json.loads(line)
-                yield record | {key: float.fromhex(record[key]) for key in ("loss", "grad_norm", "lr")}
+                try:
+                    record = json.loads(line)
+                    yield record | {key: float.fromhex(record[key]) for key in ("loss", "grad_norm", "lr")}
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(f"line {number} of {path} is damaged: {error!r}") from error
 
 
 def _mask_terms(mask: Tensor, start: int, numel: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """One fine-tuning run, from the configuration to the repaired model: the only file that sees every part."""
 
 import hashlib
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seft_dist.config import TrainConfig
+from seft_dist.files.writing import write_json
 from seft_dist.io.checkpoint import Saver
 from seft_dist.io.data import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.export import export_model
@@ -36,21 +36,23 @@ from seft_dist.training.run_folder import (
     Origin,
     check_run_folder,
     extra_of,
-    only_writer,
     open_run_folder,
     resume,
     settle_batch,
 )
 from seft_dist.training.signals import StopRequest, name_of, stop_requests
+from seft_dist.training.writer_lock import only_writer
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, Any]:
     """Fine-tune a pruned model as configured and write the run's folder. **Collective.**
 
-    SIGUSR1 or SIGTERM to any rank makes all of them save after the step they are in (the next logged one), and return.
+    SIGUSR1, SIGTERM, SIGINT or SIGHUP to any rank makes all of them save after the step they are in (the next logged
+    one), and return.
 
     Args:
         config: The run.
+        request: Of a caller who catches stop signals already; None: they are caught from here to the end.
 
     Returns:
         What result.json holds: backend, world_size, density, steps, sparsity (target, final, layers_off_target),
@@ -62,11 +64,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         OSError: A checkpoint could not be written; earlier ones are whole.
     """
     needs_group = config.backend in ("fsdp", "ddp") or config.replicas > 1 or config.offload
-    with stop_requests() as request, ExitStack() as held:
+    with ExitStack() as held:
+        request = request or held.enter_context(stop_requests())
+        request.watch(distributed.find_launcher)
         ranks = distributed.start(
             deepspeed=config.deepspeed is not None, group=needs_group, timeout=config.timeout, threads=config.threads
         )
-        together(ranks, lambda: held.enter_context(only_writer(config)) if ranks.is_main else None)
+        together(ranks, lambda: held.enter_context(only_writer(Path(config.output))) if ranks.is_main else None)
         return _train(config, ranks, request)
 
 
@@ -91,9 +95,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str,
     state = resume(config, ranks, run.seft, origin) or {}
     together(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
     record = Record(config, ranks, source, run.seft, origin=origin, backend=run.backend, ds=ds)
-    if "scheduler" in state and run.scheduler is not None:
-        run.scheduler.load_state_dict(state["scheduler"])
-        run.seft.param_groups[0]["lr"] = state["lr"]  # the scheduler itself sets it only after the next step
+    _restore_scheduler(run, state)
     if ranks.is_main:
         say(f"kernels: {describe(ranks.device)}")
     metrics = Metrics(config, writes=ranks.is_main, start=run.seft.num_steps, state=state.get("metrics"))
@@ -159,6 +161,8 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
             if agreed.written:
                 saver.finish()
             if saves or agreed.stop:
+                metrics.sync()
+                record.sync()
                 saver.start(extra_of(config, origin, _state_of(run, metrics)))
             if agreed.stop:
                 saver.finish()
@@ -168,6 +172,18 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
         write_diagnosis(error, Path(config.output), run.ranks, seft, data.indices(seft.num_steps), micro)
         raise
     return 0
+
+
+def _restore_scheduler(run: Run, state: dict[str, Any]) -> None:
+    if "scheduler" not in state or run.scheduler is None:
+        return
+    try:
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.seft.param_groups[0]["lr"] = float(state["lr"])  # the scheduler itself sets it only after the next step
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the checkpoint's state of the scheduler does not fit: {error!r}; use another checkpoint"
+        ) from error
 
 
 def _state_of(run: Run, metrics: Metrics) -> dict[str, Any]:
@@ -299,7 +315,7 @@ def finish(run: Run, metrics: Metrics, record: Record) -> dict[str, Any]:
         )
     record.finish(metrics.last_loss)
     if run.ranks.is_main:
-        (folder / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / RESULT, result)
         summary(result)
     if dist.is_initialized():
         dist.barrier()  # no rank returns before the files are there

@@ -12,8 +12,8 @@ The folder is written under another name, synced, then renamed: a folder named s
 the pointer to the newest. Nothing is unpickled.
 """
 
-from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest
+from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest, tidy
 from seft_dist.io.checkpoint.reader import load
-from seft_dist.io.checkpoint.writer import Saver, save
+from seft_dist.io.checkpoint.writer import KEEP, Saver, save
 
-__all__ = ["DamagedError", "Saver", "complete", "latest", "load", "read_manifest", "save"]
+__all__ = ["KEEP", "DamagedError", "Saver", "complete", "latest", "load", "read_manifest", "save", "tidy"]

@@ -1,16 +1,20 @@
 """Names, checksums and the agreement of ranks: what writing and reading a checkpoint share."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from seft_dist.backends import Backend
+from seft_dist.files.reading import read_json
+from seft_dist.files.writing import write_json
+from seft_dist.io.checkpoint.schema import Manifest, check_manifest
 from seft_dist.optim import agreement
 
 FORMAT_VERSION = 1
@@ -22,11 +26,14 @@ class DamagedError(ValueError):
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, the newest last. Local."""
-    found = {path.parent.name: path.parent for path in folder.glob(f"step-*/{MANIFEST}")}
-    for path in folder.glob(f"replaced-*/{MANIFEST}"):  # killed between the two renames of one step's second save
-        found.setdefault(path.parent.name.replace("replaced", "step"), path.parent)
-    return [found[name] for name in sorted(found)]
+    """The complete checkpoints in a folder, the newest last. Local.
+
+    Only names that ``Saver`` gives count: a copy with another name, e.g. step-00000040-good, is the user's.
+    """
+    found = _named(folder, "step")
+    for number, path in _named(folder, "replaced").items():  # killed between the two renames of one step's second save
+        found.setdefault(number, path)
+    return [found[number] for number in sorted(found) if (found[number] / MANIFEST).exists()]
 
 
 def latest(folder: Path) -> Path | None:
@@ -35,44 +42,80 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def tidy(folder: Path, keep: int) -> None:
+    """Remove older checkpoints, and what a killed attempt has left of others. Local.
+
+    Args:
+        folder: Holds the checkpoints of a run.
+        keep: How many complete checkpoints stay.
+    """
+    for kind in ("partial", "removed"):
+        for path in _named(folder, kind).values():
+            shutil.rmtree(path, ignore_errors=True)
+    steps = _named(folder, "step")
+    for number, path in _named(folder, "replaced").items():
+        if number in steps and (steps[number] / MANIFEST).exists():
+            remove(path)
+    for path in complete(folder)[:-keep]:
+        remove(path)
+
+
+def _named(folder: Path, kind: str) -> dict[int, Path]:
+    """Folders that are called ``kind`` and a number of steps, by it; links are the user's."""
+    found = {}
+    for path in folder.glob(f"{kind}-*"):
+        number = path.name.removeprefix(f"{kind}-")
+        if (
+            number.isascii()
+            and number.isdecimal()
+            and path.name == f"{kind}-{int(number):08d}"
+            and not path.is_symlink()
+        ):
+            found[int(number)] = path
+    return found
+
+
 def rank_file(rank: int, world_size: int) -> str:
     """Name of the file with what one rank owned. Local."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the manifest, with a checksum of itself, and force it and the folder to disk. Local.
 
     Raises:
         OSError: It cannot be written.
     """
-    content = manifest | {"manifest_sha256": _digest(manifest)}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
-    sync(folder / MANIFEST)
-    sync_folder(folder)
+    content = dict(manifest) | {"manifest_sha256": _digest(manifest)}
+    write_json(folder / MANIFEST, content)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check a checkpoint's manifest. Local.
 
     Raises:
-        DamagedError: It is missing or altered.
-        ValueError: It is of another format version.
+        DamagedError: It is missing, altered, or does not hold what a manifest holds.
+        ValueError: It is whole, and of another format version.
     """
+    file = checkpoint / MANIFEST
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        version = manifest.get("format_version")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        content = read_json(file, dict[str, Any])
+    except (OSError, ValueError) as error:
         raise DamagedError(
             f"{checkpoint} is no complete checkpoint ({error}): choose a folder with a {MANIFEST}"
         ) from error
+    # The checksum first: a version that is damaged must not hide that older checkpoints are whole
+    if content.pop("manifest_sha256", None) != _digest(content):
+        raise DamagedError(f"{file} is damaged: its checksum does not fit; use an older checkpoint")
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{checkpoint} has format version {version}, this program reads {FORMAT_VERSION}: use the program that wrote it"
         )
-    if manifest.pop("manifest_sha256", None) != _digest(manifest):
-        raise DamagedError(f"{checkpoint / MANIFEST} is damaged: its checksum does not fit; use an older checkpoint")
-    return manifest
+    try:
+        return check_manifest(content, str(file))
+    except ValueError as error:
+        raise DamagedError(f"{error}; use an older checkpoint") from error
 
 
 def check_sum(file: Path, expected: str) -> None:
@@ -99,13 +142,6 @@ def sync(file: Path) -> bytes:
         return hashlib.file_digest(handle, "sha256").digest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk. Local."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
     """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. **Collective**.
 
@@ -127,11 +163,14 @@ def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
     agreement.everywhere(backend, read_or_write, (DamagedError, ValueError, OSError))
 
 
-def remove(folder: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Remove a checkpoint such that it is never taken for a complete one half way. Local."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    going = checkpoint.with_name(f"removed-{checkpoint.name.rpartition('-')[2]}")
+    shutil.rmtree(going, ignore_errors=True)
+    with contextlib.suppress(OSError):  # one that cannot be removed does no harm
+        checkpoint.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(manifest), sort_keys=True).encode()).hexdigest()

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seft_dist.config import SeftConfig
 from seft_dist.io.checkpoint.files import DamagedError, check_sum, everywhere, rank_file, read_manifest
+from seft_dist.io.checkpoint.schema import Manifest, Target
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.restoring import (
@@ -23,7 +24,7 @@ from seft_dist.optim.restoring import (
     check_part,
 )
 from seft_dist.optim.state import LayerDelta
-from seft_dist.optim.window import Window
+from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
@@ -57,13 +58,14 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
 
     everywhere(backend, check_sums)
     reader = _Reader(checkpoint, manifest)
+    targets = {target["name"]: target for target in manifest["targets"]}
     layers: list[LayerDelta] = []
 
     def read() -> None:
         try:
-            layers.extend(_layer(seft, reader, manifest["targets"][i], i) for i in range(len(backend.names)))
+            layers.extend(_layer(seft, reader, targets[name], i) for i, name in enumerate(backend.names))
             check_layers(layers, backend, seft.config, seft.sparse_state, manifest["num_steps"])
-        except ValueError as error:
+        except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
     everywhere(backend, read)
@@ -71,7 +73,7 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     return manifest["extra"]
 
 
-def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path) -> None:
+def _check_fits(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
     state, backend = seft.sparse_state, seft.backend
     found = {target["name"]: target for target in manifest["targets"]}
     for where, names in (("there", found.keys() - set(backend.names)), ("here", set(backend.names) - found.keys())):
@@ -110,7 +112,7 @@ def _check_fits(seft: SeftOptimizer, manifest: dict[str, Any], checkpoint: Path)
 class _Reader:
     """Parts of a checkpoint's tensors for any interval, whoever wrote them."""
 
-    def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
         self.num_steps: int = manifest["num_steps"]
         self.window_steps: int | None = manifest["window_steps"]
         self.world_size: int = manifest["world_size"]
@@ -136,20 +138,15 @@ class _Reader:
         values = {key: self.get(rank, f"{name}.{key}") for key in keys}
         return {key: value for key, value in values.items() if value is not None}
 
-    def overlapping(self, target: dict[str, Any], interval: Interval) -> list[tuple[int, Interval]]:
+    def overlapping(self, target: Target, interval: Interval) -> list[tuple[int, Interval]]:
         """Ranks that wrote a part of the interval, and what they owned."""
         rows, columns = target["shape"]
-        if target["chunk"] * self.world_size < rows * columns:
-            raise DamagedError(
-                f"{target['name']} of {rows * columns} weights in {self.world_size} parts of {target['chunk']}: needs enough "
-                "for all weights"
-            )
         partition = Partition(rows * columns, target["chunk"], self.world_size)
         owned = [(rank, partition.interval(rank)) for rank in range(self.world_size)]
         return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
 
 
-def _layer(seft: SeftOptimizer, reader: _Reader, target: dict[str, Any], i: int) -> LayerDelta:
+def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> LayerDelta:
     """This rank's part of one target."""
     backend, name = seft.backend, target["name"]
     interval, device = backend.interval(i), backend.device
@@ -212,10 +209,15 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
         own = {"positions": empty.to(torch.int32), "total": empty} | own
     for key, value in own.items():
         setattr(window, key, value)
+    shared = {key: reader.get(0, f"{name}.window.{key}") for key in (*WINDOW_SHARED, *WINDOW_SUMS)}
+    needs = Needs.of(seft.config)
+    for key in [*needs.sums, *(WINDOW_SHARED if needs.dense and needs.momentum else ())]:
+        if shared[key] is None:
+            raise ValueError(f"{rank_file(0, reader.world_size)}: {name}.window.{key} is missing; needs it")
     for key in WINDOW_SHARED:
-        setattr(window, key, reader.get(0, f"{name}.window.{key}"))
+        setattr(window, key, shared[key])
     # A sum over all ranks: one of them carries it on.
     if backend.owners.rank == 0 and backend.replicas.rank == 0:
         for key in WINDOW_SUMS:
-            setattr(window, key, reader.get(0, f"{name}.window.{key}"))
+            setattr(window, key, shared[key])
     return window

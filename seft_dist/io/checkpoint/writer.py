@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seft_dist.files.writing import sync_folder
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
-    complete,
     everywhere,
     rank_file,
-    remove,
     sync,
-    sync_folder,
+    tidy,
     write_manifest,
 )
 from seft_dist.io.weights import write_safetensors
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.restoring import COLUMNS, WINDOW_OWN, WINDOW_SHARED
 
+KEEP = 2
+"""How many checkpoints of a run stay, if nobody says another number."""
 
-def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = 2) -> Path:
+
+def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = KEEP) -> Path:
     """Write a checkpoint of the optimizer and wait until it is on disk. **Collective.**
 
     Args:
@@ -61,7 +63,7 @@ class Saver:
     the training thread, so no collective runs beside those of training.
     """
 
-    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = 2) -> None:
+    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = KEEP) -> None:
         """Args:
         seft: Attached when the first save begins.
         folder: Holds the checkpoints of a run.
@@ -139,8 +141,8 @@ class Saver:
         return self._folder / f"step-{self._step:08d}"
 
     def _make_partial(self) -> None:
-        for left in self._folder.glob("partial-*"):  # of an attempt that was killed
-            shutil.rmtree(left)
+        if self._folder.is_dir():
+            tidy(self._folder, self._keep)  # what an attempt that was killed has left
         self._partial.mkdir(parents=True)
 
     def _write(self, file: Path, tensors: dict[str, Tensor] | None) -> None:
@@ -163,8 +165,7 @@ class Saver:
             os.rename(self._final, replaced)
         os.rename(self._partial, self._final)
         sync_folder(self._folder)
-        for old in [replaced, *complete(self._folder)[: -self._keep]]:
-            remove(old)
+        tidy(self._folder, self._keep)
 
 
 def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,0 +1,75 @@
+"""What checkpoint.json must hold, checked before anything is made of it; ``optim.restoring`` checks the tensors.
+
+Checksums find accidents. These checks find what somebody else's program wrote, or an editor: a wrong number would be
+found much later, in a kernel or in a collective that only some ranks enter.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from seft_dist.files.reading import check_kind
+
+MOST_RANKS = 1 << 20
+MOST_POSITIONS = (1 << 31) - 1
+"""Positions are int32."""
+_Count = Annotated[int, Field(ge=0, le=MOST_POSITIONS)]
+_Size = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
+
+
+class Target(TypedDict):
+    """One weight of a checkpoint."""
+
+    name: str
+    shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+    chunk: Annotated[int, Field(ge=0)]
+    target: _Count
+    fingerprint: int
+
+
+class Manifest(TypedDict):
+    """checkpoint.json, without its own checksum."""
+
+    format_version: int
+    num_steps: Annotated[int, Field(ge=0)]
+    method: dict[str, Any]
+    world_size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    backend: str
+    dtype: str
+    window_steps: Annotated[int, Field(ge=0)] | None
+    targets: Annotated[list[Target], Field(min_length=1)]
+    extra: dict[str, Any]
+    sha256: list[str]
+
+
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def check_manifest(content: dict[str, Any], name: str) -> Manifest:
+    """Check what checkpoint.json holds. Local.
+
+    Args:
+        content: Without its checksum; it may have further entries.
+        name: Of the file, for the message.
+
+    Raises:
+        ValueError: Says what does not fit, and what is needed.
+    """
+    manifest = check_kind(content, _MANIFEST, name)
+    ranks = manifest["world_size"]
+    if len(manifest["sha256"]) != ranks:
+        raise ValueError(f"{name} has {len(manifest['sha256'])} checksums of files: needs world_size={ranks}")
+    if (manifest["window_steps"] or 0) > manifest["num_steps"]:
+        raise ValueError(f"{name} has window_steps={manifest['window_steps']}: needs at most num_steps")
+    names = [target["name"] for target in manifest["targets"]]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{name} names a target twice: needs each once")
+    for target in manifest["targets"]:
+        numel = target["shape"][0] * target["shape"][1]
+        if numel > MOST_POSITIONS or target["target"] > numel or target["chunk"] * ranks < numel:
+            raise ValueError(
+                f"{name} describes {target['name']} with shape {target['shape']}, target {target['target']} and chunk "
+                f"{target['chunk']}: needs at most {MOST_POSITIONS} positions, as many active ones, and chunks for all of them"
+            )
+    return manifest
