@@ -109,24 +109,12 @@ def open_manifest(
     if not ranks.is_main:
         return Manifest(folder, None)
     old = _read_old(folder / FILE)
-    layout = {
-        "backend": backend,
-        "world_size": ranks.world_size,
-        "threads": torch.get_num_threads(),
-        "device": ranks.device.type,
-        "batch_size": config.batch_size,
-        "replicas": config.replicas,
-        "offload": config.offload,
-        "packing": config.packing,
-        "activation_checkpointing": config.model.activation_checkpointing,
-        "deepspeed": ds.content if ds else None,
-    }
     attempt = {
         "first_step": done + 1,
         "started": _now(),
         "finished": None,
         "command": shlex.join(sys.orig_argv),
-        "layout": layout,
+        "layout": _layout(config, ranks, backend, ds),
         "hosts": hosts,
         "launch": {"launcher": ranks.launcher} | launch_facts(),
         "numerics": facts.numerics(),
@@ -140,6 +128,22 @@ def open_manifest(
     content["attempts"] = [*old.get("attempts", []), attempt]
     content["evolutions"] = [entry for entry in old.get("evolutions", []) if entry["step"] <= done]
     return Manifest(folder, content | {"final": None})
+
+
+def _layout(config: TrainConfig, ranks: Ranks, backend: str, ds: DsConfig | None) -> dict[str, Any]:
+    """How the work is divided."""
+    return {
+        "backend": backend,
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "device": ranks.device.type,
+        "batch_size": config.batch_size,
+        "replicas": config.replicas,
+        "offload": config.offload,
+        "packing": config.packing,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "deepspeed": ds.content if ds else None,
+    }
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
