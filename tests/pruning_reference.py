@@ -66,7 +66,7 @@ def sparsegpt(
     Returns:
         The pruned weight, fp64, and the largest slack of a choice, on the roots of the paper's scores.
     """
-    weight, hessian = weight.double(), hessian.double()
+    weight, hessian = weight.double().clone(), hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
     weight[:, dead] = 0

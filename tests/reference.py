@@ -90,9 +90,10 @@ class Layer:
 class DenseSeft:
     """Sparsity evolution of a whole model in one process, with the arguments of ``SeftOptimizer``.
 
-    ``closest`` is the smallest relative distance seen so far between the last score that was chosen and the first that
-    was not (exact ties aside): where it is of the size of rounding errors, another order of summation may choose
-    otherwise. ``largest_delta`` is the largest |delta| of any entry in any step.
+    ``closest`` is the smallest distance seen so far between the last score that was chosen and the first that was not
+    (exact ties aside), as a share of the larger one and a hundredth of what is typical, for a score whose terms cancel has
+    the rounding of its terms: where it is of the size of rounding errors, another order of summation may choose otherwise.
+    ``largest_delta`` is the largest |delta| of any entry in any step.
     """
 
     def __init__(
@@ -327,15 +328,18 @@ class DenseSeft:
         took: dict[int, int] = {}  # of each group
         passed: dict[int, float] = {}  # score of the last one taken of each group
         last = math.inf
+        typical = float(score[free].square().mean().sqrt())
         taken = pruned = 0
         for at in sorted((p for p, it_is in enumerate(is_free) if it_is), key=lambda p: (-scores[p], p)):
             group = at // size
             full = took.get(group, 0) == sum(active[group * size : (group + 1) * size])
             if full or (not active[at] and pruned == cap):
-                self._note(passed[group] if full and group in passed else last, scores[at])
+                if self.config.grow != "random":  # such scores are exact
+                    self._note(passed[group] if full and group in passed else last, scores[at], typical)
                 continue
             if taken == count:
-                self._note(last, scores[at])
+                if self.config.grow != "random":
+                    self._note(last, scores[at], typical)
                 break
             taken += 1
             grown[at], last, passed[group] = True, scores[at], scores[at]
@@ -359,10 +363,11 @@ class DenseSeft:
                 out |= self._choose(score, eligible, excess, largest=False).view(-1, size)
         return out.view(layer.mask.shape)
 
-    def _note(self, inside: float, outside: float) -> None:
+    def _note(self, inside: float, outside: float, typical: float) -> None:
         """Remember how close a decision was."""
-        if inside != outside and math.isfinite(inside) and self.config.grow != "random":
-            self.closest = min(self.closest, abs(inside - outside) / max(abs(inside), abs(outside)))
+        if inside != outside and math.isfinite(inside):  # an exact tie is one everywhere
+            size = max(abs(inside), abs(outside)) + typical / 100
+            self.closest = min(self.closest, abs(inside - outside) / size)
 
     def _choose(self, score: Tensor, eligible: Tensor, count: int, largest: bool, random: bool = False) -> Tensor:
         """The ``count`` best of the eligible; of equal ones those at smaller positions. Random scores are exact."""
@@ -371,7 +376,5 @@ class DenseSeft:
         chosen = torch.zeros(score.numel(), dtype=torch.bool)
         chosen[positions[order[: max(count, 0)]]] = True
         if 0 < count < len(ranked) and not random:
-            inside, outside = float(ranked[count - 1]), float(ranked[count])
-            if inside != outside:
-                self.closest = min(self.closest, abs(inside - outside) / max(abs(inside), abs(outside)))
+            self._note(float(ranked[count - 1]), float(ranked[count]), float(ranked.square().mean().sqrt()))
         return chosen.view(score.shape)

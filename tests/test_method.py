@@ -18,7 +18,7 @@ STEPS = 13
 VOCAB = 48
 BASE = SeftConfig(density=0.06, interval=4, window=2, steps=STEPS, end=12, drop_fraction=0.4)
 CLOSE = 1e-4
-"""Relative distance of two scores below which another order of summation may choose the other."""
+"""Distance of two scores (``DenseSeft.closest``) below which another order of summation may choose the other."""
 
 # The learning rate moves deltas by a tenth of a typical weight, so that Adapt also prunes entries of the support.
 ADAM: dict[str, Any] = {"lr": 2e-2, "betas": (0.9, 0.95), "max_grad_norm": 0.5}
@@ -99,7 +99,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class NearTieError(Exception):
-    """The two differ where scores are so close that rounding may decide: says nothing; take another seed."""
+    """The two differ where scores are so close that rounding may decide, which depends on the processor: take another seed."""
 
 
 def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
@@ -189,7 +189,11 @@ def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float
 @pytest.mark.parametrize("name", OPTIONS)
 def test_same_as_dense(name: str) -> None:
     over, adam = OPTIONS[name]
-    dense = run_both(dataclasses.replace(BASE, **over), adam)
+    config = dataclasses.replace(BASE, **over)
+    try:
+        dense = run_both(config, adam)
+    except NearTieError:
+        dense = run_both(config, adam, seed=1)
     moved = any(not torch.equal(layer.mask, layer.first_mask) for layer in dense.layers.values())
     expected = over.get("reactivation", 1.0) > 0 and (over.get("init") != "random" or not over.get("static"))
     assert moved == expected, "the test did not exercise what its name says"

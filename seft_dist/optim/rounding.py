@@ -14,8 +14,8 @@ from seft_dist.optim.delta import Columns
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 
-ROUNDING = 2.0**-16
-"""Error of a value in fp32, as a share of itself and of its terms: 1.5e-5, many times what two layouts differ by."""
+ROUNDING = 2.0**-12
+"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md says what was met)."""
 _BF16 = 2.0**-8
 """The same where gradients are kept in bf16: two of its steps."""
 

@@ -130,24 +130,12 @@ def open_manifest(
     if not ranks.is_main:
         return Manifest(folder, None)
     old = _read_old(folder, done)
-    layout = {
-        "backend": backend,
-        "world_size": ranks.world_size,
-        "threads": torch.get_num_threads(),
-        "device": ranks.device.type,
-        "batch_size": config.batch_size,
-        "replicas": config.replicas,
-        "offload": config.offload,
-        "packing": config.packing,
-        "activation_checkpointing": config.model.activation_checkpointing,
-        "deepspeed": ds.content if ds else None,
-    }
     attempt = {
         "first_step": done + 1,
         "started": _now(),
         "finished": None,
         "command": shlex.join(sys.orig_argv),
-        "layout": layout,
+        "layout": _layout(config, ranks, backend, ds),
         "hosts": hosts,
         "launch": {"launcher": ranks.launcher} | launch_facts(),
         "numerics": facts.numerics(),
@@ -163,6 +151,22 @@ def open_manifest(
     if old.get("damaged"):
         content["damaged"] = old["damaged"]
     return Manifest(folder, content | {"final": None})
+
+
+def _layout(config: TrainConfig, ranks: Ranks, backend: str, ds: DsConfig | None) -> dict[str, Any]:
+    """How the work is divided."""
+    return {
+        "backend": backend,
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "device": ranks.device.type,
+        "batch_size": config.batch_size,
+        "replicas": config.replicas,
+        "offload": config.offload,
+        "packing": config.packing,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "deepspeed": ds.content if ds else None,
+    }
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
