@@ -31,6 +31,7 @@ def test_groups_made_later_have_the_timeout_too() -> None:
     """Those of a device mesh, as HSDP makes it, and of DeepSpeed would wait for half an hour."""
 
     def on_rank(rank: int, world: int, port: str) -> float:
+        dist.barrier()  # the other one may still be connecting
         dist.destroy_process_group()  # of run_ranks
         os.environ["MASTER_PORT"] = port
         start(timeout=2)

@@ -42,13 +42,15 @@ def port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(command: list[str], *, terminal: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(
+    command: list[str], variables: dict[str, str] | None = None, terminal: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a command as from a fresh shell, with some variables: none of the tests' own rank variables."""
     known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
     env = {key: value for key, value in os.environ.items() if key not in known}
     env["PATH"] = f"{BIN}:{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT)
-    env |= variables
+    env |= variables or {}
     own, inner = os.openpty()
 
     def take_terminal() -> None:  # as a process has that is typed into a shell
@@ -130,7 +132,7 @@ def test_one_process_among_variables_that_were_left_over(inputs: Path, tmp_path:
     shell |= {"SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gone[1-2]", "SLURM_PTY_PORT": "40001"}
     leaked = {"RANK": "", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}
     command = [sys.executable, SCRIPT, *options(inputs, tmp_path / "run"), "--backend", "fsdp"]
-    done = start(command, terminal=True, **shell, **leaked)
+    done = start(command, shell | leaked, terminal=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 1
     assert "one process, although SLURM_NTASKS=4" in done.stderr
@@ -143,7 +145,7 @@ def test_one_process_among_variables_that_were_left_over(inputs: Path, tmp_path:
 def test_a_rank_that_is_alone_says_so(rank: str, message: str, inputs: Path, tmp_path: Path) -> None:
     """Variables of a notebook's terminal, or of a launcher whose other ranks have died: no waiting for half an hour."""
     leaked = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
-    failed = start([sys.executable, SCRIPT, *options(inputs, tmp_path / "run"), "--timeout", "2"], **leaked)
+    failed = start([sys.executable, SCRIPT, *options(inputs, tmp_path / "run"), "--timeout", "2"], leaked)
     lines = [line for line in failed.stderr.splitlines() if line.startswith("train.py: error: ")]
     assert failed.returncode == 1 and len(lines) == 1, failed.stderr[-4000:]
     assert message in lines[0] and f"RANK={rank}, WORLD_SIZE=2" in lines[0] and "unset RANK WORLD_SIZE" in lines[0]

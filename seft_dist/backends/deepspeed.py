@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
+from pydantic import with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -28,18 +29,18 @@ _MOST_DEPTH = 20
 Auto = Literal["auto"]
 
 
+@with_config(LENIENT)
 class _Enabled(TypedDict, total=False):
-    __pydantic_config__ = LENIENT
     enabled: bool | Auto | None
 
 
+@with_config(LENIENT)
 class _Offload(TypedDict, total=False):
-    __pydantic_config__ = LENIENT
     device: str | None
 
 
+@with_config(LENIENT)
 class _Zero(TypedDict, total=False):
-    __pydantic_config__ = LENIENT
     stage: Literal[0, 1, 2, 3]
     offload_param: _Offload
     zero_hpz_partition_size: int
@@ -48,14 +49,14 @@ class _Zero(TypedDict, total=False):
     mics_shard_size: int
 
 
+@with_config(LENIENT)
 class _Optimizer(TypedDict, total=False):
-    __pydantic_config__ = LENIENT
     type: str
     params: dict[str, Any]
 
 
+@with_config(LENIENT)
 class _Params(TypedDict, total=False):
-    __pydantic_config__ = LENIENT
     lr: float
     betas: list[float]
     eps: float
@@ -64,10 +65,10 @@ class _Params(TypedDict, total=False):
     bias_correction: bool
 
 
+@with_config(LENIENT)
 class _DsConfig(TypedDict, total=False):
     """The keys of a ds_config that are read here; DeepSpeed checks the others."""
 
-    __pydantic_config__ = LENIENT
     zero_optimization: _Zero
     optimizer: _Optimizer
     gradient_clipping: float | Auto

@@ -156,4 +156,4 @@ def _short(value: Any) -> str:
 
 
 LENIENT = ConfigDict(extra="allow", strict=True)
-"""For a TypedDict with ``__pydantic_config__``: further keys are kept, those named must fit."""
+"""For ``@with_config(LENIENT)`` on a TypedDict: further keys are kept, those named must fit."""

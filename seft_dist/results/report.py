@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypeVar
 
+from pydantic import with_config
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -37,14 +38,14 @@ _KEYS = (
 )
 
 
+@with_config(LENIENT)
 class _Cost(TypedDict):
-    __pydantic_config__ = LENIENT
     seconds: float
     bytes_sent: float
 
 
+@with_config(LENIENT)
 class _Evolution(TypedDict):
-    __pydantic_config__ = LENIENT
     dropped: Count
     grown: Count
     reactivated: Count
@@ -55,32 +56,34 @@ class _Evolution(TypedDict):
     phases: dict[str, _Cost]
 
 
+@with_config(LENIENT)
 class _Step(Line):
     tokens: Count
     evolution: NotRequired[_Evolution]
 
 
+@with_config(LENIENT)
 class _Whole(Result):
     world_size: Count
     backend: str
     density: float
 
 
+@with_config(LENIENT)
 class _Measured(TypedDict):
-    __pydantic_config__ = LENIENT
     path: str
     perplexity: float
     sparsity: float
 
 
+@with_config(LENIENT)
 class _Method(TypedDict):
-    __pydantic_config__ = LENIENT
     adapt: str
     reactivation: float
 
 
+@with_config(LENIENT)
 class _Config(TypedDict):
-    __pydantic_config__ = LENIENT
     seft: _Method
 
 
@@ -150,7 +153,14 @@ def read_run(folder: Path) -> Run:
     for name in MODELS:
         check_kind(models[name], _Measured, f"{folder / 'eval.json'}, model {name}")
     apart = unlike({name: how_measured(found, name) for name in MODELS})
-    return Run(folder=folder, config=config, result=result, steps=lines, models=dict(models), apart=apart)
+    return Run(
+        folder=folder,
+        config=config,
+        result=result,
+        steps=lines,
+        models={name: dict(models[name]) for name in models},
+        apart=apart,
+    )
 
 
 def _read(read: Callable[[Path], T], path: Path, remedy: str) -> T:

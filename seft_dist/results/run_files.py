@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from seft_dist.files.reading import LENIENT, check_kind, parse_json, read_json, read_text, read_yaml
@@ -11,38 +11,38 @@ from seft_dist.files.reading import LENIENT, check_kind, parse_json, read_json, 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
+@with_config(LENIENT)
 class Sparsity(TypedDict):
     """Zeros in the targets."""
 
-    __pydantic_config__ = LENIENT
     final: float
     layers_off_target: Count
     target: NotRequired[float]
 
 
+@with_config(LENIENT)
 class Result(TypedDict):
     """result.json."""
 
-    __pydantic_config__ = LENIENT
     steps: Count
     loss: float
     seconds: float
     sparsity: Sparsity
 
 
+@with_config(LENIENT)
 class Line(TypedDict):
     """A line of metrics.jsonl."""
 
-    __pydantic_config__ = LENIENT
     step: Count
     loss: float
     seconds: float
 
 
+@with_config(LENIENT)
 class Model(TypedDict):
     """A model in eval.json."""
 
-    __pydantic_config__ = LENIENT
     path: NotRequired[str]
     perplexity: NotRequired[float]
     num_tokens: NotRequired[Count]
@@ -52,10 +52,10 @@ class Model(TypedDict):
     policy: NotRequired[dict[str, Any]]
 
 
+@with_config(LENIENT)
 class Evaluations(TypedDict):
     """eval.json."""
 
-    __pydantic_config__ = LENIENT
     models: dict[str, Model]
     data: NotRequired[dict[str, Any] | None]
     settings: NotRequired[dict[str, Any]]

@@ -102,23 +102,25 @@ def read_sweep(config: SweepConfig) -> Sweep:
     if not names:
         raise ValueError(f"{folder} holds neither {TASKS} nor a run: needs the folder of slurm/sweep.sbatch (SWEEP)")
     all_told = tasks.keys() >= set(names)
-    return Sweep(folder, [_read_run(folder / name, tasks.get(name, {}), all_told) for name in names])
+    return Sweep(folder, [_read_run(name, folder / name, tasks.get(name, {}), all_told) for name in names])
 
 
 def _read_tasks(path: Path) -> dict[str, dict[str, str]]:
     tasks = {}
     for line in read_text(path).splitlines() if path.exists() else []:
         name, _, options = line.partition("\t")
+        if not name.strip():
+            continue
         words = options.replace("=", " ").split()
         tasks[name] = {key.lstrip("-"): value for key, value in zip(words[::2], words[1::2], strict=False)}
     return tasks
 
 
-def _read_run(run: Path, options: dict[str, str], all_told: bool) -> SweepRun:
+def _read_run(name: str, run: Path, options: dict[str, str], all_told: bool) -> SweepRun:
     """One run; its settings are those it was to get where tasks.tsv names all runs, or where it has not begun."""
     begun = (run / "config.yaml").exists()
     settings = _flat(read_config(run / "config.yaml")) if begun else {}
-    made = {name: value for name, value in settings.items() if name not in (*_WHERE, *SEEDS)}
+    made = {key: value for key, value in settings.items() if key not in (*_WHERE, *SEEDS)}
     measured: dict[str, Any] = {"status": _status(run)}
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if lines:
@@ -137,7 +139,7 @@ def _read_run(run: Path, options: dict[str, str], all_told: bool) -> SweepRun:
             evaluated = how_measured(found, "repaired")
     attempts = _attempts(run)
     measured |= {"restarts": len(attempts) - 1} if attempts else {}
-    return SweepRun(run.name, options if all_told or not begun else settings, measured, made, evaluated)
+    return SweepRun(name, options if all_told or not begun else settings, measured, made, evaluated)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
