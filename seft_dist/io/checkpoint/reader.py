@@ -29,7 +29,7 @@ from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _FREE = ("steps", "end", "selection")  # settings that a resumed run may change: they do not alter what was done
 _FREE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 
