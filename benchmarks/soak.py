@@ -212,9 +212,9 @@ def wrong_code(found: dict[str, Any]) -> list[str]:
         return [f"exit code {code} without having been disturbed"] if code else ["exit code 0 and no result"]
     number = signal.Signals[how.split()[0]]
     if number == signal.SIGKILL:
-        allowed = {-9} if single or not how.endswith("rank") else None
+        allowed = {-9} if single or not how.endswith("rank") else {1} if found["layout"] in ("fsdp", "ddp") else None
     elif single:  # killed by it, if Python itself was still loading
-        allowed = {130 if number == signal.SIGINT else 0} | ({-number} if found["phase"] == "start-up" else set())
+        allowed = {130 if number == signal.SIGINT else 0} | ({-number, 1} if found["phase"] == "start-up" else set())
     else:
         allowed = None
     if allowed is None:  # of torchrun, deepspeed and mpirun: anything but the code that says "never again"

@@ -94,6 +94,7 @@ def _lock(path: Path, deadline: float) -> int:
     """Open and lock a file, waiting for whoever has it; a descriptor."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # its maker may have removed it again
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ValueError(f"output={path.parent} cannot be written: {error}") from error
