@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from seft_dist.config import DataConfig, ModelConfig
 from seft_dist.io.chat import encode_chat
-from seft_dist.io.data import load_sequences, load_tokenizer, pad_id
+from seft_dist.io.data import load_sequences
+from seft_dist.io.tokenizer import load_tokenizer, pad_id
 from tests.texts import text_jsonl, texts
 
 # The split of cl100k, as Llama 3 and Qwen have it (digits by three or one)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
-from seft_dist.io.data import load_sequences, load_tokenizer
+from seft_dist.io.data import load_sequences
 from seft_dist.io.export import export_model
 from seft_dist.io.models import locate, open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.targets import Target, from_rows, matrix, weight_name
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex

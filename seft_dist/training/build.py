@@ -15,16 +15,10 @@ from transformers import PreTrainedModel
 from seft_dist.backends.fsdp import pack_gathers
 from seft_dist.backends.gather import GatherSize
 from seft_dist.config import AdamConfig, TrainConfig
-from seft_dist.io.data import (
-    Batch,
-    BatchStream,
-    check_vocabulary,
-    count_loss_tokens,
-    load_sequences,
-    load_tokenizer,
-    pad_id,
-)
+from seft_dist.io.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
+from seft_dist.io.data import load_sequences
 from seft_dist.io.models import Sharding, Source, load_model
+from seft_dist.io.tokenizer import load_tokenizer, pad_id
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import DsConfig

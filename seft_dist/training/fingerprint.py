@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from seft_dist.io.data import BatchStream
+from seft_dist.io.batches import BatchStream
 from seft_dist.io.models import Source
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import fingerprint

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seft_dist.config import TrainConfig
+from seft_dist.io.batches import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.checkpoint import Saver
-from seft_dist.io.data import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.export import export_model
 from seft_dist.io.models import locate, open_source
 from seft_dist.kernels.describe import describe
