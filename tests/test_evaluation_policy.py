@@ -78,7 +78,7 @@ def test_eval_json_holds_the_policy(tmp_path: Path) -> None:
             output=str(tmp_path / "eval.json"),
         )
         evaluate(config, show=False)
-        return json.loads((tmp_path / "eval.json").read_text())["models"]["m"]["policy"]  # type: ignore[no-any-return]
+        return json.loads((tmp_path / "eval.json").read_text())["models"]["m"]["policy"]
 
     first = policy(path)
     assert first.keys() == dataclasses.asdict(POLICY).keys()

@@ -67,7 +67,8 @@ def test_llama3(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
     ids = tokenizer(TEXT).input_ids
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == TEXT
-    ids, scored = encode_chat(CHAT, tokenizer, "here")
+    chat = encode_chat(CHAT, tokenizer, "here")
+    ids, scored = chat.ids, chat.scored
     assert ids.count(tokenizer.bos_token_id) == 1  # not one more from the tokenizer
     answer = [token for token, yes in zip(ids, scored, strict=True) if yes]
     assert tokenizer.decode(answer) == "well met<|eot_id|>"
@@ -92,7 +93,8 @@ def test_qwen_from_vocabulary_and_merges(tmp_path: Path) -> None:
     assert type(tokenizer).__name__.startswith("Qwen2Tokenizer")
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
     assert pad_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids, scored = encode_chat(CHAT, tokenizer, "here")
+    chat = encode_chat(CHAT, tokenizer, "here")
+    ids, scored = chat.ids, chat.scored
     answer = [token for token, yes in zip(ids, scored, strict=True) if yes]
     assert tokenizer.decode(answer).strip() == "well met<|im_end|>"
 

@@ -16,14 +16,14 @@ from seft_dist.io.chat_template import ChatTemplate, Message, Span, Tools
 
 
 class SkipError(Exception):
-    """A record that is left out and counted; the text is the reason, in the plural."""
+    """A record that is left out and counted; the text is one of ``REASONS``."""
 
 
-NO_MESSAGES = "have no messages"
-NO_CONTENT = "have a message without content"
-BLANK = "have an answer of blanks"
-NO_TOOL_CALLS = "call tools, which the chat template cannot write"
-NO_ANSWER = "have no answer within data.seq_len tokens"
+NO_ANSWER = "without an answer within data.seq_len tokens"
+NO_MESSAGES = "without messages"
+NO_CONTENT = "with a message without content"
+BLANK = "with an answer of blanks"
+NO_TOOL_CALLS = "with calls of tools, which the chat template cannot write"
 REASONS = (NO_ANSWER, NO_MESSAGES, NO_CONTENT, BLANK, NO_TOOL_CALLS)
 
 

@@ -39,10 +39,12 @@ class _Turns:
         closed = self._render(self._messages[:number])
         opened = self._render(self._messages[:number], prompt=True)
         ended = self._render(self._messages[: number + 1])
-        has_opening = closed is not None and opened is not None and opened != closed
-        if has_opening and ended is not None and ended.startswith(opened) and self._text.startswith(ended):
+        if opened == closed:
+            opened = None  # the template has no opening of its own
+        whole = opened is not None and ended is not None and ended.startswith(opened) and self._text.startswith(ended)
+        if opened is not None and ended is not None and whole:
             return len(opened), len(ended)
-        return self._probe(number, closed, opened if has_opening else None)
+        return self._probe(number, closed, opened)
 
     def _probe(self, number: int, closed: str | None, opened: str | None) -> Span | None:
         """Put another answer in the turn's place and see which part of the conversation changes."""
@@ -57,7 +59,12 @@ class _Turns:
         if not self._text.endswith(behind):
             return None
         head, stop = common(self._text, before), len(self._text) - rest
-        start = self._start(head, closed, opened)
+        if opened is None and closed is not None and alone.startswith(closed):
+            header = alone[len(closed) : alone.index(_PROBE)]
+            blanks = 0 if header.strip() else len(header)  # these alone open nothing: the answer has them
+            start = min(head, len(before) - blanks)
+        else:
+            start = self._start(head, closed, opened)
         return (start, stop) if start < stop else None
 
     def _start(self, head: int, closed: str | None, opened: str | None) -> int:

@@ -155,8 +155,8 @@ def _more(handle: TextIO, characters: int, file: Path) -> str:
 
 
 def _read_parquet(file: Path) -> Iterator[Located]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
     number = 0
     try:

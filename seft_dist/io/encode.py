@@ -81,7 +81,7 @@ def _texts(records: Columns, numbers: list[int], config: DataConfig) -> list[str
     for place, text in enumerate(texts):
         if not isinstance(text, (str, type(None))):
             where = _where(records, place, numbers, config)
-            raise ValueError(f"{where}: its {config.text_field!r} is a {type(text).__name__}: needs text")
+            raise ValueError(f"{where}: its {config.text_field!r} is no text but {type(text).__name__}")
     return texts
 
 

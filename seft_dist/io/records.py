@@ -95,8 +95,9 @@ def _row(located: Located, kind: str, config: DataConfig) -> dict[str, str | Non
         elif kind == "instruction" and isinstance(value, (int, float)) and not isinstance(value, bool):
             row[name] = str(value)
         else:
-            found = type(value).__name__
-            raise ValueError(f"{where}: its {name!r} is a {found}: needs text (choose the columns with data.*_field)")
+            raise ValueError(
+                f"{where}: its {name!r} is no text but {type(value).__name__} (choose other columns with data.*_field)"
+            )
         if kind == "chat" and name == config.messages_field and not isinstance(value, (list, type(None))):
             raise ValueError(
                 f'{where}: needs a list of {{"role", "content"}} messages in {name!r}, found {type(value).__name__}'
