@@ -34,7 +34,8 @@ def worker(options: argparse.Namespace) -> None:
     from seft_dist import SeftConfig, SeftOptimizer, pack_gathers
     from seft_dist.backends.packed import packed_of
     from seft_dist.config import ModelConfig
-    from seft_dist.io.models import load_model, open_source
+    from seft_dist.io.models import load_model
+    from seft_dist.io.source import open_source
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(options.threads)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SeftConfig, TrainConfig
-from seft_dist.io.models import open_source
+from seft_dist.io.source import open_source
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.plan import choose, make_plan

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from seft_dist.io.models import Source
     from seft_dist.io.runtime import RuntimeReport
+    from seft_dist.io.source import Source
 
 
 def hf(
@@ -226,7 +226,7 @@ def onnx(model: str, output: Path) -> None:
 def _open(model: str, dtype: DType = "float32") -> "Source":
     """float32 is what is computed with here; what is stored is read as it is."""
     from seft_dist.config import ModelConfig
-    from seft_dist.io.models import open_source
+    from seft_dist.io.source import open_source
 
     return open_source(ModelConfig(path=model, dtype=dtype))
 

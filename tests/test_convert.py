@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from seft_dist.config import ModelConfig, PruneConfig
 from seft_dist.io.convert import convert
-from seft_dist.io.models import open_source
+from seft_dist.io.source import open_source
 from seft_dist.pruning.prune import prune_folder
 from tests.families import family_folder
 

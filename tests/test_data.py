@@ -12,17 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seft_dist.config import DataConfig, ModelConfig
+from seft_dist.io.batches import BatchStream, check_vocabulary, collate, count_loss_tokens
 from seft_dist.io.chat import encode_chat
-from seft_dist.io.data import (
-    IGNORE,
-    BatchStream,
-    check_vocabulary,
-    collate,
-    count_loss_tokens,
-    load_sequences,
-    load_tokenizer,
-    pad_id,
-)
+from seft_dist.io.data import load_sequences
+from seft_dist.io.sequences import IGNORE
+from seft_dist.io.tokenizer import load_tokenizer, pad_id
 from tests.families import family_model
 from tests.models import tiny_llama
 from tests.texts import CHAT_TEMPLATE, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl
@@ -151,10 +145,12 @@ def test_chats_have_loss_on_every_turn_of_the_assistant(kind: str, template: Any
         ("assistant", "so long"),
     ]
     messages = [{"role": role, "content": content} for role, content in turns]
-    ids, scored = encode_chat(messages, tokenizer, "here")
+    chat = encode_chat(messages, tokenizer, "here")
+    ids, scored = chat.ids, chat.scored
     answer = tokenizer.decode([token for token, yes in zip(ids, scored, strict=True) if yes])
     last = "<think>\n</think>\nso long" if template == REASONING_TEMPLATE else "so long"
-    assert answer.replace(" ", "") == f"well met</s>{last}</s>".replace(" ", "")
+    assert answer.replace(" ", "") == f"well met</s>\n{last}</s>\n".replace(" ", "")
+    assert chat.lost_turns == 0
     # Only Llama's tokenizer puts a bos in front of ordinary text, and so in front of the plain layout.
     assert (ids[0] == tokenizer.bos_token_id) == (template == CHAT_TEMPLATE or (template is None and kind == "llama"))
 
@@ -175,14 +171,17 @@ def test_long_records_are_cut_and_left_out_without_an_answer(
     path = str(write_jsonl(tmp_path / "a.jsonl", records))
     found = load_sequences(DataConfig(path=path, seq_len=40), tokenizers["fast"])
     assert [len(found[i][0]) for i in range(len(found))] == [40, 40]
-    assert "2 of 4 records have no answer within 40 tokens" in caplog.text
+    assert (
+        "2 of 4 records are left out: 1 without an answer within data.seq_len tokens; 1 with an answer of bl"
+        in caplog.text
+    )
     with pytest.raises(ValueError, match="none of 4 records has an answer within data.seq_len=4"):
         load_sequences(DataConfig(path=path, seq_len=4), tokenizers["fast"])
 
 
 CHAT_ERRORS = {
     "refuses": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    "rewrites": ("{{ messages | length }}{{ messages[-1].content }}", "rewrites the assistant's turns"),
+    "rewrites": ("{{ messages | length }}{{ messages[-1].content | upper }}", "rewrites the assistant's turns"),
     "broken": ("{% for %}", "cannot lay it out"),
 }
 
@@ -220,7 +219,7 @@ def bad_paths(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "no such folder": ({"path": "./gone"}, "does not exist"),
         "hub": ({"path": "nobody/nothing-here"}, "no file or folder here, and the hub did not give"),
         "empty": ({"path": here["empty.jsonl"]}, "is empty"),
-        "broken": ({"path": here["broken.jsonl"]}, "cannot be read as json"),
+        "broken": ({"path": here["broken.jsonl"]}, r"broken.jsonl, line 2 cannot be read as json"),
         "csv": ({"path": here["table.csv"]}, r"holds .csv: needs files of one kind"),
         "mixed": ({"path": here["mixed"]}, "holds json and text"),
         "nothing": ({"path": here["nothing"]}, "no such file"),
@@ -230,9 +229,9 @@ def bad_paths(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "nulls": ({"path": here["nulls.jsonl"], "kind": "text"}, "0 tokens"),
         "split": ({"path": here["short.jsonl"], "split": "test"}, "is local"),
         "holdout": ({"path": here["short.jsonl"], "holdout_every": 2, "holdout": True}, "none of them left"),
-        "prompt": ({"path": here["prompt.jsonl"]}, "record 0 has an empty prompt"),
-        "chat": ({"path": here["chat.jsonl"]}, r"record 0: needs messages with a text \"role\""),
-        "chat2": ({"path": here["chat2.jsonl"]}, r"record 0: needs a list of"),
+        "prompt": ({"path": here["prompt.jsonl"]}, "prompt.jsonl, line 1 has an empty prompt"),
+        "chat": ({"path": here["chat.jsonl"]}, r"chat.jsonl, line 1: needs messages with a text \"role\""),
+        "chat2": ({"path": here["chat2.jsonl"]}, r"chat2.jsonl, line 1: needs a list of"),
     }
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seft_dist.config import DataConfig, EvaluateConfig
-from seft_dist.io.data import IGNORE, load_sequences
+from seft_dist.io.data import load_sequences
+from seft_dist.io.sequences import IGNORE
 from seft_dist.io.tables import sparsity_table
 from seft_dist.optim.targets import find_targets
-from seft_dist.results.evaluation import Evaluation, evaluate, result_table
+from seft_dist.results.evaluation import Evaluation, evaluate
 from seft_dist.results.evaluation_perplexity import (
-    PerplexityResult,
     SlidingWindows,
     limit_tokens,
     perplexity,
@@ -326,13 +326,6 @@ def test_options_that_contradict_each_other(options: dict[str, Any], words: str)
     data = {} if words.startswith("neither") else {"data": DataConfig(path="text.jsonl", seq_len=64)}
     with pytest.raises(ValueError, match=words):
         EvaluateConfig(**({"models": {"a": "b"}} | data | options))
-
-
-def test_tables_warn_of_different_tokenizers() -> None:
-    zeros = [ZeroCount("a", 2, 1)]
-    entries = [Evaluation(str(n), "path", zeros, PerplexityResult(2.0, 0.69, n)) for n in (5, 6)]
-    assert result_table(entries[:1]).caption is None
-    assert "cannot be compared" in str(result_table(entries).caption)
 
 
 def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
 from seft_dist.io.export import load_packed, pack_model, write_model
-from seft_dist.io.models import Source, load_model, open_source
+from seft_dist.io.models import load_model
 from seft_dist.io.packed import INDEX, PackedWeights, PackedWriter, open_weights
+from seft_dist.io.source import Source, open_source
 from seft_dist.io.weights import Weights
 from tests.folders import model_folder
 from tests.models import batch

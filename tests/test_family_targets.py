@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig, SeftConfig
-from seft_dist.io.data import load_sequences, load_tokenizer
-from seft_dist.io.models import load_model, open_source
+from seft_dist.io.data import load_sequences
+from seft_dist.io.models import load_model
+from seft_dist.io.source import open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.targets import as_rows, find_targets
 from seft_dist.pruning.calibrate import sample_sequences

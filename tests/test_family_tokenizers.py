@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from seft_dist.config import DataConfig, ModelConfig
 from seft_dist.io.chat import encode_chat
-from seft_dist.io.data import load_sequences, load_tokenizer, pad_id
+from seft_dist.io.data import load_sequences
+from seft_dist.io.tokenizer import load_tokenizer, pad_id
 from tests.texts import text_jsonl, texts
 
 # The split of cl100k, as Llama 3 and Qwen have it (digits by three or one)
@@ -66,7 +67,8 @@ def test_llama3(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelConfig(path=str(tmp_path)))
     ids = tokenizer(TEXT).input_ids
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == TEXT
-    ids, scored = encode_chat(CHAT, tokenizer, "here")
+    chat = encode_chat(CHAT, tokenizer, "here")
+    ids, scored = chat.ids, chat.scored
     assert ids.count(tokenizer.bos_token_id) == 1  # not one more from the tokenizer
     answer = [token for token, yes in zip(ids, scored, strict=True) if yes]
     assert tokenizer.decode(answer) == "well met<|eot_id|>"
@@ -91,7 +93,8 @@ def test_qwen_from_vocabulary_and_merges(tmp_path: Path) -> None:
     assert type(tokenizer).__name__.startswith("Qwen2Tokenizer")
     assert tokenizer.decode(tokenizer(TEXT).input_ids) == TEXT
     assert pad_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids, scored = encode_chat(CHAT, tokenizer, "here")
+    chat = encode_chat(CHAT, tokenizer, "here")
+    ids, scored = chat.ids, chat.scored
     answer = [token for token, yes in zip(ids, scored, strict=True) if yes]
     assert tokenizer.decode(answer).strip() == "well met<|im_end|>"
 

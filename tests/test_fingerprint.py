@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
-from seft_dist.io.data import BatchStream, collate, load_sequences, load_tokenizer
-from seft_dist.io.models import open_source
+from seft_dist.io.batches import BatchStream, collate
+from seft_dist.io.data import load_sequences
+from seft_dist.io.source import open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.sparsity.hashes import SCALE, distance, hash_of_entries, hash_of_set, hash_of_weight, sketch
 from seft_dist.training.build import build
 from seft_dist.training.distributed import start

@@ -15,7 +15,8 @@ import tests.preload  # noqa: F401
 from seft_dist.backends.shards import stored_part
 from seft_dist.config import ModelConfig
 from seft_dist.io import weights
-from seft_dist.io.models import load_model, named_state, open_source
+from seft_dist.io.models import load_model, named_state
+from seft_dist.io.source import open_source
 from tests.folders import model_folder
 from tests.models import prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks

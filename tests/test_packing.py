@@ -16,7 +16,8 @@ from seft_dist.backends.group import Group
 from seft_dist.backends.packed import PackedBackend, PackedShards, packed_of
 from seft_dist.config.inputs import ModelConfig
 from seft_dist.io import checkpoint
-from seft_dist.io.models import load_model, open_source
+from seft_dist.io.models import load_model
+from seft_dist.io.source import open_source
 from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
 from tests.layouts import shard_fsdp

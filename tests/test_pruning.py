@@ -17,7 +17,8 @@ from torch import nn
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
-from seft_dist.io.data import load_sequences, load_tokenizer
+from seft_dist.io.data import load_sequences
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.targets import find_targets
 from seft_dist.pruning.calibrate import Calibration, Visit, find_layers, sample_sequences
 from seft_dist.pruning.masks import Ranking, choose

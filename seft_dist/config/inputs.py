@@ -1,6 +1,7 @@
 """Models and data, as every door reads them."""
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
@@ -50,6 +51,15 @@ class DataConfig:
     """Column with the answer."""
     messages_field: str = "messages"
     """Column with a list of {"role", "content"} messages."""
+    tools_field: str = "tools"
+    """Column with an optional list of tools (JSON schemas), handed to the chat template with the messages."""
+    join: Literal["documents", "concatenate", "newline", "blank_line"] = "documents"
+    """How text records become one stream. "documents": each with the special tokens that the tokenizer adds and an eos
+    behind it. The others make one text of all records, with nothing, "\\n" or "\\n\\n" between them, and tokenise that: at
+    most one bos, no eos. Papers on pruning join WikiText's lines, one record each, with "blank_line"."""
+    date: str | None = None
+    """Day that a chat template which writes today's date gets to see, YYYY-MM-DD. None: today; a run keeps the day on
+    which it began."""
     seq_len: int = 1024
     """Tokens in a sequence: the length of packed blocks, and the limit at which longer records are cut."""
     holdout_every: int = 0
@@ -62,6 +72,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data.")
         check(bool(self.path), "data.path is empty", "a file, a folder or the hub name of a dataset")
+        if self.date is not None:
+            check(_is_day(self.date), f"data.date={self.date}", "a day as YYYY-MM-DD, or null")
+        check(
+            self.join == "documents" or self.kind in ("auto", "text"),
+            f"data.join={self.join} with data.kind={self.kind}",
+            "data.kind text: only text is joined",
+        )
         check(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "at least 2 tokens")
         check(
             self.holdout_every == 0 or self.holdout_every >= 2,
@@ -78,3 +95,10 @@ class DataConfig:
             f"data.max_records={self.max_records}",
             "at least 1, or null",
         )
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from seft_dist.config import DType, ModelConfig
 from seft_dist.io.delta import DeltaWriter, apply_delta, name_of
 from seft_dist.io.folders import new_folder, save_settings
-from seft_dist.io.models import Source, load_model, named_state, open_source
+from seft_dist.io.models import load_model, named_state
 from seft_dist.io.packed import PackedSize, PackedWeights, PackedWriter
+from seft_dist.io.source import Source, open_source
 from seft_dist.io.weights import MAX_SHARD_BYTES, WeightsWriter
 from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from seft_dist.io.folders import folder_bytes, new_folder, save_settings
-from seft_dist.io.models import Source, load_model
+from seft_dist.io.models import load_model
+from seft_dist.io.source import Source
 
 OPENVINO_FILE, ONNX_FILE = "openvino_model.xml", "model.onnx"
 MAX_DIFFERENCE = 1e-3

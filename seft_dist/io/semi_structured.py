@@ -9,7 +9,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seft_dist.io.models import Source, load_model, outline
+from seft_dist.io.models import load_model, outline
+from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.optim.targets import ALL_LINEAR, find_targets, is_conv1d, weight_name
 from seft_dist.pattern import pattern_sizes

@@ -18,10 +18,11 @@ from torch import Tensor
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.files.writing import write_json
-from seft_dist.io.data import load_sequences, load_tokenizer
+from seft_dist.io.data import load_sequences
 from seft_dist.io.export import export_model
 from seft_dist.io.folders import refuse_existing
 from seft_dist.io.source import locate, open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.targets import Target, from_rows, matrix, weight_name
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex
@@ -86,6 +87,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
             )
         assert config.data is not None
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.origin.date))
         sequences = sample_sequences(data, config.sequences, config.seed)
     return Plan(config, stream, targets, shapes, sparsities, sequences, kept)
 

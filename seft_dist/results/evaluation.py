@@ -22,10 +22,13 @@ from seft_dist.backends.fsdp import FsdpBackend, reshard
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.files import writing
-from seft_dist.io.data import load_sequences, load_tokenizer
-from seft_dist.io.models import Source, load_model, open_source
+from seft_dist.io.data import load_sequences
+from seft_dist.io.models import load_model
+from seft_dist.io.source import Source, open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.targets import find_targets
 from seft_dist.results.evaluation_perplexity import PerplexityResult, perplexity, scored_sequences
+from seft_dist.results.evaluation_policy import Policy, describe, differences, policy_of
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 from seft_dist.training import facts
 from seft_dist.training.cli import to_dict
@@ -43,6 +46,8 @@ class Evaluation:
     zeros: list[ZeroCount]
     result: PerplexityResult | None = None
     """None: no data was given."""
+    policy: Policy | None = None
+    """How the result was measured; None without data."""
     tasks: dict[str, Metrics] = field(default_factory=dict)
     """Task of lm_eval to its metrics."""
     seconds: float = 0.0
@@ -86,8 +91,10 @@ def _evaluate_one(
     tokenizer = together(ranks, lambda: load_tokenizer(ModelConfig(path=path)))
     data = config.data
     sequences: Any = None
+    policy: Policy | None = None
     if data is not None:
         loaded = _in_turn(ranks, lambda: load_sequences(data, tokenizer, progress=show))
+        policy = together(ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch.")))
         sequences = together(ranks, lambda: scored_sequences(loaded, config))
     model = load_model(source, sharding="fsdp" if ranks.world_size > 1 else "none", device=ranks.device)
     zeros = _zeros(model, config.targets, ranks)
@@ -100,7 +107,7 @@ def _evaluate_one(
         from seft_dist.results.evaluation_tasks import run_tasks
 
         metrics = run_tasks(model, tokenizer, tasks, config, group=group, show=show)
-    return Evaluation(name, path, zeros, result, metrics, time.monotonic() - begin)
+    return Evaluation(name, path, zeros, result, policy, metrics, time.monotonic() - begin)
 
 
 def _open_all(config: EvaluateConfig) -> list[Source]:
@@ -170,6 +177,8 @@ def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ra
         fit: dict[str, Any] = {}
         if entry.result is not None and config.data is not None:
             fit = dataclasses.asdict(entry.result) | {"window": config.data.seq_len, "stride": config.stride}
+        if entry.policy is not None:
+            fit["policy"] = dataclasses.asdict(entry.policy)
         models[entry.name] = {
             "path": entry.path,
             **fit,
@@ -201,8 +210,15 @@ def result_table(results: list[Evaluation]) -> Table:
         fit = entry.result
         row = ("-", "-", "-") if fit is None else (f"{fit.perplexity:.3f}", f"{fit.loss:.4f}", f"{fit.num_tokens:,}")
         table.add_row(entry.name, *row, share)
-    if len({entry.result.num_tokens for entry in results if entry.result is not None}) > 1:
-        table.caption = "Different tokenizers: these perplexities cannot be compared."
+    policies = [entry.policy for entry in results if entry.policy is not None]
+    if policies:
+        table.caption = describe(policies[0])
+        first = dataclasses.asdict(policies[0])
+        other = {line.partition(":")[0] for one in policies[1:] for line in differences(first, dataclasses.asdict(one))}
+        if other - {"dtype"}:
+            table.caption = f"These perplexities cannot be compared, for they differ in {', '.join(sorted(other))}."
+        elif other:
+            table.caption += "; the models are held in different types"
     return table
 
 

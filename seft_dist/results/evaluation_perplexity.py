@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
-from seft_dist.io.data import IGNORE, PackedBlocks, Sample, check_vocabulary, collate
+from seft_dist.io.batches import check_vocabulary, collate
+from seft_dist.io.sequences import IGNORE, PackedBlocks, Sample
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
 from seft_dist.files.reading import check_yaml, read_text
-from seft_dist.io.records import BUILDERS, reason
+from seft_dist.io.data_files import BUILDERS
+from seft_dist.io.records import reason
 
 Metrics = dict[str, float]
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from seft_dist.backends.deepspeed import load_ds_config
 from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.files import writing
-from seft_dist.io.models import open_source
+from seft_dist.io.source import open_source
 from seft_dist.results.compare import compare, write_json
 from seft_dist.training.distributed import find_ranks
 from seft_dist.training.manifest import read_manifest

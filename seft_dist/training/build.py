@@ -10,21 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seft_dist.backends.fsdp import pack_gathers
 from seft_dist.backends.gather import GatherSize
 from seft_dist.config import AdamConfig, TrainConfig
-from seft_dist.io.data import (
-    Batch,
-    BatchStream,
-    check_vocabulary,
-    count_loss_tokens,
-    load_sequences,
-    load_tokenizer,
-    pad_id,
-)
-from seft_dist.io.models import Sharding, Source, load_model
+from seft_dist.io.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
+from seft_dist.io.data import load_sequences
+from seft_dist.io.models import Sharding, load_model
+from seft_dist.io.source import Source
+from seft_dist.io.tokenizer import pad_id
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import DsConfig
@@ -207,13 +202,17 @@ def _say(sizes: list[GatherSize], ranks: Ranks) -> None:
         print(f"packing=gather: sent as they are, since packing would not pay: {', '.join(dense)}", file=sys.stderr)
 
 
-def read_batches(config: TrainConfig, ranks: Ranks) -> BatchStream:
+def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> BatchStream:
     """Read and tokenise the data. **Collective.**
+
+    Args:
+        config: The run; ``data.date`` is settled.
+        tokenizer: The model's.
+        ranks: This process.
 
     Raises:
         ValueError: The data or the tokenizer cannot be used.
     """
-    tokenizer = together(ranks, lambda: load_tokenizer(config.model))
     pad = together(ranks, lambda: pad_id(tokenizer))
     sequences: Sequence[Any] | None = None
     for first in (True, False):  # one rank of each machine fills the cache, then the others read it

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from seft_dist.files.writing import write_json
+from seft_dist.io.batches import Batch
 from seft_dist.io.checkpoint import latest
-from seft_dist.io.data import Batch
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks
 from seft_dist.training.run_folder import CHECKPOINTS

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from seft_dist.io.data import BatchStream
-from seft_dist.io.models import Source
+from seft_dist.io.batches import BatchStream
+from seft_dist.io.source import Source
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import fingerprint
 from seft_dist.optim.targets import weight_name

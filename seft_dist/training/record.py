@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from seft_dist.config import TrainConfig
-from seft_dist.io.data import Batch
-from seft_dist.io.models import Source
+from seft_dist.io.batches import Batch
+from seft_dist.io.source import Source
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig

@@ -13,18 +13,22 @@ result.json         written last: the run is finished
 """
 
 import dataclasses
+import datetime
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 from pydantic import Field, TypeAdapter
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
+from seft_dist.io.chat_template import uses_date
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.cli import to_dict, to_yaml
@@ -119,6 +123,38 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
         except ValueError:  # resume() says what is wrong with it
             continue
     return dataclasses.replace(config, global_batch=global_batch)
+
+
+def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
+    """Fill in the day that a chat template sees as today, if it looks at it. **Collective.**
+
+    It is that of the run which goes on, else this day; so a run has the same tokens on every day it goes on.
+
+    Args:
+        config: The run.
+        tokenizer: The model's.
+        ranks: This process.
+
+    Returns:
+        The configuration with a day for ``data.date``, or as it was if the template does not write the date.
+    """
+    if config.data.date is not None or not uses_date(tokenizer):
+        return config
+    day = [_day_of(config) if ranks.is_main else ""]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(day)  # midnight may be between two ranks
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day[0]))
+
+
+def _day_of(config: TrainConfig) -> str:
+    for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
+        try:
+            day = checkpoint.read_manifest(path)["extra"]["config"]["data"]["date"]
+        except (ValueError, KeyError, TypeError):  # resume() says what is wrong with it
+            continue
+        if isinstance(day, str):
+            return day
+    return datetime.date.today().isoformat()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from seft_dist.config import TrainConfig
 from seft_dist.files.writing import write_json
+from seft_dist.io.batches import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.checkpoint import Saver
-from seft_dist.io.data import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.export import export_model
-from seft_dist.io.models import locate, open_source
+from seft_dist.io.source import locate, open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.kernels.describe import describe
 from seft_dist.sparsity.schedule import is_evolution, is_first_support
 from seft_dist.training import distributed
@@ -39,6 +40,7 @@ from seft_dist.training.run_folder import (
     open_run_folder,
     resume,
     settle_batch,
+    settle_date,
 )
 from seft_dist.training.signals import StopRequest, name_of, stop_requests
 from seft_dist.training.writer_lock import only_writer
@@ -82,7 +84,9 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str,
     ds = together(ranks, lambda: read_ds_config(config, ranks.world_size))
     distributed.check_agreement(ranks, to_yaml(config) + repr(ds))
     source = together(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
-    data = read_batches(config, ranks)
+    tokenizer = together(ranks, lambda: load_tokenizer(config.model))
+    config = settle_date(config, tokenizer, ranks)
+    data = read_batches(config, tokenizer, ranks)
     run = build(config, ranks, source, ds)
     run.seft.attach()
     origin = Origin(
