@@ -73,7 +73,9 @@ class Part:
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--result", type=Path, required=True, help="JSON file; others are written beside it")
         parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-        parser.add_argument("--tiny", action="store_true", help="the same code on shapes that a CPU computes in seconds")
+        parser.add_argument(
+            "--tiny", action="store_true", help="the same code on shapes that a CPU computes in seconds"
+        )
         parser.add_argument("--seconds", type=float, default=600, help="after these no further case begins")
         self.options = parser.parse_args()
         self.tiny: bool = self.options.tiny

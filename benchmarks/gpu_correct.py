@@ -1,6 +1,6 @@
 """Every kernel against its form in torch, and the tests that are marked gpu; part of benchmarks/gpu.py.
 
-    python benchmarks/gpu_correct.py --result DIR/correct.json
+python benchmarks/gpu_correct.py --result DIR/correct.json
 """
 
 import functools
@@ -99,7 +99,18 @@ def suite(part: Part) -> dict[str, Any]:
     # Not the project's own settings: they name plug-ins that a GPU machine may not have.
     settings.write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n    slow: takes more than a few seconds\n")
     chosen = ["-m", "gpu"] if part.device.type == "cuda" else ["-k", "cpu and (bf16 or resident)"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(settings), "--rootdir", str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(settings),
+        "--rootdir",
+        str(ROOT),
+    ]
     # cuBLAS is deterministic only with a workspace of its own kind
     environment = os.environ | {"DS_ACCELERATOR": part.device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -133,9 +133,7 @@ def best_launch(part: Part) -> dict[str, Any]:
     out = torch.zeros(len(support), device=part.device)
     found = {}
     for launch in LAUNCHES[:2] if part.tiny else LAUNCHES:
-        run = functools.partial(
-            kernels.sampled_grad_, out, shape, support.crow, support.col, x, grad, launch
-        )
+        run = functools.partial(kernels.sampled_grad_, out, shape, support.crow, support.col, x, grad, launch)
         found[launch] = seconds_of(run, part.device, repeats=1 if part.tiny else 7)
     best = min(found, key=lambda launch: found[launch])
     return {"launch": list(best), "seconds_of_launches": {str(launch): s for launch, s in found.items()}}

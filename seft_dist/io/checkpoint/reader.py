@@ -188,10 +188,9 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
         own = {"positions": empty.to(torch.int32), "total": empty} | own
     for key, value in own.items():
         setattr(window, key, value)
-    for key in WINDOW_SHARED:
-        setattr(window, key, reader.get(0, f"{name}.window.{key}"))
     # A sum over all ranks: one of them carries it on.
-    if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        for key in WINDOW_SUMS:
-            setattr(window, key, reader.get(0, f"{name}.window.{key}"))
+    carries = backend.owners.rank == 0 and backend.replicas.rank == 0
+    for key in (*WINDOW_SHARED, *(WINDOW_SUMS if carries else ())):
+        value = reader.get(0, f"{name}.window.{key}")
+        setattr(window, key, None if value is None else value.to(backend.device))
     return window
