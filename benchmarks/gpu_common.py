@@ -84,7 +84,9 @@ class Part:
         self.rows: list[dict[str, Any]] = []
         self._deadline = time.monotonic() + self.options.seconds
         self._broken: str | None = None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)  # a machine that is shared: what is small is not divided
+        elif not torch.cuda.is_available():
             raise SystemExit("there is no CUDA device here: use --device cpu --tiny to see that the code runs")
 
     @property
@@ -240,7 +242,7 @@ def fill_dense_rest(model: Any, device: torch.device) -> None:
             value.normal_(std=0.02) if parameter.dim() > 1 else value.fill_(1.0)
             setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=model.config, device=device)
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
 
 
 @torch.no_grad()
@@ -282,7 +284,9 @@ def packed_llama(name: str, device: torch.device) -> Any:
 
 def checkpointed(model: Any) -> Any:
     """Compute each decoder layer again in backward."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # renamed in transformers 5.2x; both names are met on machines with GPUs
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     return model
 
 

@@ -16,18 +16,20 @@ from gpu_common import SPARSITY, Part, content_of
 from gpu_planned import planned, sheet_of
 
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
-from seft_dist.planning.hardware import GPUS, Rates, write_rates
-from seft_dist.planning.rates import measure, measure_gpu
+from seft_dist.planning.hardware import GPUS, Rates, gpu_rates, write_rates
+from seft_dist.planning.rates import Sizes, computing, measure_gpu
 
 PLANNED = {"seft": "SEFT", "packed": "SEFT", "lora": "LoRA", "full": "full"}
 
 
 def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
     """The card's rates in both types, and what they come to as shares of its data sheet."""
-    one = measure_gpu if part.device.type == "cuda" else measure
-    for dtype in ("bfloat16",) if part.tiny else ("float32", "bfloat16"):
-        found[dtype] = one(dtype)
-    found.setdefault("float32", found["bfloat16"])
+    for dtype in ("float32", "bfloat16"):
+        if part.device.type == "cuda":
+            found[dtype] = measure_gpu(dtype)
+        else:
+            computed = computing(dtype, part.device, Sizes((16, 64, 96), 32, 1 << 12, 1 << 8))
+            found[dtype] = dataclasses.replace(gpu_rates(ClusterConfig(), dtype, 0.01), **computed, measured=True)
     write_rates(str(part.folder / "gpu_rates.json"), found)
     rates, sheet = found["bfloat16"], sheet_of(part.device)
     gpu = GPUS[sheet.gpu]

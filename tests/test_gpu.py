@@ -1,6 +1,6 @@
 """SEFT on a CUDA device beside SEFT on a CPU; and the same on the CPU alone, with the forms in torch that a GPU runs.
 
-    pytest -m gpu tests/test_gpu.py          # on a machine with a GPU; without one these are skipped
+pytest -m gpu tests/test_gpu.py          # on a machine with a GPU; without one these are skipped
 """
 
 import importlib.util
@@ -58,7 +58,8 @@ def build(
     model: Any = prune_(tiny_llama(seed, dtype, num_hidden_layers=layers)).to(device)
     if checkpointed:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # its name depends on the version
     if resident:
         pack_weights(model)
     return model, SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
@@ -81,9 +82,7 @@ def train(
         losses.append(loss.item())
         if seft.evolution:
             digests.append(seft.evolution.digest)
-    state = {
-        name: {key: value.cpu() for key, value in layer.items()} for name, layer in snapshot(model, seft).items()
-    }
+    state = {name: {key: value.cpu() for key, value in layer.items()} for name, layer in snapshot(model, seft).items()}
     return {"losses": losses, "digests": digests, "state": state}
 
 
@@ -150,7 +149,9 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
 
 
 def same_exactly(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(torch.equal(value, other[name][key].cpu()) for name, layer in one.items() for key, value in layer.items())
+    return all(
+        torch.equal(value, other[name][key].cpu()) for name, layer in one.items() for key, value in layer.items()
+    )
 
 
 def test_resident_weights_train_to_the_same_bits(device: torch.device) -> None:

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,26 @@ from seft_dist.sparsity.bitmask import pack
 
 _REPEATS = 5
 _CPU = torch.device("cpu")
-_LINEAR = {"cpu": (512, 1024, 2816), "cuda": (2048, 4096, 11008)}
-"""Tokens, inputs and outputs: a linear of a model of about 1 and 7 billion parameters, and tokens enough to keep it busy."""
-_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Of an elementwise operation: more than a cache holds."""
-_DELTAS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the rates of a device are measured with."""
+
+    linear: tuple[int, int, int]
+    """Tokens enough to keep it busy, inputs and outputs of a linear."""
+    head: int
+    """Width of an attention head."""
+    numbers: int
+    """Of an elementwise operation: more than a cache holds."""
+    deltas: int
+
+
+SIZES = {
+    "cpu": Sizes((512, 1024, 2816), 64, 1 << 22, 1 << 18),
+    "cuda": Sizes((2048, 4096, 11008), 128, 1 << 28, 1 << 24),
+}
+"""As in models of about 1 and 7 billion parameters."""
 
 
 def find_rates(config: PlanConfig) -> Rates:
@@ -70,7 +86,7 @@ def measure(dtype: str) -> Rates:
     """
     intra = _intra()
     return Rates(
-        **_computing(getattr(torch, dtype), _CPU),
+        **computing(dtype, _CPU),
         name="cpu",
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         reserve=_resident_bytes(),
@@ -99,14 +115,14 @@ def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
             "cluster.gpu=cuda: torch sees no CUDA device here; name a kind of device, or use cluster.gpu cpu"
         )
     device = device or torch.device("cuda", torch.cuda.current_device())
-    computing = _computing(getattr(torch, dtype), device)
+    rates = computing(dtype, device)
     on_host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
     on_device = torch.empty_like(on_host, device=device)
     host = on_host.nbytes / _seconds(lambda: on_device.copy_(on_host, non_blocking=True))
     free, memory = torch.cuda.mem_get_info(device)
     links = gpu_rates(ClusterConfig(), dtype, 0.01)
     return Rates(
-        **computing,
+        **rates,
         name=torch.cuda.get_device_name(device),
         memory=float(memory),
         reserve=float(memory - free - torch.cuda.memory_reserved(device)),  # what the libraries took
@@ -120,27 +136,31 @@ def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
     )
 
 
-def _computing(kind: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The rates of one device that are measured in the same way on every kind of it."""
+def computing(dtype: str, device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
+    """The fields of ``Rates`` that are measured in the same way on every kind of device.
+
+    Args:
+        dtype: Of the weights.
+        device: A CPU or a CUDA device.
+        sizes: None: those of the kind of device.
+    """
     torch.manual_seed(0)
-    tokens, inputs, outputs = _LINEAR[device.type]
-    on = {"dtype": kind, "device": device}
-    x, y, weight = (
-        torch.randn(tokens, inputs, **on),
-        torch.randn(tokens, outputs, **on),
-        torch.randn(outputs, inputs, **on),
-    )
+    sizes = sizes or SIZES[device.type]
+    tokens, inputs, outputs = sizes.linear
+    on: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    x, y = torch.randn(tokens, inputs, **on), torch.randn(tokens, outputs, **on)
+    weight = torch.randn(outputs, inputs, **on)
     flops = 2.0 * tokens * inputs * outputs
-    big = torch.randn(_NUMBERS[device.type], **on)
+    big = torch.randn(sizes.numbers, **on)
     return {
         "matmul": 2 * flops / (_seconds(lambda: x @ weight.T) + _seconds(lambda: y @ weight)),
-        "attention": _attention(kind, device),
+        "attention": _attention(sizes, on),
         "dense": flops / _seconds(lambda: dense_grad(x, y)),
         "sampled": _sampled(x, y),
         "moved": 3 * big.nbytes / _seconds(lambda: big * big),
         "decode": _decode(weight.view(-1)),
-        "update": _update(kind, device),
-        "evolve": _evolve(kind, device),
+        "update": _update(sizes.deltas, **on),
+        "evolve": _evolve(2 * inputs, **on),
     }
 
 
@@ -166,17 +186,15 @@ def _resident_bytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * float(os.sysconf("SC_PAGE_SIZE"))
 
 
-def _attention(kind: torch.dtype, device: torch.device) -> float:
-    length, inputs, _ = _LINEAR[device.type]
-    width = 64 if device.type == "cpu" else 128
-    heads = inputs // width
-    on: dict[str, Any] = {"dtype": kind, "device": device, "requires_grad": True}
-    query, key, value = (torch.randn(1, heads, length, width, **on) for _ in range(3))
+def _attention(sizes: Sizes, on: dict[str, Any]) -> float:
+    length, inputs, _ = sizes.linear
+    heads = inputs // sizes.head
+    query, key, value = (torch.randn(1, heads, length, sizes.head, **on, requires_grad=True) for _ in range(3))
 
     def run() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
-    return 3.5 * 4 * heads * width * (length * length / 2) / _seconds(run)
+    return 3.5 * 4 * heads * sizes.head * (length * length / 2) / _seconds(run)
 
 
 def _call(kind: torch.dtype) -> float:
@@ -208,31 +226,31 @@ def _decode(weight: Tensor) -> float:
     return weight.nbytes / _seconds(lambda: decode(bits, values, out))
 
 
-def _update(kind: torch.dtype, device: torch.device) -> float:
-    count, numel = _DELTAS[device.type], 64 * _DELTAS[device.type]
+def _update(count: int, dtype: torch.dtype, device: torch.device) -> float:
+    numel = 64 * count
     # of each 64 positions one: a permutation of all of them would take longer than what is measured
     indices = torch.arange(0, numel, 64, device=device) + torch.randint(0, 64, (count,), device=device)
     columns, grad = Columns.grown(indices, torch.randn(count, device=device)), torch.randn(count, device=device)
-    weight = torch.zeros(numel, dtype=kind, device=device)
+    weight = torch.zeros(numel, dtype=dtype, device=device)
     rule = AdamW(1e-3, (0.9, 0.999), 1e-8, 0.0, True, oldest=1000)
     scale, ok = torch.tensor(1.0, device=device), torch.tensor(True, device=device)
 
     def run() -> None:
         new = columns.update_(grad, scale, ok, rule)
-        scatter_([weight], [0], [columns.indices], new.to(kind))
+        scatter_([weight], [0], [columns.indices], new.to(dtype))
 
     return _seconds(run) / count
 
 
-def _evolve(kind: torch.dtype, device: torch.device) -> float:
-    width, seconds = 2 * _LINEAR[device.type][1], []
-    linear = nn.Linear(width, width, bias=False, dtype=kind, device=device)
+def _evolve(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    seconds = []
+    linear = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
     layer = nn.Sequential(linear)
     with torch.no_grad():
         linear.weight.masked_fill_(torch.rand(width, width, device=device) < 0.6, 0.0)
     seft = SeftOptimizer(layer, SeftConfig(interval=1))
     for _ in range(_REPEATS):
-        layer(torch.randn(64, width, dtype=kind, device=device)).float().square().mean().backward()
+        layer(torch.randn(64, width, dtype=dtype, device=device)).float().square().mean().backward()
         seft.step()
         seft.zero_grad()
         if seft.evolution is not None:
