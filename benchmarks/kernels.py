@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from seft_dist.kernels import packing, ranking
+from seft_dist.kernels.choice import Form
 from seft_dist.kernels.describe import describe
-from seft_dist.kernels.sampled import FORMS, Form
+from seft_dist.kernels.sampled import FORMS
 from seft_dist.optim.delta import Support
 from seft_dist.sparsity import selection
 from seft_dist.sparsity.bitmask import pack, unpack

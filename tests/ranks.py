@@ -14,7 +14,14 @@ from typing import Any
 
 
 def _main(
-    pipe: Connection, fn: Callable[..., Any], rank: int, world_size: int, store: str, timeout: float, args: Any
+    pipe: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    timeout: float,
+    args: Any,
+    backend: str,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -25,7 +32,7 @@ def _main(
     )
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         result = (True, fn(rank, world_size, *args))
     except BaseException:
@@ -46,13 +53,22 @@ def return_freed_memory() -> None:
     libc.malloc_trim(0)  # also what tests before this one have left
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 150) -> list[Any]:
-    """Run ``fn(rank, world_size, *args)`` on every rank of a new gloo process group.
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 150,
+    start: str = "fork",
+    backend: str = "gloo",
+) -> list[Any]:
+    """Run ``fn(rank, world_size, *args)`` on every rank of a new process group.
 
     Args:
         fn: What a rank does; may be a local function. Its return value is pickled back.
         world_size: Number of ranks.
         timeout: Seconds for all ranks together; then the remaining ones (and only they) are killed.
+        start: "fork", or "spawn" for ranks that use a CUDA device (``fn`` must then be a module's own function).
+        backend: Of torch.distributed.
 
     Returns:
         Each rank's return value, in rank order.
@@ -60,13 +76,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises:
         AssertionError: A rank failed or did not end; the text holds every rank's traceback.
     """
-    context = mp.get_context("fork")
+    context: Any = mp.get_context(start)
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_main, args=(theirs, fn, rank, world_size, f"{folder}/store", timeout, args), daemon=False
+                target=_main, args=(theirs, fn, rank, world_size, f"{folder}/store", timeout, args, backend)
             )
             process.start()
             theirs.close()

@@ -91,7 +91,7 @@ def test_tools_and_their_calls_reach_the_template(name: str, marks: bool, tokeni
     ids, scored = expected(tokenizer, template, TOOL_CHAT, TOOLS)
     assert "weather" in tokenizer.decode([token for token, yes in zip(ids, scored, strict=True) if yes])
     other = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "extra": {"deep": 1}}]
-    records = [{"messages": TOOL_CHAT, "tools": TOOLS}, {"messages": other}]
+    records: list[dict[str, Any]] = [{"messages": TOOL_CHAT, "tools": TOOLS}, {"messages": other}]
     paths = [write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "a.parquet"]
     datasets.Dataset.from_list(records).to_parquet(paths[1])  # Arrow fills in nulls
     for path in paths:

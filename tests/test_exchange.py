@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.kernels import adamw
@@ -14,6 +13,7 @@ from seft_dist.optim.exchange import buckets_of
 from tests.layouts import build
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
+from tests.waits import Waits
 
 CONFIG = SeftConfig(density=0.05, interval=3, window=2, steps=8)
 STEPS = 6
@@ -86,25 +86,6 @@ def test_a_module_used_more_often_than_before_is_refused() -> None:
                 seft.zero_grad()
 
     run_ranks(on_rank, 2)
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes a host wait for a GPU: values read, sizes that depend on values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.repeat_interleave,
-            torch.ops.aten.equal,
-            torch.ops.aten.bincount,
-        ):
-            self.found.append(str(func))
-        return func(*args, **kwargs or {})
 
 
 def one_process(late: bool, config: SeftConfig) -> tuple[Any, SeftOptimizer]:

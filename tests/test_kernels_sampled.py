@@ -1,15 +1,22 @@
 """Sampled gradients: every form against a dense product in fp64, on any shape, type and number of threads."""
 
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from seft_dist.kernels import choice, sampled
 from seft_dist.kernels.build import library
-from seft_dist.kernels.sampled import FORMS, Form, choose, sampled_grad_
+from seft_dist.kernels.choice import Form, choose
+from seft_dist.kernels.sampled import FORMS, sampled_grad_
 from seft_dist.optim.delta import Support
 from tests.ranks import run_ranks
+from tests.waits import Waits
 
 CPU = torch.device("cpu")
 ON_CPU: list[Form] = ["c++", "sampled_addmm", "dense"]
@@ -128,8 +135,102 @@ def test_choice_by_density() -> None:
     assert library() is not None
     assert choose((1000, 1000), 10_000, CPU) == "c++"
     assert choose((1000, 1000), 500_000, CPU) == "dense"
-    assert choose((1000, 1000), 10_000, torch.device("cuda")) == "triton"
-    assert choose((1000, 1000), 100_000, torch.device("cuda")) == "dense"
+
+
+CUDA = torch.device("cuda")
+LAYER = (4096, 4096)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Writes the table of measured times of a card without name."""
+
+    def forget() -> None:
+        choice.measured_times.cache_clear()
+        choice._choose_on_cuda.cache_clear()
+
+    def write(text: str) -> None:
+        (tmp_path / "times.json").write_text(text)
+        forget()
+
+    monkeypatch.setattr(choice, "TABLE", tmp_path / "times.json")
+    monkeypatch.setattr(choice, "triton_kernels", lambda: choice)  # also where Triton is not installed
+    monkeypatch.setattr(choice, "card_name", lambda device: "a card")
+    forget()
+    yield write
+    forget()
+
+
+def test_without_a_table_operations_and_bytes_are_counted(table: Callable[[str], None]) -> None:
+    numel = LAYER[0] * LAYER[1]
+    assert choose(LAYER, numel // 1000, CUDA) == "triton"
+    assert choose(LAYER, numel // 20, CUDA) == "dense"
+    assert choose(LAYER, numel // 50, CUDA, dtype=torch.float32) == "triton"  # no tensor cores: it pays longer
+    assert choose(LAYER, numel // 50, CUDA) == "dense"
+    times = choice.estimate(LAYER, numel // 100, 2048, 2)
+    assert times["triton"] == pytest.approx(2 * 2048 * ((numel // 100 + 4096) / 5e12 + 2 * 8192 / 3e12))
+    assert times["dense"] == pytest.approx(2 * 2048 * numel / 500e12 + 8 * numel / 3e12)
+
+
+def test_the_nearest_measured_times_choose(table: Callable[[str], None]) -> None:
+    def row(tokens: int, density: float, dtype: str = "bfloat16", **seconds: float) -> dict[str, object]:
+        return {"dtype": dtype, "tokens": tokens, "rows": 4096, "columns": 4096, "density": density, "seconds": seconds}
+
+    rows = [
+        row(2048, 0.01, dense=1.0, triton=2.0),
+        row(2048, 0.001, dense=2.0, triton=1.0),
+        row(8192, 0.01, dense=3.0, triton=1.0),
+        row(2048, 0.01, "float32", dense=3.0, triton=2.0, sampled_addmm=1.0),
+    ]
+    table(json.dumps({"a card": {"launch": [32, 64, 8], "rows": rows}, "another": {}}))
+    numel = LAYER[0] * LAYER[1]
+    assert choose(LAYER, numel // 100, CUDA) == "dense"
+    assert choose(LAYER, numel // 800, CUDA) == "triton"
+    assert choose(LAYER, numel // 100, CUDA, tokens=9000) == "triton"
+    assert choose(LAYER, numel // 100, CUDA, dtype=torch.float32) == "sampled_addmm"
+    assert choice.measured_launch(CUDA) == (32, 64, 8)
+    assert choice.measured_launch(CPU) == choice.DEFAULT_LAUNCH
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"a card": []}',
+        '{"a card": {"launch": [3, 64, 8], "rows": []}}',
+        '{"a card": {"launch": [16, 64, 8], "rows": [{"dtype": "bfloat16"}]}}',
+        '{"a card": {"launch": [16, 64, 8], "rows": [{"dtype": "bfloat16", "tokens": 1, "rows": 1, "columns": 1, "density": 0, '
+        '"seconds": {"dense": 1}}]}}',
+    ],
+)
+def test_a_damaged_table_is_named_and_left_alone(content: str, table: Callable[[str], None]) -> None:
+    table(content)
+    with pytest.warns(UserWarning, match="times.json cannot be used .* make it again with benchmarks/gpu.py"):
+        assert choose(LAYER, LAYER[0] * LAYER[1] // 1000, CUDA) == "triton"
+
+
+def test_the_dense_form_does_not_ask_the_device_where_rows_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "_DENSE_NUMBERS", 7 * 13)  # blocks of 7 rows
+    x, grad, support = draw(6, 20, 40, 13, 0.2)
+    assert support.bounds == [int(support.crow[row]) for row in range(0, 40, 7)] + [len(support)]
+    known, asked = torch.zeros(len(support)), torch.zeros(len(support))
+    with Waits() as waits:
+        FORMS["dense"](known, support.shape, support.crow, support.col, x, grad, False, support.bounds)
+    assert waits.found == []
+    with Waits() as waits:
+        FORMS["dense"](asked, support.shape, support.crow, support.col, x, grad, False)
+    assert "aten._local_scalar_dense.default" in waits.found
+    assert torch.equal(known, asked)
+    torch.testing.assert_close(known.double(), reference(support, x, grad), rtol=1e-5, atol=1e-4)
+    blocks = support.blocks(4)
+    with Waits() as waits:  # experts: their blocks are made once an evolution
+        assert support.blocks(4) is blocks
+        for number, block in enumerate(blocks):
+            begin, end = block.bounds[0], block.bounds[-1]
+            assert (begin, end) == (0, len(block))
+            rows = grad[:, 10 * number : 10 * number + 10]
+            FORMS["dense"](known[:end], block.shape, block.crow, block.col, x, rows, False, block.bounds)
+    assert waits.found == []
 
 
 def test_what_is_added_is_the_whole_sum_over_the_tokens() -> None:

@@ -11,15 +11,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("launch", [(16, 128, 4), (2, 32, 1)])
 @pytest.mark.parametrize(("tokens", "rows", "cols", "share"), [(1, 3, 5, 1.0), (70, 20, 33, 0.1), (64, 9, 7, 0.5)])
-def test_sampled_gradient(tokens: int, rows: int, cols: int, share: float, dtype: torch.dtype) -> None:
+def test_sampled_gradient(
+    tokens: int, rows: int, cols: int, share: float, launch: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(tokens, cols).to(dtype), torch.randn(tokens, 2 * rows).to(dtype)[:, ::2]
-    positions = (torch.rand(rows * cols) < share).nonzero().view(-1).int()
-    support = Support((rows, cols), [positions])
+    chosen = torch.rand(rows, cols) < share
+    chosen[1] = False  # a row without any
+    chosen[2] = True  # and one with many more than the others
+    support = Support((rows, cols), [chosen.view(-1).nonzero().view(-1).int()])
     before = torch.arange(len(support), dtype=torch.float32)
     out = before.clone()
-    triton_kernels.sampled_grad_(out, support.shape, support.crow, support.col, x, grad)
+    triton_kernels.sampled_grad_(out, support.shape, support.crow, support.col, x, grad, launch)
     expected = (grad.double().T @ x.double()).reshape(-1)[support.positions()]
     torch.testing.assert_close(out.double(), before + expected, rtol=1e-5, atol=1e-4)
 

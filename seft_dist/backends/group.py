@@ -27,6 +27,8 @@ class Group:
         self._sent: list[int] = [0] if counted_with is None else counted_with._sent
         # NCCL moves device tensors only (never run here); offloaded shards are staged through the device.
         self._nccl = group is not None and dist.get_backend(group) == "nccl"
+        # gloo does not have every collective for device tensors: they are staged through the host.
+        self._gloo = group is not None and dist.get_backend(group) == "gloo"
 
     @property
     def bytes_sent(self) -> int:
@@ -34,6 +36,8 @@ class Group:
         return self._sent[0]
 
     def _stage(self, tensor: Tensor) -> Tensor:
+        if self._gloo and tensor.device.type != "cpu":
+            return tensor.cpu()
         return tensor.cuda() if self._nccl and tensor.device.type == "cpu" else tensor.contiguous()
 
     def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -14,8 +14,8 @@ class ClusterConfig:
     """What the ranks run on. Values that are left out come from the GPU's data sheet."""
 
     gpu: str = "H100-80GB"
-    """Kind of device: H100-80GB, H200-141GB, A100-80GB, A100-40GB, "cpu" (this machine; its rates are measured first,
-    about a minute), or a file of rates that was measured before (see save_rates)."""
+    """Kind of device: H100-80GB, H200-141GB, A100-80GB, A100-40GB, "cpu" or "cuda" (this machine; its rates are measured
+    first, about a minute), or a file of rates that was measured before (see save_rates)."""
     nodes: int = 8
     """Most nodes that may be used."""
     gpus_per_node: int = 8
@@ -88,7 +88,7 @@ class PlanConfig:
     output: str | None = None
     """Also write the plan, with every term, as JSON to this file."""
     save_rates: str | None = None
-    """With cluster.gpu cpu: write the measured rates to this file, for later plans."""
+    """With cluster.gpu cpu or cuda: write the measured rates to this file, for later plans."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -104,7 +104,7 @@ class PlanConfig:
         check(self.global_batch is None or self.global_batch >= 1, f"global_batch={self.global_batch}", "at least 1")
         check(self.seq_len >= 2, f"seq_len={self.seq_len}", "at least 2 tokens")
         check(
-            self.save_rates is None or self.cluster.gpu == "cpu",
+            self.save_rates is None or self.cluster.gpu in ("cpu", "cuda"),
             f"save_rates={self.save_rates} with cluster.gpu={self.cluster.gpu}",
-            "cluster.gpu cpu",
+            "cluster.gpu cpu or cuda",
         )

@@ -1,50 +1,54 @@
 """The gradient of a weight [out, in] at k of its positions: grad[k] = or += sum over tokens of g[t, row of k] x[t, column of k].
 
 Four forms, one result (to rounding; sums are made in fp32): C++, torch.sparse.sampled_addmm, a dense product of one block of
-rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks by density
-(benchmarks/kernels.py measures it).
+rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks (benchmarks/kernels.py
+measures them on a CPU, benchmarks/gpu.py on a GPU).
 """
 
+import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from seft_dist.kernels.arguments import expect
 from seft_dist.kernels.build import library, triton_kernels
-
-Form = Literal["c++", "sampled_addmm", "dense", "triton"]
+from seft_dist.kernels.choice import Form, choose, measured_launch
 
 _BLOCK = 64
 """Tokens that the C++ form transposes at a time: of common shapes they fit into a core's second cache."""
-_DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1, "triton": 0.05}
-"""Density from which on a dense product is faster; for Triton a guess, it was never run on a GPU."""
 _DENSE_NUMBERS = 1 << 24
 """Most numbers of a dense product that exist at a time."""
 
+Bounds = Sequence[int] | None
+"""Of ``row_bounds``; None: not known on the host."""
 
-def choose(shape: tuple[int, int], entries: int, device: torch.device) -> Form:
-    """The form that is fastest. Local.
+
+def block_rows(columns: int) -> int:
+    """Rows of a weight whose dense product the dense form makes at a time."""
+    return max(1, _DENSE_NUMBERS // columns)
+
+
+def row_bounds(shape: tuple[int, int], crow: Tensor) -> list[int]:
+    """Where each block of rows of the dense form begins among the positions, and their number; waits for the device.
 
     Args:
-        shape: [out, in].
-        entries: Positions to sample.
-        device: Where the operands are.
+        shape: [out, in] of the weight.
+        crow: int [out + 1], where each row's positions begin.
     """
-    density = entries / (shape[0] * shape[1])
-    if device.type == "cuda":
-        return "triton" if triton_kernels() is not None and density < _DENSE_ABOVE["triton"] else "dense"
-    if device.type != "cpu":
-        return "dense"
-    if library() is not None:
-        return "c++" if density < _DENSE_ABOVE["c++"] else "dense"
-    return "sampled_addmm" if density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available() else "dense"
+    return [*crow[: -1 : block_rows(shape[1])].tolist(), int(crow[-1])]
 
 
 def sampled_grad_(
-    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool = True
+    out: Tensor,
+    shape: tuple[int, int],
+    crow: Tensor,
+    col: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    accumulate: bool = True,
+    bounds: Bounds = None,
 ) -> None:
     """The weight gradient at some positions into ``out``, accumulated in fp32. Local.
 
@@ -56,22 +60,57 @@ def sampled_grad_(
         x: [T, in], the linear's input; fp32, bf16 or fp16, like ``grad``.
         grad: [T, out], gradient of its output.
         accumulate: Whether to add to what ``out`` has.
+        bounds: ``row_bounds`` of the positions; without them the dense form waits for the device.
     """
     entries, tokens = out.shape[0], x.shape[0]
     if entries and tokens:
-        FORMS[choose(shape, entries, x.device)](out, shape, crow, col, x, grad, accumulate)
+        form = FORMS[choose(shape, entries, x.device, tokens, x.dtype)]
+        form(out, shape, crow, col, x, grad, accumulate, bounds)
     elif not accumulate:
         out.zero_()
 
 
-def _triton(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
+    """The whole weight gradient, fp32 [out, in].
+
+    Products of 16-bit numbers are exact in fp32, so on CUDA tensor cores may make them: the sums are in fp32 either way.
+
+    Args:
+        x: [T, in], the linear's input.
+        grad: [T, out], gradient of its output.
+    """
+    if x.is_cuda and x.dtype == grad.dtype and x.dtype.itemsize == 2 and _has_fp32_output(x.dtype, x.device.index):
+        return torch.mm(grad.T, x, out_dtype=torch.float32)
+    return grad.float().T @ x.float()
+
+
+@functools.cache
+def _has_fp32_output(dtype: torch.dtype, index: int | None) -> bool:
+    """Whether torch multiplies 16-bit matrices into an fp32 one on this device."""
+    ones = torch.ones(16, 16, dtype=dtype, device=torch.device("cuda", index))
+    try:
+        return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
+    except (TypeError, RuntimeError):  # an older torch, or a card without it
+        return False
+
+
+def _triton(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
+) -> None:
     kernels = triton_kernels()
     assert kernels is not None
-    kernels.sampled_grad_(out, shape, crow, col, x, grad)
+    kernels.sampled_grad_(out, shape, crow, col, x, grad, measured_launch(x.device))
 
 
 def _cpp(
-    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, accumulate: bool
+    out: Tensor,
+    shape: tuple[int, int],
+    crow: Tensor,
+    col: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    accumulate: bool,
+    bounds: Bounds = None,
 ) -> None:
     functions = library()
     assert functions is not None
@@ -98,33 +137,48 @@ def _cpp(
         raise MemoryError(f"no memory for {block} tokens of {sum(shape)} numbers")
 
 
-def _sampled_addmm(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _sampled_addmm(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
+) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(crow, col, out, size=shape, check_invariants=False)
     out.copy_(torch.sparse.sampled_addmm(pattern, grad.float().T, x.float()).values())
 
 
-def _dense(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def _dense(
+    out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
+) -> None:
     rows, columns = shape
-    block = max(1, _DENSE_NUMBERS // columns)
-    bounds = crow[::block].tolist() + [len(col)]
+    block = block_rows(columns)
+    bounds = row_bounds(shape, crow) if bounds is None else bounds
     for number, first in enumerate(range(0, rows, block)):
         begin, end = bounds[number], bounds[number + 1]
+        if begin == end:
+            continue
         counts = crow[first : first + block + 1].diff()
-        row = torch.arange(len(counts), device=col.device).repeat_interleave(counts)
-        product = grad[:, first : first + block].float().T @ x.float()
+        row = torch.arange(len(counts), device=col.device)
+        row = row.repeat_interleave(counts, output_size=end - begin)  # else it would wait for the device
+        product = dense_grad(x, grad[:, first : first + block])
         out[begin:end] += product.view(-1)[row * columns + col[begin:end]]
 
 
 def _from_zero(adding: Callable[..., None]) -> Callable[..., None]:
     """A form that can only add, as one that can also begin."""
 
-    def form(out: Tensor, *given: Any) -> None:
-        *operands, accumulate = given
+    def form(
+        out: Tensor,
+        shape: tuple[int, int],
+        crow: Tensor,
+        col: Tensor,
+        x: Tensor,
+        grad: Tensor,
+        accumulate: bool,
+        bounds: Bounds = None,
+    ) -> None:
         if not accumulate:
             out.zero_()
-        adding(out, *operands)
+        adding(out, shape, crow, col, x, grad, bounds)
 
     return form
 

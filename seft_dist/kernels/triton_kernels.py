@@ -8,27 +8,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ENTRIES, _TOKENS = 32, 64
-"""Entries and tokens that a program of the sampled gradient takes at a time."""
+from seft_dist.kernels.choice import DEFAULT_LAUNCH, Launch
+
+_MOST_PARTS = 8
+"""Programs that share a row of the sampled gradient, at most."""
 _POSITIONS = 1024
 """Positions of a program that packs or unpacks."""
 
 
 @triton.jit
-def _sampled(grad, x, rows, cols, out, numel, tokens, entries: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    k = tl.program_id(0) * entries + tl.arange(0, entries)
-    inside = k < numel
-    row = tl.load(rows + k, mask=inside, other=0).to(tl.int64)
-    col = tl.load(cols + k, mask=inside, other=0).to(tl.int64)
-    total = tl.zeros([entries], dtype=tl.float32)
-    for first in range(0, tokens, block):
-        t = first + tl.arange(0, block)
-        valid = inside[:, None] & (t < tokens)[None, :]
-        left = tl.load(grad + row[:, None] * tokens + t[None, :], mask=valid, other=0.0).to(tl.float32)
-        right = tl.load(x + col[:, None] * tokens + t[None, :], mask=valid, other=0.0).to(tl.float32)
-        total += tl.sum(left * right, axis=1)
-    before = tl.load(out + k, mask=inside, other=0.0)
-    tl.store(out + k, before + total, mask=inside)
+def _sampled(grad, x, crow, cols, out, tokens, entries: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    # The entries of one row share what is read of the output's gradient; several programs share a row that has many.
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(crow + row).to(tl.int64)
+    end = tl.load(crow + row + 1).to(tl.int64)
+    step = tl.num_programs(1).to(tl.int64) * entries
+    for chunk in range(begin + tl.program_id(1) * entries, end, step):
+        k = chunk + tl.arange(0, entries)
+        inside = k < end
+        col = tl.load(cols + k, mask=inside, other=0).to(tl.int64)
+        total = tl.zeros([entries, block], dtype=tl.float32)
+        for first in range(0, tokens, block):
+            t = first + tl.arange(0, block)
+            valid = t < tokens
+            left = tl.load(grad + row * tokens + t, mask=valid, other=0.0).to(tl.float32)
+            there = inside[:, None] & valid[None, :]
+            right = tl.load(x + col[:, None] * tokens + t[None, :], mask=there, other=0.0).to(tl.float32)
+            total += right * left[None, :]
+        before = tl.load(out + k, mask=inside, other=0.0)
+        tl.store(out + k, before + tl.sum(total, axis=1), mask=inside)
 
 
 @triton.jit
@@ -58,14 +66,21 @@ def _encode(bits, ends, dense, values, numel, block: tl.constexpr):  # type: ign
     tl.store(values + place, tl.load(dense + i, mask=bit > 0, other=0.0), mask=bit > 0)
 
 
-def sampled_grad_(out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor) -> None:
+def sampled_grad_(
+    out: Tensor,
+    shape: tuple[int, int],
+    crow: Tensor,
+    col: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    launch: Launch = DEFAULT_LAUNCH,
+) -> None:
     """As ``sampled.sampled_grad_``; at least one token and one position. Local."""
-    rows = torch.arange(shape[0], dtype=torch.int32, device=col.device)
-    rows = rows.repeat_interleave(crow.diff(), output_size=len(col))  # else it would wait for the device
+    entries, block, warps = launch
     # Transposed, so that an entry is a product of two contiguous rows.
     operands = grad.T.contiguous(), x.T.contiguous()
-    grid = (triton.cdiv(len(col), _ENTRIES),)
-    _sampled[grid](*operands, rows, col, out, len(col), len(x), entries=_ENTRIES, block=_TOKENS)
+    parts = min(_MOST_PARTS, triton.cdiv(2 * len(col), shape[0] * entries))  # a row may have twice the mean at once
+    _sampled[(shape[0], parts)](*operands, crow, col, out, len(x), entries=entries, block=block, num_warps=warps)
 
 
 def _ends(bits: Tensor, numel: int) -> Tensor:

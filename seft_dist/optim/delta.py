@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.kernels.adamw import AdamW
+from seft_dist.kernels.sampled import row_bounds
 
 
 @dataclass
@@ -134,22 +135,27 @@ class Support:
         """int32 [out + 1], where each row's entries begin."""
         self.col = (positions % shape[1]).to(torch.int32)
         """int32 [len], input feature of each entry."""
+        self.bounds = row_bounds(shape, self.crow)
+        """Where blocks of rows begin, on the host: so that no step has to wait for the device to say so."""
+        self._blocks: list[Support] = []
 
     def __len__(self) -> int:
         return self.col.numel()
 
     def blocks(self, count: int) -> list["Support"]:
         """The entries of each of ``count`` equal blocks of rows, numbered from the block's first row on (views). Local."""
-        rows = self.shape[0] // count
-        bounds = self.crow[::rows].tolist()
-        blocks = []
-        for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            part = Support.__new__(Support)
-            part.shape, part.sizes = (rows, self.shape[1]), [end - begin]
-            part.crow = self.crow[block * rows : (block + 1) * rows + 1] - begin
-            part.col = self.col[begin:end]
-            blocks.append(part)
-        return blocks
+        if len(self._blocks) != count:  # the first of an evolution's steps waits for the device
+            rows, crow = self.shape[0] // count, self.crow.cpu()
+            bounds = crow[::rows].tolist()
+            self._blocks = []
+            for block, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                part = Support.__new__(Support)
+                part.shape, part.sizes = (rows, self.shape[1]), [end - begin]
+                inside = slice(block * rows, (block + 1) * rows + 1)
+                part.crow, part.col = self.crow[inside] - begin, self.col[begin:end]
+                part.bounds, part._blocks = row_bounds(part.shape, crow[inside] - begin), []
+                self._blocks.append(part)
+        return self._blocks
 
     def positions(self) -> Tensor:
         """Flat positions, int64 [len], increasing. Local."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear  # bound here: DeepSpeed replaces the attribute of the module at run time
 
 from seft_dist.backends.packed import PackedWeight, packed_of
-from seft_dist.kernels.sampled import sampled_grad_
+from seft_dist.kernels.sampled import dense_grad, sampled_grad_
 from seft_dist.optim.delta import Support
 from seft_dist.optim.inputs import keep
 from seft_dist.optim.targets import ExpertWeight, Target, first_projection, is_conv1d
@@ -58,7 +58,7 @@ class Slot:
         self.touched = True
         dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
-            parts = [grad[rows].float().T @ x[rows].float() for rows in _slices(ends, len(x))]
+            parts = [dense_grad(x[rows], grad[rows]) for rows in _slices(ends, len(x))]
             dense = parts[0] if ends is None else torch.cat(parts)
         if self.support is not None:
             self._sample(self.support, x, grad, ends, dense)
@@ -83,7 +83,8 @@ class Slot:
             blocks = support.blocks(len(ends))
             outs = list(self.grad.split([len(block) for block in blocks]))
         for rows, block, out in zip(_slices(ends, x.shape[0]), blocks, outs, strict=True):
-            sampled_grad_(out, block.shape, block.crow, block.col, x[rows], grad[rows], before is not None)
+            operands = x[rows], grad[rows]
+            sampled_grad_(out, block.shape, block.crow, block.col, *operands, before is not None, block.bounds)
 
 
 def _nothing() -> None:

@@ -1,10 +1,11 @@
-"""Rates of the devices of a plan: looked up, read from a file, or measured on this machine."""
+"""Rates of the devices of a plan: looked up, read from a file, or measured on this machine, its CPU or one of its GPUs."""
 
 import dataclasses
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.kernels.packing import decode, encode
-from seft_dist.kernels.sampled import sampled_grad_
+from seft_dist.kernels.sampled import dense_grad, sampled_grad_
 from seft_dist.kernels.scatter import scatter_
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.linear import install
@@ -29,19 +30,39 @@ from seft_dist.planning.trace import trace
 from seft_dist.sparsity.bitmask import pack
 
 _REPEATS = 5
-_TOKENS, _IN, _OUT = 512, 1024, 2816
-"""A linear of a model of about a billion parameters, and tokens enough to keep it busy."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the rates of a device are measured with."""
+
+    linear: tuple[int, int, int]
+    """Tokens enough to keep it busy, inputs and outputs of a linear."""
+    head: int
+    """Width of an attention head."""
+    numbers: int
+    """Of an elementwise operation: more than a cache holds."""
+    deltas: int
+
+
+SIZES = {
+    "cpu": Sizes((512, 1024, 2816), 64, 1 << 22, 1 << 18),
+    "cuda": Sizes((2048, 4096, 11008), 128, 1 << 28, 1 << 24),
+}
+"""As in models of about 1 and 7 billion parameters."""
 
 
 def find_rates(config: PlanConfig) -> Rates:
-    """Rates for a plan; a CPU's are measured now, which takes about a minute. Local.
+    """Rates for a plan; those of "cpu" and "cuda" are measured now, which takes about a minute. Local.
 
     Raises:
         ValueError: No such device, or a file that holds no rates.
     """
     gpu = config.cluster.gpu
-    if gpu == "cpu":
-        measured = {dtype: measure(dtype) for dtype in ("float32", "bfloat16")}
+    if gpu in ("cpu", "cuda"):
+        one = measure if gpu == "cpu" else measure_gpu
+        measured = {dtype: one(dtype) for dtype in ("float32", "bfloat16")}
         if config.save_rates:
             write_rates(config.save_rates, measured)
         rates = measured[config.dtype]
@@ -63,27 +84,15 @@ def measure(dtype: str) -> Rates:
     Args:
         dtype: Of the weights.
     """
-    kind = getattr(torch, dtype)
-    torch.manual_seed(0)
-    x, y = torch.randn(_TOKENS, _IN, dtype=kind), torch.randn(_TOKENS, _OUT, dtype=kind)
-    weight = torch.randn(_OUT, _IN, dtype=kind)
-    flops = 2.0 * _TOKENS * _IN * _OUT
-    big = torch.randn(1 << 22, dtype=kind)  # more than a cache holds
+    intra = _intra()
     return Rates(
+        **computing(dtype, _CPU),
         name="cpu",
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         reserve=_resident_bytes(),
-        matmul=2 * flops / (_seconds(lambda: x @ weight.T) + _seconds(lambda: y @ weight)),
-        attention=_attention(kind),
-        dense=flops / _seconds(lambda: y.float().T @ x.float()),
-        sampled=_sampled(x, y),
-        moved=3 * big.nbytes / _seconds(lambda: big * big),
-        call=_call(kind),
-        decode=_decode(kind),
-        update=_update(kind),
-        evolve=_evolve(kind),
-        intra=_intra(),
-        inter=_intra(),
+        call=_call(getattr(torch, dtype)),
+        intra=intra,
+        inter=intra,
         host=5e9,
         overlaps=False,
         shared=True,
@@ -91,29 +100,101 @@ def measure(dtype: str) -> Rates:
     )
 
 
+def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
+    """Measure what one CUDA device computes and moves; links between devices are an H100's, by its data sheet.
+
+    Args:
+        dtype: Of the weights.
+        device: None: the current one.
+
+    Raises:
+        ValueError: There is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "cluster.gpu=cuda: torch sees no CUDA device here; name a kind of device, or use cluster.gpu cpu"
+        )
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    rates = computing(dtype, device)
+    on_host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    on_device = torch.empty_like(on_host, device=device)
+    host = on_host.nbytes / _seconds(lambda: on_device.copy_(on_host, non_blocking=True))
+    free, memory = torch.cuda.mem_get_info(device)
+    links = gpu_rates(ClusterConfig(), dtype, 0.01)
+    return Rates(
+        **rates,
+        name=torch.cuda.get_device_name(device),
+        memory=float(memory),
+        reserve=float(memory - free - torch.cuda.memory_reserved(device)),  # what the libraries took
+        call=0.0,  # queued while the device computes
+        intra=links.intra,
+        inter=links.inter,
+        host=host,
+        overlaps=True,
+        shared=False,
+        measured=True,
+    )
+
+
+def computing(dtype: str, device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
+    """The fields of ``Rates`` that are measured in the same way on every kind of device.
+
+    Args:
+        dtype: Of the weights.
+        device: A CPU or a CUDA device.
+        sizes: None: those of the kind of device.
+    """
+    torch.manual_seed(0)
+    sizes = sizes or SIZES[device.type]
+    tokens, inputs, outputs = sizes.linear
+    on: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    x, y = torch.randn(tokens, inputs, **on), torch.randn(tokens, outputs, **on)
+    weight = torch.randn(outputs, inputs, **on)
+    flops = 2.0 * tokens * inputs * outputs
+    big = torch.randn(sizes.numbers, **on)
+    return {
+        "matmul": 2 * flops / (_seconds(lambda: x @ weight.T) + _seconds(lambda: y @ weight)),
+        "attention": _attention(sizes, on),
+        "dense": flops / _seconds(lambda: dense_grad(x, y)),
+        "sampled": _sampled(x, y),
+        "moved": 3 * big.nbytes / _seconds(lambda: big * big),
+        "decode": _decode(weight.view(-1)),
+        "update": _update(sizes.deltas, **on),
+        "evolve": _evolve(2 * inputs, **on),
+    }
+
+
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median of a few calls, after two that warm up."""
+    """Median of a few calls that are waited for, after two that warm up."""
     run(), run()
     times = []
     for _ in range(_REPEATS):
+        _wait()
         began = time.perf_counter()
         run()
+        _wait()
         times.append(time.perf_counter() - began)
     return sorted(times)[_REPEATS // 2]
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _resident_bytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * float(os.sysconf("SC_PAGE_SIZE"))
 
 
-def _attention(kind: torch.dtype) -> float:
-    heads, length, width = 16, _TOKENS, 64
-    query, key, value = (torch.randn(1, heads, length, width, dtype=kind, requires_grad=True) for _ in range(3))
+def _attention(sizes: Sizes, on: dict[str, Any]) -> float:
+    length, inputs, _ = sizes.linear
+    heads = inputs // sizes.head
+    query, key, value = (torch.randn(1, heads, length, sizes.head, **on, requires_grad=True) for _ in range(3))
 
     def run() -> None:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
 
-    return 3.5 * 4 * heads * width * (length * length / 2) / _seconds(run)
+    return 3.5 * 4 * heads * sizes.head * (length * length / 2) / _seconds(run)
 
 
 def _call(kind: torch.dtype) -> float:
@@ -131,46 +212,45 @@ def _call(kind: torch.dtype) -> float:
 
 
 def _sampled(x: Tensor, y: Tensor) -> float:
-    positions = torch.randperm(_OUT * _IN)[: _OUT * _IN // 100].sort().values.to(torch.int32)
-    support, out = Support((_OUT, _IN), [positions]), torch.zeros(len(positions))
-    return (
-        2.0
-        * len(positions)
-        * len(x)
-        / _seconds(lambda: sampled_grad_(out, support.shape, support.crow, support.col, x, y))
-    )
+    inputs, outputs, device = x.shape[1], y.shape[1], x.device
+    positions = torch.randperm(outputs * inputs)[: outputs * inputs // 100].sort().values.to(device, torch.int32)
+    support, out = Support((outputs, inputs), [positions]), torch.zeros(len(positions), device=device)
+    given = (support.shape, support.crow, support.col, x, y, True, support.bounds)
+    return 2.0 * len(positions) * len(x) / _seconds(lambda: sampled_grad_(out, *given))
 
 
-def _decode(kind: torch.dtype) -> float:
-    weight = torch.randn(_OUT * _IN).masked_fill_(torch.rand(_OUT * _IN) < 0.6, 0).to(kind)
+def _decode(weight: Tensor) -> float:
+    weight = weight.masked_fill(torch.rand(weight.shape, device=weight.device) < 0.6, 0)
     bits = pack(weight != 0)
     values, out = encode(weight, bits), torch.empty_like(weight)
     return weight.nbytes / _seconds(lambda: decode(bits, values, out))
 
 
-def _update(kind: torch.dtype) -> float:
-    count, numel = 1 << 18, 1 << 24
-    indices = torch.randperm(numel)[:count].sort().values
-    columns, grad = Columns.grown(indices, torch.randn(count)), torch.randn(count)
-    weight = torch.randn(numel).to(kind)
+def _update(count: int, dtype: torch.dtype, device: torch.device) -> float:
+    numel = 64 * count
+    # of each 64 positions one: a permutation of all of them would take longer than what is measured
+    indices = torch.arange(0, numel, 64, device=device) + torch.randint(0, 64, (count,), device=device)
+    columns, grad = Columns.grown(indices, torch.randn(count, device=device)), torch.randn(count, device=device)
+    weight = torch.zeros(numel, dtype=dtype, device=device)
     rule = AdamW(1e-3, (0.9, 0.999), 1e-8, 0.0, True, oldest=1000)
+    scale, ok = torch.tensor(1.0, device=device), torch.tensor(True, device=device)
 
     def run() -> None:
-        new = columns.update_(grad, torch.tensor(1.0), torch.tensor(True), rule)
-        scatter_([weight], [0], [columns.indices], new.to(kind))
+        new = columns.update_(grad, scale, ok, rule)
+        scatter_([weight], [0], [columns.indices], new.to(dtype))
 
     return _seconds(run) / count
 
 
-def _evolve(kind: torch.dtype) -> float:
-    width, seconds = 2048, []
-    linear = nn.Linear(width, width, bias=False, dtype=kind)
+def _evolve(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    seconds = []
+    linear = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
     layer = nn.Sequential(linear)
     with torch.no_grad():
-        linear.weight.masked_fill_(torch.rand(width, width) < 0.6, 0.0)
+        linear.weight.masked_fill_(torch.rand(width, width, device=device) < 0.6, 0.0)
     seft = SeftOptimizer(layer, SeftConfig(interval=1))
     for _ in range(_REPEATS):
-        layer(torch.randn(64, width, dtype=kind)).float().square().mean().backward()
+        layer(torch.randn(64, width, dtype=dtype, device=device)).float().square().mean().backward()
         seft.step()
         seft.zero_grad()
         if seft.evolution is not None:

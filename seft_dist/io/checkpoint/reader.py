@@ -214,10 +214,9 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     for key in [*needs.sums, *(WINDOW_SHARED if needs.dense and needs.momentum else ())]:
         if shared[key] is None:
             raise ValueError(f"{rank_file(0, reader.world_size)}: {name}.window.{key} is missing; needs it")
-    for key in WINDOW_SHARED:
-        setattr(window, key, shared[key])
     # A sum over all ranks: one of them carries it on.
-    if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        for key in WINDOW_SUMS:
-            setattr(window, key, shared[key])
+    carries = backend.owners.rank == 0 and backend.replicas.rank == 0
+    for key in (*WINDOW_SHARED, *(WINDOW_SUMS if carries else ())):
+        value = shared[key]
+        setattr(window, key, None if value is None else value.to(backend.device))
     return window

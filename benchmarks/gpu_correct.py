@@ -1,0 +1,166 @@
+"""Every kernel against its form in torch, and the tests that are marked gpu; part of benchmarks/gpu.py.
+
+python benchmarks/gpu_correct.py --result DIR/correct.json
+"""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_common import Part
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("float32", "bfloat16")
+SHAPES = [(1, 3, 5, 1.0), (1, 70, 130, 0.1), (63, 37, 129, 0.05), (257, 130, 67, 0.3), (2048, 1030, 517, 0.01)]
+"""Tokens, rows, columns, density: one token, odd sizes, more tokens than a program takes."""
+
+
+def sampled(kind: str, problem: tuple[int, int, int, float], device: torch.device) -> dict[str, Any]:
+    """Each form that CUDA has, with rows without entries and one with all, beside fp64 on the CPU."""
+    from seft_dist.kernels.build import triton_kernels
+    from seft_dist.kernels.sampled import FORMS
+    from seft_dist.optim.delta import Support
+
+    tokens, rows, columns, density = problem
+    generator, dtype = torch.Generator().manual_seed(tokens), getattr(torch, kind)
+    x, grad = (torch.randn(tokens, size, generator=generator).to(dtype) for size in (columns, rows))
+    chosen = torch.rand(rows, columns, generator=generator) < density
+    if rows > 3:
+        chosen[1], chosen[2] = False, True
+    support = Support((rows, columns), [chosen.view(-1).nonzero().view(-1).int().to(device)])
+    expected = (grad.double().T @ x.double()).view(-1)[support.positions().cpu()]
+    before = torch.arange(len(support), dtype=torch.float32) % 7
+    worst = {}
+    for form in ["dense", "sampled_addmm", *(["triton"] if triton_kernels() is not None else [])]:
+        out = before.to(device)
+        operands = (support.crow, support.col, x.to(device), grad.to(device))
+        FORMS[form](out, support.shape, *operands, True, support.bounds)  # type: ignore[index]
+        found = out.cpu().double()
+        torch.testing.assert_close(found, before + expected, rtol=2e-5, atol=2e-5 * tokens**0.5)
+        worst[form] = float((found - before - expected).abs().max())
+    return {"largest_difference": worst, "entries": len(support)}
+
+
+def packing(kind: str, numel: int, device: torch.device) -> dict[str, Any]:
+    """encode and decode, bit for bit, beside boolean indexing; of large weights at places all over it."""
+    from seft_dist.kernels.packing import decode, encode
+    from seft_dist.sparsity.bitmask import pack
+
+    dense = torch.empty(numel, dtype=getattr(torch, kind), device=device).normal_()
+    mask = torch.cat([torch.rand(piece.shape, device=device) < 0.4 for piece in dense.split(1 << 26)])
+    bits = torch.cat([pack(piece) for piece in mask.split(1 << 26)])
+    values = encode(dense, bits)
+    count = int(mask.sum())
+    assert values.numel() == count, f"{values.numel()} values of {count} bits"
+    around = torch.full((numel + 2,), 7.0, dtype=dense.dtype, device=device)
+    decode(bits, values, around[1:-1])
+    assert float(around[0]) == float(around[-1]) == 7.0, "written outside"
+    begin = 0
+    for piece, kept, back in zip(dense.split(1 << 26), mask.split(1 << 26), around[1:-1].split(1 << 26), strict=True):
+        assert torch.equal(back, piece.masked_fill(~kept, 0)), f"decode differs after position {begin}"
+        begin += piece.numel()
+    some = dense[-1000:][mask[-1000:]]
+    assert torch.equal(values[count - some.numel() :], some), "encode differs at the end"
+    return {"positions": numel, "values": count}
+
+
+def far_positions(rows: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    """Rows whose numbers lie beyond 2^31 in the operands: the last one, the first, and few entries in each."""
+    from seft_dist.kernels.build import triton_kernels
+    from seft_dist.kernels.sampled import FORMS
+    from seft_dist.optim.delta import Support
+
+    columns, dtype = 64, torch.bfloat16
+    x = torch.randn(tokens, columns, device=device, dtype=dtype)
+    grad = torch.zeros(tokens, rows, device=device, dtype=dtype)
+    for row in (0, rows // 2, rows - 1):
+        grad[:, row].normal_()
+    at = torch.tensor([0, rows // 2, rows - 1], device=device)
+    positions = (at[:, None] * columns + torch.tensor([0, 17, 63], device=device)).view(-1).int()
+    support = Support((rows, columns), [positions])
+    expected = (grad[:, at].double().T @ x.double())[:, [0, 17, 63]].view(-1).cpu()
+    for form in ["dense", *(["triton"] if triton_kernels() is not None else [])]:
+        out = torch.zeros(9, device=device)
+        operands = (support.crow, support.col, x, grad)
+        FORMS[form](out, support.shape, *operands, True, support.bounds)  # type: ignore[index]
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-4, atol=1e-4 * tokens**0.5)
+    return {"numbers_of_an_operand": rows * tokens}
+
+
+def suite(part: Part) -> dict[str, Any]:
+    """The tests that are marked gpu, in a process of their own that is stopped in time."""
+    report, settings = part.folder / "pytest.xml", part.folder / "pytest.ini"
+    # Not the project's own settings: they name plug-ins that a GPU machine may not have.
+    settings.write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n    slow: takes more than a few seconds\n")
+    chosen = ["-m", "gpu"] if part.device.type == "cuda" else ["-k", "cpu and (bf16 or resident)"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        str(settings),
+        "--rootdir",
+        str(ROOT),
+    ]
+    # cuBLAS is deterministic only with a workspace of its own kind
+    environment = os.environ | {"DS_ACCELERATOR": part.device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    # a GPU machine's own interpreter: what earlier cases asked Triton for must not reach it
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [*command, *chosen, f"--junitxml={report}", "tests/test_gpu.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=max(20.0, part.left),
+    )
+    (part.folder / "pytest.log").write_text(done.stdout + done.stderr)
+    found = {case.get("name", "?"): outcome_of(case) for case in ElementTree.parse(report).iter("testcase")}
+    assert done.returncode == 0, f"pytest ended with {done.returncode}:\n{done.stdout[-6000:]}"
+    return {"tests": found}
+
+
+def outcome_of(case: ElementTree.Element) -> str:
+    """Of one test, as pytest's report has it."""
+    skipped = case.find("skipped")
+    if skipped is not None:
+        return f"skipped: {skipped.get('message')}"
+    return "passed" if not len(case.findall("failure") + case.findall("error")) else "failed"
+
+
+def main() -> None:
+    """Check kernels, then run the tests."""
+    if "cpu" in sys.argv:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+    part = Part(__doc__)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if importlib.util.find_spec("triton") is None:
+        part.missing("triton", "Triton is not installed: only the forms in torch are checked")
+    for kind in KINDS:
+        for problem in SHAPES[: 3 if part.tiny else None]:
+            tokens, rows, columns, density = problem
+            name = f"sampled gradient, {kind}, {tokens} tokens, {rows} x {columns}, {density:.0%}"
+            part.case(name, functools.partial(sampled, kind, problem, part.device))
+        for numel in (1, 1024, 3001) if part.tiny else (1, 1024, 3001, 100_000_007):
+            part.case(f"packing, {kind}, {numel} positions", functools.partial(packing, kind, numel, part.device))
+    if part.tiny:
+        part.case("far positions", functools.partial(far_positions, 5, 70, part.device))
+    else:
+        part.case("packing, 500,000,001 positions", lambda: packing("bfloat16", 500_000_001, part.device))
+        part.case("positions beyond 2^31", lambda: far_positions(32768, 70_000, part.device))
+    part.case("tests marked gpu", lambda: suite(part), needs=15.0)
+    part.end()
+
+
+if __name__ == "__main__":
+    main()

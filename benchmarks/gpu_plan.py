@@ -1,0 +1,117 @@
+"""What launch/plan.py says of the measured cases, with the card's own rates and with its data sheet's; part of benchmarks/gpu.py.
+
+    python benchmarks/gpu_plan.py --result DIR/plan.json
+
+Measures the card's rates, writes them to DIR/gpu_rates.json (launch/plan.py --cluster.gpu DIR/gpu_rates.json), then plans every
+case that DIR/step.json and DIR/70b.json hold.
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import gpu_70b
+from gpu_common import SPARSITY, Part, content_of
+from gpu_planned import planned, sheet_of
+
+from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
+from seft_dist.planning.hardware import GPUS, Rates, gpu_rates, write_rates
+from seft_dist.planning.rates import Sizes, computing, measure_gpu
+
+PLANNED = {"seft": "SEFT", "packed": "SEFT", "lora": "LoRA", "full": "full"}
+
+
+def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
+    """The card's rates in both types, and what they come to as shares of its data sheet."""
+    for dtype in ("float32", "bfloat16"):
+        if part.device.type == "cuda":
+            found[dtype] = measure_gpu(dtype)
+        else:
+            computed = computing(dtype, part.device, Sizes((16, 64, 96), 32, 1 << 12, 1 << 8))
+            found[dtype] = dataclasses.replace(gpu_rates(ClusterConfig(), dtype, 0.01), **computed, measured=True)
+    write_rates(str(part.folder / "gpu_rates.json"), found)
+    rates, sheet = found["bfloat16"], sheet_of(part.device)
+    gpu = GPUS[sheet.gpu]
+    return {
+        "rates": {dtype: dataclasses.asdict(one) for dtype, one in found.items()},
+        "data_sheet": sheet.gpu,
+        "mfu_of_products": rates.matmul / gpu.bfloat16,
+        "attention_share": rates.attention / gpu.bfloat16,
+        "sampled_share": 0.01 * rates.dense / rates.sampled,
+        "bandwidth_share": None if rates.moved is None else rates.moved / gpu.bandwidth,
+        "decode_share": rates.decode / gpu.bandwidth,
+        "host_share": rates.host / gpu.host,
+    }
+
+
+def cases_of(part: Part, name: str) -> list[dict[str, Any]]:
+    """What another part has measured; nothing where it did not run."""
+    file = part.folder / f"{name}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return [row for row in rows if row["status"] == "ok" and "seconds" in row]
+
+
+def compare_step(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
+    """A case of the part step."""
+    seft = {"density": row.get("density") or 0.01, "interval": 6, "window": 1, "steps": 60}
+    plan = PlanConfig(
+        model="later",
+        sparsity=SPARSITY,
+        activation_checkpointing=row["checkpoint"],
+        batch_size=row["sequences"],
+        seq_len=row["tokens"],
+        global_batch=None,
+        steps=60,
+        seft=SeftConfig(**seft),
+        cluster=sheet_of(part.device),
+    )
+    packing = "resident" if row["method"] == "packed" else "none"
+    return both(part, row, plan, packing, rates, PLANNED[row["method"]])
+
+
+def compare_largest(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
+    """The case of the part 70b."""
+    return both(part, row, gpu_70b.plan_of(part, row["model"]), "resident", rates, "SEFT")
+
+
+def both(part: Part, row: dict[str, Any], plan: PlanConfig, packing: str, rates: Rates, method: str) -> dict[str, Any]:
+    """By the data sheet, and by measured rates; each as a share of what was measured."""
+    content = content_of(row["model"])
+    measured = dataclasses.replace(plan, cluster=ClusterConfig(nodes=1, gpus_per_node=1))
+    says = {
+        "data sheet": planned(part.folder, row["model"], content, plan, packing, None, method),
+        "measured rates": planned(part.folder, row["model"], content, measured, packing, rates, method),
+    }
+    found: dict[str, Any] = {
+        key: row[key] for key in ("seconds", "peak", "evolution_step", "evolution_peak") if key in row
+    }
+    found["planned_bytes_of_tensors"] = says["data sheet"]["bytes_of_tensors"]
+    found["phase"] = says["data sheet"]["phase"]
+    highest = max(row["peak"], row.get("evolution_peak", 0))
+    found["memory_ratio"] = found["planned_bytes_of_tensors"] / highest
+    for name, plan_says in says.items():
+        found[f"seconds by {name}"] = plan_says["seconds"]
+        found[f"ratio by {name}"] = plan_says["seconds"] / row["seconds"]
+        if "evolution_step" in row:
+            found[f"evolution by {name}"] = plan_says["evolution_step"]
+    return found
+
+
+def main() -> None:
+    """Measure the rates, then plan every case."""
+    part = Part(__doc__)
+    rates: dict[str, Rates] = {}
+    part.case("rates of the device", lambda: measured_rates(part, rates))
+    cases = [(row, compare_step) for row in cases_of(part, "step") if row.get("method") in PLANNED]
+    cases += [(row, compare_largest) for row in cases_of(part, "70b")]
+    if not cases:
+        part.missing("cases", "neither step.json nor 70b.json with a measured case is beside the result")
+    for row, compare in cases:
+        if "bfloat16" in rates:
+            part.case(row["case"], functools.partial(compare, part, row, rates["bfloat16"]))
+    part.end()
+
+
+if __name__ == "__main__":
+    main()

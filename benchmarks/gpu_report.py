@@ -1,0 +1,168 @@
+"""gpu.json of benchmarks/gpu.py as a page with tables."""
+
+from typing import Any
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The page.
+
+    Args:
+        report: What gpu.json holds.
+    """
+    about = report["about"]
+    lines = ["# GPU check", "", f"    {report['command']}", ""]
+    lines += table(["what", "is"], [[key, str(value)] for key, value in about.items()])
+    found = report["parts"]
+    lines += ["", "| part | status | seconds | ok | failed | not run, missing |", "|---|---|---|---|---|---|"]
+    for name, part in found.items():
+        counts = [sum(row["status"] in kinds for row in part["rows"]) for kinds in (("ok",), ("failed",))]
+        rest = len(part["rows"]) - sum(counts)
+        lines.append(f"| {name} | {part['status']} | {part['seconds']:.0f} | {counts[0]} | {counts[1]} | {rest} |")
+    makers = {"correct": correct, "sampled": sampled, "step": step, "70b": largest, "plan": plan}
+    for name, part in found.items():
+        lines += ["", f"## {name}", ""]
+        good = [row for row in part["rows"] if row["status"] == "ok"]
+        try:
+            lines += makers[name](good)
+        except (KeyError, TypeError, ValueError, IndexError) as error:  # a table must not hide the failures below
+            lines.append(f"(no table: {type(error).__name__}: {error})")
+        lines += problems(part)
+    return "\n".join(lines) + "\n"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    return lines + [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+
+
+def problems(part: dict[str, Any]) -> list[str]:
+    """What did not run, with tracebacks."""
+    lines = []
+    if "why" in part:
+        lines += ["", f"{part['status']}: {part['why']}"]
+    for row in part["rows"]:
+        if row["status"] in ("not run", "missing"):
+            lines += ["", f"{row['status']}: {row['case']} ({row['why']})"]
+    texts = [(row["case"], row["traceback"]) for row in part["rows"] if "traceback" in row]
+    texts += [("the part itself", part["traceback"])] if "traceback" in part else []
+    for name, text in texts:
+        lines += ["", f"failed: {name}", "", *[f"    {line}" for line in text.rstrip().splitlines()]]
+    return lines
+
+
+def correct(rows: list[dict[str, Any]]) -> list[str]:
+    """Kernels, then tests."""
+    kernels = [row for row in rows if "tests" not in row]
+    lines = table(["kernel", "largest difference"], [[row["case"], differences(row)] for row in kernels])
+    for row in rows:
+        if "tests" in row:
+            lines += ["", *table(["test", "outcome"], [[name, outcome] for name, outcome in row["tests"].items()])]
+    return lines
+
+
+def differences(row: dict[str, Any]) -> str:
+    """Of the forms of one kernel; packing is compared bit for bit."""
+    found = row.get("largest_difference")
+    return "none" if found is None else ", ".join(f"{form} {value:.1e}" for form, value in found.items())
+
+
+def sampled(rows: list[dict[str, Any]]) -> list[str]:
+    """Microseconds of every form."""
+    measured = [row for row in rows if "density" in row]
+    forms = sorted({form for row in measured for form in row["seconds"]})
+    heads = [
+        "type",
+        "tokens",
+        "weight",
+        "density",
+        *[f"{form}, us" for form in forms],
+        "fastest",
+        "thin, us",
+        "forward, us",
+    ]
+    cells = []
+    for row in measured:
+        times = [f"{1e6 * row['seconds'][form]:.0f}" if form in row["seconds"] else "" for form in forms]
+        fastest = min(row["seconds"], key=lambda form: row["seconds"][form])
+        where = [row["dtype"], str(row["tokens"]), f"{row['rows']} x {row['columns']}", f"{row['density']:.1%}"]
+        cells.append([*where, *times, fastest, f"{1e6 * row['thin']:.0f}", f"{1e6 * row['forward']:.0f}"])
+    launches = [f"Triton starts with {row['launch']}." for row in rows if "launch" in row]
+    return [*launches, "", *table(heads, cells)]
+
+
+def step(rows: list[dict[str, Any]]) -> list[str]:
+    """Seconds and memory of every method, as ratios to the floor."""
+    heads = ["setting", "method", "density", "ms", "x floor", "peak GB", "x floor"]
+    heads += ["evolution step, x floor", "average of 60, x floor"]
+    cells = []
+    for row in rows:
+        density = f"{row['density']:.0%}" if row.get("density") else ""
+        numbers = [f"{1e3 * row['seconds']:.1f}", times(row, "seconds"), f"{row['peak'] / 1e9:.2f}", times(row, "peak")]
+        cells.append(
+            [row["setting"], row["method"], density, *numbers, times(row, "evolution_step"), times(row, "average")]
+        )
+    return table(heads, cells)
+
+
+def times(row: dict[str, Any], key: str) -> str:
+    """A ratio to the floor, if there is one."""
+    value = row.get(f"{key}_x_floor")
+    return "" if value is None else f"{value:.3f}"
+
+
+def largest(rows: list[dict[str, Any]]) -> list[str]:
+    """The largest model beside its plan."""
+    lines = []
+    for row in rows:
+        plan = row["plan"]
+        cells = [
+            ["peak of tensors, GB", f"{row['peak'] / 1e9:.2f}", f"{plan['bytes_of_tensors'] / 1e9:.2f}"],
+            ["with reserve and fragmentation, GB", reserved(row), f"{plan['bytes'] / 1e9:.2f}"],
+            ["an ordinary step, s", f"{row['seconds']:.3f}", f"{plan['seconds']:.3f}"],
+            ["a step with an evolution, s", f"{row['evolution_step']:.3f}", f"{plan['evolution_step']:.3f}"],
+            ["creating the model, s", f"{row['seconds_to_create']:.1f}", ""],
+            ["packed weights, GB", f"{row['bytes_packed'] / 1e9:.2f}", ""],
+        ]
+        lines += [f"{row['model']}, {row['deltas']} deltas:", "", *table(["", "measured", "planned"], cells)]
+    return lines
+
+
+def reserved(row: dict[str, Any]) -> str:
+    """What torch's allocator had taken."""
+    value = row.get("peak_reserved")
+    return "" if value is None else f"{value / 1e9:.2f}"
+
+
+def plan(rows: list[dict[str, Any]]) -> list[str]:
+    """Rates, then plans over what was measured."""
+    lines = []
+    for row in rows:
+        if "rates" in row:
+            shares = {key: row[key] for key in row if key.endswith("share") or key.startswith("mfu")}
+            cells = [[key, "" if value is None else f"{value:.3f}"] for key, value in shares.items()]
+            lines += [f"By the data sheet of {row['data_sheet']}:", "", *table(["share", "measured"], cells), ""]
+    heads = [
+        "case",
+        "s measured",
+        "by data sheet",
+        "ratio",
+        "by measured rates",
+        "ratio",
+        "memory, planned over measured",
+    ]
+    cells = [
+        [
+            row["case"],
+            f"{row['seconds']:.4f}",
+            *[
+                f"{row[f'{what} by {name}']:.4f}"
+                for name in ("data sheet", "measured rates")
+                for what in ("seconds", "ratio")
+            ],
+            f"{row['memory_ratio']:.3f}",
+        ]
+        for row in rows
+        if "memory_ratio" in row
+    ]
+    return [*lines, *table(heads, cells)]

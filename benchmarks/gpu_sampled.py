@@ -1,0 +1,177 @@
+"""Seconds of every form of the sampled gradient over tokens, shapes and densities; part of benchmarks/gpu.py.
+
+    python benchmarks/gpu_sampled.py --result DIR/sampled.json
+
+Beside the forms that seft_dist/kernels/ chooses from there are two that it cannot choose, to compare with: ``forward``, the
+linear's own product, and ``thin``, the dense product for as many weights as there are entries, all of them in a few input
+columns: what a support of whole columns would cost. Of fp32 ``forward`` is without TF32.
+
+Writes sampled_times.json beside the result: the table of this card. Copied into seft_dist/kernels/ it decides which form is used.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from gpu_common import Part, seconds_of
+
+LAUNCHES = [(16, 128, 4), (8, 256, 4), (32, 64, 4), (32, 128, 8), (16, 256, 8)]
+"""Of the Triton kernel; the fastest on a common case is used for all."""
+
+
+def problems(tiny: bool) -> Iterator["Problem"]:
+    """Type, tokens, shape, density; what matters most comes first."""
+    if tiny:
+        yield from ((kind, 32, (48, 64), density) for kind in ("bfloat16", "float32") for density in (0.01, 0.2))
+        return
+    densities = (0.002, 0.005, 0.01, 0.02, 0.05, 0.001)
+    for kind, tokens, shapes in (
+        ("bfloat16", 2048, [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (2048, 2048)]),
+        ("bfloat16", 8192, [(4096, 4096), (2048, 2048), (8192, 8192)]),
+        ("float32", 2048, [(4096, 4096), (2048, 2048)]),
+        ("bfloat16", 512, [(4096, 4096), (2048, 2048), (8192, 8192)]),
+        ("bfloat16", 16384, [(4096, 4096), (8192, 8192)]),
+        ("float32", 8192, [(2048, 2048)]),
+    ):
+        yield from ((kind, tokens, shape, density) for shape in shapes for density in densities)
+
+
+def draw(kind: str, tokens: int, shape: tuple[int, int], density: float, device: torch.device) -> tuple[Any, Any, Any]:
+    """Operands and positions."""
+    from seft_dist.optim.delta import Support
+
+    rows, columns = shape
+    dtype = getattr(torch, kind)
+    x = torch.randn(tokens, columns, device=device, dtype=dtype)
+    grad = torch.randn(tokens, rows, device=device, dtype=dtype)
+    chosen = (torch.rand(rows * columns, device=device) < density).nonzero().view(-1).int()
+    return x, grad, Support(shape, [chosen])
+
+
+Problem = tuple[str, int, tuple[int, int], float]
+
+
+def measure(problem: Problem, device: torch.device, launch: list[int], check: bool) -> dict[str, Any]:
+    """Seconds of each form that can be had here.
+
+    Args:
+        problem: One of ``problems``.
+        device: Where.
+        launch: Of the Triton kernel.
+        check: Whether to compare the forms' results.
+    """
+    from seft_dist.kernels.build import library, triton_kernels
+    from seft_dist.kernels.sampled import FORMS
+
+    kind, tokens, shape, density = problem
+    x, grad, support = draw(kind, tokens, shape, density, device)
+    forms: list[Any] = ["dense"]
+    if device.type == "cuda" and triton_kernels() is not None:
+        forms.append("triton")
+    if device.type == "cpu" and library() is not None:
+        forms.append("c++")
+    if kind == "float32":
+        forms.append("sampled_addmm")
+    given = (support.shape, support.crow, support.col, x, grad)
+    results, seconds, peaks = {}, {}, {}
+    for form in forms:
+        out = torch.zeros(len(support), device=device)
+        run = functools.partial(FORMS[form], out, *given, False, support.bounds)
+        if form == "triton":  # as FORMS has it, but with this launch, whatever an older table says
+            run = functools.partial(_triton, triton_kernels(), out, given, launch)
+        before = _begin(device)
+        run()
+        results[form], peaks[form] = out.clone(), _used(device, before)
+        seconds[form] = seconds_of(run, device)
+    if check:
+        for form in forms[1:]:
+            torch.testing.assert_close(results[form], results["dense"], rtol=1e-3, atol=1e-3 * tokens**0.5)
+    weight = torch.randn(shape, device=device, dtype=x.dtype)
+    thin = x[:, : max(1, int(density * shape[1]))].contiguous()
+    return {
+        "dtype": kind,
+        "tokens": tokens,
+        "rows": shape[0],
+        "columns": shape[1],
+        "density": density,
+        "seconds": seconds,
+        "extra_bytes": peaks,
+        "forward": seconds_of(lambda: x @ weight.T, device),
+        "thin": seconds_of(lambda: grad.T @ thin, device),
+    }
+
+
+def _triton(kernels: Any, out: torch.Tensor, given: tuple[Any, ...], launch: list[int]) -> None:
+    kernels.sampled_grad_(out.zero_(), *given, tuple(launch))
+
+
+def _begin(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _used(device: torch.device, before: int) -> int | None:
+    return torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+
+
+def best_launch(part: Part) -> dict[str, Any]:
+    """The fastest way to start the Triton kernel on a common case."""
+    from seft_dist.kernels.build import triton_kernels
+
+    kernels = triton_kernels()
+    assert kernels is not None
+    shape, tokens, density = ((16, 24), 20, 0.2) if part.tiny else ((4096, 4096), 2048, 0.005)
+    x, grad, support = draw("bfloat16", tokens, shape, density, part.device)
+    out = torch.zeros(len(support), device=part.device)
+    found = {}
+    for launch in LAUNCHES[:2] if part.tiny else LAUNCHES:
+        run = functools.partial(kernels.sampled_grad_, out, shape, support.crow, support.col, x, grad, launch)
+        found[launch] = seconds_of(run, part.device, repeats=1 if part.tiny else 7)
+    best = min(found, key=lambda launch: found[launch])
+    return {"launch": list(best), "seconds_of_launches": {str(launch): s for launch, s in found.items()}}
+
+
+def write_table(part: Part, launch: list[int], rows: list[dict[str, Any]]) -> None:
+    """The table of this card, beside those of other cards that are known already."""
+    from seft_dist.kernels.choice import TABLE, card_name
+
+    known = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    keys = ("dtype", "tokens", "rows", "columns", "density", "seconds")
+    name = card_name(part.device) if part.device.type == "cuda" else "cpu"
+    about = f"torch {torch.__version__}, {datetime.now(UTC):%F}"
+    known[name] = {"about": about, "launch": launch, "rows": [{key: row[key] for key in keys} for row in rows]}
+    (part.folder / "sampled_times.json").write_text(json.dumps(known, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure until there is no more time."""
+    if "cpu" in sys.argv:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+    part = Part(__doc__)
+    from seft_dist.kernels.choice import DEFAULT_LAUNCH
+
+    launch = list(DEFAULT_LAUNCH)
+    if importlib.util.find_spec("triton") is None:
+        part.missing("triton", "Triton is not installed")
+    else:
+        launch = part.case("launch of the Triton kernel", lambda: best_launch(part)).get("launch", launch)
+    for number, problem in enumerate(problems(part.tiny)):
+        kind, tokens, shape, density = problem
+        name = f"{kind} {tokens} tokens, {shape[0]} x {shape[1]}, {density:.1%}"
+        run = functools.partial(measure, problem, part.device, launch, check=part.tiny or number % 6 == 0)
+        part.case(name, run, needs=1.0)
+        good = [row for row in part.rows if row["status"] == "ok" and "density" in row]
+        write_table(part, launch, good)
+    part.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Which form of the sampled gradient is used: on a CPU by density, on CUDA by times measured on the card, else by counting.
+
+The table of times is made by ``benchmarks/gpu.py --parts sampled`` and holds for cards of the name that it was made on. Without
+one for the card at hand, operations and bytes are counted and divided by what an H100 can do; those rates are assumed.
+"""
+
+import functools
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from seft_dist.kernels.build import library, triton_kernels
+
+Form = Literal["c++", "sampled_addmm", "dense", "triton"]
+
+TABLE = Path(__file__).with_name("sampled_times.json")
+"""Card's name to its times; there may be none."""
+_DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1}
+"""Density from which on a dense product is faster on a CPU."""
+_FLOPS = {2: 500e12, 4: 45e12}
+"""FLOP/s of a dense product by bytes of an operand's number: bf16 and fp16 on tensor cores, fp32 without TF32. Assumed."""
+_CACHE, _MEMORY = 5e12, 3e12
+"""Bytes a second from an H100's second cache, where gathered operands lie, and from its memory. Assumed."""
+
+Launch = tuple[int, int, int]
+"""Of the Triton kernel: entries of a row and tokens that a program takes at a time, and its warps."""
+DEFAULT_LAUNCH: Launch = (16, 128, 4)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each form for one weight, density and number of tokens."""
+
+    dtype: str
+    """Of the operands, as torch writes it, e.g. "bfloat16"."""
+    tokens: int
+    rows: int
+    columns: int
+    density: float
+    seconds: dict[str, float]
+    """Form to seconds."""
+
+    def distance(self, tokens: int, numel: int, density: float) -> float:
+        """How far another problem is, in powers of e of tokens, weights and density."""
+        pairs = ((self.tokens, tokens), (self.rows * self.columns, numel), (self.density, density))
+        return sum(abs(math.log(mine / theirs)) for mine, theirs in pairs)
+
+
+def choose(
+    shape: tuple[int, int],
+    entries: int,
+    device: torch.device,
+    tokens: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Form:
+    """The form that is fastest; never waits for the device.
+
+    Args:
+        shape: [out, in].
+        entries: Positions to sample, at least one.
+        device: Where the operands are.
+        tokens: Rows of the operands.
+        dtype: Of the operands.
+    """
+    density = entries / (shape[0] * shape[1])
+    if device.type == "cuda":
+        return _choose_on_cuda(card_name(device), shape, entries, tokens, dtype)
+    if device.type != "cpu":
+        return "dense"
+    if library() is not None:
+        return "c++" if density < _DENSE_ABOVE["c++"] else "dense"
+    return "sampled_addmm" if density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available() else "dense"
+
+
+def card_name(device: torch.device) -> str:
+    """Name of a CUDA device, as its driver says it."""
+    return _name_of(device.index) if torch.cuda.is_available() else "unknown"
+
+
+@functools.cache
+def _name_of(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.lru_cache(maxsize=8192)
+def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int, dtype: torch.dtype) -> Form:
+    usable: list[Form] = ["dense"]
+    if triton_kernels() is not None:
+        usable.append("triton")
+    if dtype == torch.float32:  # cuSPARSE has no bf16 and no fp16 for it
+        usable.append("sampled_addmm")
+    numel = shape[0] * shape[1]
+    kind = str(dtype).removeprefix("torch.")
+    rows = [row for row in measured_times(card)[0] if row.dtype == kind and set(row.seconds) >= {"dense"}]
+    if rows:
+        seconds = min(rows, key=lambda row: row.distance(tokens, numel, entries / numel)).seconds
+    else:
+        seconds = estimate(shape, entries, tokens, dtype.itemsize)
+    return min((form for form in usable if form in seconds), key=lambda form: seconds[form])
+
+
+def estimate(shape: tuple[int, int], entries: int, tokens: int, itemsize: int) -> dict[str, float]:
+    """Seconds of the forms on CUDA, by counting.
+
+    A dense product of T tokens for N weights takes 2 T N operations, and its result is written and read back in fp32. The
+    Triton kernel reads T numbers of the input for each entry and T of the output's gradient for each row, from the cache;
+    before that both are transposed.
+
+    Args:
+        shape: [out, in].
+        entries: Positions to sample.
+        tokens: Rows of the operands.
+        itemsize: Bytes of an operand's number.
+    """
+    rows, columns = shape
+    flops = _FLOPS[2 if itemsize == 2 else 4]
+    return {
+        "dense": 2 * tokens * rows * columns / flops + 8 * rows * columns / _MEMORY,
+        "triton": itemsize * tokens * ((entries + min(entries, rows)) / _CACHE + 2 * (rows + columns) / _MEMORY),
+    }
+
+
+def measured_launch(device: torch.device) -> Launch:
+    """How the Triton kernel is started on a card: as was fastest when its table was made, else ``DEFAULT_LAUNCH``."""
+    return measured_times(card_name(device))[1] if device.type == "cuda" else DEFAULT_LAUNCH
+
+
+@functools.cache
+def measured_times(card: str) -> tuple[list[Measured], Launch]:
+    """The times of a card and its best launch; none and the default where no table has them.
+
+    A table that cannot be used is named in a warning and otherwise left alone: results do not depend on it.
+    """
+    if not TABLE.is_file():
+        return [], DEFAULT_LAUNCH
+    try:
+        found = json.loads(TABLE.read_text(encoding="utf-8")).get(card)
+        return ([], DEFAULT_LAUNCH) if found is None else _check(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{TABLE} cannot be used ({type(error).__name__}: {error}), forms of the sampled gradient are chosen by counting; make "
+            "it again with benchmarks/gpu.py --parts sampled",
+            stacklevel=2,
+        )
+        return [], DEFAULT_LAUNCH
+
+
+def _check(found: Any) -> tuple[list[Measured], Launch]:
+    launch = tuple(map(int, found["launch"]))
+    if len(launch) != 3 or any(value < 1 or value & value - 1 for value in launch):
+        raise ValueError(f"launch is {found['launch']}, needs three powers of 2")
+    rows = []
+    for row in found["rows"]:
+        one = Measured(**row)
+        numbers = [one.tokens, one.rows, one.columns, one.density, *one.seconds.values()]
+        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in numbers):
+            raise ValueError(f"a row holds {numbers}, needs numbers above 0")
+        rows.append(one)
+    return rows, launch
