@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from seft_dist.backends import Backend
+from seft_dist.files.hashing import sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -87,7 +88,7 @@ def check_sum(file: Path, expected: str) -> None:
     """
     try:
         with open(file, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+            found = sha256_of(handle).hexdigest()
     except FileNotFoundError as error:
         raise DamagedError(f"{file} is missing: use an older checkpoint") from error
     if found != expected:
@@ -100,7 +101,7 @@ def sync(file: Path) -> bytes:
     """Force a file to disk; its SHA-256. Local."""
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").digest()
+        return sha256_of(handle).digest()
 
 
 def sync_folder(folder: Path) -> None:
