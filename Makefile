@@ -4,10 +4,18 @@
 # quickstart; for a GPU: make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+# The lowest releases that setup.cfg admits, for test-oldest. The oldest torch for Python 3.10 is a CUDA build, several GB with what
+# it needs; CI takes the CPU build of the newest instead.
+OLDEST_PYTHON ?= $(shell command -v python3.10 || ls $(HOME)/.pyenv/versions/3.10.*/bin/python 2>/dev/null | tail -n 1)
+OLDEST_TORCH ?= torch==2.9.1
 # Test processes at a time; many tests start up to four ranks of their own
 JOBS ?= 2
 
 VENV := .venv
+OLDEST := .venv-oldest
+# One test file or more for each room: the method, layouts, kernels, loading, data, checkpoints, the doors
+CORE := $(patsubst %,tests/test_%.py,method selection inputs packing kernels_adamw kernels_build kernels_masks \
+  kernels_packing kernels_sampled kernels_scatter kernels_triton files config cli loading exchange data checkpoint)
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # pip must not offer or use anything outside .venv
@@ -20,7 +28,7 @@ TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-quick lint format clean-quickstart clean
+.PHONY: help install quickstart wheels test test-quick test-oldest lint format clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,8 +38,11 @@ quickstart: $(RUN)/summary.json  ## a real model: prune, repair on 2 ranks with 
 
 install: $(INSTALLED)  ## make .venv and install everything into it
 
+wheels:  ## make wheels DIR=... FOR_TORCH=2.11.0: what a machine without network needs beyond that torch
+	$(PYTHON) launch/wheels.py --output $(DIR) --torch $(FOR_TORCH) --extras '$(EXTRAS)'
+
 $(INSTALLED): setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime]'
@@ -42,6 +53,16 @@ test: lint  ## lint, types and every test (20 minutes at most on 2 cores)
 
 test-quick: $(INSTALLED)  ## the tests that take under a minute together
 	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+
+test-oldest:  ## the core of the tests with the lowest releases that setup.cfg admits
+	test -n "$(OLDEST_PYTHON)" || { echo "no Python 3.10: make test-oldest OLDEST_PYTHON=..." >&2; exit 1; }
+	rm -rf $(OLDEST)
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PYTHON) .ci/lower_bounds.py >$(OLDEST)/lower_bounds.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $(OLDEST_TORCH)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/lower_bounds.txt \
+	  -e . pytest pytest-timeout pytest-xdist hypothesis triton
+	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(CORE)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .
@@ -78,4 +99,4 @@ clean-quickstart:  ## remove the quickstart's pruned model and run; the download
 	rm -rf $(PRUNED) $(RUN)
 
 clean: clean-quickstart  ## remove everything that make has made
-	rm -rf $(VENV) $(MODEL) $(TEXT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(MODEL) $(TEXT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from torch import nn
 from seft_dist import SeftConfig, SeftOptimizer, ds_optimizer_args
 from seft_dist.backends.deepspeed import Zero3Backend
 from seft_dist.config import AdamConfig
+from seft_dist.io.models import checkpoint_activations
 from tests.layouts import build, ds_engine, shard_fsdp, train, train_on
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
@@ -39,7 +40,7 @@ def evaluate(called: nn.Module) -> None:
 def checkpointing(reentrant: bool) -> Any:
     def prepare(model: Any) -> None:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, use_reentrant=reentrant)
         if reentrant:
             model.enable_input_require_grads()
 

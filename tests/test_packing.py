@@ -16,7 +16,7 @@ from seft_dist.backends.group import Group
 from seft_dist.backends.packed import PackedBackend, PackedShards, packed_of
 from seft_dist.config.inputs import ModelConfig
 from seft_dist.io import checkpoint
-from seft_dist.io.models import load_model
+from seft_dist.io.models import checkpoint_activations, load_model
 from seft_dist.io.source import open_source
 from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
@@ -55,7 +55,7 @@ def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONF
     model = prune_groups_(model, pattern) if pattern else prune_(model)
     if checkpointed:
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     sharded(packing, model, replicas)
     seft = SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
     seen: list[Any] = []

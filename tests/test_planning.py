@@ -57,6 +57,7 @@ def small(layers: int, **over: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, dtype: torch.dtype) -> None:
     """The same meter around real tensors of the whole model."""
+    from seft_dist.io.models import checkpoint_activations
     from seft_dist.optim.linear import install
     from seft_dist.optim.targets import find_targets
 
@@ -64,7 +65,7 @@ def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, 
     kinds = Shapes.of(model.config, "all-linear").kinds
     expected = trace(model.config, kinds, dtype, 2, 48, checkpoint)
     if checkpoint:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     model.requires_grad_(False)
     for target in find_targets(model).values():
         install(target)

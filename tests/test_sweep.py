@@ -118,7 +118,7 @@ def test_means_over_seeds(tmp_path: Path) -> None:
     assert "Means over seeds" in console.export_text()
 
 
-POLICY = {
+POLICY: dict[str, Any] = {
     "data": "a",
     "text": "4f",
     "join": "documents",

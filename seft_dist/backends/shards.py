@@ -99,8 +99,17 @@ def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
     """
     import deepspeed
     from transformers.initialization import no_init_weights
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-    # Without the second context the rotary frequencies would be computed in the weights' type.
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=ds_config):
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config)
+    arange = torch.arange
+
+    def uncast(*args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("device") is None:
+            kwargs["device"] = context.local_device
+        return arange(*args, **kwargs)
+
+    with no_init_weights(), context:
+        # DeepSpeed's own makes every floating-point result the weights' type, rotary frequencies too; it puts
+        # torch's back on leaving. transformers has such a context, but only in its newest versions.
+        torch.arange = uncast
         yield

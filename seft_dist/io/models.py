@@ -81,8 +81,20 @@ def load_model(
         model.generation_config = generation
     model.config.use_cache = False
     if activation_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     return model.train()
+
+
+def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Compute each decoder layer again in backward instead of keeping its activations.
+
+    Args:
+        model: In training mode, or it has no effect.
+        use_reentrant: The older of torch's two ways; it needs inputs that require gradients.
+    """
+    # Releases of transformers before 5.23 have the second name only, which newer ones deprecate.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
 
 
 def outline(source: Source) -> tuple[PreTrainedModel, dict[str, str]]:

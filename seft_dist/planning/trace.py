@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from seft_dist.config import SeftConfig
-from seft_dist.io.models import decoder_layers
+from seft_dist.io.models import checkpoint_activations, decoder_layers
 from seft_dist.optim.linear import install
 from seft_dist.optim.targets import find_targets, first_projection, is_experts
 
@@ -138,7 +138,7 @@ def _run(
         )
         model.train()
         if checkpoint:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         targets = find_targets(model, SeftConfig().targets)
         model.requires_grad_(False)
         for target in targets.values():

@@ -21,7 +21,7 @@ import json
 import shlex
 import sys
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _to_json(content: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from seft_dist.backends import Backend
+from seft_dist.files.hashing import sha256_of
 from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_json
 from seft_dist.io.checkpoint.schema import Manifest, check_manifest
@@ -126,7 +127,7 @@ def check_sum(file: Path, expected: str) -> None:
     """
     try:
         with open(file, "rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+            found = sha256_of(handle).hexdigest()
     except FileNotFoundError as error:
         raise DamagedError(f"{file} is missing: use an older checkpoint") from error
     if found != expected:
@@ -139,7 +140,7 @@ def sync(file: Path) -> bytes:
     """Force a file to disk; its SHA-256. Local."""
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").digest()
+        return sha256_of(handle).digest()
 
 
 def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
