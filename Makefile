@@ -18,6 +18,7 @@ CORE := $(patsubst %,tests/test_%.py,method selection inputs packing kernels_ada
   kernels_packing kernels_sampled kernels_scatter kernels_triton files config cli loading exchange data checkpoint)
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+PIP_READER = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps
 # pip must not offer or use anything outside .venv
 export PYTHONNOUSERSITE := 1
 
@@ -28,7 +29,7 @@ TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart wheels test test-quick test-oldest lint format clean-quickstart clean
+.PHONY: help install readers quickstart wheels test test-quick test-oldest lint format clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,6 +48,18 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime]'
 	touch $@
+
+# Other versions of transformers, beside torch and all else of .venv: what we write must say the same to them
+READERS := .readers/4.55/transformers .readers/5.0/transformers
+
+readers: $(READERS)  ## the oldest and an early version of transformers that must read what is written
+
+.readers/4.55/transformers: | $(INSTALLED)
+	$(PIP_READER) --target .readers/4.55 transformers==4.55.4 tokenizers==0.21.4 huggingface_hub==0.36.0
+
+.readers/5.0/transformers: | $(INSTALLED)
+	$(PIP_READER) --target .readers/5.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.0 \
+	  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.12.0 certifi idna sniffio
 
 test: lint  ## lint, types and every test (20 minutes at most on 2 cores)
 	python -m pytest -n $(JOBS) --dist loadfile
@@ -99,4 +112,4 @@ clean-quickstart:  ## remove the quickstart's pruned model and run; the download
 	rm -rf $(PRUNED) $(RUN)
 
 clean: clean-quickstart  ## remove everything that make has made
-	rm -rf $(VENV) $(OLDEST) $(MODEL) $(TEXT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .readers $(MODEL) $(TEXT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -69,10 +69,30 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = LINEAR | CONV1D | EXPERTS
 
+# Read, pruned and exported in tests; not trained on every layout
+READ_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "rotary_pct": 0.5, "rotary_emb_base": 50000.0}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (
+        "phi3",
+        {
+            "pad_token_id": 0,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e5,
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.5, 1.5, 2.0, 3.0],
+            },
+        },
+    ),
+}
+
 
 def family_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model, the same for the same seed."""
-    kind, over = FAMILIES[family]
+    kind, over = (FAMILIES | READ_ONLY)[family]
     sizes = {} if kind == "gpt2" else _SIZES
     config = AutoConfig.for_model(kind, **{"vocab_size": VOCAB, "initializer_range": 0.1} | sizes | over)
     config.bos_token_id = config.eos_token_id = 1

@@ -2,7 +2,7 @@
 
 For each tensor NAME that changed the file holds positions in the flattened tensor, ascending, by what happened to them:
 
-    NAME.changed      NAME.changed_xor       was and is not 0, or a zero changed its sign
+    NAME.changed      NAME.changed_xor       was and is not 0
     NAME.reactivated  NAME.reactivated_xor   was 0, is not: joined the mask
     NAME.pruned       NAME.pruned_xor        was not 0, is: left the mask
 
@@ -28,7 +28,7 @@ from seft_dist.io.folders import new_folder, refuse_existing, save_settings
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import write_safetensors
 from seft_dist.io.weights import WeightsWriter
-from seft_dist.sparsity.casts import cast_weight
+from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
 
 FORMAT = "seft_dist delta"
 VERSION = 2
@@ -59,6 +59,7 @@ class DeltaWriter:
             repaired: The repaired weight, same shape and dtype.
         """
         assert base.shape == repaired.shape and base.dtype == repaired.dtype, name
+        base, repaired = unsigned_zeros(base), unsigned_zeros(repaired)
         self._before.add(name, base)
         self._after.add(name, repaired)
         self._names.append(name)
@@ -67,8 +68,7 @@ class DeltaWriter:
         xor = base.view(bits) ^ repaired.view(bits)
         positions = xor.nonzero().view(-1)
         before, after, xor = base[positions], repaired[positions], xor[positions]
-        # A zero that only changes its sign stays "changed": the bits must come back, the mask did not move.
-        pruned = (before != 0) & (after.view(bits) == 0)
+        pruned = (before != 0) & (after == 0)
         reactivated = (before == 0) & (after != 0)
         small = torch.int32 if base.numel() < 2**31 else torch.int64
         for kind, chosen in zip(KINDS, (~(pruned | reactivated), reactivated, pruned), strict=True):

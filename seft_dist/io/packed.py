@@ -246,7 +246,10 @@ def _info(handle: Any, file: Path, name: str, entry: Entry) -> TensorInfo:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    index = read_json(folder / INDEX, PackedIndex)
+    try:
+        index = read_json(folder / INDEX, PackedIndex)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_AGAIN}") from error
     _check_version(index["format"], index["version"], folder / INDEX)
     named_files(folder, INDEX, index["weight_map"])
     return index["weight_map"]

@@ -99,9 +99,16 @@ def config_for_all(settings: dict[str, Any]) -> dict[str, Any]:
     stored = next((plain[key] for key in _DTYPES if isinstance(plain.get(key), str)), None)
     if stored is not None:
         plain |= dict.fromkeys(_DTYPES, stored)
-    if not plain.get("rope_parameters"):
+    if "model_type" not in plain:
         return plain
     config = _read(plain)
+    for other, name in config.attribute_map.items():  # versions differ in which of two names is the one in the file
+        if name in plain and "expert" in name and "expert" in other:
+            plain[other] = plain[name]
+        elif other in plain and "expert" in name and "expert" in other:
+            plain[name] = plain[other]
+    if not plain.get("rope_parameters"):
+        return plain
     known = {**plain, **_rotary_of_version_4(config)}
     if not known.get("rope_scaling"):
         known.pop("rope_scaling", None)
