@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from seft_dist.files.hashing import sha256_of
 from seft_dist.files.reading import read_text
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -63,7 +64,7 @@ def hash_files(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+            digest.update(sha256_of(handle).digest())
     return digest.hexdigest()[:32]
 
 

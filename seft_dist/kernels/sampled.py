@@ -87,7 +87,7 @@ def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
 @functools.cache
 def _has_fp32_output(dtype: torch.dtype, index: int | None) -> bool:
     """Whether torch multiplies 16-bit matrices into an fp32 one on this device."""
-    ones = torch.ones(16, 16, dtype=dtype, device=torch.device("cuda", index))
+    ones = torch.ones(16, 16, dtype=dtype, device=torch.device("cuda", index or 0))
     try:
         return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
     except (TypeError, RuntimeError):  # an older torch, or a card without it

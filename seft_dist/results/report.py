@@ -7,13 +7,13 @@ runs/x/result.json     the run in few numbers     runs/x/eval.json        perple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import with_config
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.files.reading import LENIENT, check_kind, read_json
 from seft_dist.files.writing import write_json

@@ -1,10 +1,10 @@
 """What runs leave in their folders, read and checked: result.json, metrics.jsonl, eval.json, config.yaml."""
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.files.reading import LENIENT, check_kind, parse_json, read_json, read_text, read_yaml
 
