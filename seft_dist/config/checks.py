@@ -5,6 +5,7 @@ from typing import Any
 
 LARGEST_COUNT = 2**31 - 1
 """Largest whole number that a knob takes, in size: steps and ages are kept in 32 bits."""
+LARGEST_SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Numbers outside, but for 0, become 0 or infinite in fp32 sooner or later."""
 
@@ -33,8 +34,8 @@ def check_numbers(config: Any, prefix: str = "") -> None:
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int):
-                small = abs(number) <= LARGEST_COUNT
-                check(small, f"{prefix}{field.name}={_short(number)}", f"a whole number of at most {LARGEST_COUNT}")
+                most = LARGEST_SEED if field.name == "seed" else LARGEST_COUNT
+                check(abs(number) <= most, f"{prefix}{field.name}={_short(number)}", f"a whole number of at most {most}")
             elif isinstance(number, float):
                 usable = number == 0 or _SMALLEST <= abs(number) <= _LARGEST  # false for nan, too
                 needed = f"a finite number, 0 or from {_SMALLEST:g} to {_LARGEST:g} in size"
