@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seft_dist.kernels import scatter
@@ -10,6 +10,7 @@ from seft_dist.kernels import scatter
 SIZES = st.lists(st.tuples(st.integers(0, 40_000), st.floats(0, 1), st.integers(0, 1000)), max_size=6)
 
 
+@settings(deadline=None)  # the first example may compile
 @given(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
