@@ -194,7 +194,8 @@ def test_smallest_sizes() -> None:
 
 def test_a_gradient_of_0_everywhere_is_said_once() -> None:
     config = dataclasses.replace(CONFIG, targets="all-linear")
-    for over in ({}, {"init": "random"}, {"window_store": "factored"}, {"grow": "random"}):
+    cases: list[dict[str, Any]] = [{}, {"init": "random"}, {"window_store": "factored"}, {"grow": "random"}]
+    for over in cases:
         model = prune_(tiny_llama())
         zeros = sum(int((p == 0).sum()) for p in model.parameters())
         seft = SeftOptimizer(model, dataclasses.replace(config, **over), lr=1e-2)

@@ -24,7 +24,7 @@ CONFIG = SeftConfig(density=0.05, targets="q_proj|down_proj", interval=4, window
 NAME = "model.layers.1.mlp.down_proj"
 STEPS = 7  # an evolution, and two of the three steps of a window
 
-Change = Callable[[dict[str, Tensor]], None]
+Change = Callable[[dict[str, Tensor]], object]
 
 
 def put(key: str, at: int, value: float) -> Change:
