@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from seft_dist.kernels.adamw import AdamW
 from seft_dist.optim.delta import Columns, least_size
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import first_evolution
+from seft_dist.training import trainer
 from tests.layouts import build, snapshot
 from tests.models import batch, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 from tests.reference import DenseSeft
+from tests.runs import make_config
 
 CONFIG = SeftConfig(
     density=0.06, targets="q_proj|down_proj", interval=2, steps=8, end=7, drop_fraction=0.4, drop_schedule="constant"
@@ -56,8 +59,10 @@ def train_(model: nn.Module, seft: Any, steps: int, called: Any = None, rank: in
 
 
 @pytest.mark.filterwarnings("ignore:step 1. the gradient of 1 of 4 targets")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(form, torch.float32) for form in FORMS] + [(form, torch.bfloat16) for form in ("defaults", "random", "factored")],
+)
 def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
     config = dataclasses.replace(CONFIG, **FORMS[form])
     model = dead_model(config.pattern, dtype)
@@ -113,12 +118,11 @@ def test_both_forms_of_selection_on_two_ranks_are_the_single_process() -> None:
 
     whole = run_ranks(on_rank, 1, "single", "auto")[0]
     assert not len(whole[DEAD]["support"]) and len(whole[ALIVE]["support"])
-    for layout in ("fsdp", "ddp"):
-        for selection in ("gather", "radix"):
-            found = run_ranks(on_rank, 2, layout, selection)[0]
-            for name, layer in whole.items():
-                for key in ("mask", "support"):
-                    assert torch.equal(layer[key], found[name][key]), (layout, selection, name, key)
+    for layout, selection in (("fsdp", "gather"), ("fsdp", "radix"), ("ddp", "radix")):
+        found = run_ranks(on_rank, 2, layout, selection)[0]
+        for name, layer in whole.items():
+            for key in ("mask", "support"):
+                assert torch.equal(layer[key], found[name][key]), (layout, selection, name, key)
 
 
 class Unused(nn.Module):
@@ -190,8 +194,8 @@ def test_smallest_sizes() -> None:
 
 def test_a_gradient_of_0_everywhere_is_said_once() -> None:
     config = dataclasses.replace(CONFIG, targets="all-linear")
-    overs: list[dict[str, Any]] = [{}, {"init": "random"}, {"window_store": "factored"}, {"grow": "random"}]
-    for over in overs:
+    cases: list[dict[str, Any]] = [{}, {"init": "random"}, {"window_store": "factored"}, {"grow": "random"}]
+    for over in cases:
         model = prune_(tiny_llama())
         zeros = sum(int((p == 0).sum()) for p in model.parameters())
         seft = SeftOptimizer(model, dataclasses.replace(config, **over), lr=1e-2)
@@ -255,3 +259,16 @@ def test_one_rank_says_it() -> None:
     main, other = run_ranks(on_rank, 2)
     assert [text.split(":")[0].split("(")[0].strip() for text in main] == ["no evolution will happen", "step 1"]
     assert not other
+
+
+def test_a_run_says_once_that_it_has_no_evolution(inputs: Path, tmp_path: Path) -> None:
+    config = make_config(inputs, tmp_path / "run", seft=SeftConfig(density=0.05, interval=60), steps=2, backend="fsdp")
+
+    def on_rank(rank: int, world: int) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")  # what a new process has
+            trainer.train(config)
+        return [str(each.message) for each in caught if "no evolution will happen" in str(each.message)]
+
+    main, other = run_ranks(on_rank, 2)
+    assert len(main) == 1 and not other

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def columns(of: dict[str, Any]) -> list[Tensor]:
     return [of["base"], of["values"], *of["moments"], of["age"]]
 
 
+@settings(deadline=None)  # the first example may compile
 @given(
     n=st.one_of(st.integers(0, 40), st.integers(8_000, 20_000)),
     seed=st.integers(0, 99),
@@ -94,3 +95,18 @@ def test_it_is_torchs(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         weight = rule.update_(theirs.grad, torch.tensor(1.0), YES, base, values, [mean, square], age)
         torchs.step()
     torch.testing.assert_close(weight, theirs.detach())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("age", [21, 10**6, 2**31 - 1, -1, -3, -(10**9)])
+def test_an_age_outside_of_the_table_is_refused(age: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(adamw, "library", lambda: None)
+    mine = entries(100, 3)
+    mine["age"][7] = age
+    before = [column.clone() for column in columns(mine)]
+    with pytest.raises(ValueError, match=f"ages from 0 to 20, not .*{age}"):
+        RULE.update_(torch.ones(100), torch.tensor(1.0), YES, **mine)
+    assert all(map(torch.equal, columns(mine), before))
+    mine["age"][7] = 20  # the oldest
+    assert RULE.update_(torch.ones(100), torch.tensor(1.0), YES, **mine).isfinite().all()

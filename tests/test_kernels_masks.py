@@ -132,3 +132,31 @@ def test_the_same_on_several_threads() -> None:
     assert torch.equal(one[1], mask) and torch.equal(one[7], torch.where(mask, scores, 0))
     assert torch.equal(one[2], selection.keys((scores * times).abs(), False, mask))
     assert torch.equal(one[6], scores[mask])
+
+
+def test_arguments_that_would_reach_outside_are_refused() -> None:
+    assert build.library() is not None
+    mask = torch.rand(20) < 0.5
+    packed, scores = bitmask.pack(mask), torch.rand(20)
+    wrong = [
+        lambda: bits.unpack(packed, 25),
+        lambda: bits.unpack(packed.int(), 20),
+        lambda: bits.with_bits(packed, 20, torch.tensor([20]), True),
+        lambda: bits.with_bits(packed, 20, torch.tensor([-1]), True),
+        lambda: bits.with_bits(packed, 20, torch.tensor([3], dtype=torch.int32), True),
+        lambda: bits.hash_of_bits(packed, 80, 0),
+        lambda: bits.count_outside(packed, torch.zeros(99)),
+        lambda: ranking.keys(scores, True, packed[:2]),
+        lambda: ranking.keys(scores, True, times=scores[:7]),
+        lambda: ranking.keys(scores.double(), True),
+        lambda: ranking.first_histogram(scores),
+        lambda: ranking.survivors(torch.zeros(40, dtype=torch.int32)[::2], 3),
+        lambda: packing.encode(scores, packed[:2]),
+        lambda: packing.decode(packed, scores.double(), torch.empty(20)),
+        lambda: packing.decode(packed, torch.ones(int(mask.sum()) + 1), torch.empty(20)),
+        lambda: packing.decode(packed, torch.ones(int(mask.sum()) - 1), torch.empty(20)),
+    ]
+    for number, call in enumerate(wrong):
+        with pytest.raises(ValueError, match=r"a kernel was given|packed values for another number"):
+            call()
+            pytest.fail(f"number {number} was taken")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seft_dist.kernels import scatter
@@ -10,6 +10,7 @@ from seft_dist.kernels import scatter
 SIZES = st.lists(st.tuples(st.integers(0, 40_000), st.floats(0, 1), st.integers(0, 1000)), max_size=6)
 
 
+@settings(deadline=None)  # the first example may compile
 @given(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
@@ -41,3 +42,13 @@ def test_without_the_library_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     scatter.scatter_([outs[0][1], outs[1][1]], [0, 10], places, values)
     assert torch.equal(outs[0][0], outs[0][1]) and torch.equal(outs[1][0], outs[1][1])
     assert outs[0][0].tolist() == [0, 2, 0, 0, 1] and outs[1][0, 3] == 3
+
+
+@pytest.mark.parametrize("place", [-1, 9, 15, 2**31 - 1, -(2**31)])
+def test_a_place_outside_its_tensor_is_refused_and_not_written(place: int) -> None:
+    around = torch.zeros(20)
+    outs = [around[2:7], around[8:18]]  # called 10 to 14 and 0 to 9
+    places = [torch.tensor([11, place], dtype=torch.int32), torch.tensor([3])]
+    with pytest.raises(ValueError, match="places inside their tensors"):
+        scatter.scatter_(outs, [10, 0], places, torch.tensor([1.0, 2.0, 3.0]))
+    assert around.nonzero().view(-1).tolist() == [3, 11] and around[[3, 11]].tolist() == [1, 3]

@@ -22,8 +22,7 @@ def model_with_negative_zeros(dtype: torch.dtype = torch.float32) -> Any:
     """Pruned as ``weight * mask`` does it."""
     model, pruned = tiny_llama(), prune_(tiny_llama())
     for name, target in find_targets(model).items():
-        kept: Any = pruned.get_submodule(name).weight
-        target.weight.mul_((kept != 0).float())
+        target.weight.mul_(pruned.get_parameter(f"{name}.weight").ne(0).float())
         assert negative_zeros(target.weight) > 100
     return model.to(dtype)
 

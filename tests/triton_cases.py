@@ -39,3 +39,10 @@ def test_packing(numel: int, share: float, dtype: torch.dtype) -> None:
     around = torch.full((numel + 2,), 7, dtype=dtype)
     triton_kernels.decode(pack(mask), values, around[1:-1])
     assert torch.equal(around[1:-1], torch.where(mask, dense, 0)) and around[0] == around[-1] == 7
+
+
+def test_too_few_values_are_not_read_beyond() -> None:
+    mask = torch.ones(1500, dtype=torch.bool)
+    values = torch.arange(1, 1501, dtype=torch.float32)
+    out = triton_kernels.decode(pack(mask), values[:1100], torch.full((1500,), 7.0))
+    assert torch.equal(out, torch.where(torch.arange(1500) < 1100, values, 0))
