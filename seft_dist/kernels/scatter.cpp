@@ -17,11 +17,12 @@ int scatter(T* const* outs, const int64_t* starts, const int32_t* const* places,
         int64_t first = 0;  // of the tensor's entries
         for (int64_t i = 0; i < tensors && first < end; first = ends[i++]) {
             const int64_t from = begin > first ? begin : first, to = end < ends[i] ? end : ends[i];
-            T* out = outs[i] - starts[i];
-            const int32_t* place = places[i] - first;
+            T* const out = outs[i];
+            const int32_t* const place = places[i];
+            const int64_t start = starts[i];
             for (int64_t k = from; k < to; k++) {
-                if (k + AHEAD < to) __builtin_prefetch(out + place[k + AHEAD], 1);
-                out[place[k]] = values[k];
+                if (k + AHEAD < to) __builtin_prefetch(out + (place[k + AHEAD - first] - start), 1);
+                out[place[k - first] - start] = values[k];
             }
         }
     }
