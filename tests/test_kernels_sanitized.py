@@ -37,7 +37,6 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("sanitized")),
         "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
@@ -69,5 +68,5 @@ def test_the_kernels_stay_inside_their_arrays(run_python: Run) -> None:
     chosen = ["-k", "not sampled_addmm and not dense-", "--hypothesis-profile", "few"]
     # A process that ends at once takes captured output with it: "-s".
     done = run_python("-m", "pytest", "-s", "-v", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS, *chosen)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[:4000]}"
     assert " passed" in done.stdout and "SKIPPED" not in done.stdout, done.stdout

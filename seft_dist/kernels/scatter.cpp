@@ -19,12 +19,12 @@ int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const i
         int64_t first = 0;  // of the tensor's entries
         for (int64_t i = 0; i < tensors && first < end; first = ends[i++]) {
             const int64_t from = begin > first ? begin : first, to = end < ends[i] ? end : ends[i];
-            T* out = outs[i];
+            T* const out = outs[i];
             const int64_t start = starts[i], size = sizes[i];
-            const int32_t* place = places[i] - first;
+            const int32_t* const place = places[i];
             for (int64_t k = from; k < to; k++) {
-                if (k + AHEAD < to) __builtin_prefetch(out + (place[k + AHEAD] - start), 1);
-                const int64_t at = place[k] - start;
+                if (k + AHEAD < to) __builtin_prefetch(out + (place[k + AHEAD - first] - start), 1);
+                const int64_t at = place[k - first] - start;
                 if (at < 0 || at >= size) outside = 1;
                 else out[at] = values[k];
             }

@@ -81,11 +81,11 @@ class Rounding:
     def _of_deltas(self, i: int, entries: Columns) -> Tensor:
         # Adam divides: an update from small gradients has an error as large as that of large ones, over a smaller root.
         delta, root = self._update[i]
-        amplified = (self._share * root / self._root(entries)).clamp(max=2.0) * delta
-        return entries.values.abs() * self._share + torch.where(entries.values != 0, amplified, 0.0)
+        amplified = (ROUNDING * root / self._root(entries)).clamp(max=2.0) * delta
+        return entries.values.abs() * ROUNDING + torch.where(entries.values != 0, amplified, 0.0)
 
     def _of_weights(self, i: int, weight: Tensor, offsets: Tensor, entries: Columns) -> Tensor:
-        errors = weight.abs() * self._share  # also of those whose delta became part of the base
+        errors = weight.abs() * ROUNDING  # also of those whose delta became part of the base
         errors[offsets] += self._of_deltas(i, entries)
         return errors
 
@@ -132,5 +132,5 @@ class Rounding:
             gradient = self._windows[i].gradient().abs()
             return gradient.mul_(errors) + weight.abs() * self._of_gradient(i)
         if norms is not None:
-            return scores.activation(errors + weight.abs() * self._share, norms, self._backend.interval(i).start)
+            return scores.activation(errors + weight.abs() * ROUNDING, norms, self._backend.interval(i).start)
         return errors
