@@ -2,7 +2,9 @@
 
 import os
 import socket
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from seft_dist.training import launchers
 from seft_dist.training.distributed import check_agreement, find_ranks, start, together
-from seft_dist.training.rendezvous import Meeting, first_host, meet
+from seft_dist.training.rendezvous import Meeting, first_host, meet, mpi_meeting_place
 from tests.ranks import run_ranks
 
 
@@ -248,6 +250,15 @@ def test_one_process_needs_no_place(capfd: pytest.CaptureFixture[str]) -> None:
         other.listen(1)
         assert run_ranks(on_rank, 1, str(other.getsockname()[1])) == [1.0]
     assert "one process, although SLURM_NTASKS=4: no launcher" in capfd.readouterr().err
+
+
+def test_mpi_that_knows_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell that mpirun has started: the variables are there, but no mpirun is behind this process."""
+    alone = types.SimpleNamespace(Get_size=lambda: 1)
+    fake = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=alone), __spec__=object())
+    monkeypatch.setitem(sys.modules, "mpi4py", fake)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=4, but MPI itself knows 1 ranks: .* unset them"):
+        mpi_meeting_place(4, "OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4")
 
 
 @pytest.mark.parametrize(
