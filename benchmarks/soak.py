@@ -122,9 +122,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def last_step(output: Path) -> int:
-    """The last step in metrics.jsonl."""
-    found = lines(output / "metrics.jsonl")
+def identity(path: Path) -> int | None:
+    """Number of a file, another once it was replaced; None if there is none."""
+    return path.stat().st_ino if path.exists() else None
+
+
+def last_step(output: Path, earlier: int | None) -> int | None:
+    """The last step that an attempt has recorded; None before it has taken over ``earlier``'s metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    if identity(path) in (None, earlier):
+        return None
+    found = lines(path)
     return found[-1]["step"] if found else 0
 
 
@@ -135,7 +143,12 @@ def newest(output: Path) -> int:
 
 
 def wait_for(
-    moment: str, process: subprocess.Popen[bytes], args: argparse.Namespace, output: Path, draw: random.Random
+    moment: str,
+    process: subprocess.Popen[bytes],
+    args: argparse.Namespace,
+    output: Path,
+    earlier: int | None,
+    draw: random.Random,
 ) -> None:
     """Wait for a drawn moment of an attempt, or for its end."""
     begun, steps = time.monotonic(), args.steps
@@ -147,28 +160,30 @@ def wait_for(
     first = newest(output)
     until = steps if moment == "export" else min(steps, first + draw.randint(1, max(1, steps - first)))
     delay = draw.uniform(0, 2.0 if moment == "export" else 0.3)
-    while process.poll() is None and last_step(output) < until and time.monotonic() < begun + LIMIT:
+    while process.poll() is None and (last_step(output, earlier) or 0) < until and time.monotonic() < begun + LIMIT:
         time.sleep(0.01)
     time.sleep(delay)
 
 
-def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> bool:
-    """Send what was drawn; False if there is nobody any more who could be hit."""
+def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> str | None:
+    """Send what was drawn, to the launcher if there is no rank yet; what was sent, None if nobody is left."""
     running = processes(output)
     ranks = sorted(pid for pid, is_rank in running.items() if is_rank)
+    if how.endswith("rank") and not ranks:
+        how = how.replace("a rank", "the launcher")
     victims = {
-        "rank": [draw.choice(ranks)] if ranks else [process.pid],
+        "rank": ranks and [draw.choice(ranks)],
         "launcher": [process.pid],
         "everything": [process.pid, *running],
     }[how.split()[-1]]
     if process.poll() is not None:
-        return False
+        return None
     for victim in victims:
         try:
             os.kill(victim, signal.Signals[how.split()[0]])
         except ProcessLookupError:
             continue
-    return True
+    return how
 
 
 def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturbed: bool) -> dict[str, Any]:
@@ -177,15 +192,16 @@ def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturb
     moment = draw.choices(PHASES, (3, 4, 3))[0]
     for pid in processes(output):  # of an earlier call of this script that was stopped
         os.kill(pid, signal.SIGKILL)
-    before, begun = newest(output), time.monotonic()
+    before, earlier, begun = newest(output), identity(output / "metrics.jsonl"), time.monotonic()
     process = start(layout, args, output)
     found: dict[str, Any] = {"layout": layout, "from": before, "how": "finished"}
     if disturbed:
-        wait_for(moment, process, args, output, draw)
-        step, saving = last_step(output), bool(list((output / "checkpoints").glob("partial-*")))
-        if hit(process, output, how, draw):
-            phase = "export" if step == args.steps else "steps" if step > before else "start-up"
-            found |= {"how": how, "phase": phase, "saving": saving}
+        wait_for(moment, process, args, output, earlier, draw)
+        step, saving = last_step(output, earlier), bool(list((output / "checkpoints").glob("partial-*")))
+        sent = hit(process, output, how, draw)
+        if sent:
+            phase = "start-up" if step is None else "export" if step == args.steps else "steps"
+            found |= {"how": sent, "phase": phase, "saving": saving}
     try:
         found["code"] = process.wait(timeout=LIMIT)
     except subprocess.TimeoutExpired:
