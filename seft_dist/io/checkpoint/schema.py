@@ -18,7 +18,7 @@ from seft_dist.sparsity.partition import Partition
 MOST_RANKS = 1 << 20
 MOST_POSITIONS = (1 << 31) - 1
 """Positions are int32."""
-COLUMN_TYPES = {
+COLUMN_TYPES: dict[str, tuple[str, ...]] = {
     "indices": ("I32",),
     "base": ("F32",),
     "values": ("F32",),
@@ -26,7 +26,7 @@ COLUMN_TYPES = {
     "exp_avg_sq": ("F32",),
     "age": ("I32",),
 }
-WINDOW_TYPES = {
+WINDOW_TYPES: dict[str, tuple[str, ...]] = {
     "total": ("F32", "BF16"),
     "squares": ("F32", "BF16"),
     "positions": ("I32",),
@@ -154,10 +154,10 @@ def _needed(
     if not manifest["window_steps"]:
         return
     kept = length_of("window.positions")
-    for key, types in WINDOW_TYPES.items():
+    for key, allowed in WINDOW_TYPES.items():
         if key in window or f"{name}.window.{key}" in found:
             length = rows if key in _OF_ROWS else columns if key in _OF_COLUMNS else kept
-            yield f"{name}.window.{key}", types, length
+            yield f"{name}.window.{key}", allowed, length
 
 
 def _described(part: Any) -> tuple[str, list[int]]:
