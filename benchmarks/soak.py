@@ -34,14 +34,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from seft_dist.io.checkpoint import KEEP, complete, read_manifest  # noqa: E402
-from seft_dist.io.checkpoint.files import check_sum, rank_file  # noqa: E402
-from seft_dist.results.promise import LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE  # noqa: E402
+from benchmarks.soak_checks import LIMIT, compare, lines, newest, wrong_code, wrong_state  # noqa: E402
+from seft_dist.results.promise import LOSS_RELATIVE  # noqa: E402
 from seft_dist.training.run_folder import is_finished  # noqa: E402
 
 DOOR = "launch/train.py"
@@ -64,8 +62,6 @@ HOW = {
 }
 """With weights."""
 PHASES = ("start-up", "steps", "export")
-LIMIT = 400.0
-"""Seconds within which everything must have ended by itself after a kill: a rank waits up to 300 for one that never came."""
 
 
 def launcher(layout: str) -> list[str]:
@@ -116,26 +112,27 @@ def processes(output: Path) -> dict[int, bool]:
     return found
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file of JSON lines."""
-    text = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+def identity(path: Path) -> int | None:
+    """Number of a file, another once it was replaced; None if there is none."""
+    return path.stat().st_ino if path.exists() else None
 
 
-def last_step(output: Path) -> int:
-    """The last step in metrics.jsonl."""
-    found = lines(output / "metrics.jsonl")
+def last_step(output: Path, earlier: int | None) -> int | None:
+    """The last step that an attempt has recorded; None before it has taken over ``earlier``'s metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    if identity(path) in (None, earlier):
+        return None
+    found = lines(path)
     return found[-1]["step"] if found else 0
 
 
-def newest(output: Path) -> int:
-    """Step of the newest checkpoint, 0 for none."""
-    found = complete(output / "checkpoints")
-    return int(found[-1].name.rpartition("-")[2]) if found else 0
-
-
 def wait_for(
-    moment: str, process: subprocess.Popen[bytes], args: argparse.Namespace, output: Path, draw: random.Random
+    moment: str,
+    process: subprocess.Popen[bytes],
+    args: argparse.Namespace,
+    output: Path,
+    earlier: int | None,
+    draw: random.Random,
 ) -> None:
     """Wait for a drawn moment of an attempt, or for its end."""
     begun, steps = time.monotonic(), args.steps
@@ -147,28 +144,30 @@ def wait_for(
     first = newest(output)
     until = steps if moment == "export" else min(steps, first + draw.randint(1, max(1, steps - first)))
     delay = draw.uniform(0, 2.0 if moment == "export" else 0.3)
-    while process.poll() is None and last_step(output) < until and time.monotonic() < begun + LIMIT:
+    while process.poll() is None and (last_step(output, earlier) or 0) < until and time.monotonic() < begun + LIMIT:
         time.sleep(0.01)
     time.sleep(delay)
 
 
-def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> bool:
-    """Send what was drawn; False if there is nobody any more who could be hit."""
+def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> str | None:
+    """Send what was drawn, to the launcher if there is no rank yet; what was sent, None if nobody is left."""
     running = processes(output)
     ranks = sorted(pid for pid, is_rank in running.items() if is_rank)
+    if how.endswith("rank") and not ranks:
+        how = how.replace("a rank", "the launcher")
     victims = {
-        "rank": [draw.choice(ranks)] if ranks else [process.pid],
+        "rank": ranks and [draw.choice(ranks)],
         "launcher": [process.pid],
         "everything": [process.pid, *running],
     }[how.split()[-1]]
     if process.poll() is not None:
-        return False
+        return None
     for victim in victims:
         try:
             os.kill(victim, signal.Signals[how.split()[0]])
         except ProcessLookupError:
             continue
-    return True
+    return how
 
 
 def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturbed: bool) -> dict[str, Any]:
@@ -177,15 +176,16 @@ def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturb
     moment = draw.choices(PHASES, (3, 4, 3))[0]
     for pid in processes(output):  # of an earlier call of this script that was stopped
         os.kill(pid, signal.SIGKILL)
-    before, begun = newest(output), time.monotonic()
+    before, earlier, begun = newest(output), identity(output / "metrics.jsonl"), time.monotonic()
     process = start(layout, args, output)
     found: dict[str, Any] = {"layout": layout, "from": before, "how": "finished"}
     if disturbed:
-        wait_for(moment, process, args, output, draw)
-        step, saving = last_step(output), bool(list((output / "checkpoints").glob("partial-*")))
-        if hit(process, output, how, draw):
-            phase = "export" if step == args.steps else "steps" if step > before else "start-up"
-            found |= {"how": how, "phase": phase, "saving": saving}
+        wait_for(moment, process, args, output, earlier, draw)
+        step, saving = last_step(output, earlier), bool(list((output / "checkpoints").glob("partial-*")))
+        sent = hit(process, output, how, draw)
+        if sent:
+            phase = "start-up" if step is None else "export" if step == args.steps else "steps"
+            found |= {"how": sent, "phase": phase, "saving": saving}
     try:
         found["code"] = process.wait(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -199,83 +199,6 @@ def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturb
     found |= {"to": newest(output), "seconds": round(time.monotonic() - begun, 1), "finished": is_finished(output)}
     problems = [f"left running: {sorted(left)}"] if left else []
     return found | {"problems": problems + wrong_code(found) + wrong_state(args, output, before)}
-
-
-def wrong_code(found: dict[str, Any]) -> list[str]:
-    """Exit codes are those that docs/checkpoints.md gives; a launcher's own may be another than its ranks'."""
-    code, how, single = found["code"], found["how"], found["layout"] == "single"
-    if code is None:
-        return [f"did not end within {LIMIT:.0f} s"]
-    if found["finished"] and code in (0, 130):
-        return []
-    if how == "finished":
-        return [f"exit code {code} without having been disturbed"] if code else ["exit code 0 and no result"]
-    number = signal.Signals[how.split()[0]]
-    if number == signal.SIGKILL:
-        allowed = {-9} if single or not how.endswith("rank") else {1} if found["layout"] in ("fsdp", "ddp") else None
-    elif single:  # killed by it, if Python itself was still loading
-        allowed = {130 if number == signal.SIGINT else 0} | ({-number, 1} if found["phase"] == "start-up" else set())
-    else:
-        allowed = None
-    if allowed is None:  # of torchrun, deepspeed and mpirun: anything but the code that says "never again"
-        return ["exit code 2"] if code == 2 else []
-    return [] if code in allowed else [f"exit code {code} after {how}: needs {sorted(allowed)}"]
-
-
-def wrong_state(args: argparse.Namespace, output: Path, before: int) -> list[str]:
-    """What an attempt must have left, however it ended."""
-    problems = []
-    found = complete(output / "checkpoints")
-    step = newest(output)
-    if step < before:
-        problems.append(f"the newest checkpoint was of step {before} and is of {step}")
-    if len(found) > KEEP + 1:  # a kill may come between the new one and the removal of the old one
-        problems.append(f"{len(found)} checkpoints")
-    for path in found[-1:]:
-        try:
-            manifest = read_manifest(path)
-            for rank, digest in enumerate(manifest["sha256"]):
-                check_sum(path / rank_file(rank, manifest["world_size"]), digest)
-        except (ValueError, OSError) as error:
-            problems.append(f"the newest checkpoint cannot be read: {error}")
-    for name in ("metrics.jsonl", "trace.jsonl"):
-        steps = [line["step"] for line in lines(output / name)]
-        if steps != list(range(1, len(steps) + 1)) or len(steps) < step:
-            problems.append(f"{name} has steps {steps} at checkpoint {step}")
-    whole = {line["step"]: line["loss"] for line in lines(args.whole / "metrics.jsonl")}
-    worst = max((abs(line["loss"] / whole[line["step"]] - 1) for line in lines(output / "metrics.jsonl")), default=0.0)
-    if worst > args.tolerance:
-        problems.append(f"losses differ by {worst:.1e}")
-    aside = [path.name for folder in (output, output / "checkpoints") for path in folder.glob("damaged-*")]
-    return problems + ([f"put aside: {aside}"] if aside else [])
-
-
-def compare(args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """A finished run against the undisturbed one."""
-    ours, theirs = (lines(folder / "metrics.jsonl") for folder in (output, args.whole))
-    digests = [[line["evolution"]["digest"] for line in one if "evolution" in line] for one in (ours, theirs)]
-    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, args.whole))
-    names = [
-        {str(path.relative_to(folder)) for path in folder.glob("*") if path.suffix != ".diff"}
-        for folder in (output, args.whole)
-    ]
-    far = [name for name in one if not one[name].allclose(other[name], rtol=WEIGHT_RELATIVE, atol=WEIGHT_ABSOLUTE)]
-    zeros = [name for name in one if not (one[name] == 0).equal(other[name] == 0)]
-    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
-    checks = {
-        "steps": [line["step"] for line in ours] == list(range(1, args.steps + 1)),
-        "masks and supports": digests[0] == digests[1],
-        f"weights of {far[:3]}": not far,
-        f"zeros of {zeros[:3]}": not zeros,
-        f"names in the folder: {sorted(names[0] ^ names[1])}": names[0] == names[1],
-        f"checkpoints: {kept}": len(kept) == min(KEEP, len(complete(args.whole / "checkpoints"))),
-        "layers off target": json.loads((output / "result.json").read_text())["sparsity"]["layers_off_target"] == 0,
-    }
-    return {
-        "loss": max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(ours, theirs, strict=False)),
-        "weights": max(float((one[name] - other[name]).abs().max()) for name in one),
-        "problems": [f"the finished run differs in {what}" for what, holds in checks.items() if not holds],
-    }
 
 
 def make_inputs(folder: Path) -> Path:

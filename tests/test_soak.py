@@ -6,26 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import tests.preload  # noqa: F401
+from benchmarks import soak_checks
 from tests.runs import run_config, run_train
 from tests.test_launchers import ROOT
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def soak() -> ModuleType:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("soak", ROOT / "benchmarks" / "soak.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -40,12 +29,12 @@ def test_killed_runs_end_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert not any(line["problems"] for line in log)
 
 
-def test_the_checks_see_what_is_wrong(soak: ModuleType, inputs: Path, tmp_path: Path) -> None:
+def test_the_checks_see_what_is_wrong(inputs: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_train(run_config(inputs, whole, save_every=5))
     shutil.copytree(whole, run)
     args = argparse.Namespace(whole=whole, steps=10, tolerance=1e-5)
-    assert soak.wrong_state(args, run, 10) == [] and soak.compare(args, run)["problems"] == []
+    assert soak_checks.wrong_state(args, run, 10) == [] and soak_checks.compare(args, run)["problems"] == []
     metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*metrics[:4], metrics[3], *metrics[4:]]))
     trace = (run / "trace.jsonl").read_text().splitlines(keepends=True)
@@ -56,7 +45,7 @@ def test_the_checks_see_what_is_wrong(soak: ModuleType, inputs: Path, tmp_path: 
         shutil.copytree(run / "checkpoints" / "step-00000010", run / "checkpoints" / name)
     file = next((run / "checkpoints" / "step-00000010").glob("rank-*"))
     file.write_bytes(file.read_bytes()[:-1])
-    said = "; ".join(soak.wrong_state(args, run, 11) + soak.compare(args, run)["problems"])
+    said = "; ".join(soak_checks.wrong_state(args, run, 11) + soak_checks.compare(args, run)["problems"])
     for part in (
         "the newest checkpoint was of step 11 and is of 10",
         "4 checkpoints",
@@ -86,5 +75,5 @@ def test_the_checks_see_what_is_wrong(soak: ModuleType, inputs: Path, tmp_path: 
         ({"code": None, "how": "SIGKILL to a rank"}, False),
     ],
 )
-def test_exit_codes(found: dict[str, object], right: bool, soak: ModuleType) -> None:
-    assert (soak.wrong_code({"layout": "single", "finished": False} | found) == []) == right
+def test_exit_codes(found: dict[str, object], right: bool) -> None:
+    assert (soak_checks.wrong_code({"layout": "single", "finished": False} | found) == []) == right
