@@ -35,7 +35,9 @@ def check_numbers(config: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int):
                 most = LARGEST_SEED if field.name == "seed" else LARGEST_COUNT
-                check(abs(number) <= most, f"{prefix}{field.name}={_short(number)}", f"a whole number of at most {most}")
+                check(
+                    abs(number) <= most, f"{prefix}{field.name}={_short(number)}", f"a whole number of at most {most}"
+                )
             elif isinstance(number, float):
                 usable = number == 0 or _SMALLEST <= abs(number) <= _LARGEST  # false for nan, too
                 needed = f"a finite number, 0 or from {_SMALLEST:g} to {_LARGEST:g} in size"
