@@ -39,12 +39,13 @@ def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
     Raises:
         ValueError: There are none, they are of several kinds, all are empty, or one is no regular file.
     """
-    files = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
+    inside = (file for file in path.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
+    files = sorted(inside) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"data.path={name} holds no such file: needs files of one kind out of {', '.join(BUILDERS)}")
     for file in files:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError(f"{file} is a folder, a pipe or a device: needs a regular file")
+            raise ValueError(f"{file} is a pipe or a device: needs a regular file")
     kinds = sorted({BUILDERS.get(file.suffix, file.suffix or "a file without a suffix") for file in files})
     if len(kinds) != 1 or files[0].suffix not in BUILDERS:
         raise ValueError(

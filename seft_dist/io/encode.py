@@ -28,7 +28,7 @@ Encoder = Callable[[Columns, list[int]], Columns]
 BETWEEN = {"concatenate": "", "newline": "\n", "blank_line": "\n\n"}
 """What stands between records that ``data.join`` makes one text of."""
 MOST_JOINED = 64 << 20
-"""Most characters of a joined text: it is tokenised in one go, which takes about 100 bytes of memory for each."""
+"""Most characters of a joined text: it is tokenised in one go, which takes many times its size in memory."""
 
 
 def text_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
