@@ -16,6 +16,9 @@ import hypothesis
 import pytest
 import torch
 
+# How long an example takes is the machine's business: the first one may compile the kernels.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 # For runs in which every example is slow (tests/test_kernels_sanitized.py)
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None)
 
