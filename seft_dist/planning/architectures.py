@@ -3,7 +3,6 @@
 The numbers are those of the models' own config.json; the modules are built by transformers, without values.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
+from seft_dist.io.settings import Settings, check_usual_sizes, first_line
 from seft_dist.optim.targets import find_targets, matrix, weight_name
 
 _LLAMA2: dict[str, Any] = {
@@ -102,18 +103,21 @@ def find_architecture(model: str) -> PreTrainedConfig:
     elif path.is_file() or (path / "config.json").is_file():
         file = path if path.is_file() else path / "config.json"
         try:
-            entry = json.loads(file.read_text())
+            entry = dict(read_json(file, Settings))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: {error}; needs a model's config.json") from error
+            raise ValueError(f"{error}; needs a model's config.json") from error
+        check_usual_sizes(entry, file)
     else:
         raise ValueError(
             f"model={model} is neither a folder with a config.json, nor such a file, nor one of {', '.join(ARCHITECTURES)}"
         )
-    kind = entry.pop("model_type", None) if isinstance(entry, dict) else None
+    kind = entry.pop("model_type")
     try:
         return AutoConfig.for_model(kind, **entry)
-    except ValueError as error:
-        raise ValueError(f"model={model}: transformers knows no model_type {kind!r}") from error
+    except Exception as error:  # configurations raise whatever their own arithmetic does
+        raise ValueError(
+            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries ({first_line(error)})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,13 @@ class Shapes:
         Raises:
             ValueError: Targets that cannot carry deltas.
         """
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # models raise whatever their own arithmetic does
+            raise ValueError(
+                f"transformers cannot build a {config.model_type} with such a config.json ({first_line(error)})"
+            ) from error
         found = {weight_name(name, target): matrix(target) for name, target in find_targets(model, targets).items()}
         layers = decoder_layers(model)
         owner = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}
