@@ -34,7 +34,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "layers as text": ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
     "layers that are not whole": ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
     "layers below 0": ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-    "layers without end": ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000, but .* 21 tensors"),
+    "layers without end": ({"num_hidden_layers": 10**5}, "num_hidden_layers is 100000: .* 21 tensors"),
     "true layers": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     "experts without end": ({"model_type": "mixtral", "num_local_experts": 10**12}, "num_local_experts"),
     "heads of any size": ({"head_dim": 10**12}, "head_dim is 1000000000000"),

@@ -97,17 +97,31 @@ def _check_sizes(settings: dict[str, Any], weights: Weights, file: Path) -> None
     limits |= dict.fromkeys(_FIRST_LAYERS, max(tensors, _USUAL_LAYERS))
     limits |= dict.fromkeys(_EXPERTS, max(tensors, stacked, _USUAL_EXPERTS))
     limits |= dict.fromkeys(_WIDTHS, max(widest, _USUAL_WIDTH))
+    held = f"the weight files hold {tensors} tensors with sides up to {widest}; the two may be of different models"
+    _check_limits(settings, limits, file, held)
+
+
+def check_usual_sizes(settings: dict[str, Any], file: Path) -> None:
+    """Refuse numbers beyond those of any model, where there are no files to compare with.
+
+    Raises:
+        ValueError: Names the first.
+    """
+    limits = dict.fromkeys((*_LAYERS, *_FIRST_LAYERS), _USUAL_LAYERS)
+    limits |= dict.fromkeys(_EXPERTS, _USUAL_EXPERTS) | dict.fromkeys(_WIDTHS, _USUAL_WIDTH)
+    _check_limits(settings, limits, file, "no model is so large")
+
+
+def _check_limits(settings: dict[str, Any], limits: dict[str, int], file: Path, why: str) -> None:
     for part, inner in {"": settings, **{k: v for k, v in settings.items() if isinstance(v, dict)}}.items():
         for key, most in limits.items():
             value, name = inner.get(key), f"{part}.{key}" if part else key
-            numbers = value if isinstance(value, list) else [value]
-            for number in numbers:
+            for number in value if isinstance(value, list) else [value]:
                 if number is None:
                     continue
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
                     raise ValueError(
-                        f"{file} says {name} is {_short(number)}, but the weight files hold {tensors} tensors with sides "
-                        f"up to {widest}: needs a whole number from 0 to {most}; the two may be of different models"
+                        f"{file} says {name} is {_short(number)}: needs a whole number up to {most}: {why}"
                     )
 
 

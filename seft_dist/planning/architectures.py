@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
+from seft_dist.io.settings import Settings, check_usual_sizes, first_line
 from seft_dist.optim.targets import find_targets, matrix, weight_name
 
 _LLAMA2: dict[str, Any] = {
@@ -87,9 +88,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 """Name to the published configuration."""
-_MOST = {"layers": 1000, "n_layer": 1000, "expert": 65_536}
-_LARGEST = 1 << 40
-"""Largest numbers in a configuration, by a part of their key; all others."""
 
 
 def find_architecture(model: str) -> PreTrainedConfig:
@@ -105,35 +103,21 @@ def find_architecture(model: str) -> PreTrainedConfig:
     elif path.is_file() or (path / "config.json").is_file():
         file = path if path.is_file() else path / "config.json"
         try:
-            entry = read_json(file, dict[str, Any])
+            entry = dict(read_json(file, Settings))
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}; needs a model's config.json") from error
+        check_usual_sizes(entry, file)
     else:
         raise ValueError(
             f"model={model} is neither a folder with a config.json, nor such a file, nor one of {', '.join(ARCHITECTURES)}"
         )
-    kind = entry.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"model={model}: transformers knows no model_type {kind!r}")
-    _check_sizes(entry, model)
+    kind = entry.pop("model_type")
     try:
         return AutoConfig.for_model(kind, **entry)
-    except Exception as error:  # every class checks its entries, or not, in a way of its own
-        raise ValueError(f"model={model}: {kind} cannot be made of it ({_reason(error)})") from error
-
-
-def _check_sizes(tree: Any, model: str) -> None:
-    """Refuse sizes of which building the model would never end."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            _check_sizes(value, model)
-        most = next((most for part, most in _MOST.items() if part in key), _LARGEST)
-        if isinstance(value, int) and abs(value) > most:
-            raise ValueError(f"model={model}: {key} is {value}: needs at most {most}")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except Exception as error:  # configurations raise whatever their own arithmetic does
+        raise ValueError(
+            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries ({first_line(error)})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -186,8 +170,10 @@ class Shapes:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:  # sizes that do not fit together end in as many ways as there are families
-            raise ValueError(f"{config.model_type}: no model can be made of its config ({_reason(error)})") from error
+        except Exception as error:  # models raise whatever their own arithmetic does
+            raise ValueError(
+                f"transformers cannot build a {config.model_type} with such a config.json ({first_line(error)})"
+            ) from error
         found = {weight_name(name, target): matrix(target) for name, target in find_targets(model, targets).items()}
         layers = decoder_layers(model)
         owner = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}

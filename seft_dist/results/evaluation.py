@@ -28,7 +28,8 @@ from seft_dist.io.source import Source, open_source
 from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.optim.targets import find_targets
 from seft_dist.results.evaluation_perplexity import PerplexityResult, perplexity, scored_sequences
-from seft_dist.results.evaluation_policy import Policy, describe, differences, policy_of
+from seft_dist.results.evaluation_policy import Policy, describe, policy_of
+from seft_dist.results.run_files import unlike
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 from seft_dist.training import facts
 from seft_dist.training.cli import to_dict
@@ -213,11 +214,12 @@ def result_table(results: list[Evaluation]) -> Table:
     policies = [entry.policy for entry in results if entry.policy is not None]
     if policies:
         table.caption = describe(policies[0])
-        first = dataclasses.asdict(policies[0])
-        other = {line.partition(":")[0] for one in policies[1:] for line in differences(first, dataclasses.asdict(one))}
-        if other - {"dtype"}:
-            table.caption = f"These perplexities cannot be compared, for they differ in {', '.join(sorted(other))}."
-        elif other:
+        hows = {entry.name: dataclasses.asdict(entry.policy) for entry in results if entry.policy is not None}
+        for how in hows.values():
+            del how["data"]  # the same text may lie in two places
+        if any(how | {"dtype": ""} != next(iter(hows.values())) | {"dtype": ""} for how in hows.values()):
+            table.caption = f"These perplexities cannot be compared: {', '.join(unlike(hows))}."
+        elif len({policy.dtype for policy in policies}) > 1:
             table.caption += "; the models are held in different types"
     return table
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,20 +88,6 @@ def policy_of(
         max_tokens=config.max_tokens,
         dtype=dtype,
     )
-
-
-def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Name what keeps two perplexities from being compared.
-
-    Args:
-        first: ``policy`` of a model in eval.json.
-        second: Of another one.
-
-    Returns:
-        "key: value, other value" for each entry that differs; the path of the data does not count.
-    """
-    names = [name for name in {**first, **second} if name != "data"]
-    return [f"{name}: {first.get(name)}, {second.get(name)}" for name in names if first.get(name) != second.get(name)]
 
 
 def describe(policy: Policy) -> str:
