@@ -55,7 +55,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 def test_a_launcher_that_ended_during_the_start_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     above = find_launcher({"CROSS_RANK": "0"})  # as under deepspeed: two processes
     assert len(above) == 2
-    for now, number in ((above, 0), ((above[0], 1), signal.SIGTERM), ((1 << 30, 1), signal.SIGTERM), ((), 0)):
+    for now, number in ((above, 0), ((above[0], 1 << 30), signal.SIGTERM), ((1 << 30, 1), signal.SIGTERM), ((), 0)):
         request = StopRequest()
         request.watch(lambda now=now: now)  # type: ignore[misc]
         assert request.number == number, now
