@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -29,7 +30,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._number = 0
         self._since = 0.0
-        self._parent = os.getppid()
+        self._ancestors = _ancestors()
         self._terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
         self._find_launcher: Callable[[], tuple[int, ...]] = tuple
         self._launcher: tuple[int, ...] = ()
@@ -41,8 +42,8 @@ class StopRequest:
             find_launcher: Its processes; others, when one has ended.
         """
         self._find_launcher, self._launcher = find_launcher, find_launcher()
-        if self._launcher and self._parent not in self._launcher:  # it ended while this process was starting
-            self._launcher = (self._parent,)
+        # One that ended while this process was starting
+        self._launcher = self._ancestors[: len(self._launcher)]
 
     @property
     def number(self) -> int:
@@ -87,6 +88,16 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in caught.items():
             signal.signal(number, handler)
+
+
+def _ancestors() -> tuple[int, ...]:
+    """The parent of this process, and the parent's parent if that is known."""
+    parent = os.getppid()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:
+        return (parent,)
+    return parent, int(stat.rpartition(")")[2].split()[1])
 
 
 def _is_terminal(number: int) -> bool:
