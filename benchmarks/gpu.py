@@ -56,6 +56,16 @@ def about(device: str) -> dict[str, Any]:
     return found
 
 
+def wait_for(pid: int, seconds: float) -> bool:
+    """Whether a child ends in time; it is left for somebody else to wait for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def run_part(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """One part in a process group of its own, ended when its time is over."""
     result, log = options.output / f"{name}.json", options.output / f"{name}.log"
@@ -73,17 +83,16 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> dict[str
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=HERE.parent
         )
         try:
-            code = process.wait(timeout=seconds + _GRACE)
-        except subprocess.TimeoutExpired:
-            code = None
+            ended = wait_for(process.pid, seconds + _GRACE)
         finally:
-            with suppress(ProcessLookupError):  # what it has started too
+            # It and what it has started. It was not waited for yet, so that its number cannot be another's by now.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            code = process.wait()
     if result.is_file():
         found["rows"] = json.loads(result.read_text())["rows"]
     failed = [row for row in found["rows"] if row["status"] == "failed"]
-    if code is None:
+    if not ended:
         found |= {"status": "stopped", "why": f"not over after {seconds + _GRACE:.0f} s"}
     elif code != 0:
         found["status"] = "failed"

@@ -22,15 +22,16 @@ HIDDEN = ("datasets", "jsonargparse", "deepspeed", "mpi4py", "sentencepiece", "r
 """What machines with a GPU were seen to lack, and what the check must do without."""
 HIDING = f"""
 import importlib.machinery
+import types
 
 plain = importlib.machinery.PathFinder.find_spec
 
 
-def find_spec(name, path=None, target=None):
+def find_spec(finder, name, path=None, target=None):
     return None if name.split(".")[0] in {HIDDEN!r} else plain(name, path, target)
 
 
-importlib.machinery.PathFinder.find_spec = find_spec
+importlib.machinery.PathFinder.find_spec = types.MethodType(find_spec, importlib.machinery.PathFinder)
 """
 
 
