@@ -256,7 +256,7 @@ def test_mpi_that_knows_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch)
     """A shell that mpirun has started: the variables are there, but no mpirun is behind this process."""
     alone = types.SimpleNamespace(Get_size=lambda: 1)
     fake = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=alone), __spec__=object())
-    monkeypatch.setitem(sys.modules, "mpi4py", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mpi4py", fake)
     with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=4, but MPI itself knows 1 ranks: .*unset them"):
         mpi_meeting_place(4, "OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4")
 

@@ -6,6 +6,7 @@ Ranks on one machine share the file's pages.
 import hashlib
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from seft_dist.config import DataConfig
 from seft_dist.io.chat_template import ChatTemplate
 from seft_dist.io.encode import chat_encoder, encode_joined, instruction_encoder, text_encoder
-from seft_dist.io.records import read_records, select_records
+from seft_dist.io.records import generated, read_records, select_records
 from seft_dist.io.sequences import Conversations, Origin, PackedBlocks
 from seft_dist.io.tokenizer import adds_bos
 
@@ -70,12 +71,12 @@ def load_sequences(
 def _text_blocks(records: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> PackedBlocks:
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
     if config.join != "documents":
-        encoded = datasets.Dataset.from_generator(
-            lambda: iter([{"input_ids": encode_joined(records, config, tokenizer)}]),
-            features=datasets.Features(features),
-            fingerprint=_fingerprint(records, origin, tokenizer),
-        )
-        return PackedBlocks(encoded, origin)
+
+        def one_row() -> Iterator[dict[str, list[int]]]:
+            yield {"input_ids": encode_joined(records, config, tokenizer)}
+
+        name = _fingerprint(records, origin, tokenizer)
+        return PackedBlocks(generated(one_row, features, name, "as one text", config), origin)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no eos token, which must end each document: set eos_token in its tokenizer_config.json"

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,31 @@ def _stored(files: list[Path], file_kind: str, kind: str, digest: str, config: D
     features = {name: datasets.Value("large_string") for name in [*columns, PLACE]}
     # the place is part of a record, so the files' names are part of the key
     key = repr((_FORMAT, digest, [str(file) for file in files], kind, columns))
+    return generated(generate, features, hashlib.sha256(key.encode()).hexdigest()[:32], f"as {file_kind}", config)
+
+
+def generated(
+    rows: Callable[[], Iterator[Any]], features: dict[str, Any], fingerprint: str, how: str, config: DataConfig
+) -> Any:
+    """Store what a generator gives as a data set in the cache, or find it there.
+
+    Args:
+        rows: Makes the generator.
+        features: Type of each column.
+        fingerprint: Names the data set in the cache: another name for other rows.
+        how: What is done, for the message, e.g. "as jsonl".
+        config: The data.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: A row is wrong.
+    """
     try:
-        return datasets.Dataset.from_generator(
-            generate, features=datasets.Features(features), fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
-        )
+        return datasets.Dataset.from_generator(rows, features=datasets.Features(features), fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
-        raise ValueError(f"data.path={config.path} cannot be read as {file_kind}: {reason(error)}") from error
+        raise ValueError(f"data.path={config.path} cannot be read {how}: {reason(error)}") from error
 
 
 def _columns(kind: str, config: DataConfig) -> list[str]:
