@@ -22,6 +22,7 @@ from seft_dist.pruning.prune import prune_folder
 from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
 from tests.families import READ_ONLY, family_folder
 from tests.models import batch
+from tests.ranks import run_ranks
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 LEAST = 2.0**-133
@@ -77,6 +78,18 @@ def test_tensors_keep_their_type(tmp_path: Path) -> None:
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert torch.equal(logits(load_model(opened(tmp_path / "pruned")).eval()), logits(wanted))
     assert torch.equal(logits(load_packed(tmp_path / "packed")), logits(wanted))
+
+
+def test_a_sharded_model_has_both_types(tmp_path: Path) -> None:
+    dense = mixed_folder(tmp_path / "dense")
+    wanted = logits(AutoModelForCausalLM.from_pretrained(dense))
+
+    def on_rank(rank: int, world_size: int) -> None:
+        model = load_model(opened(dense), sharding="fsdp").eval()
+        assert {value.dtype for value in model.parameters()} == {torch.bfloat16, torch.float32}
+        assert torch.equal(logits(model), wanted)
+
+    run_ranks(on_rank, 2, timeout=100)
 
 
 def test_a_cast_leaves_in_fp32_what_the_family_keeps_so(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_layer_ratios_from_a_file(dense: Path, tmp_path: Path) -> None:
     assert shares["model.layers.1.mlp.up_proj"] == 0.5
     for content, message in (
         ("[1, 2]", "needs names to sparsities"),
-        ("a: {b", "neither JSON nor YAML"),
+        ("a: {b", "is no plain YAML"),
         ("model.layers.0: 1.5", "needs a name with a share"),
         ("model.layers.0: true", "needs a name with a share"),
         ("model.layers.0: .nan", "needs a name with a share"),

@@ -75,6 +75,9 @@ def load_model(
         shard_fsdp(model, decoder_layers(model), mesh, offload, shards.parameters if shards else set())
     if sharding != "zero3":
         _materialise(model, torch.device("cpu") if offload else device)
+        for name, parameter in model.named_parameters():
+            if source.computes_in_fp32(name):  # never trained, and FSDP2 wants one type of all that is
+                parameter.requires_grad_(False)
     _fill(model, names, source, shards)
     generation = read_generation(source.folder)
     if generation is not None:
@@ -154,8 +157,7 @@ def _without_values(source: Source) -> PreTrainedModel:
 
 
 def _as_fp32(value: Tensor) -> Tensor:
-    # Never trained, and FSDP2 wants one type of all that is.
-    return nn.Parameter(value.float(), requires_grad=False) if isinstance(value, nn.Parameter) else value.float()
+    return nn.Parameter(value.float()) if isinstance(value, nn.Parameter) else value.float()
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
