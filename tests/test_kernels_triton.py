@@ -15,4 +15,4 @@ def test_triton_kernels_in_the_interpreter() -> None:
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0 and "30 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "24 passed" in done.stdout, done.stdout + done.stderr

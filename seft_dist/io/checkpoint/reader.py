@@ -191,6 +191,6 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     # A sum over all ranks: one of them carries it on.
     carries = backend.owners.rank == 0 and backend.replicas.rank == 0
     for key in (*WINDOW_SHARED, *(WINDOW_SUMS if carries else ())):
-        value = reader.get(0, f"{name}.window.{key}")
-        setattr(window, key, None if value is None else value.to(backend.device))
+        shared = reader.get(0, f"{name}.window.{key}")
+        setattr(window, key, None if shared is None else shared.to(backend.device))
     return window
