@@ -7,6 +7,7 @@ Only torch and transformers are needed.
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import statistics
 import time
@@ -152,6 +153,23 @@ class Part:
         part = self.options.result.with_suffix(".part")
         part.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
         part.replace(self.options.result)
+
+
+def lacks_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot be tried; None where they can. On CUDA a kernel that fails is a failure, not a lack."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        from seft_dist.kernels.build import triton_kernels
+
+        kernels = triton_kernels()
+        assert kernels is not None
+        crow, col = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        try:
+            kernels.sampled_grad_(torch.zeros(1), (1, 1), crow, col, torch.ones(1, 1), torch.ones(1, 1))
+        except Exception as error:  # e.g. Triton 3.6 with numpy 2.5
+            return f"Triton's interpreter does not run here: {error!r}"
+    return None
 
 
 def free(device: torch.device) -> None:

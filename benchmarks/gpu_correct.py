@@ -4,7 +4,6 @@ python benchmarks/gpu_correct.py --result DIR/correct.json
 """
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import Part
+from gpu_common import Part, lacks_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("float32", "bfloat16")
@@ -21,9 +20,8 @@ SHAPES = [(1, 3, 5, 1.0), (1, 70, 130, 0.1), (63, 37, 129, 0.05), (257, 130, 67,
 """Tokens, rows, columns, density: one token, odd sizes, more tokens than a program takes."""
 
 
-def sampled(kind: str, problem: tuple[int, int, int, float], device: torch.device) -> dict[str, Any]:
+def sampled(forms: list[str], kind: str, problem: tuple[int, int, int, float], device: torch.device) -> dict[str, Any]:
     """Each form that CUDA has, with rows without entries and one with all, beside fp64 on the CPU."""
-    from seft_dist.kernels.build import triton_kernels
     from seft_dist.kernels.sampled import FORMS
     from seft_dist.optim.delta import Support
 
@@ -37,7 +35,7 @@ def sampled(kind: str, problem: tuple[int, int, int, float], device: torch.devic
     expected = (grad.double().T @ x.double()).view(-1)[support.positions().cpu()]
     before = torch.arange(len(support), dtype=torch.float32) % 7
     worst = {}
-    for form in ["dense", "sampled_addmm", *(["triton"] if triton_kernels() is not None else [])]:
+    for form in forms:
         out = before.to(device, copy=True)
         operands = (support.crow, support.col, x.to(device), grad.to(device))
         FORMS[form](out, support.shape, *operands, True, support.bounds)  # type: ignore[index]
@@ -70,9 +68,8 @@ def packing(kind: str, numel: int, device: torch.device) -> dict[str, Any]:
     return {"positions": numel, "values": count}
 
 
-def far_positions(rows: int, tokens: int, device: torch.device) -> dict[str, Any]:
+def far_positions(forms: list[str], rows: int, tokens: int, device: torch.device) -> dict[str, Any]:
     """Rows whose numbers lie beyond 2^31 in the operands: the last one, the first, and few entries in each."""
-    from seft_dist.kernels.build import triton_kernels
     from seft_dist.kernels.sampled import FORMS
     from seft_dist.optim.delta import Support
 
@@ -85,7 +82,7 @@ def far_positions(rows: int, tokens: int, device: torch.device) -> dict[str, Any
     positions = (at[:, None] * columns + torch.tensor([0, 17, 63], device=device)).view(-1).int()
     support = Support((rows, columns), [positions])
     expected = (grad[:, at].double().T @ x.double())[:, [0, 17, 63]].view(-1).cpu()
-    for form in ["dense", *(["triton"] if triton_kernels() is not None else [])]:
+    for form in set(forms) - {"sampled_addmm"}:  # which would make fp32 copies of the operands
         out = torch.zeros(9, device=device)
         operands = (support.crow, support.col, x, grad)
         FORMS[form](out, support.shape, *operands, True, support.bounds)  # type: ignore[index]
@@ -148,20 +145,22 @@ def main() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     part = Part(__doc__)
     torch.backends.cuda.matmul.allow_tf32 = False
-    if importlib.util.find_spec("triton") is None:
-        part.missing("triton", "Triton is not installed: only the forms in torch are checked")
+    lack = lacks_triton(part.device)
+    forms = ["dense", "sampled_addmm", *(["triton"] if lack is None else [])]
+    if lack is not None:
+        part.missing("triton", lack)
     for kind in KINDS:
         for problem in SHAPES[: 3 if part.tiny else None]:
             tokens, rows, columns, density = problem
             name = f"sampled gradient, {kind}, {tokens} tokens, {rows} x {columns}, {density:.0%}"
-            part.case(name, functools.partial(sampled, kind, problem, part.device))
+            part.case(name, functools.partial(sampled, forms, kind, problem, part.device))
         for numel in (1, 1024, 3001) if part.tiny else (1, 1024, 3001, 100_000_007):
             part.case(f"packing, {kind}, {numel} positions", functools.partial(packing, kind, numel, part.device))
     if part.tiny:
-        part.case("far positions", functools.partial(far_positions, 5, 70, part.device))
+        part.case("far positions", functools.partial(far_positions, forms, 5, 70, part.device))
     else:
         part.case("packing, 500,000,001 positions", lambda: packing("bfloat16", 500_000_001, part.device))
-        part.case("positions beyond 2^31", lambda: far_positions(32768, 70_000, part.device))
+        part.case("positions beyond 2^31", lambda: far_positions(forms, 32768, 70_000, part.device))
     part.case("tests marked gpu", lambda: suite(part), needs=15.0)
     part.end()
 

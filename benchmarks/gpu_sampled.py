@@ -10,7 +10,6 @@ Writes sampled_times.json beside the result: the table of this card. Copied into
 """
 
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from gpu_common import Part, seconds_of
+from gpu_common import Part, lacks_triton, seconds_of
 
 LAUNCHES = [(16, 128, 4), (8, 256, 4), (32, 64, 4), (32, 128, 8), (16, 256, 8)]
 """Of the Triton kernel; the fastest on a common case is used for all."""
@@ -159,8 +158,9 @@ def main() -> None:
     from seft_dist.kernels.choice import DEFAULT_LAUNCH
 
     launch = list(DEFAULT_LAUNCH)
-    if importlib.util.find_spec("triton") is None:
-        part.missing("triton", "Triton is not installed")
+    lack = lacks_triton(part.device)
+    if lack is not None:
+        part.missing("triton", lack)
     else:
         launch = part.case("launch of the Triton kernel", lambda: best_launch(part)).get("launch", launch)
     for number, problem in enumerate(problems(part.tiny)):

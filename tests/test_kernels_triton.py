@@ -1,6 +1,7 @@
 """Triton's interpreter has to be asked for before the import, so in a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,4 +16,5 @@ def test_triton_kernels_in_the_interpreter() -> None:
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0 and "31 passed" in done.stdout, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)  # all of them, not none because nothing was found
+    assert done.returncode == 0 and passed and int(passed[1]) >= 20, done.stdout + done.stderr

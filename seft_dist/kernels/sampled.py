@@ -79,15 +79,15 @@ def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
         x: [T, in], the linear's input.
         grad: [T, out], gradient of its output.
     """
-    if x.is_cuda and x.dtype == grad.dtype and x.dtype.itemsize == 2 and _has_fp32_output(x.dtype, x.device.index):
+    if x.is_cuda and x.dtype == grad.dtype and x.dtype.itemsize == 2 and _has_fp32_output(x.dtype, x.device):
         return torch.mm(grad.T, x, out_dtype=torch.float32)
     return grad.float().T @ x.float()
 
 
 @functools.cache
-def _has_fp32_output(dtype: torch.dtype, index: int | None) -> bool:
+def _has_fp32_output(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch multiplies 16-bit matrices into an fp32 one on this device."""
-    ones = torch.ones(16, 16, dtype=dtype, device=torch.device("cuda", index or 0))
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
     except (TypeError, RuntimeError):  # an older torch, or a card without it
@@ -141,7 +141,9 @@ def _sampled_addmm(
     out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
 ) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        warnings.filterwarnings(
+            "ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)"
+        )
         pattern = torch.sparse_csr_tensor(crow, col, out, size=shape, check_invariants=False)
     out.copy_(torch.sparse.sampled_addmm(pattern, grad.float().T, x.float()).values())
 
