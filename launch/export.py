@@ -245,8 +245,8 @@ def _dtype(name: DType) -> "torch.dtype | None":
 
 
 def _bytes(shard_gb: float) -> int:
-    if not shard_gb > 0:
-        raise ValueError(f"shard_gb={shard_gb}: needs a size above 0, in 10^9 bytes")
+    if not 0 < shard_gb <= 1e6:  # also false for nan
+        raise ValueError(f"shard_gb={shard_gb}: needs a size above 0 and at most 1e6, in 10^9 bytes")
     return max(1, int(shard_gb * 1e9))
 
 
