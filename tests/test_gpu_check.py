@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,8 +136,14 @@ time.sleep(600)
 """
     found = run_part(gpu, tmp_path, program, monkeypatch)
     assert found["status"] == "stopped" and found["rows"] == [{"case": "one", "status": "ok"}]
-    child = Path("/proc") / (tmp_path / "child").read_text()
-    assert not child.exists() or "Z" in (child / "stat").read_text().split(")")[1].split()[0]
+    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    for _ in range(200):  # a signal that was sent is not yet a process that has ended
+        with suppress(OSError):
+            if child.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        return
+    raise AssertionError("what the part had started still runs")
 
 
 def test_a_part_that_dies_is_told_by_its_last_words(
