@@ -52,6 +52,18 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_to_a_process_that_is_ending_changes_nothing() -> None:
+    """Leaving Python takes a second; a finished run must not look like a killed one."""
+    code = (
+        "import atexit, os, signal\n"
+        "from seft_dist.training.signals import STOP_SIGNALS, stop_requests\n"
+        "atexit.register(lambda: [os.kill(os.getpid(), number) for number in STOP_SIGNALS])\n"
+        "with stop_requests(process_ends=True):\n"
+        "    pass\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_a_launcher_that_ended_during_the_start_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     above = find_launcher({"CROSS_RANK": "0"})  # as under deepspeed: two processes
     assert len(above) == 2

@@ -76,8 +76,13 @@ def name_of(number: int) -> str:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Catch stop signals while the context lasts, but those that this process was told to ignore. Local, in the main thread."""
+def stop_requests(process_ends: bool = False) -> Iterator[StopRequest]:
+    """Catch stop signals while the context lasts, but those that this process was told to ignore. Local, in the main thread.
+
+    Args:
+        process_ends: True where nothing is left to do but to exit afterwards: signals are then ignored. Leaving Python
+            takes a second once torch is loaded, and a signal in it would turn a finished run into a killed one.
+    """
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     caught = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup: SIGHUP
@@ -87,7 +92,7 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in caught.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if process_ends else handler)
 
 
 def _ancestors() -> tuple[int, ...]:
