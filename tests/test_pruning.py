@@ -273,7 +273,7 @@ def test_user_errors_leave_nothing_behind(dense: Path, tmp_path: Path) -> None:
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (pruned, {}, "59.6 % of the target weights are 0, it was pruned already"),
         (tmp_path / "gone", {}, "is not a folder"),
-        (tmp_path, {}, "needs a config.json"),
+        (tmp_path, {}, "has no config.json: needs the folder"),
         (broken, {}, "up_proj.weight has values that are not finite"),
         (dense, {"sequences": 10**6}, "--sequences asks for 1000000"),
         (dense, {"targets": "nothing"}, "matches no linear"),

@@ -60,7 +60,7 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
     if functions is None:
         mask = unpack(bits, out.numel())
-        expect(out.is_cuda or int(mask.sum()) == values.numel(), f"as many values as bits, not {values.numel()}")
+        expect(out.is_cuda or int(mask.numpy().sum()) == values.numel(), f"as many values as bits, not {values.numel()}")
         return out.zero_().masked_scatter_(mask, values)
     bits, values = bits.contiguous(), values.contiguous()
     function = functions.decode_16 if out.element_size() == 2 else functions.decode_32
@@ -76,4 +76,4 @@ def _check(bits: Tensor, dense: Tensor) -> None:
     numel = dense.numel()
     expect(bits.numel() == -(-numel // 8), f"bits of {numel} positions, not {bits.numel()} bytes")
     if bits.is_cpu and numel % 8:
-        expect(int(bits[-1]) >> numel % 8 == 0, "no bit behind the last position")
+        expect(int(bits[-1:].numpy()[0]) >> numel % 8 == 0, "no bit behind the last position")

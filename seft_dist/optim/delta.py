@@ -93,7 +93,7 @@ class Columns:
     def _keep_from_zero_(self, weight: Tensor, ok: Tensor, least: float) -> Tensor:
         """Move each delta by so little that its weight is at least ``least`` in size; ``weight`` afterwards."""
         lost = (weight.abs() < least) & ok
-        if lost.is_cpu and not bool(lost.any()):  # elsewhere asking would wait for the device
+        if lost.is_cpu and not lost.numpy().any():  # elsewhere asking would wait for the device
             return weight
         moved = torch.copysign(torch.full_like(weight, least), weight) - self.base
         # Of a base so large that the difference is rounded to -base, the delta's neighbour is taken.
