@@ -28,7 +28,7 @@ TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install readers quickstart wheels test test-quick test-oldest lint format clean-quickstart clean
+.PHONY: help install readers quickstart wheels test test-quick test-long test-oldest lint format clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,11 +60,14 @@ readers: $(READERS)  ## the oldest and an early version of transformers that mus
 	$(PIP_READER) --target .readers/5.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.0 \
 	  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.12.0 certifi idna sniffio
 
-test: lint  ## lint, types and every test (20 minutes at most on 2 cores)
-	python -m pytest -n $(JOBS) --dist loadfile
+test: lint  ## lint, types and the tests (about 20 minutes on 2 cores)
+	python -m pytest -n $(JOBS) --dist loadfile -m 'not long'
+
+test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layouts, the kill loop, the whole check of a GPU
+	python -m pytest -n $(JOBS) --dist loadfile -m long
 
 test-quick: $(INSTALLED)  ## the tests that take under a minute together
-	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow'
+	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not long'
 
 test-oldest:  ## the core of the tests with the lowest releases that setup.cfg admits
 	rm -rf $(OLDEST)

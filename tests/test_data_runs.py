@@ -32,7 +32,7 @@ class _Day(datetime.date):
         return cls.today_is
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_keeps_the_day_on_which_it_began(
     world_size: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def check(program: Path, output: Path, *options: str, paths: tuple[Path, ...] = 
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_whole_check_runs_without_what_gpu_machines_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hiding").mkdir()

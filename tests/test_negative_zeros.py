@@ -73,7 +73,12 @@ def test_resumed_and_resident_are_the_whole_run_bit_for_bit(dtype: torch.dtype, 
     assert_equal(whole, train("resident", 0, tmp_path / "resident", dtype=dtype))
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "gather", "zero3"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("ddp", marks=LONG), "fsdp", pytest.param("gather", marks=LONG), "zero3"]
+)
 def test_resumed_on_two_ranks_is_the_whole_run_bit_for_bit(layout: str, tmp_path: Path) -> None:
     def on_rank(rank: int, world: int, first: int) -> Any:
         return train(layout, rank, tmp_path, first=first)

@@ -136,8 +136,9 @@ def records_so_far(output: Path) -> list[str]:
     return [line for line in (output / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_torchrun_passes_ctrl_c_on(number: signal.Signals, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = ["torchrun", "--nproc-per-node", "2", "--master-port", port(), SCRIPT, *options(inputs, output, 100000)]

@@ -17,7 +17,7 @@ from tests.test_launchers import ROOT
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_as_the_undisturbed_one(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/soak.py", "--output", str(tmp_path), "--steps", "6", "--seed", "3"]
     command += ["--kills_of_a_run", "2", "--layouts", "single", "fsdp", "--startup", "6", "--kills"]

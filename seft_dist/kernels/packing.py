@@ -60,7 +60,9 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
     if functions is None:
         mask = unpack(bits, out.numel())
-        expect(out.is_cuda or int(mask.numpy().sum()) == values.numel(), f"as many values as bits, not {values.numel()}")
+        expect(
+            out.is_cuda or int(mask.numpy().sum()) == values.numel(), f"as many values as bits, not {values.numel()}"
+        )
         return out.zero_().masked_scatter_(mask, values)
     bits, values = bits.contiguous(), values.contiguous()
     function = functions.decode_16 if out.element_size() == 2 else functions.decode_32
