@@ -163,7 +163,7 @@ def test_a_changed_run_and_one_that_fails(inputs: Path, tmp_path: Path) -> None:
     assert [run["status"] for run in content["runs"]] == ["done", "done", "failed"] and not content["held"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_check_goes_on(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     more = ("--steps", "150", "--export", "false")

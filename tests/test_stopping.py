@@ -328,7 +328,7 @@ def test_ranks_save_and_stop_when_their_launcher_is_gone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.long)])
 def test_torchrun_restarts_a_killed_rank(rendezvous: str, inputs: Path, tmp_path: Path) -> None:
     output, steps = tmp_path / "run", 100
     where = ["--master-port", port()] if rendezvous == "static" else ["--standalone"]
@@ -351,7 +351,7 @@ def test_torchrun_restarts_a_killed_rank(rendezvous: str, inputs: Path, tmp_path
     assert first["first_step"] == 1 and second["first_step"] > 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_restarts_with_the_ranks_it_has_left(inputs: Path, tmp_path: Path) -> None:
     """Two elastic agents; one is lost with its rank, the other goes on alone from the last checkpoint."""
     output, steps, where = tmp_path / "run", 200, port()
