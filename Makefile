@@ -60,7 +60,7 @@ readers: $(READERS)  ## the oldest and an early version of transformers that mus
 	$(PIP_READER) --target .readers/5.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.0 \
 	  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.12.0 certifi idna sniffio
 
-test: lint  ## lint, types and the tests (about 20 minutes on 2 cores)
+test: lint  ## lint, types and the tests, without those of test-long
 	python -m pytest -n $(JOBS) --dist loadfile -m 'not long'
 
 test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layouts, the kill loop, the whole check of a GPU

@@ -1,6 +1,6 @@
 """A model of a real shape through every door on one machine: seconds, peak memory and bytes on disk of each step.
 
-    python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk             all steps, about an hour on 2 cores
+    python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk             all steps
     python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk --steps plan evaluate
     python benchmarks/walk.py --output /tmp/walk --show                          the table again
 
@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-"""The shape "tiny", for the test of this file."""
+"""The shape "tiny": every step in seconds, to see that they work."""
 
 
 @dataclass

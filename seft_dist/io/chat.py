@@ -87,7 +87,7 @@ def record_messages(messages: Any, where: str) -> list[Message]:
 
 
 def _reasons(message: Message) -> bool:
-    """Whether an answer holds reasoning beside its content."""
+    """Tell whether an answer holds reasoning beside its content."""
     return any(str(message.get(name, "")).strip() for name in ("reasoning_content", "reasoning", "thinking"))
 
 

@@ -45,7 +45,7 @@ class ChatTemplate:
         return self._day.isoformat() if uses_date(self._tokenizer) else None
 
     def mentions(self, name: str, tools: Tools = None) -> bool:
-        """Whether the template reads a variable or field of this name."""
+        """Tell whether the template reads a variable or field of this name."""
         return self._tokenizer.chat_template is not None and name in self._source(tools)
 
     def render(self, messages: list[Message], tools: Tools, *, prompt: bool = False) -> str:
@@ -72,7 +72,7 @@ class ChatTemplate:
         )
 
     def marked_spans(self, messages: list[Message], tools: Tools) -> list[Span] | None:
-        """What the template itself marks as the assistant's with ``{% generation %}``; None: it has no such marks."""
+        """Find what the template marks as the assistant's with ``{% generation %}``; None: it has no such marks."""
         if self._tokenizer.chat_template is None or not _MARKER.search(self._source(tools)):
             return None
         _, spans = render_jinja_template(
@@ -101,7 +101,7 @@ class ChatTemplate:
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer's chat template (any of them, if it has several) writes today's date."""
+    """Tell whether a tokenizer's chat template (any of them, if it has several) writes today's date."""
     found = tokenizer.chat_template or ""
     return any(_TODAY in source for source in (found.values() if isinstance(found, dict) else [found]))
 

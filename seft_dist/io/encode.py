@@ -26,7 +26,7 @@ Encoder = Callable[[Columns, list[int]], Columns]
 """Takes columns of some records and their numbers in the data set; gives columns of tokens."""
 
 BETWEEN = {"concatenate": "", "newline": "\n", "blank_line": "\n\n"}
-"""What stands between records that ``data.join`` makes one text of."""
+"""Text between two records, for each ``data.join`` that makes one text of all."""
 MOST_JOINED = 64 << 20
 """Most characters of a joined text: it is tokenised in one go, which takes many times its size in memory."""
 

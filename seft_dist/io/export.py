@@ -173,7 +173,7 @@ def _copy(source: Source, writer: WeightsWriter | PackedWriter, dtype: torch.dty
 
 
 class Written:
-    """What a user should hear of the weights that were written."""
+    """Counts, in the weights that were written, that a user is warned of."""
 
     def __init__(self) -> None:
         self._small = self._matrices = 0

@@ -32,7 +32,7 @@ _AGAIN = "pack or download it again"
 
 @with_config(LENIENT)
 class Entry(TypedDict):
-    """What a file's header says of one tensor."""
+    """One tensor as a file's header describes it."""
 
     shape: list[int]
     packed: bool
