@@ -85,7 +85,7 @@ def test_card_without_records_says_so(work: Path, tmp_path: Path) -> None:
     assert front["base_model"] == "org/base"
     assert "No evaluation was recorded" in body and "result.json is missing" in body
     (run / "eval.json").write_text("[")
-    with pytest.raises(ValueError, match=r"eval.json cannot be read"):
+    with pytest.raises(ValueError, match=r"eval.json is no JSON"):
         card_of(model, run=run)
 
 

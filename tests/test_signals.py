@@ -63,6 +63,18 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_usr1_that_a_batch_script_ignores_until_the_rank_is_ready_is_caught() -> None:
+    """``trap "" USR1`` in slurm/task.sh: the signal must not end a rank that is loading torch, and must stop one that trains."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with stop_requests() as request:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert request.number == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_signal_to_a_process_that_is_ending_changes_nothing() -> None:
     """Leaving Python takes a second; a finished run must not look like a killed one."""
     code = (

@@ -77,7 +77,10 @@ def name_of(number: int) -> str:
 
 @contextmanager
 def stop_requests(process_ends: bool = False) -> Iterator[StopRequest]:
-    """Catch stop signals while the context lasts, but those that this process was told to ignore. Local, in the main thread.
+    """Catch stop signals while the context lasts. Local, in the main thread.
+
+    SIGHUP (nohup) and SIGINT (a shell's background job) stay ignored where the process was started so. SIGUSR1 is
+    caught in any case: slurm/ starts ranks with it ignored, lest it ends one that has no handler yet.
 
     Args:
         process_ends: True where nothing is left to do but to exit afterwards: signals are then ignored. Leaving Python
@@ -85,7 +88,8 @@ def stop_requests(process_ends: bool = False) -> Iterator[StopRequest]:
     """
     request = StopRequest()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    caught = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup: SIGHUP
+    ignored = {number for number in (signal.SIGHUP, signal.SIGINT) if before[number] == signal.SIG_IGN}
+    caught = {number: handler for number, handler in before.items() if number not in ignored}
     for number in caught:
         signal.signal(number, request.remember)
     try:
