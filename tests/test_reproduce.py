@@ -1,18 +1,22 @@
 """launch/reproduce.py: the commands it works out, and real runs on two layouts, as a user starts them."""
 
+import datetime
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ReproduceConfig, TrainConfig
+from seft_dist.results import reproduce as module
 from seft_dist.results.reproduce import Outcome, held, plan, reproduce
 from seft_dist.training.cli import parse
 
@@ -148,6 +152,37 @@ def test_two_layouts_twice_and_again(inputs: Path, tmp_path: Path) -> None:
     assert held(again) and {path: path.stat().st_mtime_ns for path in times} == times
     with pytest.raises(ValueError, match="holds another check"):
         reproduce(config, train, [*given, "--seed", "1"], SCRIPT)
+
+
+def test_a_dated_template_sees_one_day_in_all_runs(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NextDay(datetime.date):
+        @classmethod
+        def today(cls) -> Self:
+            return cls(2031, 2, 3)
+
+    given, output = options(inputs), tmp_path / "out"
+    train = parse(TrainConfig, ["--output", str(output), *given])
+    config = ReproduceConfig(output=str(output), runs=1, layouts="single:1, fsdp:2")
+    monkeypatch.setattr(module, "_make", lambda *_: None)  # as if a signal had come before the first run
+
+    def days() -> list[str | None]:
+        words = [shlex.split(outcome.command) for outcome in reproduce(config, train, given, SCRIPT)]
+        return [one[one.index("--data.date") + 1] if "--data.date" in one else None for one in words]
+
+    assert days() == [None, None]  # this tokenizer's template writes no date
+    shutil.rmtree(output)
+    monkeypatch.setattr(module, "uses_date", lambda tokenizer: True)
+    today = datetime.date.today().isoformat()
+    assert days() == [today, today]
+    monkeypatch.setattr(datetime, "date", NextDay)
+    assert days() == [today, today]  # the check goes on after midnight
+    shutil.rmtree(output)
+    assert days() == ["2031-02-03"] * 2
+    train = parse(TrainConfig, ["--output", str(output), *given, "--data.date", "2030-01-01"])
+    shutil.rmtree(output)
+    assert days() == [None, None]  # it is among the user's own options, which every run gets
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ OUTPUT/1-single-1/        the first run: all other layouts are compared with it
 """
 
 import dataclasses
+import datetime
 import json
 import re
 import shlex
@@ -28,7 +29,9 @@ from tqdm import tqdm
 from seft_dist.backends.deepspeed import load_ds_config
 from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.files import writing
+from seft_dist.io.chat_template import uses_date
 from seft_dist.io.source import open_source
+from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.results.compare import compare, write_json
 from seft_dist.training.distributed import find_ranks
 from seft_dist.training.manifest import read_manifest
@@ -181,8 +184,8 @@ def reproduce(
         raise ValueError(
             "started on several ranks: start it once, with python; it starts the ranks of every run itself"
         )
-    planned = plan(config, train, options, script)
     folder = Path(config.output)
+    planned = plan(config, train, [*options, *_date_options(folder, train)], script)
     _open(folder, planned)
     outcomes = [Outcome(run.name, run.layout, run.against, shlex.join(run.command)) for run in planned]
     for number, (run, outcome) in enumerate(zip(planned, outcomes, strict=True), 1):
@@ -194,6 +197,17 @@ def reproduce(
         if outcome.status == "stopped" or (number == 1 and outcome.status == "failed"):
             break  # a signal; or there is nothing to compare the others with
     return outcomes
+
+
+def _date_options(folder: Path, train: TrainConfig) -> list[str]:
+    """The day that a chat template sees as today, one for all runs: midnight may be between two of them."""
+    if train.data.date is not None:
+        return []
+    if (folder / FILE).is_file():  # a check that goes on
+        words = shlex.split(json.loads((folder / FILE).read_text())["runs"][0]["command"])
+        return words[words.index("--data.date") :][:2] if "--data.date" in words else []
+    dated = uses_date(load_tokenizer(train.model))
+    return ["--data.date", datetime.date.today().isoformat()] if dated else []
 
 
 def held(outcomes: list[Outcome]) -> bool:
