@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
@@ -159,7 +159,7 @@ def test_a_dated_template_sees_one_day_in_all_runs(
 ) -> None:
     class NextDay(datetime.date):
         @classmethod
-        def today(cls) -> Self:
+        def today(cls) -> "NextDay":
             return cls(2031, 2, 3)
 
     given, output = options(inputs), tmp_path / "out"
