@@ -15,7 +15,7 @@ from seft_dist.io.semi_structured import target_rows
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.optim.targets import ALL_LINEAR
-from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, num_zeros, total_sparsity
 
 FILE = "README.md"
 _CONFIG, _RESULT, _EVAL, _MANIFEST, _PRUNING = (
@@ -135,7 +135,7 @@ def _sparsity(source: Source, targets: str) -> str:
     """Zeros of the exported weights, counted now."""
     kinds: dict[str, list[ZeroCount]] = {}
     for name, weight in target_rows(source, targets):
-        count = ZeroCount(name, weight.numel(), int((weight == 0).sum()))
+        count = ZeroCount(name, weight.numel(), num_zeros(weight))
         kinds.setdefault(kind_of(name), []).append(count)
     every = [count for members in kinds.values() for count in members]
     rows = [[f"{kind} ({len(m)})", f"{sum(c.numel for c in m):,}", _zeros(m)] for kind, m in kinds.items()]

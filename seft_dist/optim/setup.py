@@ -16,6 +16,7 @@ from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.schedule import share
+from seft_dist.sparsity.zeros import all_finite
 
 _INIT = 3  # key of the random first support's stream
 _LEAST_SPARSITY = 0.01
@@ -88,8 +89,10 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         own = backend.own(i)
         active = own != 0
         masks.append(pack(active))
-        broken_values = int(torch.isfinite(own).logical_not().sum())
-        table.append([int(active.sum()), broken_values, int(fingerprint(own, backend.interval(i).start))])
+        broken_values = 0 if all_finite(own) else int(torch.isfinite(own).logical_not().sum())
+        table.append(
+            [int(torch.count_nonzero(active)), broken_values, int(fingerprint(own, backend.interval(i).start))]
+        )
     counts = backend.owners.sum(torch.tensor(table))
     targets, broken, prints = counts.T.tolist()
     numels = [partition.numel for partition in backend.partitions]

@@ -17,6 +17,7 @@ from seft_dist.optim.groups import Groups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import hashes, scores
 from seft_dist.sparsity.partition import Interval
+from seft_dist.sparsity.zeros import num_zeros
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class State:
         """Counts of every target. **Collective**."""
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = backend.owners.sum(
-            torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
+            torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
         ).tolist()
         active = self.active(backend)
         return [

@@ -31,7 +31,7 @@ from seft_dist.pruning.methods import Pruner
 from seft_dist.pruning.owl import read_sparsities
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.pruning.survey import count_stored_zeros, describe, refuse_pruned
-from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, num_zeros, total_sparsity
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class _Pulled:
             return self._stream.read(name)
         while target not in self._waiting:
             found, weight = next(self._pruned)
-            self.counts[found] = ZeroCount(found, weight.numel(), int((weight == 0).sum()))
+            self.counts[found] = ZeroCount(found, weight.numel(), num_zeros(weight))
             self._waiting[found] = from_rows(self._targets[found], weight)
         return self._waiting.pop(target)
 

@@ -30,7 +30,7 @@ from seft_dist.optim.targets import find_targets
 from seft_dist.results.evaluation_perplexity import PerplexityResult, perplexity, scored_sequences
 from seft_dist.results.evaluation_policy import Policy, describe, policy_of
 from seft_dist.results.run_files import unlike
-from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, num_zeros, total_sparsity
 from seft_dist.training import facts
 from seft_dist.training.cli import to_dict
 from seft_dist.training.distributed import Ranks, check_agreement, together
@@ -158,7 +158,7 @@ def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount
     if ranks.world_size == 1:
         return count_zeros(targets)
     backend = FsdpBackend(model, targets)
-    zeros = torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
+    zeros = torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
     backend.owners.sum(zeros)
     sizes = [rows * columns for rows, columns in backend.shapes]
     return [ZeroCount(*counted) for counted in zip(backend.names, sizes, zeros.tolist(), strict=True)]

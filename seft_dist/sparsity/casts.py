@@ -21,8 +21,10 @@ def unsigned_zeros(values: Tensor) -> Tensor:
     bits = _BITS.get(values.element_size())
     if bits is None or not values.is_floating_point():
         return values
-    negative = values.contiguous().view(bits) == torch.iinfo(bits).min
-    return values.masked_fill(negative, 0.0) if bool(negative.any()) else values
+    found, sign = values.contiguous().view(bits), torch.iinfo(bits).min  # -0.0 is the sign's bit alone
+    if not found.numel() or int(found.amin()) != sign:  # no other bits are a smaller integer
+        return values
+    return values.masked_fill(found == sign, 0.0)
 
 
 def cast_weight(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
