@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seft_dist.backends.group import all_gather_single
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.packing import decode, encode
 
@@ -82,7 +83,7 @@ class PackedAllGather:
         size = self.size(numel, input_tensor.element_size())
         if not size.pays:
             self.bytes_sent += size.dense * (ranks - 1)
-            dist.all_gather_single(output_tensor, input_tensor, group=group)
+            all_gather_single(output_tensor, input_tensor, group=group)
             return
         words = input_tensor.view(_WORDS[input_tensor.element_size()])
         bits = pack(words != 0)
@@ -98,7 +99,7 @@ class PackedAllGather:
         sent[_HEAD : _HEAD + bits.numel()] = bits
         sent[begin : begin + values.nbytes].view(words.dtype).copy_(values)
         received = torch.empty(ranks * size.packed, dtype=torch.uint8, device=input_tensor.device)
-        dist.all_gather_single(received, sent, group=group)
+        all_gather_single(received, sent, group=group)
         self.bytes_sent += size.packed * (ranks - 1)
         out, own = output_tensor.view(words.dtype).view(ranks, numel), dist.get_rank(group)
         for rank, row in enumerate(received.view(ranks, -1)):

@@ -9,6 +9,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def all_gather_single(
+    output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
+    """Gather equally large tensors into one, by the name that this torch has for it. **Collective.**
+
+    Args:
+        output: Receives the ranks' values, in rank order; as many times larger as there are ranks.
+        given: This rank's.
+        group: The ranks; None: all.
+        async_op: True: return at once.
+
+    Returns:
+        What to wait for, if ``async_op``.
+    """
+    newer = getattr(dist, "all_gather_single", None)  # since torch 2.13, which warns of the older name
+    gather = dist.all_gather_into_tensor if newer is None else newer
+    return gather(output, given, group=group, async_op=async_op)
+
+
 class Group:
     """Ranks that act together; ``None`` is one process alone, with the same code path.
 
@@ -70,7 +89,7 @@ class Group:
             return tensor.unsqueeze(0)
         staged = self._stage(tensor)
         out = torch.empty((self.size * tensor.numel(),), dtype=tensor.dtype, device=staged.device)
-        dist.all_gather_single(out, staged.view(-1), group=self.group)
+        all_gather_single(out, staged.view(-1), group=self.group)
         self._sent[0] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return out.view(self.size, *tensor.shape).to(tensor.device)
 

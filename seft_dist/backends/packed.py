@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seft_dist.backends.base import Backend, Holder
 from seft_dist.backends.fsdp import whole_value
-from seft_dist.backends.group import Group
+from seft_dist.backends.group import Group, all_gather_single
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.packing import decode, encode
 from seft_dist.sparsity.partition import Partition
@@ -239,7 +239,7 @@ class PackedShards:
             bits.copy_(weight.bits)
             values.copy_(weight.values)
         every = torch.empty(self.owners.size * size, dtype=torch.uint8, device=self.device)
-        work = dist.all_gather_single(every, own, group=self.owners.group, async_op=True)
+        work = all_gather_single(every, own, group=self.owners.group, async_op=True)
         assert work is not None
         self.bytes_gathered += size * (self.owners.size - 1)
         return every, work

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from seft_dist.backends.group import all_gather_single
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.kernels.packing import decode, encode
@@ -270,7 +271,7 @@ def _send(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     own = torch.randn(1 << 22)
     out = torch.empty(2 * own.numel())
-    seconds = _seconds(lambda: dist.all_gather_single(out, own))
+    seconds = _seconds(lambda: all_gather_single(out, own))
     if rank == 0:
         Path(folder, "rate").write_text(str(own.numel() * own.element_size() / seconds))
     dist.barrier()
