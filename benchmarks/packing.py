@@ -112,13 +112,14 @@ def count_gathered(sent: list[int], world_size: int) -> None:
     """Add the bytes that each all-gather of weights sends, FSDP2's and ours, as a ring would."""
     import torch.distributed as dist
 
-    plain = dist.all_gather_single
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    plain = getattr(dist, name)
 
     def counted(output: Any, given: Any, *args: Any, **rest: Any) -> Any:
         sent.append(given.nbytes * (world_size - 1))
         return plain(output, given, *args, **rest)
 
-    dist.all_gather_single = counted  # type: ignore[assignment]
+    setattr(dist, name, counted)
 
 
 def memory() -> dict[str, int]:

@@ -81,13 +81,14 @@ def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONF
 def count_gathered_bytes() -> list[int]:
     """Grows by the bytes that this process gives to each all-gather, FSDP2's and ours; for a process that ends soon."""
     wire: list[int] = []
-    plain = dist.all_gather_single
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    plain = getattr(dist, name)
 
     def counted(out: Tensor, sent: Tensor, *args: Any, **options: Any) -> Any:
         wire.append(sent.nbytes)
         return plain(out, sent, *args, **options)
 
-    dist.all_gather_single = counted  # type: ignore[assignment]
+    setattr(dist, name, counted)
     return wire
 
 

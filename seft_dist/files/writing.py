@@ -76,5 +76,5 @@ def put_aside(path: Path) -> Path:
     while aside.exists() or aside.is_symlink():
         number += 1
         aside = path.with_name(f"damaged-{path.name}-{number}")
-    path.rename(aside)
+    os.rename(path, aside)
     return aside

@@ -197,7 +197,7 @@ def _check_kind(name: str, target: Target) -> None:
         reasons = {
             "is stored transposed": module.is_transposed,
             "has biases": module.has_bias,
-            "has a norm behind every expert": module.has_post_expert_norm,
+            "has a norm behind every expert": getattr(module, "has_post_expert_norm", False),  # not in every version
             "is spread over ranks (expert parallelism)": module._is_expert_parallel,
             "is not one of up, gate_up and down projection": target.key not in (first_projection(module), "down_proj"),
         }
