@@ -27,6 +27,7 @@ from seft_dist.results.evaluation_perplexity import (
 )
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 from seft_dist.training.distributed import Ranks
+from tests.doors import run_door
 from tests.models import prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.texts import VOCAB, dense_folder, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl
@@ -329,7 +330,9 @@ def test_options_that_contradict_each_other(options: dict[str, Any], words: str)
 
 
 def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    if ranks == 1:
+        return run_door("launch/evaluate.py", *arguments)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *torchrun, str(ROOT / "launch" / "evaluate.py"), *arguments]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cache), "COLUMNS": "100"}
     return subprocess.run(

@@ -1,9 +1,7 @@
 """Export: the folder holds the very bits that were trained, on every layout; so does pruned model + delta file."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from seft_dist.io.export import export_model
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
 from seft_dist.io.weights import Weights, WeightsWriter
+from tests.doors import run_door
 from tests.folders import model_folder
 from tests.models import batch
 from tests.ranks import run_ranks
@@ -169,15 +168,8 @@ def test_the_door(tmp_path: Path) -> None:
     train_and_export(pruned, tmp_path, "bfloat16")
 
     def run(base: Path, output: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/export.py", "--base", base, "--delta", tmp_path / "delta.safetensors"]
-        return subprocess.run(
-            [*map(str, command), "--output", str(tmp_path / output)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        delta = tmp_path / "delta.safetensors"
+        return run_door("launch/export.py", "--base", base, "--delta", delta, "--output", tmp_path / output)
 
     done = run(pruned, "repaired")
     assert done.returncode == 0, done.stderr

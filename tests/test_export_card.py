@@ -1,9 +1,6 @@
 """The model card says what the files say and nothing else; the door's actions run as users type them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from seft_dist.io.card import write_card
 from seft_dist.io.source import open_source
 from seft_dist.results.evaluation import evaluate
 from seft_dist.training.trainer import train
+from tests.doors import run_door
 from tests.folders import model_folder, text_file
 from tests.test_export import assert_same_model
 
@@ -90,9 +88,7 @@ def test_card_without_records_says_so(work: Path, tmp_path: Path) -> None:
 
 
 def door(*arguments: object, code: int = 0) -> str:
-    command = [sys.executable, "launch/export.py", *map(str, arguments)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    done = run_door("launch/export.py", *arguments, env={"COLUMNS": "200"})
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if code == 0 else done.stderr

@@ -1,8 +1,6 @@
 """Pruned folders against a plain dense reference, and the door called for real."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 from tests import pruning_reference
+from tests.doors import run_door
 from tests.texts import dense_folder, sentencepiece_tokenizer, text_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,30 +312,13 @@ def test_rows_that_were_empty_before_are_kept_and_named(
     assert "model.layers.0.mlp.up_proj has 925 zeros, 912 asked for" in caplog.text
 
 
-def door(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch" / "prune.py"), *arguments]
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(ROOT),
-        "HF_DATASETS_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-    )
-
-
 def test_door_prunes_from_a_recipe(dense: Path, tmp_path: Path, cache: Path) -> None:
     recipe = tmp_path / "prune.yaml"
     recipe.write_text(
         f"model: {{path: {dense}}}\ndata:\n  path: {dense.parent / 'text.jsonl'}\n  seq_len: 32\nsequences: 12\n"
         f"output: {tmp_path / 'wrong'}\n"
     )
-    done = door("--config", str(recipe), "--output", str(tmp_path / "out"), "--sparsity", "0.5", cache=cache)
+    done = run_door("launch/prune.py", "--config", recipe, "--output", tmp_path / "out", "--sparsity", "0.5")
     assert done.returncode == 0, done.stderr
     assert "self_attn.q_proj (2 x)" in done.stdout and "50.00 %" in done.stdout and "Pruning layers" in done.stderr
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["reached"] == 0.5
@@ -344,6 +326,8 @@ def test_door_prunes_from_a_recipe(dense: Path, tmp_path: Path, cache: Path) -> 
 
 
 def test_door_tells_users_what_is_wrong(tmp_path: Path, cache: Path) -> None:
-    done = door("--model.path=gone", "--data.path=x.txt", "--sparsity=60", f"--output={tmp_path / 'out'}", cache=cache)
+    done = run_door(
+        "launch/prune.py", "--model.path=gone", "--data.path=x.txt", "--sparsity=60", f"--output={tmp_path / 'out'}"
+    )
     assert done.returncode == 2
     assert done.stderr.strip() == "prune.py: error: sparsity=60.0: needs a share above 0 and below 1"

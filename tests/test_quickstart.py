@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.console import Console
 from seft_dist.io import demo
 from seft_dist.results.figures import write_figures
 from seft_dist.results.report import print_tables, read_run, write_summary
+from tests.doors import run_door
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,13 +216,9 @@ def test_missing_numbers_are_named(make_run: Callable[..., Path]) -> None:
 
 
 def test_the_doors_speak_plainly(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    def door(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-    done = door("launch/report.py", str(make_run()), "--figures", "false")
+    done = run_door("launch/report.py", str(make_run()), "--figures", "false")
     assert done.returncode == 0 and "summary.json" in done.stdout, done.stderr
-    done = door("launch/report.py", str(tmp_path / "absent"))
+    done = run_door("launch/report.py", str(tmp_path / "absent"))
     assert done.returncode == 2 and "config.yaml is missing" in done.stderr and "Traceback" not in done.stderr
-    done = door("launch/quickstart.py", "text", "--output", str(tmp_path / "text"))
+    done = run_door("launch/quickstart.py", "text", "--output", str(tmp_path / "text"))
     assert done.returncode == 0 and "train.jsonl" in done.stdout, done.stderr

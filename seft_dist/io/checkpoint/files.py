@@ -169,7 +169,7 @@ def remove(checkpoint: Path) -> None:
     going = checkpoint.with_name(f"removed-{checkpoint.name.rpartition('-')[2]}")
     shutil.rmtree(going, ignore_errors=True)
     with contextlib.suppress(OSError):  # one that cannot be removed does no harm
-        checkpoint.rename(going)
+        os.rename(checkpoint, going)
         shutil.rmtree(going, ignore_errors=True)
 
 
