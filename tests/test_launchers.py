@@ -93,13 +93,13 @@ def launcher(name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "ds"),
     [
-        ("python", None),
+        pytest.param("python", None, marks=pytest.mark.long),
         ("torchrun", None),
         ("accelerate", None),
         ("mpirun", None),
-        ("python", "ds_configs/zero3.json"),
+        pytest.param("python", "ds_configs/zero3.json", marks=pytest.mark.long),
         ("deepspeed", "ds_configs/zero3.json"),
-        ("mpirun", "ds_configs/zero2.json"),
+        pytest.param("mpirun", "ds_configs/zero2.json", marks=pytest.mark.long),
     ],
 )
 def test_launcher(name: str, ds: str | None, inputs: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_launcher(name: str, ds: str | None, inputs: Path, tmp_path: Path) -> No
     assert (output / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["python", "torchrun"])
+@pytest.mark.parametrize("name", [pytest.param("python", marks=pytest.mark.long), "torchrun"])
 def test_a_users_error_is_one_message(name: str, inputs: Path, tmp_path: Path) -> None:
     command = [*launcher(name), SCRIPT, *options(inputs, tmp_path / "run"), "--seft.targets", "nothing_like_this"]
     failed = start(command)

@@ -37,9 +37,10 @@ def assert_same_run(run: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 def cases() -> list[Any]:
-    """Every backend on 1 to 4 ranks; all but one case in the slow tier."""
+    """Every backend on 1 to 4 ranks; all but one case in the slow tier, 1 and 4 ranks in the long one."""
+    tiers = {1: [pytest.mark.long], 2: [pytest.mark.slow], 3: [pytest.mark.slow], 4: [pytest.mark.long]}
     return [
-        pytest.param(layout, world_size, marks=[] if (layout, world_size) == ("fsdp", 2) else [pytest.mark.slow])
+        pytest.param(layout, world_size, marks=[] if (layout, world_size) == ("fsdp", 2) else tiers[world_size])
         for layout in LAYOUTS
         if layout != "single"
         for world_size in (1, 2, 3, 4)
@@ -69,9 +70,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("layout", "world_size"), [("ddp", 2), ("fsdp", 3), ("zero3", 2)])
-@pytest.mark.slow
+def options_on_layouts() -> list[Any]:
+    """Every option on three layouts, on two of them in the long tier."""
+    return [
+        pytest.param(option, *layout, marks=[pytest.mark.long if (i + j) % 3 else pytest.mark.slow])
+        for i, option in enumerate(OPTIONS)
+        for j, layout in enumerate((("ddp", 2), ("fsdp", 3), ("zero3", 2)))
+    ]
+
+
+@pytest.mark.parametrize(("option", "layout", "world_size"), options_on_layouts())
 def test_every_option_follows_one_process(option: str, layout: str, world_size: int) -> None:
     config = SeftConfig(density=0.05, interval=8, window=3, steps=STEPS, **OPTIONS[option])
     assert_same_run(train_on(layout, world_size, config, STEPS), oracle(config))

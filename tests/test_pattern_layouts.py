@@ -74,11 +74,12 @@ def cut_layers(layout: str, world_size: int, pattern: str) -> list[str]:
 
 
 def cases() -> list[Any]:
-    """Every backend on 2 and 3 ranks at 2:4, and both others where intervals are flat; a few in the quick tier."""
+    """Every backend on 2 and 3 ranks at 2:4, and both others where intervals are flat; a few in the quick tier, half in the long one."""
     quick = [("ddp", 3, "2:4"), ("fsdp", 2, "2:4")]
     every = [(layout, world, "2:4") for layout in LAYOUTS if layout != "single" for world in (2, 3)]
     every += [(layout, world, pattern) for layout in ("ddp", "zero3") for world in (2, 3) for pattern in ("1:4", "4:8")]
-    return [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in every]
+    marks = {case: [pytest.mark.slow, pytest.mark.long][i % 2] for i, case in enumerate(every)}
+    return [pytest.param(*case, marks=[] if case in quick else [marks[case]]) for case in every]
 
 
 @pytest.mark.parametrize(("layout", "world_size", "pattern"), cases())

@@ -185,7 +185,7 @@ def test_a_dated_template_sees_one_day_in_all_runs(
     assert days() == [None, None]  # it is among the user's own options, which every run gets
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_changed_run_and_one_that_fails(inputs: Path, tmp_path: Path) -> None:
     layouts = "single:1, single:1 --optim.lr 0.002, single:1 --seft.targets nothing_like_this"
     done = run_door(command(inputs, tmp_path / "out", layouts, "--runs=1"))

@@ -48,7 +48,11 @@ def when_step(output: Path, step: int, act: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "world_size", "number"),
-    [("single", 1, signal.SIGUSR1), ("fsdp", 2, signal.SIGTERM), ("zero3", 2, signal.SIGUSR1)],
+    [
+        pytest.param("single", 1, signal.SIGUSR1, marks=pytest.mark.long),
+        ("fsdp", 2, signal.SIGTERM),
+        ("zero3", 2, signal.SIGUSR1),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     name: str, world_size: int, number: signal.Signals, inputs: Path, tmp_path: Path
@@ -268,7 +272,7 @@ def listens(number: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP])
 def test_the_others_stop_when_a_rank_dies_or_hangs(how: signal.Signals, inputs: Path, tmp_path: Path) -> None:
     """A dead rank is noticed at once, a hanging one after --timeout."""
     output, where = tmp_path / "run", port()
@@ -295,7 +299,10 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "how"), [("torchrun", signal.SIGKILL), ("deepspeed", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("launcher", "how"),
+    [("torchrun", signal.SIGKILL), pytest.param("deepspeed", signal.SIGTERM, marks=pytest.mark.long)],
+)
 def test_ranks_save_and_stop_when_their_launcher_is_gone(
     launcher: str, how: signal.Signals, inputs: Path, tmp_path: Path
 ) -> None:
