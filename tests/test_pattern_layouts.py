@@ -74,7 +74,7 @@ def cut_layers(layout: str, world_size: int, pattern: str) -> list[str]:
 
 
 def cases() -> list[Any]:
-    """Every backend on 2 and 3 ranks at 2:4, and both others where intervals are flat; a few in the quick tier, half in the long one."""
+    """All backends at 2:4, both others where intervals are flat; a few in the quick tier, half in the long one."""
     quick = [("ddp", 3, "2:4"), ("fsdp", 2, "2:4")]
     every = [(layout, world, "2:4") for layout in LAYOUTS if layout != "single" for world in (2, 3)]
     every += [(layout, world, pattern) for layout in ("ddp", "zero3") for world in (2, 3) for pattern in ("1:4", "4:8")]
