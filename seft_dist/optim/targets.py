@@ -198,7 +198,7 @@ def _check_kind(name: str, target: Target) -> None:
             "is stored transposed": module.is_transposed,
             "has biases": module.has_bias,
             "has a norm behind every expert": getattr(module, "has_post_expert_norm", False),  # not in every version
-            "is spread over ranks (expert parallelism)": module._is_expert_parallel,
+            "is spread over ranks (expert parallelism)": getattr(module, "_is_expert_parallel", False),
             "is not one of up, gate_up and down projection": target.key not in (first_projection(module), "down_proj"),
         }
         for reason, holds in reasons.items():
