@@ -9,4 +9,4 @@ config.read(Path(__file__).resolve().parents[1] / "setup.cfg")
 for requirement in config["options"]["install_requires"].split():
     name, bound = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)(?:,<[\d.]+)?", requirement).groups()
     if name != "torch":
-        print(f"{name}=={bound}.*")  # 4.70 stands for 4.70.0 and its patches
+        print(f"{name}=={bound}")  # 4.70 is 4.70.0
