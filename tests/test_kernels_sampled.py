@@ -72,6 +72,10 @@ def test_every_form_is_the_dense_product_at_the_positions(
     torch.testing.assert_close(
         out.double(), accumulate * before + reference(support, x, grad), rtol=1e-5, atol=1e-5 * tokens**0.5
     )
+    if form != "sampled_addmm":
+        wide = before.clone()
+        FORMS[form](wide, support.shape, support.crow.long(), support.col, x, grad, accumulate)
+        assert torch.equal(wide, out)
 
 
 def test_nothing_to_do_changes_nothing() -> None:
@@ -131,10 +135,13 @@ def test_infinities_and_nan_stay_what_they_are() -> None:
     assert torch.equal(out.isfinite(), reference(support, x, grad).isfinite())
 
 
-def test_choice_by_density() -> None:
+def test_choice_by_density(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library() is not None
     assert choose((1000, 1000), 10_000, CPU) == "c++"
     assert choose((1000, 1000), 500_000, CPU) == "dense"
+    monkeypatch.setattr(choice, "library", lambda: None)
+    most = 2**31 - 1
+    assert [choose((1 << 20, 1 << 20), entries, CPU) for entries in (most, most + 1)] == ["sampled_addmm", "dense"]
 
 
 CUDA = torch.device("cuda")
@@ -188,6 +195,7 @@ def test_the_nearest_measured_times_choose(table: Callable[[str], None]) -> None
     assert choose(LAYER, numel // 800, CUDA) == "triton"
     assert choose(LAYER, numel // 100, CUDA, tokens=9000) == "triton"
     assert choose(LAYER, numel // 100, CUDA, dtype=torch.float32) == "sampled_addmm"
+    assert choose((1 << 20, 1 << 18), 1 << 31, CUDA, dtype=torch.float32) == "triton"  # begins of rows are int64
     assert choice.measured_launch(CUDA) == (32, 64, 8)
     assert choice.measured_launch(CPU) == choice.DEFAULT_LAUNCH
 

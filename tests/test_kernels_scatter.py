@@ -14,21 +14,22 @@ SIZES = st.lists(st.tuples(st.integers(0, 40_000), st.floats(0, 1), st.integers(
 @given(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    kind=st.sampled_from([torch.int32, torch.int64]),
+    kinds=st.lists(st.sampled_from([torch.int32, torch.int64]), min_size=6, max_size=6),
     seed=st.integers(0, 99),
 )
 def test_it_is_an_index_put_of_each(
-    sizes: list[tuple[int, float, int]], dtype: torch.dtype, kind: torch.dtype, seed: int
+    sizes: list[tuple[int, float, int]], dtype: torch.dtype, kinds: list[torch.dtype], seed: int
 ) -> None:
+    """Places of either type, those of int64 far beyond what int32 holds."""
     draw = torch.Generator().manual_seed(seed)
     outs = [torch.randn(n, generator=draw).to(dtype) for n, _, _ in sizes]
     offsets = [torch.randperm(n, generator=draw)[: int(share * n)] for n, share, _ in sizes]
-    starts = [start for _, _, start in sizes]
+    starts = [start + (1 << 40) * (kind == torch.int64) for (_, _, start), kind in zip(sizes, kinds, strict=False)]
     values = torch.randn(sum(map(len, offsets)), generator=draw).to(dtype)
     wanted = [out.clone() for out in outs]
     for out, offset, part in zip(wanted, offsets, values.split([len(each) for each in offsets]), strict=True):
         out[offset] = part
-    places = [(offset + start).to(kind) for offset, start in zip(offsets, starts, strict=True)]
+    places = [(offset + start).to(kind) for offset, start, kind in zip(offsets, starts, kinds, strict=False)]
     scatter.scatter_(outs, starts, places, values)
     assert all(map(torch.equal, outs, wanted))
 
@@ -44,11 +45,12 @@ def test_without_the_library_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert outs[0][0].tolist() == [0, 2, 0, 0, 1] and outs[1][0, 3] == 3
 
 
-@pytest.mark.parametrize("place", [-1, 9, 15, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("place", [-1, 9, 15, 2**31 - 1, -(2**31), 2**32 + 10, 2**63 - 1, -(2**63)])
 def test_a_place_outside_its_tensor_is_refused_and_not_written(place: int) -> None:
     around = torch.zeros(20)
     outs = [around[2:7], around[8:18]]  # called 10 to 14 and 0 to 9
-    places = [torch.tensor([11, place], dtype=torch.int32), torch.tensor([3])]
+    kind = torch.int32 if abs(place + 0.5) < 2**31 else torch.int64
+    places = [torch.tensor([11, place], dtype=kind), torch.tensor([3], dtype=kind)]
     with pytest.raises(ValueError, match="places inside their tensors"):
         scatter.scatter_(outs, [10, 0], places, torch.tensor([1.0, 2.0, 3.0]))
     assert around.nonzero().view(-1).tolist() == [3, 11] and around[[3, 11]].tolist() == [1, 3]

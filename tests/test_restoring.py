@@ -76,6 +76,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "indices_duplicate": (lambda t: t[f"{NAME}.indices"][3:5].fill_(7), "indices has .* behind"),
     "indices_beyond": (put("indices", -1, 10**6), r"indices has values from \d+ to 1e\+06; needs 0 to 1535"),
     "indices_negative": (put("indices", 0, -1), "indices has values from -1 to"),
+    "indices_of_another_type": (replace("indices", Tensor.long), r"indices is int64 \[\d+\]; needs int32"),
     "indices_matrix": (replace("indices", lambda each: each.view(1, -1)), r"indices is int32 \[1, \d+\]"),
     "outside_the_mask": (outside_the_mask, r"indices has position \d+ outside the mask"),
     "values_nan": (put("values", 0, float("nan")), "values has values that are not finite"),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.kernels.scatter import scatter_
-from seft_dist.sparsity.partition import Interval, Partition
+from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 
 
 class Holder(Protocol):
@@ -51,6 +51,8 @@ class Backend(ABC):
         # Taken once: while a layer is computed, its weight is gathered and no longer tells.
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
+        self.position_dtype = position_dtype(max(map(prod, self.shapes)))
+        """Of flat positions in any of the weights: one type for all, so that they can lie and travel in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         kinds = [self._kind(i) for i in range(len(self.names))]
         self.device = kinds[0][1]

@@ -23,7 +23,7 @@ from seft_dist.backends.fsdp import whole_value
 from seft_dist.backends.group import Group, all_gather_single
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.packing import decode, encode
-from seft_dist.sparsity.partition import Partition
+from seft_dist.sparsity.partition import Partition, position_dtype
 
 _ALIGNMENT = 16  # bytes: where a weight's bits or values begin in a gathered buffer
 
@@ -77,16 +77,17 @@ class PackedWeight:
         return self.shards.decode(self._unit, self)
 
     def places(self, positions: Tensor) -> Tensor:
-        """Index into ``values`` of flat positions in the mask, int32. Local."""
+        """Index into ``values`` of flat positions in the mask, int32; int64 of 2^31 own positions or more. Local."""
+        kind = position_dtype(len(self.interval))
         if not positions.numel():
-            return positions.to(torch.int32)
+            return positions.to(kind)
         offsets = positions.long() - self.interval.start
         table = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int32, device=self.bits.device)
         counts = table[self.bits.int()]
         byte, bit = offsets >> 3, (offsets & 7).to(torch.int32)
         at = self.bits[byte].to(torch.int32)
         assert bool((at >> bit & 1).all()), "a position outside the mask has no place"
-        before = counts.cumsum(0, dtype=torch.int32) - counts
+        before = counts.cumsum(0, dtype=kind) - counts
         return before[byte] + table[at & ((1 << bit) - 1)]
 
 

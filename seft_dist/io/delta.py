@@ -29,6 +29,7 @@ from seft_dist.io.source import Source
 from seft_dist.io.weight_files import write_safetensors
 from seft_dist.io.weights import WeightsWriter
 from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
+from seft_dist.sparsity.partition import position_dtype
 
 FORMAT = "seft_dist delta"
 VERSION = 2
@@ -70,10 +71,9 @@ class DeltaWriter:
         before, after, xor = base[positions], repaired[positions], xor[positions]
         pruned = (before != 0) & (after == 0)
         reactivated = (before == 0) & (after != 0)
-        small = torch.int32 if base.numel() < 2**31 else torch.int64
         for kind, chosen in zip(KINDS, (~(pruned | reactivated), reactivated, pruned), strict=True):
             if chosen.any():
-                self._tensors[f"{name}.{kind}"] = positions[chosen].to(small)
+                self._tensors[f"{name}.{kind}"] = positions[chosen].to(position_dtype(base.numel()))
                 self._tensors[f"{name}.{kind}_xor"] = xor[chosen]
 
     def close(self, path: Path) -> None:

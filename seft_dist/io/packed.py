@@ -210,7 +210,7 @@ def _encode(tensor: Tensor) -> dict[str, Tensor]:
         return {"": tensor}
     bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
     mask = bits != 0
-    count = int(mask.sum())
+    count = int(torch.count_nonzero(mask))
     if -(-tensor.numel() // 8) + count * tensor.element_size() >= tensor.numel() * tensor.element_size():
         return {"": tensor}
     return {".mask": pack(mask), ".values": bits.masked_select(mask).view(tensor.dtype)}

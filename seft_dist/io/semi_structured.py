@@ -14,6 +14,8 @@ from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.optim.targets import ALL_LINEAR, find_targets, is_conv1d, weight_name
 from seft_dist.pattern import pattern_sizes
+from seft_dist.sparsity import groups
+from seft_dist.sparsity.zeros import num_zeros
 
 log = logging.getLogger(__name__)
 
@@ -166,10 +168,10 @@ def load_semi_structured(
 def _count(name: str, weight: Tensor, most: int, size: int) -> GroupCount:
     rows, columns = weight.shape
     active = weight != 0
-    zeros = weight.numel() - int(active.sum())
+    zeros = num_zeros(weight)
     if columns % size:
         return GroupCount(name, (rows, columns), 0, 0, zeros, None)
-    found = active.reshape(-1, size).sum(1)
+    found = groups.counts(active.reshape(-1), size)
     broken = (found > most).nonzero().view(-1)
     first = None
     if broken.numel():

@@ -31,10 +31,12 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-
 _SECONDS = 300
 _HERE = Path(__file__).parent
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _POINTER, _LONG, _POINTER, *[_INT] * 3]
+# x, stride, g, stride, tokens, rows, columns, crow, whether it is int64, col, entries, grad, accumulate, block, threads
+_SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _INT, _POINTER, _LONG, _POINTER, *[_INT] * 3]
 _PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
 _UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
-_SCATTER = [*[_POINTER] * 5, _LONG, _POINTER, _INT]  # outs, starts, sizes, places, ends, tensors, values, threads
+# outs, starts, sizes, places, whether these are int64, ends, tensors, values, threads
+_SCATTER = [*[_POINTER] * 4, _INT, _POINTER, _LONG, _POINTER, _INT]
 _FLOAT = ctypes.c_float
 _ADAMW = [_LONG, _FLOAT, *[_POINTER] * 8, *[_FLOAT] * 5, _INT, _POINTER, _INT]
 SIGNATURES = {

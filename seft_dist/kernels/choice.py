@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from seft_dist.kernels.build import library, triton_kernels
+from seft_dist.sparsity.partition import position_dtype
 
 Form = Literal["c++", "sampled_addmm", "dense", "triton"]
 
@@ -74,7 +75,13 @@ def choose(
         return "dense"
     if library() is not None:
         return "c++" if density < _DENSE_ABOVE["c++"] else "dense"
-    return "sampled_addmm" if density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available() else "dense"
+    pays = density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available()
+    return "sampled_addmm" if pays and _is_one_type(entries) else "dense"
+
+
+def _is_one_type(entries: int) -> bool:
+    """Whether begins of rows have the type of columns, which sampled_addmm's pattern needs."""
+    return position_dtype(entries) == torch.int32
 
 
 def card_name(device: torch.device) -> str:
@@ -92,7 +99,7 @@ def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int
     usable: list[Form] = ["dense"]
     if triton_kernels() is not None:
         usable.append("triton")
-    if dtype == torch.float32:  # cuSPARSE has no bf16 and no fp16 for it
+    if dtype == torch.float32 and _is_one_type(entries):  # cuSPARSE has no bf16 and no fp16 for it
         usable.append("sampled_addmm")
     numel = shape[0] * shape[1]
     kind = str(dtype).removeprefix("torch.")

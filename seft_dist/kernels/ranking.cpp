@@ -8,6 +8,7 @@ namespace {
 constexpr int SHIFT = 21, BINS = 1 << 11;  // of the first digit
 constexpr int32_t INELIGIBLE = INT32_MIN;
 constexpr int64_t PIECE = 4096;  // positions whose keys stay in the first cache until they are counted
+constexpr int64_t COUNTED = 1 << 30;  // positions whose number fits the counters of ``count``
 
 inline int32_t key_of(float score, bool largest) {
     score += 0.0f;  // -0 becomes 0
@@ -75,7 +76,8 @@ extern "C" int rank_keys(const float* a, const float* b, const uint8_t* eligible
 extern "C" int count_keys(const int32_t* key, int64_t n, int64_t* counts, int threads) {
     each_part(n, threads, [=](int64_t begin, int64_t numel) {
         std::vector<int64_t> own(BINS);
-        count(key + begin, numel, own);
+        for (int64_t i = 0; i < numel; i += COUNTED)
+            count(key + begin + i, numel - i < COUNTED ? numel - i : COUNTED, own);
 #pragma omp critical(seft_count_keys)
         for (int bin = 0; bin < BINS; bin++) counts[bin] += own[bin];
     });

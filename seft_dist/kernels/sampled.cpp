@@ -26,9 +26,9 @@ void transpose_block(const T* in, int64_t stride, int64_t tokens, int64_t begin,
 }
 
 // sums[k] = or += the part of a block of V * W tokens, for the entries [begin, end).
-template <int V>
-void dots(const float* g, const float* x, const int32_t* crow, const int32_t* col, int64_t rows, int64_t begin,
-          int64_t end, bool first, float* sums) {
+template <int V, class P>
+void dots(const float* g, const float* x, const P* crow, const int32_t* col, int64_t rows, int64_t begin, int64_t end,
+          bool first, float* sums) {
     int64_t row = 0;
     for (int64_t high = rows; high - row > 1;) {  // the row in which `begin` lies: crow[row] <= begin < crow[row + 1]
         const int64_t middle = (row + high) / 2;
@@ -79,9 +79,9 @@ float* scratch(size_t floats) {
     return space.get();
 }
 
-template <class T>
+template <class T, class P>
 int sampled(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t tokens, int64_t rows, int64_t cols,
-            const int32_t* crow, const int32_t* col, int64_t numel, float* grad, int accumulate, int block, int threads) {
+            const P* crow, const int32_t* col, int64_t numel, float* grad, int accumulate, int block, int threads) {
     float* space = scratch(size_t((rows + cols) * block + (accumulate ? numel : 0)));
     if (!space) return 1;
     float *gt = space, *xt = gt + rows * block, *sums = accumulate ? xt + cols * block : grad;
@@ -112,17 +112,28 @@ int sampled(const T* x, int64_t x_stride, const T* g, int64_t g_stride, int64_t 
     return 0;
 }
 
+// `wide`: crow is int64, else int32.
+template <class T>
+int sampled_any(const T* x, int64_t xs, const T* g, int64_t gs, int64_t tokens, int64_t rows, int64_t cols,
+                const void* crow, int wide, const int32_t* col, int64_t numel, float* grad, int accumulate, int block,
+                int threads) {
+    auto with = [&](auto* begins) {
+        return sampled(x, xs, g, gs, tokens, rows, cols, begins, col, numel, grad, accumulate, block, threads);
+    };
+    return wide ? with((const int64_t*)crow) : with((const int32_t*)crow);
+}
+
 }  // namespace
 
 extern "C" int sampled_f32(const float* x, int64_t xs, const float* g, int64_t gs, int64_t tokens, int64_t rows,
-                           int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad,
+                           int64_t cols, const void* crow, int wide, const int32_t* col, int64_t numel, float* grad,
                            int accumulate, int block, int threads) {
-    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, accumulate, block, threads);
+    return sampled_any(x, xs, g, gs, tokens, rows, cols, crow, wide, col, numel, grad, accumulate, block, threads);
 }
 extern "C" int sampled_bf16(const uint16_t* x, int64_t xs, const uint16_t* g, int64_t gs, int64_t tokens, int64_t rows,
-                            int64_t cols, const int32_t* crow, const int32_t* col, int64_t numel, float* grad,
+                            int64_t cols, const void* crow, int wide, const int32_t* col, int64_t numel, float* grad,
                             int accumulate, int block, int threads) {
-    return sampled(x, xs, g, gs, tokens, rows, cols, crow, col, numel, grad, accumulate, block, threads);
+    return sampled_any(x, xs, g, gs, tokens, rows, cols, crow, wide, col, numel, grad, accumulate, block, threads);
 }
 
 extern "C" const char* built_with() { return __VERSION__; }

@@ -55,7 +55,7 @@ def sampled_grad_(
     Args:
         out: fp32 [k], contiguous.
         shape: [out, in] of the weight.
-        crow: int32 [out + 1], contiguous, where each row's positions begin.
+        crow: int32 or int64 [out + 1], contiguous, where each row's positions begin.
         col: int32 [k], contiguous, column of each position; inside a row they increase.
         x: [T, in], the linear's input; fp32, bf16 or fp16, like ``grad``.
         grad: [T, out], gradient of its output.
@@ -122,7 +122,8 @@ def _cpp(
     x, grad = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (x, grad))
     entries, (tokens, columns), (rows,) = col.shape[0], x.shape, grad.shape[1:]
     # That crow rises from 0 to the number of entries, and that columns are inside, is checked once, by Support.
-    expect(crow.dtype == col.dtype == torch.int32 and out.dtype == torch.float32, "int32 positions, fp32 sums")
+    expect(crow.dtype in (torch.int32, torch.int64), "begins of rows as int32 or int64")
+    expect(col.dtype == torch.int32 and out.dtype == torch.float32, "int32 columns, fp32 sums")
     expect(all(each.is_contiguous() and each.is_cpu for each in (crow, col, out)), "contiguous vectors on the CPU")
     expect(out.shape == (entries,) and crow.shape == (rows + 1,), "a sum for each entry, a begin for each row")
     expect(grad.shape[0] == tokens and tuple(shape) == (rows, columns), "operands of the weight's shape")
@@ -130,8 +131,9 @@ def _cpp(
     while block < min(_BLOCK, tokens):
         block *= 2
     failed = function(
-        *(x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), tokens, rows, columns, crow.data_ptr()),
-        *(col.data_ptr(), entries, out.data_ptr(), accumulate, block, torch.get_num_threads()),
+        *(x.data_ptr(), x.stride(0), grad.data_ptr(), grad.stride(0), tokens, rows, columns),
+        *(crow.data_ptr(), crow.dtype == torch.int64, col.data_ptr(), entries),
+        *(out.data_ptr(), accumulate, block, torch.get_num_threads()),
     )
     if failed:
         raise MemoryError(f"no memory for {block} tokens of {sum(shape)} numbers")
@@ -140,6 +142,7 @@ def _cpp(
 def _sampled_addmm(
     out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
 ) -> None:
+    expect(crow.dtype == col.dtype, "begins of rows of the columns' type")
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Sparse (CSR tensor support is in beta|invariant checks are implicitly)"

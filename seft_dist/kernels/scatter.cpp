@@ -7,9 +7,9 @@ namespace {
 constexpr int64_t SMALL = 1 << 13;  // entries that are not worth a second thread
 constexpr int AHEAD = 16;           // a place is seldom in a cache: ask for it that many entries before
 
-template <class T>
-int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const int32_t* const* places,
-            const int64_t* ends, int64_t tensors, const T* values, int threads) {
+template <class T, class P>
+int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const P* const* places, const int64_t* ends,
+            int64_t tensors, const T* values, int threads) {
     const int64_t all = tensors ? ends[tensors - 1] : 0;
     if (all < SMALL) threads = 1;
     int outside = 0;
@@ -20,12 +20,14 @@ int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const i
         for (int64_t i = 0; i < tensors && first < end; first = ends[i++]) {
             const int64_t from = begin > first ? begin : first, to = end < ends[i] ? end : ends[i];
             T* const out = outs[i];
-            const int64_t start = starts[i], size = sizes[i];
-            const int32_t* const place = places[i];
+            const P* const place = places[i];
+            // Unsigned, so that any place can be subtracted from; before the first element is then far behind the last.
+            const uint64_t start = starts[i], size = sizes[i];
             for (int64_t k = from; k < to; k++) {
-                if (k + AHEAD < to) __builtin_prefetch(out + (place[k + AHEAD - first] - start), 1);
-                const int64_t at = place[k - first] - start;
-                if (at < 0 || at >= size) outside = 1;
+                if (k + AHEAD < to)
+                    __builtin_prefetch((void*)(uintptr_t(out) + (uint64_t(place[k + AHEAD - first]) - start) * sizeof(T)), 1);
+                const uint64_t at = uint64_t(place[k - first]) - start;
+                if (at >= size) outside = 1;
                 else out[at] = values[k];
             }
         }
@@ -33,15 +35,21 @@ int scatter(T* const* outs, const int64_t* starts, const int64_t* sizes, const i
     return outside;
 }
 
+// `wide`: places are int64, else int32.
+template <class T>
+int scatter_any(T* const* outs, const int64_t* starts, const int64_t* sizes, const void* const* places, int wide,
+                const int64_t* ends, int64_t tensors, const T* values, int threads) {
+    if (wide) return scatter(outs, starts, sizes, (const int64_t* const*)places, ends, tensors, values, threads);
+    return scatter(outs, starts, sizes, (const int32_t* const*)places, ends, tensors, values, threads);
+}
+
 }  // namespace
 
-extern "C" int scatter_16(uint16_t* const* outs, const int64_t* starts, const int64_t* sizes,
-                          const int32_t* const* places, const int64_t* ends, int64_t tensors,
-                          const uint16_t* values, int threads) {
-    return scatter(outs, starts, sizes, places, ends, tensors, values, threads);
+extern "C" int scatter_16(uint16_t* const* outs, const int64_t* starts, const int64_t* sizes, const void* const* places,
+                          int wide, const int64_t* ends, int64_t tensors, const uint16_t* values, int threads) {
+    return scatter_any(outs, starts, sizes, places, wide, ends, tensors, values, threads);
 }
-extern "C" int scatter_32(uint32_t* const* outs, const int64_t* starts, const int64_t* sizes,
-                          const int32_t* const* places, const int64_t* ends, int64_t tensors,
-                          const uint32_t* values, int threads) {
-    return scatter(outs, starts, sizes, places, ends, tensors, values, threads);
+extern "C" int scatter_32(uint32_t* const* outs, const int64_t* starts, const int64_t* sizes, const void* const* places,
+                          int wide, const int64_t* ends, int64_t tensors, const uint32_t* values, int threads) {
+    return scatter_any(outs, starts, sizes, places, wide, ends, tensors, values, threads);
 }

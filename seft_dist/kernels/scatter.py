@@ -30,7 +30,8 @@ def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Ten
         for out, start, place, part in zip(outs, starts, places, values.split(sizes), strict=True):
             out[place.long() - start] = part
         return
-    places, values = [place.to(torch.int32) for place in places], values.contiguous()
+    wide = any(place.dtype == torch.int64 for place in places)  # all are read as one type
+    places, values = [place.to(torch.int64 if wide else torch.int32) for place in places], values.contiguous()
     expect(all(place.is_contiguous() and place.is_cpu for place in places), "contiguous places on the CPU")
     expect(all(out.dtype == values.dtype and out.is_contiguous() and out.is_cpu for out in outs), "tensors of one type")
     expect(len(outs) == len(starts) == len(sizes), "a start and places for each tensor")
@@ -40,6 +41,7 @@ def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Ten
         longs(*starts),
         longs(*[out.numel() for out in outs]),
         pointers(*[place.data_ptr() for place in places]),
+        wide,
         longs(*accumulate(sizes)),
         *(len(sizes), values.data_ptr(), torch.get_num_threads()),
     )

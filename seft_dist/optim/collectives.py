@@ -145,7 +145,8 @@ def near_ties(
         if contested[layer]:
             error = errors(layer)
             # the ineligible are NaN, near to nothing
-            found[layer] = (((values_of(keys(layer)) - middles[layer]).abs() <= error) & (error > 0)).sum()
+            near = ((values_of(keys(layer)) - middles[layer]).abs() <= error) & (error > 0)
+            found[layer] = torch.count_nonzero(near)
     return group.sum(found).tolist()
 
 

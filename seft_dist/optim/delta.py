@@ -14,6 +14,7 @@ from torch import Tensor
 from seft_dist.backends.group import Group
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.kernels.sampled import row_bounds
+from seft_dist.sparsity.partition import position_dtype
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Columns:
     """Entries of the support in this rank's intervals, [k] each, k over all layers."""
 
     indices: Tensor
-    """int32, flat positions in the whole weight."""
+    """``Backend.position_dtype``, flat positions in the whole weight."""
     base: Tensor
     """fp32, the frozen weight below the delta."""
     values: Tensor
@@ -34,9 +35,14 @@ class Columns:
     """int32, updates since the entry was grown (for the bias correction)."""
 
     @classmethod
-    def empty(cls, device: torch.device) -> "Columns":
-        """No entries. Local."""
-        kinds = {"indices": torch.int32, "age": torch.int32}
+    def empty(cls, device: torch.device, positions: torch.dtype) -> "Columns":
+        """No entries. Local.
+
+        Args:
+            device: Where they would be.
+            positions: Type of ``indices``.
+        """
+        kinds = {"indices": positions, "age": torch.int32}
         return cls(
             **{f.name: torch.empty(0, dtype=kinds.get(f.name, torch.float32), device=device) for f in fields(cls)}
         )
@@ -46,12 +52,12 @@ class Columns:
         """New entries: delta, moments and age 0. Local.
 
         Args:
-            indices: int64 [k], flat positions.
+            indices: ``Backend.position_dtype`` [k], flat positions.
             base: fp32 [k].
         """
         age = torch.zeros_like(indices, dtype=torch.int32)
         values, exp_avg, exp_avg_sq = (torch.zeros_like(base) for _ in range(3))
-        return cls(indices.to(torch.int32), base, values, exp_avg, exp_avg_sq, age)
+        return cls(indices, base, values, exp_avg, exp_avg_sq, age)
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -120,7 +126,7 @@ class Support:
     def __init__(self, shape: tuple[int, int], parts: list[Tensor]) -> None:
         """Args:
         shape: [out, in] of the weight.
-        parts: Each owner's positions, int32, sorted, in rank order.
+        parts: Each owner's positions, int32 or int64, sorted, in rank order.
 
         Raises:
             ValueError: A position is outside the weight: kernels index with them.
@@ -131,8 +137,8 @@ class Support:
         positions = torch.cat(parts)
         _check_inside(positions, shape)
         rows = torch.bincount(positions // shape[1], minlength=shape[0])
-        self.crow = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).to(torch.int32)
-        """int32 [out + 1], where each row's entries begin."""
+        self.crow = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).to(position_dtype(len(positions)))
+        """int32 [out + 1], where each row's entries begin; int64 if there are 2^31 or more."""
         self.col = (positions % shape[1]).to(torch.int32)
         """int32 [len], input feature of each entry."""
         self.bounds = row_bounds(shape, self.crow)
@@ -152,7 +158,8 @@ class Support:
                 part = Support.__new__(Support)
                 part.shape, part.sizes = (rows, self.shape[1]), [end - begin]
                 inside = slice(block * rows, (block + 1) * rows + 1)
-                part.crow, part.col = self.crow[inside] - begin, self.col[begin:end]
+                part.crow = (self.crow[inside] - begin).to(position_dtype(end - begin))
+                part.col = self.col[begin:end]
                 part.bounds, part._blocks = row_bounds(part.shape, crow[inside] - begin), []
                 self._blocks.append(part)
         return self._blocks
@@ -177,7 +184,8 @@ def gather_supports(group: Group, indices: Tensor, lengths: list[int], shapes: l
 
     Args:
         group: The owners.
-        indices: int32, this rank's positions, sorted in each layer, layers one after another.
+        indices: int32 or int64, on every rank the same: this rank's positions, sorted in each layer, layers one after
+            another.
         lengths: How many of them each layer has.
         shapes: [out, in] of each layer.
 

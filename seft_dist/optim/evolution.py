@@ -201,7 +201,7 @@ class Evolution:
             stays[which] = False
             self.entries[i] = self.entries[i].take(stays)
             self.dropped.append(offsets)
-            committed = (offsets[~restored] + self.intervals[i].start).to(torch.int32)
+            committed = (offsets[~restored] + self.intervals[i].start).to(self.backend.position_dtype)
             self.state.committed[i] = torch.cat([self.state.committed[i], committed]).unique()
         lost = self.backend.owners.sum(torch.tensor([len(offsets) for offsets in self.dropped])).tolist()
         self.sizes = [size - gone for size, gone in zip(self.sizes, lost, strict=True)]
@@ -369,7 +369,7 @@ class Evolution:
             self.backend.remask(i, self.state.masks[i], removed)
         self.backend.settle()
         for i, offsets in enumerate(self.grown):
-            positions = offsets + self.intervals[i].start
+            positions = (offsets + self.intervals[i].start).to(self.backend.position_dtype)
             new = Columns.grown(positions, self.backend.load(i, self.backend.places(i, positions)).float())
             if self.config.moments == "seeded":
                 self._seed(new, offsets, self.windows[i], betas)

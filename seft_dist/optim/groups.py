@@ -229,7 +229,8 @@ class GroupRanking:
             key = whole_groups.whole(i, self._keys(i), self._edges)
             error = whole_groups.whole(i, errors(i), edges)
             close = groups.close_calls(key, self._limits(i), size, error)
-            found[i] = whole_groups.own(i, close & (taken_of(i) > 0).repeat_interleave(size)).sum()
+            close &= (taken_of(i) > 0).repeat_interleave(size)
+            found[i] = torch.count_nonzero(whole_groups.own(i, close))
         return whole_groups.backend.owners.sum(found).tolist()
 
 

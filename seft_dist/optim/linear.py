@@ -58,8 +58,7 @@ class Slot:
         self.touched = True
         dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
-            parts = [dense_grad(x[rows], grad[rows]) for rows in _slices(ends, len(x))]
-            dense = parts[0] if ends is None else torch.cat(parts)
+            dense = dense_grad(x, grad) if ends is None else _dense_grads(x, grad, ends)
         if self.support is not None:
             self._sample(self.support, x, grad, ends, dense)
         if self.window is not None:
@@ -89,6 +88,14 @@ class Slot:
 
 def _nothing() -> None:
     pass
+
+
+def _dense_grads(x: Tensor, grad: Tensor, ends: list[int]) -> Tensor:
+    """The whole gradient of fused experts, fp32 [experts x out, in]; beside it only that of one expert exists."""
+    every = torch.empty(len(ends), grad.shape[1], x.shape[1], device=x.device)
+    for one, rows in zip(every, _slices(ends, len(x)), strict=True):
+        one.copy_(dense_grad(x[rows], grad[rows]))
+    return every.view(-1, x.shape[1])
 
 
 def _slices(ends: list[int] | None, tokens: int) -> list[slice]:

@@ -315,7 +315,8 @@ class SeftOptimizer(torch.optim.Optimizer):
             ]
             new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
             places = [
-                backend.places(i, support.positions().to(torch.int32)) for i, support in enumerate(state.supports)
+                backend.places(i, support.positions().to(backend.position_dtype))
+                for i, support in enumerate(state.supports)
             ]
         backend.store_all(places, new)
 

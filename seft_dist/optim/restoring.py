@@ -38,6 +38,8 @@ class Limits:
     """The part's."""
     dtype: torch.dtype
     """Of the model's weights."""
+    positions: torch.dtype
+    """Of positions in the model's weights."""
     config: SeftConfig
     steps: int
     """Optimizer steps done."""
@@ -133,7 +135,7 @@ def _vector(parts: Mapping[str, Tensor | None], key: str, dtype: torch.dtype, le
 def _positions(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> Tensor:
     """Increasing flat positions inside the interval."""
     given = _given(parts, key, limits)
-    value = _vector(parts, key, torch.int32, len(given) if given.dim() == 1 else 0, limits)
+    value = _vector(parts, key, limits.positions, len(given) if given.dim() == 1 else 0, limits)
     wrong = (value[1:] <= value[:-1]).nonzero()
     if wrong.numel():
         at = int(wrong[0])
@@ -175,7 +177,10 @@ def check_layers(
         raise ValueError(f"{num_steps} optimizer steps done: needs a number from 0 on")
     for i, layer in enumerate(layers):
         steps = 0 if layer.window is None else layer.window.num_steps
-        limits = Limits(layer.name, backend.shapes[i], backend.interval(i), backend.dtypes[i], config, num_steps, steps)
+        limits = Limits(
+            *(layer.name, backend.shapes[i], backend.interval(i), backend.dtypes[i], backend.position_dtype),
+            *(config, num_steps, steps),
+        )
         limits.expect(layer.interval == backend.interval(i), f"{layer.interval}", f"{backend.interval(i)}")
         limits.expect(tuple(layer.shape) == backend.shapes[i], f"shape {layer.shape}", f"{backend.shapes[i]}")
         if config.scope == "layer":
@@ -217,7 +222,7 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
         for i, layer in enumerate(layers):
             own, start = backend.own(i).clone(), layer.interval.start
             own[layer.committed.long() - start] = layer.committed_values.to(own)
-            own.masked_fill_(~unpack(layer.mask, len(layer.interval)), 0)
+            own.masked_fill_(unpack(layer.mask, len(layer.interval)).logical_not_(), 0)
             own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
             backend.put_own(i, own, layer.mask)
             state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed

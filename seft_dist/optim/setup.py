@@ -15,6 +15,7 @@ from seft_dist.optim.state import State, fingerprint
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.hashes import pieces
+from seft_dist.sparsity.partition import position_dtype
 from seft_dist.sparsity.schedule import share
 from seft_dist.sparsity.zeros import all_finite
 
@@ -79,7 +80,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
 
     Raises:
         ValueError: The model is dense, a layer cannot hold the density, weights are not finite, of several dtypes or too
-            large, or do not have the pattern; every rank raises the same.
+            wide, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
     if len(set(backend.dtypes)) > 1:
@@ -97,14 +98,17 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     targets, broken, prints = counts.T.tolist()
     numels = [partition.numel for partition in backend.partitions]
     budgets = [share(config.density, numel) for numel in numels]
+    for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
+        if position_dtype(width) != torch.int32:  # of ``Support.col``
+            raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
     _check(backend.names, numels, targets, broken, budgets, config)
     group_prints = _check_pattern(backend, config, masks)
-    none = torch.empty(0, dtype=torch.int32, device=backend.device)
+    none = torch.empty(0, dtype=backend.position_dtype, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
     for i, mask in enumerate(masks):
         backend.remask(i, mask, none.long())
     backend.settle()
-    columns, nothing = Columns.empty(backend.device), [none] * count
+    columns, nothing = Columns.empty(backend.device, backend.position_dtype), [none] * count
     return State(columns, [0] * count, nothing, masks, targets, budgets, supports, nothing, prints, group_prints)
 
 
@@ -135,8 +139,6 @@ def _check(
     for name, numel, target, bad, budget in zip(names, numels, targets, broken, budgets, strict=True):
         if bad:
             raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
-        if numel >= 1 << 31:
-            raise ValueError(f"{name}.weight has {numel} positions: needs fewer than 2^31")
         if budget > target:
             raise ValueError(
                 f"{name}: density {config.density} asks for {budget} deltas, but only {target} of {numel} weights are "
@@ -162,7 +164,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
         return keys(drawn, largest=True, eligible=state.masks[i])
 
     chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
-    positions = [offsets + backend.interval(i).start for i, offsets in enumerate(chosen)]
+    positions = [(offsets + backend.interval(i).start).to(backend.position_dtype) for i, offsets in enumerate(chosen)]
     bases = [backend.load(i, backend.places(i, where)).float() for i, where in enumerate(positions)]
     state.set_entries(backend, list(map(Columns.grown, positions, bases)))
 

@@ -49,7 +49,7 @@ class LayerDelta:
     """Active positions wanted in the whole weight."""
     columns: Columns
     committed: Tensor
-    """int32, positions whose delta became part of the base once."""
+    """``Backend.position_dtype``, positions whose delta became part of the base once."""
     committed_values: Tensor
     """Their weights now, in the model's dtype."""
     window: Window | None
@@ -74,8 +74,8 @@ class State:
     supports: list[Support]
     """All ranks' positions."""
     committed: list[Tensor]
-    """int32, own positions whose delta became part of the base once: what, beside masks and columns, makes the weights
-    differ from the pruned model. They stay listed when they enter the support again."""
+    """``Backend.position_dtype``, own positions whose delta became part of the base once: what, beside masks and columns,
+    makes the weights differ from the pruned model. They stay listed when they enter the support again."""
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
     group_prints: list[int] = field(default_factory=list)

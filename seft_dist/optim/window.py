@@ -90,7 +90,7 @@ class Window:
         self.squares: Tensor | None = None
         """[own], sum over steps of its square (seeded moments)."""
         self.positions: Tensor | None = None
-        """int32 [kept], increasing: the own positions that ``total`` is of; None: all."""
+        """``Backend.position_dtype`` [kept], increasing: the own positions that ``total`` is of; None: all."""
         self.sampled: Support | None = None
         """All ranks' ``positions``, which backward samples; None: backward gives the dense gradient."""
         self.norms: Tensor | None = None
@@ -200,7 +200,7 @@ class Window:
         """
         assert self.total is not None and self.positions is None
         self.total = self.total[offsets]
-        self.positions = (offsets + self._backend.interval(self._i).start).to(torch.int32)
+        self.positions = (offsets + self._backend.interval(self._i).start).to(self._backend.position_dtype)
 
     def settle(self) -> None:
         """Bring the row and column sums of all ranks together. **Collective** if factored, else nothing is sent."""

@@ -16,6 +16,7 @@ from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
 from seft_dist.io.settings import Settings, check_usual_sizes, first_line
 from seft_dist.optim.targets import find_targets, matrix, weight_name
+from seft_dist.sparsity.partition import position_dtype
 
 _LLAMA2: dict[str, Any] = {
     "model_type": "llama",
@@ -197,6 +198,11 @@ class Shapes:
     def target_numel(self) -> int:
         """Weights that may carry deltas."""
         return sum(weight.numel for weight in self.targets)
+
+    @cached_property
+    def position_bytes(self) -> int:
+        """Of a delta's position: 4, or 8 if a target is too large for that."""
+        return position_dtype(max((weight.numel for weight in self.targets), default=0)).itemsize
 
     def unit_numels(self) -> list[int]:
         """Parameters of each decoder layer. Local."""

@@ -9,10 +9,11 @@ from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.layout import Layout, micro_batches, packed_bytes
 from seft_dist.planning.trace import Work
+from seft_dist.sparsity.partition import position_dtype
 
 GB = 1e9
-_DELTA = 24
-"""Bytes of an own delta: position, base, value, two moments, age."""
+_DELTA = 20
+"""Bytes of an own delta beside its position: base, value, two moments, age."""
 _RANKED = 8
 """Bytes for each own weight of the layer that is being ranked: the weight and its key."""
 ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
@@ -74,7 +75,8 @@ def base_weights(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) 
         "base weights, packed values of targets": values,  # their bits are the masks
         "base weights, dense rest": float(rest),
         "one target, dense": float(item * max(weight.numel for weight in shapes.targets)),
-        "places of own deltas": 4 * config.seft.density * sum(map(layout.own, shapes.targets)),
+        "places of own deltas": config.seft.density
+        * sum(position_dtype(own).itemsize * own for own in map(layout.own, shapes.targets)),
     }
 
 
@@ -143,7 +145,7 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         **({} if offloaded else weights),
         "buffers": shapes.buffers,
         "masks": own / 8,
-        "own deltas, moments, ages": _DELTA * own_deltas,
+        "own deltas, moments, ages": (_DELTA + shapes.position_bytes) * own_deltas,
         "positions of all deltas": 4 * deltas + 4 * rows,
     }
     grads = {"gradients of all deltas": 4.0 * deltas}
@@ -208,7 +210,7 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
     if needs.candidates:  # later steps: their positions and gradients are the whole model's on every rank
         kept = min(1.0, (1 + 2 * config.seft.window_candidates) * config.seft.density)
         of_all = {
-            "window: candidates, own sums": 12.0 * kept * own,
+            "window: candidates, own sums": (8.0 + shapes.position_bytes) * kept * own,
             "window: candidates": 8.0 * kept * shapes.target_numel,
         }
         found["window of candidates"] = {**whole, **layers, **of_all}

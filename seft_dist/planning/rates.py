@@ -231,7 +231,7 @@ def _update(count: int, dtype: torch.dtype, device: torch.device) -> float:
     numel = 64 * count
     # of each 64 positions one: a permutation of all of them would take longer than what is measured
     indices = torch.arange(0, numel, 64, device=device) + torch.randint(0, 64, (count,), device=device)
-    columns, grad = Columns.grown(indices, torch.randn(count, device=device)), torch.randn(count, device=device)
+    columns, grad = Columns.grown(indices.int(), torch.randn(count, device=device)), torch.randn(count, device=device)
     weight = torch.zeros(numel, dtype=dtype, device=device)
     rule = AdamW(1e-3, (0.9, 0.999), 1e-8, 0.0, True, oldest=1000)
     scale, ok = torch.tensor(1.0, device=device), torch.tensor(True, device=device)

@@ -114,7 +114,7 @@ def seft_evolution(config: PlanConfig, shapes: Shapes, links: Links, item: int) 
     found = [
         *(_factors(shapes, links) if Needs.of(config.seft).factored else []),
         links.ring("rankings", ranked),
-        links.ring("positions of all deltas", 4 * deltas * layout.skew(shapes)),
+        links.ring("positions of all deltas", shapes.position_bytes * deltas * layout.skew(shapes)),
     ]
     if not layout.sharded:
         found.append(links.ring("changes of weights", (8 + item) * 2 * moved))

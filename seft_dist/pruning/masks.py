@@ -140,7 +140,8 @@ def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted:
         found, left = descend(ranks.sum(counts), left)
         prefix = prefix << bits | found
     threshold = threshold_key(int(prefix))
-    ties = ranks.stack(torch.tensor([int((key_of(layer) == threshold).sum()) for layer in range(layers)])).tolist()
+    own = [int(torch.count_nonzero(key_of(layer) == threshold)) for layer in range(layers)]
+    ties = ranks.stack(torch.tensor(own)).tolist()
     allowed, still = [], int(left)
     for layer in range(layers):  # ties go in the order layer, rank, position
         before = sum(row[layer] for row in ties[: ranks.rank])

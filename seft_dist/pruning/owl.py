@@ -23,7 +23,7 @@ def outlier_share(scores: list[Tensor], threshold: float) -> float:
     """
     numel = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / numel
-    return sum(int((score > threshold * mean).sum()) for score in scores) / numel
+    return sum(int(torch.count_nonzero(score > threshold * mean)) for score in scores) / numel
 
 
 def owl_sparsities(

@@ -43,7 +43,7 @@ def cast_weight(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         return values, 0
     cast = values.to(dtype)
     lost = (cast == 0) & (values != 0)
-    count = int(lost.sum())
+    count = int(torch.count_nonzero(lost))
     if count:
         smallest = torch.ones((), dtype=_BITS[dtype.itemsize], device=cast.device).view(dtype)
         cast = torch.where(lost, torch.where(values < 0, -smallest, smallest), cast)

@@ -28,7 +28,7 @@ def counts(mask: Tensor, size: int) -> Tensor:
         mask: bool [n], whole groups.
         size: M.
     """
-    return mask.view(-1, size).sum(1)
+    return mask.view(torch.uint8).view(-1, size).sum(1, dtype=torch.uint8).long()  # of booleans it takes 8 bytes each
 
 
 def best(key: Tensor, limits: Tensor, size: int) -> Tensor:

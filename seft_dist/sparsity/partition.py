@@ -8,6 +8,15 @@ the last ranks may get a short chunk or none. The order of ranks is therefore th
 
 from dataclasses import dataclass
 
+import torch
+
+_END_OF_INT32 = 1 << 31
+
+
+def position_dtype(numel: int) -> torch.dtype:
+    """Type of positions in, and of counts of, something with ``numel`` entries: int32, from 2^31 entries on int64. Local."""
+    return torch.int32 if numel < _END_OF_INT32 else torch.int64
+
 
 @dataclass(frozen=True)
 class Interval:

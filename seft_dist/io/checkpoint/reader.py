@@ -159,7 +159,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> Laye
             found,
             Limits(
                 *(f"{rank_file(rank, reader.world_size)}: {name}", backend.shapes[i], own, backend.dtypes[i]),
-                *(seft.config, reader.num_steps, reader.window_steps or 0),
+                *(backend.position_dtype, seft.config, reader.num_steps, reader.window_steps or 0),
             ),
         )
         begin, end = max(own.start, interval.start), min(own.stop, interval.stop)
@@ -174,12 +174,12 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> Laye
             if f"window.{key}" in found:
                 parts[key].append(found[f"window.{key}"][which])
     kinds = {
-        "indices": torch.int32,
+        "indices": backend.position_dtype,
         "age": torch.int32,
-        "committed": torch.int32,
+        "committed": backend.position_dtype,
         "committed_values": backend.dtypes[i],
         "mask": torch.bool,
-        "positions": torch.int32,
+        "positions": backend.position_dtype,
     }
     whole = {
         key: torch.cat(values or [torch.empty(0, dtype=kinds.get(key, torch.float32))]).to(device)
@@ -206,7 +206,7 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     window.num_steps = reader.window_steps
     if seft.config.window_store == "candidates":  # also where this rank owns nothing
         empty = torch.empty(0, device=backend.device)
-        own = {"positions": empty.to(torch.int32), "total": empty} | own
+        own = {"positions": empty.to(backend.position_dtype), "total": empty} | own
     for key, value in own.items():
         setattr(window, key, value)
     shared = {key: reader.get(0, f"{name}.window.{key}") for key in (*WINDOW_SHARED, *WINDOW_SUMS)}

@@ -12,8 +12,8 @@ from typing_extensions import TypedDict
 from seft_dist.files.reading import check_kind
 
 MOST_RANKS = 1 << 20
-MOST_POSITIONS = (1 << 31) - 1
-"""Positions are int32."""
+MOST_POSITIONS = (1 << 63) - 1
+"""Of a weight; no flat position is beyond int64."""
 _Count = Annotated[int, Field(ge=0, le=MOST_POSITIONS)]
 _Size = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
 
