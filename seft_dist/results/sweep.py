@@ -127,7 +127,8 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_told: bool) -> 
         measured |= {"step": lines[-1]["step"], "loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
     if (run / "result.json").exists():
         result = read_result(run / "result.json")
-        measured |= {"step": result["steps"], "loss": result["loss"], "seconds": result["seconds"]}
+        measured |= {"step": result["steps"], "seconds": result["seconds"]}
+        measured |= {"loss": result["loss"]} if result["loss"] is not None else {}  # method none has no step
         measured |= {"sparsity": result["sparsity"]["final"], "off target": result["sparsity"]["layers_off_target"]}
         if "target" in result["sparsity"]:
             made["target sparsity"] = f"{result['sparsity']['target']:.4%}"
