@@ -23,7 +23,7 @@ from seft_dist.io.source import Source
 from seft_dist.kernels.bits import pack
 from seft_dist.optim.setup import check_pattern, clear_negative_zeros
 from seft_dist.optim.state import LayerSparsity, fingerprint
-from seft_dist.optim.targets import ExpertWeight, find_targets, is_conv1d
+from seft_dist.optim.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
 
 _LEAST_SPARSITY = 0.01
 
@@ -81,6 +81,7 @@ class Baseline(ABC):
         """Hash of each target's weight as it was loaded."""
         self.active: list[int] = []
         """Non-zero weights of each target as it was loaded: how many there shall be in the end."""
+        check_criteria(self.targets, config.seft)
         for name, target in self.targets.items():
             kind = "fused experts" if isinstance(target, ExpertWeight) else "Conv1D" if is_conv1d(target) else "Linear"
             if kind not in self.takes:
@@ -218,7 +219,8 @@ class Baseline(ABC):
         self.grad_norm = float(norm)
         if self._max_grad_norm is not None:
             scale = min(1.0, self._max_grad_norm / (self.grad_norm + 1e-6))
-            grads = [grad * scale for grad in grads]
+            for grad in grads:
+                grad.mul_(scale)
         with self.backend.writing():
             self.values.update(grads, self.active_of)
         self.num_steps += 1

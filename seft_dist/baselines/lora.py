@@ -51,7 +51,7 @@ class Lora(Baseline):
         self._peft = LoraConfig(
             task_type="CAUSAL_LM",
             r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # is only divided by the rank
+            lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             target_modules=list(self.targets),
             base_model_name_or_path=self.config.model.path,
@@ -68,7 +68,7 @@ class Lora(Baseline):
             f"base_model.model.{part.name}.weight": part.values.view(part.parameter.shape).cpu()
             for part in self.values.parts
         }
-        if ending.is_main:
+        if ending.is_main and self.config.export:
             with new_folder(ending.folder / ADAPTER) as folder:
                 self._peft.inference_mode = True
                 self._peft.save_pretrained(str(folder))

@@ -96,7 +96,7 @@ class Values:
         Raises:
             FloatingPointError: It is not finite; names the parameter, on every rank.
         """
-        squares = torch.stack([grad.double().square().sum() for grad in grads])
+        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
         sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
         squares = torch.where(sharded, self._backend.owners.sum(squares * sharded), squares)
         if not squares.isfinite().all():
