@@ -204,6 +204,14 @@ def test_last_evolution(values: dict[str, Any], last: int | None) -> None:
     assert SeftConfig(**values).last_evolution == last
 
 
+def test_methods_that_are_settings_of_seft() -> None:
+    given = {**NEEDED[TrainConfig], "seft": SeftConfig(density=0.05, reactivation=0.0)}
+    settled = TrainConfig(**given, method="seft_static").settled()
+    assert settled.seft == SeftConfig(density=0.05, reactivation=0.0, static=True) and settled.settled() == settled
+    assert settled.is_seft and TrainConfig(**given).settled() == TrainConfig(**given)
+    assert not TrainConfig(**NEEDED[TrainConfig], method="none").is_seft
+
+
 ARGV = ["--model.path", "m", "--data.path", "d", "--output", "o"]
 
 

@@ -23,7 +23,7 @@ from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import how_measured, read_config, read_evaluations, read_lines, read_result, unlike
 
 TASKS = "tasks.tsv"
-SEEDS = ("seed", "seft.seed")
+SEEDS = ("seed", "seft.seed", "baseline.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
 _WHERE = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
 """Settings by which runs of one sweep may differ and still be averaged: they say where a run went, not what it did."""
