@@ -38,7 +38,9 @@ METHODS = (*SPARSE, "lora")
 
 def config_of(method: str, inputs: Path, output: Path, **over: Any) -> TrainConfig:
     """A run of 20 steps of 12 sequences in one process."""
-    baseline = {"rank": 4, "alpha": 8.0} if method in ("lora", "lora_merged", "masked_lora", "spp") else {}
+    baseline: dict[str, Any] = (
+        {"rank": 4, "alpha": 8.0} if method in ("lora", "lora_merged", "masked_lora", "spp") else {}
+    )
     baseline |= {"sequences": 16} if method == "lora_merged" else {}
     settings = {"steps": 20, "optim": AdamConfig(lr=2e-2, warmup=0.0), "seft": SeftConfig()} | over
     return make_config(inputs, output, method=method, **({"baseline": BaselineConfig(**baseline)} | settings))
@@ -144,7 +146,7 @@ def signalled_in(number: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(run, step)
 
-        Run.update = signalled  # type: ignore[method-assign]
+        Run.update = signalled  # type: ignore[method-assign,assignment]
 
     return patch
 
@@ -249,7 +251,7 @@ def test_masked_lora_of_full_rank_over_the_identity_is_masked_full(inputs: Path,
                 nn.init.eye_(found.pop(name).requires_grad_(False))
             return found
 
-        MaskedLora.install = with_identity  # type: ignore[method-assign]
+        MaskedLora.install = with_identity  # type: ignore[method-assign,assignment]
         MaskedLora.finalize = lambda self, ending: {}  # type: ignore[method-assign]
 
     baseline = BaselineConfig(rank=32, alpha=32.0)
@@ -360,7 +362,7 @@ def test_a_checkpoint_of_another_method_is_refused(inputs: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [("gpt2", "lora_merged"), ("mixtral", "masked_full")])
-def test_transposed_and_fused_weights(family: str, method: str, tmp_path: Path) -> None:
+def test_transposed_and_fused_weights(family: str, method: Any, tmp_path: Path) -> None:
     """On two FSDP2 ranks; what a method cannot do for a kind of weight is said by name."""
     pytest.importorskip("peft")
     folder = prepare(tmp_path, family)
