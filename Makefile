@@ -45,7 +45,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime,baselines]'
 	touch $@
 
 # Other versions of transformers, beside torch and all else of .venv: what we write must say the same to them

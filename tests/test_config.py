@@ -11,6 +11,7 @@ import yaml
 from seft_dist import config
 from seft_dist.config import (
     AdamConfig,
+    BaselineConfig,
     ClusterConfig,
     DataConfig,
     EvaluateConfig,
@@ -28,6 +29,7 @@ MODEL, DATA = ModelConfig(path="m"), DataConfig(path="d")
 NEEDED: dict[type, dict[str, Any]] = {
     SeftConfig: {},
     AdamConfig: {},
+    BaselineConfig: {},
     ModelConfig: {"path": "m"},
     DataConfig: {"path": "d"},
     TrainConfig: {"model": MODEL, "data": DATA, "output": "o"},
@@ -91,6 +93,20 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"packing": "gather", "backend": "ddp"}, "without DeepSpeed"),
     (TrainConfig, {"packing": "gather", "backend": "single"}, "backend fsdp"),
     (TrainConfig, {"packing": "resident", "offload": True}, "one of the two"),
+    (BaselineConfig, {"rank": 0}, "baseline.rank=0"),
+    (BaselineConfig, {"alpha": 0.0}, "baseline.alpha=0.0"),
+    (BaselineConfig, {"dropout": 1.0}, "baseline.dropout=1.0"),
+    (BaselineConfig, {"sequences": 0}, "baseline.sequences=0"),
+    (TrainConfig, {"method": "spp", "seft": SeftConfig(density=0.2)}, "seft.density=0.2 with method=spp"),
+    (TrainConfig, {"method": "spiel", "seft": SeftConfig(adapt="magnitude")}, "seft.adapt=magnitude with method=spiel"),
+    (TrainConfig, {"method": "lora", "seft": SeftConfig(pattern="2:4")}, "seft.pattern=2:4 with method=lora"),
+    (TrainConfig, {"method": "spp", "baseline": BaselineConfig(dropout=0.1)}, "only lora, lora_merged read it"),
+    (TrainConfig, {"baseline": BaselineConfig(rank=4)}, "baseline.rank=4 with method=seft"),
+    (TrainConfig, {"method": "lora", "deepspeed": "zero3.json"}, "deepspeed=zero3.json with method=lora"),
+    (TrainConfig, {"method": "lora", "replicas": 2}, "replicas=2 with method=lora"),
+    (TrainConfig, {"method": "lora", "offload": True}, "offload with method=lora"),
+    (TrainConfig, {"method": "lora", "packing": "resident"}, "packing=resident with method=lora"),
+    (TrainConfig, {"method": "lora", "trace": True}, "trace with method=lora"),
     (PruneConfig, {"sparsity": 1.0}, "sparsity=1.0"),
     (PruneConfig, {"sparsity": 0.0}, "sparsity=0.0"),
     (PruneConfig, {"sequences": 0}, "sequences=0"),
@@ -186,6 +202,14 @@ def test_defaults_pass_and_nothing_can_be_changed(config_class: type) -> None:
 )
 def test_last_evolution(values: dict[str, Any], last: int | None) -> None:
     assert SeftConfig(**values).last_evolution == last
+
+
+def test_methods_that_are_settings_of_seft() -> None:
+    given = {**NEEDED[TrainConfig], "seft": SeftConfig(density=0.05, reactivation=0.0)}
+    settled = TrainConfig(**given, method="seft_static").settled()
+    assert settled.seft == SeftConfig(density=0.05, reactivation=0.0, static=True) and settled.settled() == settled
+    assert settled.is_seft and TrainConfig(**given).settled() == TrainConfig(**given)
+    assert not TrainConfig(**NEEDED[TrainConfig], method="none").is_seft
 
 
 ARGV = ["--model.path", "m", "--data.path", "d", "--output", "o"]

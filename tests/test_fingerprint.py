@@ -106,8 +106,8 @@ def prints_of(folder: Path, world_size: int = 1, targets: str = "all-linear", **
         config = TrainConfig(model=model, data=DataConfig(path="-"), output="-", backend=backend, seft=seft)
         ranks, source = start(threads=1), open_source(model)
         run = build(config, ranks, source, None)
-        run.seft.attach()
-        return model_fingerprint(source, run.seft, ranks)
+        run.method.attach()
+        return model_fingerprint(source, run.method, ranks)
 
     return set(run_ranks(on_rank, world_size))
 

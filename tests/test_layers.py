@@ -26,10 +26,11 @@ FLOORS = {
     "backends": 3,
     "optim": 4,
     "io": 5,
-    "training": 6,
     "pruning": 6,
     "planning": 6,
-    "results": 7,
+    "baselines": 7,
+    "training": 8,
+    "results": 9,
 }
 
 MAX_FILE = 400

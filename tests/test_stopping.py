@@ -22,6 +22,7 @@ import tests.preload  # noqa: F401
 from seft_dist.io.checkpoint import latest
 from seft_dist.training import trainer
 from seft_dist.training.build import Run
+from seft_dist.training.method import TrainedSeft
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
@@ -114,7 +115,8 @@ def test_masks_that_disagree_stop_the_run_with_a_diagnosis(inputs: Path, tmp_pat
 
         def flipping(run: Run, step: int) -> float:
             if step == 5 and rank == 1:
-                mask = run.seft.sparse_state.masks[2]
+                assert isinstance(run.method, TrainedSeft)
+                mask = run.method.sparse_state.masks[2]
                 byte = int(mask.nonzero()[0])
                 mask[byte] &= mask[byte] - 1
             return update(run, step)
@@ -145,7 +147,7 @@ def test_a_loss_that_is_not_finite_leaves_a_diagnosis(inputs: Path, tmp_path: Pa
 
         def spoiled(run: Run, batches: list[Any]) -> Any:
             loss, count = accumulate(run, batches)
-            return (loss * torch.inf if rank == 1 and run.seft.num_steps == 4 else loss), count
+            return (loss * torch.inf if rank == 1 and run.method.num_steps == 4 else loss), count
 
         Run.accumulate = spoiled  # type: ignore[method-assign,assignment]
         with pytest.raises(FloatingPointError) as caught:

@@ -3,6 +3,7 @@
 A field's docstring says its meaning, its unit and its special values; ``--help`` of each door prints it.
 """
 
+from seft_dist.config.baselines import BaselineConfig
 from seft_dist.config.inputs import DataConfig, DType, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig, Selection
 from seft_dist.config.planning import ClusterConfig, PlanConfig
@@ -12,6 +13,7 @@ from seft_dist.config.training import ReproduceConfig, TrainConfig
 
 __all__ = [
     "AdamConfig",
+    "BaselineConfig",
     "ClusterConfig",
     "DType",
     "DataConfig",

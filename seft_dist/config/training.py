@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from seft_dist.config.baselines import VARIANTS, BaselineConfig, Method, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
@@ -21,7 +22,12 @@ class TrainConfig:
     data: DataConfig
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
+    method: Method = "seft"
+    """What is trained (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and "spiel", which are
+    settings of it; or to compare with: "none" (nothing, the pruned model is written as it is), "lora", "lora_merged" (pruned
+    again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
     seft: SeftConfig = field(default_factory=SeftConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
     steps: int = 1000
     """Optimizer steps of the run."""
@@ -73,7 +79,11 @@ class TrainConfig:
         check(1 <= self.timeout <= _MONTH, f"timeout={self.timeout}", f"1 to {_MONTH} seconds (30 days)")
         check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.output), "output is empty", "a folder for the run")
-        dataclasses.replace(self.seft, steps=self.steps)  # checks the schedule against the run's length
+        check_method(self.method, self.seft, self.baseline)
+        if self.is_seft:  # check the schedule against the run's length
+            dataclasses.replace(with_variant(self.method, self.seft), steps=self.steps)
+        else:
+            self._check_baseline()
         if self.backend != "auto":
             check(
                 (self.backend == "deepspeed") == (self.deepspeed is not None),
@@ -95,6 +105,24 @@ class TrainConfig:
                 "backend fsdp (or single, for resident), without DeepSpeed",
             )
         check(not (self.offload and self.packing == "resident"), "packing=resident with offload", "one of the two")
+
+    def _check_baseline(self) -> None:
+        """Refuse what only SEFT can do."""
+        method, layouts = f"method={self.method}", "backend single, fsdp or ddp, without"
+        check(self.deepspeed is None, f"deepspeed={self.deepspeed} with {method}", f"{layouts} DeepSpeed")
+        check(self.replicas == 1, f"replicas={self.replicas} with {method}", f"{layouts} replicas (HSDP)")
+        check(not self.offload, f"offload with {method}", f"{layouts} offloaded weights")
+        check(self.packing == "none", f"packing={self.packing} with {method}", "packing none: its weights are stored")
+        check(not self.trace, f"trace with {method}", "no trace: it has no supports and no deltas")
+
+    @property
+    def is_seft(self) -> bool:
+        """Whether the method is SEFT, with whatever settings."""
+        return self.method in VARIANTS
+
+    def settled(self) -> "TrainConfig":
+        """With the settings of SEFT that the method stands for."""
+        return dataclasses.replace(self, seft=with_variant(self.method, self.seft))
 
 
 @dataclass(frozen=True, kw_only=True)

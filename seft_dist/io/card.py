@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from seft_dist.config.baselines import FIELDS, VARIANTS
 from seft_dist.files.reading import check_kind, read_json, read_yaml
 from seft_dist.files.writing import write_text
 from seft_dist.io.semi_structured import target_rows
@@ -45,7 +46,7 @@ def write_card(folder: Path, source: Source, run: Path | None = None, base_model
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base:
         front["base_model"] = base
-    front["tags"] = ["sparse", "pruned", *(["seft", "arxiv:2505.24037"] if found.config else [])]
+    front["tags"] = ["sparse", "pruned", *(["seft", "arxiv:2505.24037"] if found.is_seft else [])]
     title = folder.name.removesuffix(".part")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -79,6 +80,11 @@ class _Found:
         self.pruning = _read(pruned / _PRUNING)
         if self.pruning and not self.base:
             self.base = _public(str(self.pruning.get("model", {}).get("path", "")))
+
+    @property
+    def is_seft(self) -> bool:
+        """Whether SEFT, with whatever settings, made the model; False if no run is known of."""
+        return bool(self.config) and self.config.get("method", "seft") in VARIANTS
 
     def pattern(self, field: str) -> str | None:
         """A field of the method or of the pruning."""
@@ -119,7 +125,9 @@ def _method(found: _Found, base: str) -> str:
         return ""
     else:
         lines.append(f"The pruned model {base}; how it was pruned is not recorded beside it.")
-    if found.config:
+    if found.config and not found.is_seft:
+        lines += ["", _comparison(found)]
+    elif found.config:
         method = found.config.get("seft", {})
         moves = "its positions do not move" if method.get("static") else "their positions evolve during training"
         lines += [
@@ -129,6 +137,18 @@ def _method(found: _Found, base: str) -> str:
             "keeps its number of zeros. The deltas are part of the weights: this is a plain model, zeros stored.",
         ]
     return "\n".join(lines)
+
+
+def _comparison(found: _Found) -> str:
+    """What made a model that SEFT did not make."""
+    name, settings = found.config["method"], found.config.get("baseline") or {}
+    read = {key: settings.get(key) for key in FIELDS.get(name, ())}
+    text = ", ".join(f"{key} {value}" for key, value in read.items())
+    trained = f" {found.result['trainable']:,} values were trained." if "trainable" in found.result else ""
+    return (
+        f"Not SEFT but a method to compare it with: {name}{f' ({text})' if text else ''}, by seft_dist {_own_version()} "
+        f"(docs/baselines.md).{trained} This is a plain model, zeros stored."
+    )
 
 
 def _sparsity(source: Source, targets: str) -> str:
@@ -155,6 +175,8 @@ def _recipe(found: _Found) -> str:
         return ""
     config, result = found.config, found.result
     data, optim, method = (config.get(key) or {} for key in ("data", "optim", "seft"))
+    seed = method.get("seed") if found.is_seft else (config.get("baseline") or {}).get("seed")
+    method = method if found.is_seft else {}
     attempts = found.manifest.get("attempts") or [{}]
     versions = attempts[-1].get("versions") or {}
     values = {
@@ -170,7 +192,7 @@ def _recipe(found: _Found) -> str:
         "density of deltas": _percent(method.get("density")),
         "steps between evolutions": "none, static" if method.get("static") else method.get("interval"),
         "drop, grow, adapt": ", ".join(str(method.get(key)) for key in ("drop", "grow", "adapt")) if method else None,
-        "seeds (data, method)": f"{config.get('seed')}, {method.get('seed')}",
+        "seeds (data, method)": f"{config.get('seed')}, {seed}",
         "backend, ranks": f"{result['backend']}, {result['world_size']}" if "backend" in result else None,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or None,
         "fingerprint of the pruned model": found.manifest.get("model"),

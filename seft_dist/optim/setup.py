@@ -102,7 +102,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
     _check(backend.names, numels, targets, broken, budgets, config)
-    group_prints = _check_pattern(backend, config, masks)
+    group_prints = check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=backend.position_dtype, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
     for i, mask in enumerate(masks):
@@ -112,7 +112,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     return State(columns, [0] * count, nothing, masks, targets, budgets, supports, nothing, prints, group_prints)
 
 
-def _check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
+def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
     """See that the model has the N:M pattern; gives what later tells whether it still has."""
     if config.pattern is None:
         return []

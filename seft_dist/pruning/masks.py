@@ -150,7 +150,7 @@ def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted:
     return Cut(threshold, allowed)
 
 
-def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count: int | None = None) -> Tensor:
+def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count: int | Tensor | None = None) -> Tensor:
     """Choose the weights that go. **Collective** for kind "layer", else local.
 
     A group (row, layer) with more zeros than asked for keeps them.
@@ -160,13 +160,15 @@ def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count
         weight: [own rows, in]; zeros of it go first.
         ranking: How.
         ranks: Who owns the other rows.
-        count: Weights that go in each row, or in the layer; None: what the ranking's sparsity says.
+        count: Weights that go in each row, or in the layer; int64 [rows], or of a pattern [groups]: in this one and that; None:
+            what the ranking says.
 
     Returns:
         bool [own rows, in], True where a weight goes.
     """
     rows, columns = scores.shape
     if ranking.kind == "layer":
+        assert not isinstance(count, Tensor)
         if count is None:
             total = int(ranks.sum(torch.tensor([rows])))
             count = ranking.zeros(total, columns)
@@ -175,14 +177,15 @@ def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count
     width = columns
     if ranking.kept_of is not None:
         kept, width = ranking.kept_of
-        count = width - kept
+        count = count if isinstance(count, Tensor) else width - kept
     elif count is None:
         count = num_pruned(ranking.sparsity, columns)
     grouped = _zeros_first(scores, weight).reshape(-1, width)
-    if ranking.kept_of is None:
+    if ranking.kept_of is None and not isinstance(count, Tensor):
         return _smallest(grouped, count)
-    chosen = torch.sort(grouped, dim=1, stable=True).indices[:, :count]
-    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, chosen, True).view(rows, columns)
+    order = torch.sort(grouped, dim=1, stable=True).indices
+    gone = torch.arange(width, device=order.device) < torch.as_tensor(count, device=order.device).view(-1, 1)
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, gone.expand_as(order)).view(rows, columns)
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:

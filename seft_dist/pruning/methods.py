@@ -33,6 +33,7 @@ class Pruner:
         kept: KeptIndex | None,
         ranks: Group,
         progress: bool,
+        zeros: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
         """Args:
         config: How to prune.
@@ -44,11 +45,13 @@ class Pruner:
         kept: Of method "mask".
         ranks: Who shares the work.
         progress: Show bars.
+        zeros: Of Wanda by rows or a pattern: weights that go in each row, or group, from a first row of a target to before a
+            last one, instead of what the sparsity says.
         """
         self.sparsities = dict(sparsities)
         self._config, self._stream, self._shapes, self._kept = config, stream, shapes, kept
         self._ranks, self._progress, self._sequences = ranks, progress, sequences
-        self._linears = targets
+        self._linears, self._zeros = targets, zeros
         self._norms: dict[str, Tensor] = {}
 
     def pruned(self) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +141,8 @@ class Pruner:
             norm = norms[name].close(name, self._ranks)
             first, last = self._own(name)
             own = as_rows(linear)[first:last]
-            gone = choose(wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks)
+            count = self._zeros(name, first, last) if self._zeros is not None else None
+            gone = choose(wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count)
             linear.weight.data = from_rows(linear, gather_rows(own.masked_fill(gone, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import NotRequired, TypedDict
 
+from seft_dist.config.baselines import VARIANTS
 from seft_dist.files.reading import LENIENT, check_kind, read_json
 from seft_dist.files.writing import write_json
 from seft_dist.results.run_files import (
@@ -209,11 +210,15 @@ def print_tables(run: Run, console: Console) -> None:
         text = f"Warning: these perplexities cannot be compared: {'; '.join(run.apart)}"
         console.print(text, style="yellow", markup=False, soft_wrap=True)
 
-    seft = run.config["seft"]
+    seft, method = run.config["seft"], result.get("method", "seft")
+    what = (
+        f"deltas on {result['density']:.2%} of the weights, adapt {seft['adapt']}, reactivation {seft['reactivation']}"
+    )
+    if method not in VARIANTS:
+        what = f"method {method}, {result['trainable']:,} trained values"
     console.print(
         f"{result['steps']} steps on {result['world_size']} x {result['backend']} in {result['seconds']:.0f} s, "
-        f"{run.steps[-1]['tokens']:,} tokens; deltas on {result['density']:.2%} of the weights, adapt {seft['adapt']}, "
-        f"reactivation {seft['reactivation']}; layers with another number of zeros than before: "
+        f"{run.steps[-1]['tokens']:,} tokens; {what}; layers with another number of zeros than before: "
         f"{sparsity['layers_off_target']}"
     )
     if not run.evolutions:

@@ -106,7 +106,7 @@ def plan(config: ReproduceConfig, train: TrainConfig, options: list[str], script
                 *options,
                 *_layout_options(backend, train, own, dtype, script),
                 *("--global_batch", str(global_batch), "--threads", str(train.threads or 1)),
-                *("--model.dtype", dtype, "--trace", "true", "--trackers", "[]"),
+                *("--model.dtype", dtype, "--trace", str(train.is_seft).lower(), "--trackers", "[]"),
                 *extra,
                 *("--output", str(Path(config.output) / name)),
             ]

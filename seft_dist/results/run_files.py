@@ -25,7 +25,7 @@ class Result(TypedDict):
     """result.json."""
 
     steps: Count
-    loss: float
+    loss: float | None
     seconds: float
     sparsity: Sparsity
 

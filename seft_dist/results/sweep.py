@@ -23,7 +23,7 @@ from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import how_measured, read_config, read_evaluations, read_lines, read_result, unlike
 
 TASKS = "tasks.tsv"
-SEEDS = ("seed", "seft.seed")
+SEEDS = ("seed", "seft.seed", "baseline.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
 _WHERE = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
 """Settings by which runs of one sweep may differ and still be averaged: they say where a run went, not what it did."""
@@ -127,7 +127,8 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_told: bool) -> 
         measured |= {"step": lines[-1]["step"], "loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
     if (run / "result.json").exists():
         result = read_result(run / "result.json")
-        measured |= {"step": result["steps"], "loss": result["loss"], "seconds": result["seconds"]}
+        measured |= {"step": result["steps"], "seconds": result["seconds"]}
+        measured |= {"loss": result["loss"]} if result["loss"] is not None else {}  # method none has no step
         measured |= {"sparsity": result["sparsity"]["final"], "off target": result["sparsity"]["layers_off_target"]}
         if "target" in result["sparsity"]:
             made["target sparsity"] = f"{result['sparsity']['target']:.4%}"

@@ -14,15 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seft_dist.backends.fsdp import pack_gathers
 from seft_dist.backends.gather import GatherSize
+from seft_dist.baselines.lora import check_peft
+from seft_dist.baselines.repruning import check_repruning
 from seft_dist.config import AdamConfig, TrainConfig
 from seft_dist.io.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
 from seft_dist.io.data import load_sequences
 from seft_dist.io.models import Sharding, load_model
 from seft_dist.io.source import Source
 from seft_dist.io.tokenizer import pad_id
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import DsConfig
+from seft_dist.training.method import BASELINES, Method, TrainedSeft
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Run:
     model: PreTrainedModel
     called: nn.Module
     """What a forward pass calls: the model, or what wraps it."""
-    seft: SeftOptimizer
+    method: Method
     engine: Any = None
     """The DeepSpeed engine, if there is one."""
     backend: str = "single"
@@ -64,7 +66,7 @@ class Run:
         total = torch.zeros((), device=self.ranks.device)
         for i, (batch, tokens) in enumerate(zip(batches, learnt, strict=True)):
             loss = self._loss(batch, tokens) * (tokens * self.ranks.world_size / int(count))
-            self.seft.set_is_last_backward(i + 1 == len(batches))
+            self.method.set_is_last_backward(i + 1 == len(batches))
             if self.engine is None:
                 loss.backward()
             else:
@@ -87,7 +89,7 @@ class Run:
         Returns:
             The learning rate it used.
         """
-        group = self.seft.param_groups[0]
+        group = self.method.param_groups[0]
         if self.scheduler is not None:
             lr = group["lr"]
         else:
@@ -95,8 +97,8 @@ class Run:
         if self.engine is not None:
             self.engine.step()
         else:
-            self.seft.step()
-            self.seft.zero_grad()
+            self.method.step()
+            self.method.zero_grad()
         return float(lr)
 
 
@@ -139,6 +141,18 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
     return chosen
 
 
+def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
+    """Refuse, before a model is loaded, what a comparison method would miss in the end. Local.
+
+    Raises:
+        ValueError: A package is not installed, or the model cannot be pruned again.
+    """
+    if config.method in ("lora", "lora_merged"):
+        check_peft()
+    if config.method == "lora_merged":
+        check_repruning(config, source, data.sequences)
+
+
 def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> Run:
     """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. **Collective.**
 
@@ -173,7 +187,10 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
     )
     if config.packing == "gather":
         _say(pack_gathers(model), ranks)
-    seft = SeftOptimizer(model, dataclasses.replace(config.seft, steps=config.steps), **args)
+    if not config.is_seft:
+        method: Method = BASELINES[config.method](model, config, args)
+        return Run(config, ranks, source, model, model, method, backend=backend, peak_lr=args["lr"])
+    seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.steps), **args)
     run = Run(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None

@@ -7,13 +7,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seft_dist.files.writing import write_json
 from seft_dist.io.batches import Batch
 from seft_dist.io.checkpoint import latest
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks
+from seft_dist.training.method import Method
 from seft_dist.training.run_folder import CHECKPOINTS
 
 FOLDER = "diagnosis"
@@ -21,7 +19,7 @@ _FIRST_TOKENS = 64
 
 
 def write_diagnosis(
-    error: BaseException, output: Path, ranks: Ranks, seft: SeftOptimizer, samples: list[list[int]], micro: list[Batch]
+    error: BaseException, output: Path, ranks: Ranks, method: Method, samples: list[list[int]], micro: list[Batch]
 ) -> Path | None:
     """Write what is known on this rank about an error in the training loop, and say where. Local: other ranks may be gone.
 
@@ -29,7 +27,7 @@ def write_diagnosis(
         error: What stops the run.
         output: The run's folder.
         ranks: This process.
-        seft: The optimizer, as the error left it.
+        method: What is trained, as the error left it.
         samples: Numbers of this rank's sequences in the step, for each micro-batch.
         micro: The micro-batches themselves; empty if the error came before they were read.
 
@@ -43,32 +41,30 @@ def write_diagnosis(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "rank": ranks.rank,
         "world_size": ranks.world_size,
-        "steps_done": seft.num_steps,
+        "steps_done": method.num_steps,
         "newest_checkpoint": str(newest) if newest else None,
         "sequences_of_the_step": samples,
         "first_tokens": [batch["input_ids"][:, :_FIRST_TOKENS].tolist() for batch in micro],
-        "layers": _layers(seft),
+        "layers": _layers(method),
     }
-    path = output / FOLDER / f"step-{seft.num_steps:08d}-rank-{ranks.rank:05d}.json"
+    path = output / FOLDER / f"step-{method.num_steps:08d}-rank-{ranks.rank:05d}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
     except OSError:
         return None  # the error itself is what must be seen
     goes_on = f"the same command goes on from {newest}" if newest else "no checkpoint was written yet"
-    print(f"rank {ranks.rank}: stopped after step {seft.num_steps}: {path}; {goes_on}", file=sys.stderr, flush=True)
+    print(f"rank {ranks.rank}: stopped after step {method.num_steps}: {path}; {goes_on}", file=sys.stderr, flush=True)
     return path
 
 
-def _layers(seft: SeftOptimizer) -> list[dict[str, Any]]:
-    """This rank's part of every target: what is too large or not finite shows here."""
+def _layers(method: Method) -> list[dict[str, Any]]:
+    """This rank's part of everything trained: what is too large or not finite shows here."""
     found = []
-    state = seft.sparse_state
-    for name, entries in zip(seft.target_names, state.layers(), strict=True):
-        row: dict[str, Any] = {"name": name, "own_deltas": len(entries)}
-        for key in ("values", "exp_avg", "exp_avg_sq"):
-            column: torch.Tensor = getattr(entries, key)
-            largest = float(column.abs().max()) if len(entries) else 0.0
+    for name, state in method.states():
+        row: dict[str, Any] = {"name": name, "own_values": len(state["values"])}
+        for key, column in state.items():
+            largest = float(column.abs().max()) if len(column) else 0.0
             row[f"largest_{key}"] = largest if math.isfinite(largest) else str(largest)
             row[f"not_finite_{key}"] = int(column.isfinite().logical_not().sum())
         found.append(row)

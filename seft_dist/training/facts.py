@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import resource
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +54,13 @@ def cpu() -> str:
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has used so far: its resident set, or on CUDA what torch has allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def source_digest() -> str:

@@ -15,13 +15,12 @@ from safetensors import SafetensorError
 
 from seft_dist.io.batches import BatchStream
 from seft_dist.io.source import Source
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import fingerprint
 from seft_dist.optim.targets import weight_name
-from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.distributed import Ranks, together
+from seft_dist.training.method import Method
 
 _PIECE = 1 << 24  # values that a rank reads at a time
 _CACHED = 1 << 14  # of them, hashed at a time: what lies in the cache
@@ -32,16 +31,16 @@ _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype
 _OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM does not have
 
 
-def model_fingerprint(source: Source, seft: SeftOptimizer, ranks: Ranks) -> str:
+def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
     """Fingerprint of a model as it was loaded: every weight, and config.json. **Collective.**
 
-    The targets' part is what the optimizer has seen in its shards; the ranks take turns in reading the rest from the
+    The targets' part is what the method has seen in its shards; the ranks take turns in reading the rest from the
     files. It does not matter which weights are targets. The type in which weights are held matters only where it
     changes their values.
 
     Args:
         source: Where the model came from.
-        seft: Attached.
+        method: Attached.
         ranks: This process.
 
     Returns:
@@ -50,7 +49,7 @@ def model_fingerprint(source: Source, seft: SeftOptimizer, ranks: Ranks) -> str:
     Raises:
         ValueError: A file cannot be read.
     """
-    targets = _weight_names(seft)
+    targets = _weight_names(method)
     others = sorted(source.weights.tensors.keys() - targets.keys())
     tensors = source.weights.tensors
     pieces = [(i, start) for i, name in enumerate(others) for start in range(0, tensors[name].numel, _PIECE)]
@@ -72,7 +71,7 @@ def model_fingerprint(source: Source, seft: SeftOptimizer, ranks: Ranks) -> str:
     if ranks.world_size > 1:
         dist.all_reduce(prints)
     known = dict(zip(others, prints.tolist(), strict=True))
-    known |= {name: seft.sparse_state.fingerprint[i] for name, i in targets.items()}
+    known |= {name: method.fingerprints[i] for name, i in targets.items()}
     rows = [[name, list(tensors[name].shape) if name in tensors else None, known[name]] for name in sorted(known)]
     settings = json.loads((source.folder / "config.json").read_text())
     settings = {key: value for key, value in settings.items() if key not in _NOT_THE_MODEL}
@@ -99,25 +98,19 @@ def data_fingerprint(data: BatchStream, ranks: Ranks) -> str:
     return _digest(f"{count} ".encode() + b"".join(digests))
 
 
-def topology_hashes(seft: SeftOptimizer) -> dict[str, list[str]]:
+def topology_hashes(method: Method) -> dict[str, list[str]]:
     """Hashes of each target's support, mask and weights as they are now. **Collective.**
 
     Returns:
         Name to [support, mask, weight], 16 hexadecimal digits each.
     """
-    backend = seft.backend
+    backend = method.backend
     rows = [
-        torch.stack(
-            [
-                hash_of_set(layer.columns.indices),
-                hash_of_set(unpack(layer.mask, len(layer.interval)).nonzero().view(-1) + layer.interval.start),
-                hash_of_weight(backend.own(i), layer.interval.start),
-            ]
-        )
-        for i, layer in enumerate(seft.deltas())
+        torch.stack([*map(hash_of_set, positions), hash_of_weight(backend.own(i), backend.interval(i).start)])
+        for i, positions in enumerate(method.topology())
     ]
     table = backend.owners.sum(torch.stack(rows)).tolist()
-    return {name: [as_hex(value) for value in row] for name, row in zip(seft.target_names, table, strict=True)}
+    return {name: [as_hex(value) for value in row] for name, row in zip(method.target_names, table, strict=True)}
 
 
 def has_dropout(settings: dict[str, Any]) -> bool:
@@ -131,9 +124,9 @@ def as_hex(value: int) -> str:
     return f"{value & (1 << 64) - 1:016x}"
 
 
-def _weight_names(seft: SeftOptimizer) -> dict[str, int]:
+def _weight_names(method: Method) -> dict[str, int]:
     """Names of the targets' parameters, each with the target's number."""
-    modules = zip(seft.target_names, seft.backend.modules, strict=True)
+    modules = zip(method.target_names, method.backend.modules, strict=True)
     return {weight_name(name, module): i for i, (name, module) in enumerate(modules)}
 
 

@@ -79,12 +79,12 @@ class Manifest:
             self._content["evolutions"].append({"step": report.step, "digest": report.digest})
             self._write()
 
-    def finish(self, step: int, loss: float, layers: dict[str, list[str]]) -> None:
+    def finish(self, step: int, loss: float | None, layers: dict[str, list[str]]) -> None:
         """Write down the end of the run.
 
         Args:
             step: The last one.
-            loss: Of the last record.
+            loss: Of the last record; None: there was no step.
             layers: From ``topology_hashes``.
         """
         if self._content is None:

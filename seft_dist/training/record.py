@@ -5,11 +5,11 @@ from pathlib import Path
 from seft_dist.config import TrainConfig
 from seft_dist.io.batches import Batch
 from seft_dist.io.source import Source
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest
+from seft_dist.training.method import Method, TrainedSeft
 from seft_dist.training.run_folder import Origin
 from seft_dist.training.trace import Trace
 
@@ -22,7 +22,7 @@ class Record:
         config: TrainConfig,
         ranks: Ranks,
         source: Source,
-        seft: SeftOptimizer,
+        method: Method,
         *,
         origin: Origin,
         backend: str,
@@ -34,25 +34,28 @@ class Record:
             config: The run, resolved; its folder exists.
             ranks: This process.
             source: The model that training starts from.
-            seft: What is trained, the steps of a checkpoint already restored.
+            method: What is trained, the steps of a checkpoint already restored.
             origin: What the run is made from.
             backend: What holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
         """
-        self._seft = seft
+        self._method = method
         data = {"fingerprint": origin.data, "sequences": origin.sequences, "global_batch": origin.global_batch}
         self._manifest = open_manifest(
             config,
             ranks,
             model=origin.model,
             dtype=str(source.dtype).removeprefix("torch."),
-            dropout=has_dropout(source.config.to_dict()),
+            dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
             data=data,
             backend=backend,
             ds=ds,
-            done=seft.num_steps,
+            done=method.num_steps,
         )
-        self._trace = Trace(Path(config.output), seft, writes=ranks.is_main) if config.trace else None
+        self._trace = None
+        if config.trace:
+            assert isinstance(method, TrainedSeft)  # checked in the configuration
+            self._trace = Trace(Path(config.output), method, writes=ranks.is_main)
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. **Collective** with a trace, else local.
@@ -64,17 +67,17 @@ class Record:
             tokens: Of this step, over all ranks.
             lr: Learning rate of this step.
         """
-        self._manifest.evolution(self._seft.evolution)
+        self._manifest.evolution(self._method.evolution)
         if self._trace is not None:
             self._trace.step(step, micro, loss=loss, tokens=tokens, lr=lr)
 
-    def finish(self, loss: float) -> None:
+    def finish(self, loss: float | None) -> None:
         """Record the end of a run that has done all its steps. **Collective.**
 
         Args:
-            loss: Of the last record of the metrics.
+            loss: Of the last record of the metrics; None: there was no step.
         """
-        self._manifest.finish(self._seft.num_steps, loss, topology_hashes(self._seft))
+        self._manifest.finish(self._method.num_steps, loss, topology_hashes(self._method))
 
     def sync(self) -> None:
         """Force what was recorded to disk. Local."""

@@ -5,7 +5,9 @@ metrics.jsonl       see training/metrics.py
 checkpoints/        see io/checkpoint
 diagnosis/          see training/diagnosis.py: only if an error stopped it
 model/              the repaired model, a Hugging Face folder
-delta.safetensors   what changed against the pruned model, see io/export.py
+delta.safetensors   what changed against the pruned model, see io/export.py; not of method lora
+adapter/            of method lora: what was trained, as PEFT reads it
+merged/             of method lora_merged, while it is pruned again
 damaged-*           what could not be read when the run went on
 run.lock            see training/writer_lock.py: while a process writes here
 slurm/              what each attempt of a batch job ran, see slurm/common.sh: may be there before the run
@@ -24,21 +26,23 @@ from pydantic import Field, TypeAdapter
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from seft_dist.baselines.lora import ADAPTER
+from seft_dist.baselines.repruning import MERGED
 from seft_dist.config import TrainConfig
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
 from seft_dist.io.chat_template import uses_date
-from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.cli import to_dict, to_yaml
 from seft_dist.training.distributed import Ranks, together
+from seft_dist.training.method import Method
 from seft_dist.training.metrics import say
 from seft_dist.training.writer_lock import LOCK
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
 SLURM = "slurm"
-_FOLDERS = (SLURM, CHECKPOINTS, MODEL)
+_FOLDERS = (SLURM, CHECKPOINTS, MODEL, ADAPTER, MERGED)
 _FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
 
 
@@ -100,7 +104,8 @@ def open_run_folder(config: TrainConfig) -> None:
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
     checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
-    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of an attempt that was stopped while it exported
+    for name in (MODEL, ADAPTER, MERGED):  # of an attempt that was stopped while it exported
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
@@ -182,7 +187,7 @@ def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict
     return {"state": state, "origin": dataclasses.asdict(origin), "config": to_dict(config)}
 
 
-def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origin) -> dict[str, Any] | None:
+def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) -> dict[str, Any] | None:
     """Go on from the newest checkpoint that is whole, if there is one. **Collective.**
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
@@ -190,7 +195,7 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origi
     Args:
         config: The run.
         ranks: This process.
-        seft: A new optimizer; afterwards it is that of the checkpoint.
+        method: A new one; afterwards it is that of the checkpoint.
         origin: What it is made from.
 
     Returns:
@@ -204,15 +209,15 @@ def resume(config: TrainConfig, ranks: Ranks, seft: SeftOptimizer, origin: Origi
     found = together(ranks, lambda: checkpoint.complete(folder))
     for path in reversed(found):
         try:
-            extra = _checked(path, checkpoint.load(seft, path))
+            extra = _checked(path, method.load(path))
         except checkpoint.DamagedError as error:
             problem = str(error)
             together(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
-        if seft.num_steps > config.steps:
+        if method.num_steps > config.steps:
             raise ValueError(
-                f"{path} has done {seft.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
+                f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
             )
         return extra["state"]
     together(ranks, lambda: _check_new(folder))

@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seft_dist.baselines.baseline import Ending
 from seft_dist.config import TrainConfig
 from seft_dist.files.writing import write_json
 from seft_dist.io.batches import Batch, BatchStream, count_loss_tokens
-from seft_dist.io.checkpoint import Saver
+from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.export import export_model
 from seft_dist.io.source import locate, open_source
 from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.kernels.describe import describe
-from seft_dist.sparsity.schedule import is_evolution, is_first_support
-from seft_dist.training import distributed
-from seft_dist.training.build import Run, build, read_batches
+from seft_dist.training import distributed, facts
+from seft_dist.training.build import Run, build, check_baseline, read_batches
 from seft_dist.training.cli import to_yaml
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.distributed import Ranks, together
@@ -57,8 +57,9 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, 
         request: Of a caller who catches stop signals already; None: they are caught from here to the end.
 
     Returns:
-        What result.json holds: backend, world_size, density, steps, sparsity (target, final, layers_off_target),
-        evolutions, reactivated, seconds, tokens, loss. If a signal stopped the run: stopped (the signal), step.
+        What result.json holds: method, backend, world_size, density, trainable, steps, sparsity (target, final,
+        layers_off_target), evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes. If a signal stopped the run:
+        stopped (the signal), step.
 
     Raises:
         ValueError: Configuration, model, data or run folder cannot be used; nothing was written.
@@ -79,7 +80,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, 
 def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str, Any]:
     together(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     together(ranks, lambda: check_trackers(config))
-    given = config
+    given = config.settled()
     config = together(ranks, lambda: settle_batch(given, ranks.world_size))
     ds = together(ranks, lambda: read_ds_config(config, ranks.world_size))
     distributed.check_agreement(ranks, to_yaml(config) + repr(ds))
@@ -87,22 +88,23 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str,
     tokenizer = together(ranks, lambda: load_tokenizer(config.model))
     config = settle_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
+    together(ranks, lambda: check_baseline(config, source, data))
     run = build(config, ranks, source, ds)
-    run.seft.attach()
+    run.method.attach()
     origin = Origin(
-        model=model_fingerprint(source, run.seft, ranks),
+        model=model_fingerprint(source, run.method, ranks),
         data=data_fingerprint(data, ranks),
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
     )
-    state = resume(config, ranks, run.seft, origin) or {}
+    state = resume(config, ranks, run.method, origin) or {}
     together(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
-    record = Record(config, ranks, source, run.seft, origin=origin, backend=run.backend, ds=ds)
+    record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds)
     _restore_scheduler(run, state)
     if ranks.is_main:
         say(f"kernels: {describe(ranks.device)}")
-    metrics = Metrics(config, writes=ranks.is_main, start=run.seft.num_steps, state=state.get("metrics"))
+    metrics = Metrics(config, writes=ranks.is_main, start=run.method.num_steps, state=state.get("metrics"))
     try:
         number = fit(run, data, origin, metrics, record, request)
     finally:
@@ -111,9 +113,9 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str,
     number = number or _agreed_stop(ranks, request)
     if number:
         if ranks.is_main:
-            stopped(config, name_of(number), run.seft.num_steps)
-        return {"stopped": name_of(number), "step": run.seft.num_steps}
-    return finish(run, metrics, record)
+            stopped(config, name_of(number), run.method.num_steps)
+        return {"stopped": name_of(number), "step": run.method.num_steps}
+    return finish(run, data, metrics, record)
 
 
 def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: Record, request: StopRequest) -> int:
@@ -134,19 +136,18 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
         FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
         OSError: A checkpoint could not be written; earlier ones are whole.
     """
-    config, seft = run.config, run.seft
-    saver = Saver(seft, Path(config.output) / CHECKPOINTS)
+    config, method = run.config, run.method
+    saver = method.saver(Path(config.output) / CHECKPOINTS)
     micro: list[Batch] = []
     since: list[Done] = []
-    done = seft.num_steps
+    done = method.num_steps
     try:
-        for step, micro in zip(range(done + 1, config.steps + 1), data.batches(done), strict=False):
+        for step, micro in zip(range(done + 1, method.total_steps + 1), data.batches(done), strict=False):
             torch.manual_seed(_seed_of(config.seed, step, run.ranks.rank))  # of dropout; nothing to save
             loss, _ = run.accumulate(micro)
             since.append(Done(step, loss, sum(_tokens_of(batch) for batch in micro)))
             saves = step == config.steps or bool(config.save_every and step % config.save_every == 0)
-            moves = is_first_support(seft.config, step) or is_evolution(seft.config, step)
-            if not (saves or moves or config.trace or step % config.log_every == 0):
+            if not (saves or method.moves(step) or config.trace or step % config.log_every == 0):
                 since[-1].lr = run.update(step)
                 continue
             agreed = agree(run.ranks, since, request, saver)
@@ -157,8 +158,8 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
                     loss=loss_of_all,
                     tokens=tokens,
                     lr=one.lr,
-                    grad_norm=seft.grad_norm,
-                    evolution=seft.evolution if one.step == step else None,
+                    grad_norm=method.grad_norm,
+                    evolution=method.evolution if one.step == step else None,
                 )
             record.step(step, micro, loss=agreed.losses[-1], tokens=agreed.tokens[-1], lr=since[-1].lr)
             since = []
@@ -173,7 +174,7 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
                 return agreed.stop if step < config.steps else 0
         saver.finish()
     except Exception as error:
-        write_diagnosis(error, Path(config.output), run.ranks, seft, data.indices(seft.num_steps), micro)
+        write_diagnosis(error, Path(config.output), run.ranks, method, data.indices(method.num_steps), micro)
         raise
     return 0
 
@@ -183,7 +184,7 @@ def _restore_scheduler(run: Run, state: dict[str, Any]) -> None:
         return
     try:
         run.scheduler.load_state_dict(state["scheduler"])
-        run.seft.param_groups[0]["lr"] = float(state["lr"])  # the scheduler itself sets it only after the next step
+        run.method.param_groups[0]["lr"] = float(state["lr"])  # the scheduler itself sets it only after the next step
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint's state of the scheduler does not fit: {error!r}; use another checkpoint"
@@ -193,7 +194,7 @@ def _restore_scheduler(run: Run, state: dict[str, Any]) -> None:
 def _state_of(run: Run, metrics: Metrics) -> dict[str, Any]:
     state: dict[str, Any] = {"metrics": metrics.state()}
     if run.scheduler is not None:
-        state |= {"scheduler": run.scheduler.state_dict(), "lr": run.seft.param_groups[0]["lr"]}
+        state |= {"scheduler": run.scheduler.state_dict(), "lr": run.method.param_groups[0]["lr"]}
     return state
 
 
@@ -239,7 +240,7 @@ class Agreed:
     """Every rank's part of the checkpoint that has begun is on disk, or has failed."""
 
 
-def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: Saver) -> Agreed:
+def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: BackgroundSaver) -> Agreed:
     """Exchange what must be known before the optimizer changes the weights again. **Collective.**
 
     This waits for the device: nothing else does in a step that is neither logged, saved nor of an evolution's window.
@@ -281,20 +282,25 @@ def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: Saver) -
     )
 
 
-def finish(run: Run, metrics: Metrics, record: Record) -> dict[str, Any]:
+def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dict[str, Any]:
     """Check every layer's sparsity, export, and write the result. **Collective.**
 
     Returns:
         What result.json holds.
     """
-    config, folder = run.config, Path(run.config.output)
-    layers = run.seft.sparsity()
+    config, folder, method = run.config, Path(run.config.output), run.method
+    trained = {"trainable": method.trainable, "peak_memory_bytes": _peak_memory(run.ranks)}
+    ending = Ending(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
+    trained |= method.finalize(ending)
+    layers = method.sparsity()
     numel = sum(layer.numel for layer in layers)
+    loss = metrics.last_loss if method.num_steps else None
     result = {
+        "method": config.method,
         "backend": run.backend,
         "world_size": run.ranks.world_size,
-        "density": config.seft.density,
-        "steps": config.steps,
+        "density": method.density,
+        "steps": method.num_steps,
         "sparsity": {
             "target": 1 - sum(layer.target for layer in layers) / numel,
             "final": sum(layer.zeros for layer in layers) / numel,
@@ -304,23 +310,32 @@ def finish(run: Run, metrics: Metrics, record: Record) -> dict[str, Any]:
         "reactivated": metrics.reactivated,
         "seconds": round(metrics.seconds, 3),
         "tokens": metrics.tokens,
-        "loss": metrics.last_loss,
+        "loss": loss,
+        **trained,
     }
     if config.export:
         export_model(
             run.model,
-            run.seft.backend.full,
+            method.backend.full,
             folder / MODEL,
             run.source,
             writes=run.ranks.is_main,
             tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
-            delta=folder / DELTA,
-            targets=run.seft.target_names,
+            delta=folder / DELTA if config.is_seft else None,
+            targets=method.changed,
         )
-    record.finish(metrics.last_loss)
+    record.finish(loss)
     if run.ranks.is_main:
         write_json(folder / RESULT, result)
         summary(result)
     if dist.is_initialized():
         dist.barrier()  # no rank returns before the files are there
     return result
+
+
+def _peak_memory(ranks: Ranks) -> int:
+    """Of the rank that used most. **Collective.**"""
+    peak = torch.tensor(facts.peak_memory(ranks.device))
+    if ranks.world_size > 1:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)

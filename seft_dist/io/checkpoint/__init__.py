@@ -9,11 +9,24 @@ pruned model.
                  /rank-00001-of-00002.safetensors
 
 The folder is written under another name, synced, then renamed: a folder named step-* is complete, and the highest number is
-the pointer to the newest. Nothing is unpickled.
+the pointer to the newest. Nothing is unpickled. Other methods than SEFT have other tensors in such folders (baselines/saving.py).
 """
 
 from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest, tidy
-from seft_dist.io.checkpoint.reader import load
-from seft_dist.io.checkpoint.writer import KEEP, Saver, save
+from seft_dist.io.checkpoint.reader import load, open_checkpoint
+from seft_dist.io.checkpoint.writer import KEEP, BackgroundSaver, Saver, describe_targets, save
 
-__all__ = ["KEEP", "DamagedError", "Saver", "complete", "latest", "load", "read_manifest", "save", "tidy"]
+__all__ = [
+    "KEEP",
+    "BackgroundSaver",
+    "DamagedError",
+    "Saver",
+    "complete",
+    "describe_targets",
+    "latest",
+    "load",
+    "open_checkpoint",
+    "read_manifest",
+    "save",
+    "tidy",
+]

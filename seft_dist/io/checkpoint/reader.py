@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.io.checkpoint.files import DamagedError, check_sum, everywhere, rank_file, read_manifest
 from seft_dist.io.checkpoint.schema import Manifest, Target
@@ -48,15 +50,9 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     """
     seft.attach()
     backend = seft.backend
-    everywhere(backend, lambda: read_manifest(checkpoint))
-    manifest = read_manifest(checkpoint)
-    _check_fits(seft, manifest, checkpoint)
-
-    def check_sums() -> None:
-        for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
-            check_sum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
-
-    everywhere(backend, check_sums)
+    manifest = open_checkpoint(
+        checkpoint, backend, seft.sparse_state.fingerprint, lambda found: _check_method(seft, found, checkpoint)
+    )
     reader = _Reader(checkpoint, manifest)
     targets = {target["name"]: target for target in manifest["targets"]}
     layers: list[LayerDelta] = []
@@ -73,8 +69,38 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     return manifest["extra"]
 
 
-def _check_fits(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
-    state, backend = seft.sparse_state, seft.backend
+def open_checkpoint(
+    checkpoint: Path, backend: Backend, fingerprints: list[int], check_method: Callable[[Manifest], None]
+) -> Manifest:
+    """See that a checkpoint is whole, and of this model and method. **Collective.**
+
+    Args:
+        checkpoint: Its folder.
+        backend: Holds the weights.
+        fingerprints: Of each target's weight as it was loaded.
+        check_method: Raises a ValueError if the checkpoint is of another method; the same on every rank.
+
+    Returns:
+        What checkpoint.json says.
+
+    Raises:
+        DamagedError: A file is missing, cut or altered.
+        ValueError: The checkpoint is of another model, method or format; says what was found and needed.
+    """
+    everywhere(backend, lambda: read_manifest(checkpoint))
+    manifest = read_manifest(checkpoint)
+    _check_model(backend, fingerprints, manifest, checkpoint)
+    check_method(manifest)
+
+    def check_sums() -> None:
+        for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
+            check_sum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
+
+    everywhere(backend, check_sums)
+    return manifest
+
+
+def _check_model(backend: Backend, fingerprints: list[int], manifest: Manifest, checkpoint: Path) -> None:
     found = {target["name"]: target for target in manifest["targets"]}
     for where, names in (("there", found.keys() - set(backend.names)), ("here", set(backend.names) - found.keys())):
         if names:
@@ -88,7 +114,7 @@ def _check_fits(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> No
                 f"{checkpoint} is of another model: {name} has shape {found[name]['shape']} there, {list(shape)} here; load the "
                 "pruned model it began with"
             )
-    for name, fingerprint in zip(backend.names, state.fingerprint, strict=True):
+    for name, fingerprint in zip(backend.names, fingerprints, strict=True):
         if found[name]["fingerprint"] != fingerprint:
             here = str(backend.dtypes[0])
             types = f" (held as {manifest['dtype']} there, as {here} here)" if manifest["dtype"] != here else ""
@@ -96,6 +122,9 @@ def _check_fits(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> No
                 f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
                 "it began with"
             )
+
+
+def _check_method(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
     free = _FREE if manifest["window_steps"] else _FREE + _FREE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
     # An option that the writer did not know yet has a default that does what it did

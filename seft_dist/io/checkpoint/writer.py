@@ -6,11 +6,12 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from seft_dist.backends import Backend
 from seft_dist.files.writing import sync_folder
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
@@ -50,7 +51,18 @@ def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = K
     return written
 
 
-class Saver:
+class Saved(Protocol):
+    """What is trained, as far as writing its checkpoints asks."""
+
+    num_steps: int
+    """Optimizer steps done."""
+
+    @property
+    def backend(self) -> Backend:
+        """What holds the weights."""
+
+
+class BackgroundSaver:
     """Writes the checkpoints of a run in the background, one at a time.
 
         saver.start(extra)                      # copies the state; training may go on
@@ -63,14 +75,14 @@ class Saver:
     the training thread, so no collective runs beside those of training.
     """
 
-    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = KEEP) -> None:
+    def __init__(self, saved: Saved, folder: Path, keep: int = KEEP) -> None:
         """Args:
-        seft: Attached when the first save begins.
+        saved: What is trained; attached when the first save begins.
         folder: Holds the checkpoints of a run.
         keep: How many checkpoints stay; older ones are removed once a new one is complete.
         """
         assert keep >= 1
-        self._seft, self._folder, self._keep = seft, folder, keep
+        self._saved, self._folder, self._keep = saved, folder, keep
         self._thread: threading.Thread | None = None
         self._step = 0
         self._manifest: dict[str, Any] = {}
@@ -92,17 +104,26 @@ class Saver:
             OSError: The earlier save failed, or the folder cannot be made; complete checkpoints stay.
         """
         self.finish()
-        seft = self._seft
-        backend = seft.backend
-        self._step = seft.num_steps
+        backend = self._saved.backend
+        self._step = self._saved.num_steps
         everywhere(backend, lambda: self._make_partial() if self._is_main else None)
-        windows = [layer.window for layer in seft.deltas()]
-        sums = [{name: window.summed(name) for name in window.sums} if window else {} for window in windows]
-        self._manifest = _manifest(seft, json.loads(json.dumps(extra)))  # a copy: training goes on changing its own
-        tensors = _copies(seft, sums if self._is_main else []) if backend.replicas.rank == 0 else None
+        described, tensors = self.content()
+        described |= {"world_size": backend.owners.size, "backend": backend.name, "dtype": str(backend.dtypes[0])}
+        described |= {"format_version": FORMAT_VERSION, "num_steps": self._step}
+        described["extra"] = json.loads(json.dumps(extra))  # a copy: training goes on changing its own
+        self._manifest = described
         file = self._partial / rank_file(backend.owners.rank, backend.owners.size)
         self._thread = threading.Thread(target=self._write, args=(file, tensors), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        """What there is to save. **Collective.**
+
+        Returns:
+            ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU memory, None
+            where another rank has the same.
+        """
+        raise NotImplementedError
 
     def finish(self) -> Path | None:
         """Wait for the save that has begun, and make it the newest checkpoint. **Collective.**
@@ -117,7 +138,7 @@ class Saver:
             return None
         self._thread.join()
         self._thread = None
-        backend = self._seft.backend
+        backend = self._saved.backend
         try:
             everywhere(backend, self._raise_error)
             digests = [bytes(row.tolist()).hex() for row in backend.owners.stack(self._digest)]
@@ -130,7 +151,7 @@ class Saver:
 
     @property
     def _is_main(self) -> bool:
-        return self._seft.backend.owners.rank == 0 and self._seft.backend.replicas.rank == 0
+        return self._saved.backend.owners.rank == 0 and self._saved.backend.replicas.rank == 0
 
     @property
     def _partial(self) -> Path:
@@ -168,6 +189,27 @@ class Saver:
         tidy(self._folder, self._keep)
 
 
+class Saver(BackgroundSaver):
+    """Writes SEFT's masks and deltas."""
+
+    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = KEEP) -> None:
+        """Args: as of ``BackgroundSaver``."""
+        super().__init__(seft, folder, keep)
+        self._seft = seft
+
+    def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        seft = self._seft
+        windows = [layer.window for layer in seft.deltas()]
+        sums = [{name: window.summed(name) for name in window.sums} if window else {} for window in windows]
+        described = {
+            "method": dataclasses.asdict(seft.config),
+            "window_steps": None if windows[0] is None else windows[0].num_steps,
+            "targets": describe_targets(seft.backend, seft.sparse_state.targets, seft.sparse_state.fingerprint),
+        }
+        writes = seft.backend.replicas.rank == 0
+        return described, _copies(seft, sums if self._is_main else []) if writes else None
+
+
 def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Everything this rank owns, copied to CPU memory."""
     tensors: dict[str, Tensor] = {}
@@ -185,26 +227,21 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
     return tensors
 
 
-def _manifest(seft: SeftOptimizer, extra: dict[str, Any]) -> dict[str, Any]:
-    state, backend = seft.sparse_state, seft.backend
-    window = next(layer.window for layer in seft.deltas())
-    return {
-        "format_version": FORMAT_VERSION,
-        "num_steps": seft.num_steps,
-        "method": dataclasses.asdict(seft.config),
-        "world_size": backend.owners.size,
-        "backend": backend.name,
-        "dtype": str(backend.dtypes[0]),
-        "window_steps": None if window is None else window.num_steps,
-        "targets": [
-            {
-                "name": name,
-                "shape": list(backend.shapes[i]),
-                "chunk": backend.partitions[i].chunk,
-                "target": state.targets[i],
-                "fingerprint": state.fingerprint[i],
-            }
-            for i, name in enumerate(backend.names)
-        ],
-        "extra": extra,
-    }
+def describe_targets(backend: Backend, targets: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:
+    """The targets as a manifest lists them. Local.
+
+    Args:
+        backend: Holds the weights.
+        targets: Active positions wanted of each.
+        fingerprints: Of each weight as it was loaded.
+    """
+    return [
+        {
+            "name": name,
+            "shape": list(backend.shapes[i]),
+            "chunk": backend.partitions[i].chunk,
+            "target": targets[i],
+            "fingerprint": fingerprints[i],
+        }
+        for i, name in enumerate(backend.names)
+    ]

@@ -1,0 +1,1 @@
+"""Methods to compare SEFT with, for launch/train.py (docs/baselines.md)."""

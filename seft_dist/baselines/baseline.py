@@ -1,0 +1,273 @@
+"""What all comparison methods share: targets, the optimizer step, counts of zeros, the way to a plain model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seft_dist.backends import Backend, find_backend
+from seft_dist.backends.replicated import ReplicatedBackend
+from seft_dist.backends.shards import whole_shape
+from seft_dist.baselines.saving import BaselineSaver, load
+from seft_dist.baselines.values import Values
+from seft_dist.config import TrainConfig
+from seft_dist.io.checkpoint import BackgroundSaver
+from seft_dist.io.sequences import Sample
+from seft_dist.io.source import Source
+from seft_dist.kernels.bits import pack
+from seft_dist.optim.setup import check_pattern, clear_negative_zeros
+from seft_dist.optim.state import LayerSparsity, fingerprint
+from seft_dist.optim.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
+
+_LEAST_SPARSITY = 0.01
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a method may need to turn what it has trained into a plain model."""
+
+    folder: Path
+    """Of the run."""
+    source: Source
+    """The pruned model."""
+    sequences: Sequence[Sample]
+    """Training text."""
+    device: torch.device
+    is_main: bool
+    """Whether this rank writes."""
+
+
+class Baseline(ABC):
+    """A method that trains some parameters with torch's AdamW; made before a forward pass, attached before the first step.
+
+    All others are frozen. Weights may be held by one process, by every rank, or in FSDP2 shards.
+    """
+
+    evolution = None
+    """Masks do not move."""
+    takes: tuple[str, ...] = ("Linear", "Conv1D", "fused experts")
+    """Kinds of targets that it can train."""
+    may_be_dense = False
+    """Whether a model without zeros makes sense."""
+    settings: tuple[str, ...] = ()
+    """Fields of BaselineConfig that decide what is trained."""
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, adam: dict[str, Any]) -> None:
+        """Finds the targets; reads no weight yet. Local.
+
+        Args:
+            model: As it was loaded: whole, or sharded by FSDP2.
+            config: The run.
+            adam: ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``max_grad_norm``.
+
+        Raises:
+            ValueError: A target cannot be trained by this method.
+        """
+        self.model, self.config, self.name = model, config, str(config.method)
+        self.num_steps = 0
+        self.grad_norm = 0.0
+        """Global norm of the last step's gradient before clipping."""
+        self.targets = find_targets(model, config.seft.targets)
+        self._adam = {key: value for key, value in adam.items() if key != "max_grad_norm"}
+        self._max_grad_norm: float | None = adam["max_grad_norm"]
+        self._backend: Backend | None = None
+        self.fingerprints: list[int] = []
+        """Hash of each target's weight as it was loaded."""
+        self.active: list[int] = []
+        """Non-zero weights of each target as it was loaded: how many there shall be in the end."""
+        check_criteria(self.targets, config.seft)
+        for name, target in self.targets.items():
+            kind = "fused experts" if isinstance(target, ExpertWeight) else "Conv1D" if is_conv1d(target) else "Linear"
+            if kind not in self.takes:
+                raise ValueError(
+                    f"method={self.name} is not supported for {name}, a weight of {kind}: needs {' or '.join(self.takes)}; "
+                    "choose seft.targets without it, or another method (docs/baselines.md)"
+                )
+
+    @abstractmethod
+    def install(self) -> dict[str, nn.Parameter]:
+        """Prepare the model for training. Local.
+
+        Returns:
+            What is trained, by name; all else is frozen already.
+        """
+
+    def finalize(self, ending: Ending) -> dict[str, Any]:
+        """Turn what was trained into weights of a plain model. **Collective.**
+
+        Args:
+            ending: Where it came from, and where files go.
+
+        Returns:
+            Entries for result.json.
+        """
+        return {}
+
+    def active_of(self, i: int) -> Tensor | None:
+        """Which values of trained part i may change and must not become 0, bool [n]; None: all, and they may. Local."""
+        return None
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the targets or parameters that training may have changed."""
+        return list(self.targets)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of a whole run."""
+        return self.config.steps
+
+    @property
+    def target_names(self) -> list[str]:
+        """Names of the targets, in order."""
+        return list(self.targets)
+
+    @property
+    def backend(self) -> Backend:
+        """What holds the weights; known once attached."""
+        assert self._backend is not None, "not attached"
+        return self._backend
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group, whose "lr" a schedule sets."""
+        return self.values.param_groups
+
+    @property
+    def trainable(self) -> int:
+        """Number of values that are trained, in all ranks together."""
+        return sum(part.numel for part in self.values.parts)
+
+    @property
+    def density(self) -> float:
+        """Trained values as a share of the targets' weights."""
+        return self.trainable / sum(prod(shape) for shape in self.backend.shapes)
+
+    def attach(self) -> None:
+        """Look at the weights and install what is trained. **Collective**, idempotent.
+
+        Raises:
+            ValueError: The weights cannot be trained by this method; every rank raises the same.
+        """
+        if self._backend is not None:
+            return
+        backend = find_backend(self.model, self.targets, None)
+        clear_negative_zeros(backend)
+        if isinstance(backend, ReplicatedBackend):
+            for i in range(len(backend.names)):
+                backend.check_replicas(i)
+        self._survey(backend)
+        self._backend = backend
+        self.model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.baseline.seed)
+            parameters = self.install()
+        self.values = Values(parameters, backend, self._adam)
+
+    def _survey(self, backend: Backend) -> None:
+        """Count and check the targets' weights. **Collective.**"""
+        if len(set(backend.dtypes)) > 1:
+            raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
+        own = [backend.own(i) for i in range(len(backend.names))]
+        rows = [
+            [
+                int(part.count_nonzero()),
+                int(part.isfinite().logical_not().sum()),
+                int(fingerprint(part, interval.start)),
+            ]
+            for part, interval in ((part, backend.interval(i)) for i, part in enumerate(own))
+        ]
+        self.active, broken, self.fingerprints = backend.owners.sum(torch.tensor(rows)).T.tolist()
+        for name, bad in zip(backend.names, broken, strict=True):
+            if bad:
+                raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+        sparsity = 1 - sum(self.active) / sum(prod(shape) for shape in backend.shapes)
+        if sparsity < _LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
+            raise ValueError(
+                f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about keeping "
+                "zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
+            )
+        if self.config.seft.pattern is not None:
+            check_pattern(backend, self.config.seft, [pack(part != 0) for part in own])
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # nothing to do is right for all
+        """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell. Local."""
+
+    def moves(self, step: int) -> bool:
+        """Whether masks or supports change in a step. Local."""
+        return False
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Average, clip, update. **Collective.**
+
+        Raises:
+            FloatingPointError: A gradient is not finite; nothing was changed.
+        """
+        grads = self.values.grads()
+        for i, grad in enumerate(grads):
+            active = self.active_of(i)
+            if active is not None:
+                grad.masked_fill_(~active, 0.0)
+        norm = self.values.norm(grads, self.num_steps + 1)
+        self.grad_norm = float(norm)
+        if self._max_grad_norm is not None:
+            scale = min(1.0, self._max_grad_norm / (self.grad_norm + 1e-6))
+            for grad in grads:
+                grad.mul_(scale)
+        with self.backend.writing():
+            self.values.update(grads, self.active_of)
+        self.num_steps += 1
+
+    def zero_grad(self) -> None:
+        """Forget the gradients since the last step. Local."""
+        self.values.forget()
+
+    def sparsity(self) -> list[LayerSparsity]:
+        """Counts of every target as its weights are now. **Collective.**"""
+        backend = self.backend
+        backend.prepare_write()  # shards, not gathered copies, are counted
+        zeros = backend.owners.sum(
+            torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
+        ).tolist()
+        numels = [prod(shape) for shape in backend.shapes]
+        rows = zip(backend.names, numels, self.active, zeros, strict=True)
+        return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
+
+    def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each target's own interval: positions of its support (none), and of its non-zero weights. Local."""
+        for i in range(len(self.backend.names)):
+            active = (self.backend.own(i) != 0).nonzero().view(-1) + self.backend.interval(i).start
+            yield active[:0], active
+
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's trained values and their moments, by the parameters' names. Local."""
+        for part in self.values.parts:
+            yield part.name, self.values.state(part)
+
+    def saver(self, folder: Path) -> BackgroundSaver:
+        """Writes this method's checkpoints. Local."""
+        return BaselineSaver(self, folder)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Go on from a checkpoint. **Collective.**
+
+        Returns:
+            The ``extra`` that was saved.
+
+        Raises:
+            DamagedError: A file is missing, cut or altered; nothing was changed.
+            ValueError: It is of another model, method or format.
+        """
+        return load(self, checkpoint)
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter, whole, has one dimension. Local."""
+    return len(whole_shape(parameter)) == 1

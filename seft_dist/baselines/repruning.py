@@ -1,0 +1,106 @@
+"""Pruning a merged model again, to the zeros that each row had before.
+
+Wanda's way, as launch/prune.py prunes: the merged model goes to a folder, and comes back from it a decoder layer at a
+time, each layer seeing what the pruned layers before it produce. So no rank ever holds a layer more than its own part.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from seft_dist.backends.group import Group
+from seft_dist.config import ModelConfig, PruneConfig, TrainConfig
+from seft_dist.io.export import export_model
+from seft_dist.io.sequences import Sample
+from seft_dist.io.source import Source, open_source
+from seft_dist.optim.targets import from_rows, matrix
+from seft_dist.pattern import pattern_sizes
+from seft_dist.pruning.calibrate import find_layers, sample_sequences
+from seft_dist.pruning.methods import Pruner, open_calibration
+from seft_dist.pruning.stream import StreamedModel
+
+if TYPE_CHECKING:
+    from seft_dist.baselines.baseline import Baseline, Ending
+
+MERGED = "merged"
+"""Folder of a run with the merged model, while it is pruned again."""
+
+
+def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sample]) -> None:
+    """See before training that a model can be pruned again after it. Local; two passes of a sequence through the model.
+
+    Args:
+        config: The run.
+        source: The pruned model.
+        sequences: Training text.
+
+    Raises:
+        ValueError: Too little text, targets outside the decoder layers, or a model that is not a chain of layers.
+    """
+    chosen = _calibration_text(config, sequences)
+    stream = StreamedModel(source, torch.device("cpu"))
+    prefix, _ = find_layers(stream.model)
+    outside = [name for name in stream.find_targets(config.seft.targets) if not name.startswith(f"{prefix}.")]
+    if outside:
+        raise ValueError(
+            f"target {outside[0]} is outside the decoder layers ({prefix}), which is all that lora_merged can prune again: "
+            "choose other seft.targets, or method masked_lora"
+        )
+    open_calibration(stream, chosen[:1], Group(None))
+
+
+def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Tensor]]:
+    """Prune a model whose targets are merged. **Collective.**
+
+    Args:
+        method: Holds the merged weights.
+        ending: The pruned model that the run began with, and training text.
+
+    Yields:
+        Name of a target and its whole weight, in the shape in which it is stored, on every rank.
+    """
+    config, backend = method.config, method.backend
+    folder, ranks = ending.folder / MERGED, backend.owners
+    if ending.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was stopped here
+    export_model(method.model, backend.full, folder, ending.source, writes=ending.is_main, targets=method.target_names)
+    ranks.sum(torch.zeros(1))  # nobody reads before it is there
+    merged = StreamedModel(open_source(ModelConfig(path=str(folder))), ending.device)
+    before = StreamedModel(ending.source, torch.device("cpu"))
+    targets = merged.find_targets(config.seft.targets)
+    before.find_targets(config.seft.targets)
+    width = None if config.seft.pattern is None else pattern_sizes(config.seft.pattern)[1]
+
+    def zeros(name: str, first: int, last: int) -> Tensor:
+        rows = before.read_rows(name, first, last)
+        return (rows == 0).view(-1, width or rows.shape[1]).sum(1)
+
+    pruner = Pruner(
+        PruneConfig(model=ModelConfig(path=str(folder)), data=config.data, pattern=config.seft.pattern, output="-"),
+        merged,
+        targets,
+        {name: matrix(target) for name, target in targets.items()},
+        dict.fromkeys(targets, 0.0),
+        _calibration_text(config, ending.sequences),
+        None,
+        ranks,
+        ending.is_main,
+        zeros,
+    )
+    for name, weight in pruner.pruned():
+        yield name, from_rows(targets[name], weight)
+    ranks.sum(torch.zeros(1))  # everybody has read it
+    if ending.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _calibration_text(config: TrainConfig, sequences: Sequence[Sample]) -> list[Tensor]:
+    wanted, found = config.baseline.sequences, len(sequences)
+    if found < wanted:
+        raise ValueError(
+            f"baseline.sequences={wanted}, but the training data has {found} sequences: lower it, or use more text"
+        )
+    return sample_sequences(sequences, wanted, config.baseline.seed)

@@ -1,0 +1,166 @@
+"""Trained parameters as this rank holds them, and torch's AdamW on them.
+
+    parameter          sharded by FSDP2            held whole by every rank (also adapters beside sharded weights)
+    part               this rank's rows            all of it
+    gradient           FSDP2 has averaged it       averaged here
+    fp32 values        the part itself, or a copy if the model's type is another
+
+What is updated and saved are the fp32 values; the parameter holds them in its own type.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seft_dist.backends import Backend
+from seft_dist.backends.shards import is_sharded, stored_part, whole_shape
+from seft_dist.optim.delta import least_size
+from seft_dist.sparsity.casts import cast_weight
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""As AdamW's state calls them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of one trained parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    numel: int
+    """Of the whole parameter."""
+    start: int
+    """Flat position of the first value in the whole."""
+    held: Tensor
+    """[n], the parameter's own memory."""
+    values: Tensor
+    """fp32 [n]; ``held`` itself if it is fp32."""
+    is_sharded: bool
+
+    @classmethod
+    def of(cls, name: str, parameter: nn.Parameter) -> "Part":
+        """The stored part of a parameter. Local."""
+        held, start = stored_part(parameter)
+        numel = 1
+        for side in whole_shape(parameter):
+            numel *= side
+        return cls(name, parameter, numel, start, held, held.float(), is_sharded(parameter))
+
+    def grad(self) -> Tensor:
+        """fp32 [n], the gradient since the last step: this rank's, or if sharded the mean over the ranks. Local."""
+        grad = self.parameter.grad
+        return torch.zeros_like(self.values) if grad is None else stored_part(grad)[0].float()
+
+
+class Values:
+    """All trained parameters, with their optimizer."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], backend: Backend, adam: Mapping[str, Any]) -> None:
+        """Args:
+        parameters: Name to parameter; sharded ones as FSDP2 holds them between two steps. They get gradients from now on.
+        backend: Knows the ranks.
+        adam: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        """
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        self.parts = [Part.of(name, parameter) for name, parameter in parameters.items()]
+        self._backend = backend
+        self._adamw = torch.optim.AdamW([part.values for part in self.parts], **adam) if self.parts else None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """AdamW's, whose "lr" a schedule sets."""
+        return self._adamw.param_groups if self._adamw is not None else [{"lr": 0.0}]
+
+    def grads(self) -> list[Tensor]:
+        """Each part's gradient, averaged over the ranks, fp32 [n]. **Collective.**"""
+        grads = [part.grad() for part in self.parts]
+        owners = self._backend.owners
+        whole = [i for i, part in enumerate(self.parts) if not part.is_sharded]
+        if owners.size > 1 and whole:
+            mean = owners.sum(torch.cat([grads[i] for i in whole])).div_(owners.size)
+            for i, grad in zip(whole, mean.split([grads[i].numel() for i in whole]), strict=True):
+                grads[i] = grad
+        return grads
+
+    def norm(self, grads: list[Tensor], step: int) -> Tensor:
+        """Norm of the whole gradient, fp64 []. **Collective.**
+
+        Args:
+            grads: From ``grads``.
+            step: Of the run, for the message.
+
+        Raises:
+            FloatingPointError: It is not finite; names the parameter, on every rank.
+        """
+        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
+        sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
+        squares = torch.where(sharded, self._backend.owners.sum(squares * sharded), squares)
+        if not squares.isfinite().all():
+            bad = [
+                part.name for part, value in zip(self.parts, squares.tolist(), strict=True) if not value < float("inf")
+            ]
+            raise FloatingPointError(
+                f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} of {len(self.parts)} parameters); "
+                "nothing was changed. Lower the learning rate, or look at this batch"
+            )
+        return squares.sum().sqrt()
+
+    def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
+        """One step of AdamW; the parameters then hold what they have become. Local; inside ``Backend.writing()``.
+
+        Args:
+            grads: Clipped.
+            active_of: Which values of a part must not become 0, bool [n]; None: they may.
+        """
+        if self._adamw is None:
+            return
+        for part, grad in zip(self.parts, grads, strict=True):
+            part.values.grad = grad
+        self._adamw.step()
+        for i, part in enumerate(self.parts):
+            part.values.grad = None
+            active = active_of(i)
+            if active is not None:
+                keep_active_(part.values, active, part.held.dtype)
+        self.publish()
+
+    def publish(self) -> None:
+        """Let the parameters hold the fp32 values in their own type. Local; inside ``Backend.writing()``."""
+        for part in self.parts:
+            if part.values is not part.held:
+                part.held.copy_(cast_weight(part.values, part.held.dtype)[0])
+
+    def forget(self) -> None:
+        """Drop the gradients since the last step. Local."""
+        for part in self.parts:
+            part.parameter.grad = None
+
+    def state(self, part: Part) -> dict[str, Tensor]:
+        """The values and AdamW's moments of a part, fp32 [n] each. Local."""
+        assert self._adamw is not None
+        moments = self._adamw.state.get(part.values, {})
+        return {"values": part.values} | {key: moments.get(key, torch.zeros_like(part.values)) for key in MOMENTS}
+
+    def restore(self, part: Part, state: Mapping[str, Tensor], steps: int) -> None:
+        """Take over what ``state`` gave after so many steps; ``publish`` once after all. Local."""
+        assert self._adamw is not None
+        part.values.copy_(state["values"])
+        moments = {key: state[key].to(part.values.device) for key in MOMENTS}
+        self._adamw.state[part.values] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
+    """Keep weights that are no zeros of the mask from becoming 0, in place: they would count as pruned. Local.
+
+    Args:
+        values: fp32, any shape.
+        active: bool, same shape: in the mask.
+        dtype: Type that the weights will be held in.
+    """
+    least = least_size(dtype)
+    lost = (values.abs() < least) & active
+    values[lost] = torch.copysign(torch.full_like(values[lost], least), values[lost])

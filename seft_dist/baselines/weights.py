@@ -1,0 +1,81 @@
+"""Methods that train weights of the model itself, or none of them.
+
+norms_and_biases: Zimmer, Andoni, Spiegel, Pokutta, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs",
+arXiv 2312.15230.
+"""
+
+from torch import Tensor, nn
+
+from seft_dist.backends.shards import stored_part
+from seft_dist.baselines.baseline import Baseline, is_vector
+from seft_dist.kernels.bits import pack, unpack
+from seft_dist.optim.targets import is_conv1d, weight_name
+
+
+class NoRepair(Baseline):
+    """Trains nothing: the pruned model as it is."""
+
+    may_be_dense = True
+
+    def install(self) -> dict[str, nn.Parameter]:
+        return {}
+
+    @property
+    def total_steps(self) -> int:
+        return 0
+
+    @property
+    def changed(self) -> list[str]:
+        return []
+
+
+class MaskedFull(Baseline):
+    """Full fine-tuning of the targets' active weights; zeros stay.
+
+    A zero's gradient is 0, so are its moments, and AdamW adds 0 to it: only its weight decay would matter, of 0.
+    """
+
+    def install(self) -> dict[str, nn.Parameter]:
+        names = {weight_name(name, target): target.weight for name, target in self.targets.items()}
+        # One bit for each stored weight
+        self._masks = [pack(stored_part(parameter)[0] != 0) for parameter in names.values()]
+        return names
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.active)
+
+    def active_of(self, i: int) -> Tensor | None:
+        return unpack(self._masks[i], self.values.parts[i].values.numel())
+
+
+class NormsAndBiases(Baseline):
+    """Trains the scales and shifts of norms, and the biases of linears; no matrix changes."""
+
+    may_be_dense = True
+
+    def install(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for name, module in self.model.named_modules():
+            is_norm = "Norm" in type(module).__name__
+            is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in self._kept_back or not is_vector(parameter):
+                    continue
+                if is_norm or (is_linear and key == "bias"):
+                    found[f"{name}.{key}"] = parameter
+        if not found:
+            raise ValueError(
+                f"{type(self.model).__name__} has no norms with parameters and no biases: choose another method"
+            )
+        return found
+
+    def attach(self) -> None:
+        if self._backend is None:
+            # Parameters that the model computes with in fp32 among others of 16 bits are frozen as they are loaded.
+            self._kept_back = {id(parameter) for parameter in self.model.parameters() if not parameter.requires_grad}
+        super().attach()
+
+    @property
+    def changed(self) -> list[str]:
+        return [part.name for part in self.values.parts]

@@ -1,0 +1,167 @@
+"""What the trainer asks of a method, and SEFT as it answers; the other methods are in baselines/."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from seft_dist.backends import Backend
+from seft_dist.baselines.adapted import MaskedLora, Spp
+from seft_dist.baselines.baseline import Baseline, Ending
+from seft_dist.baselines.lora import Lora, LoraMerged
+from seft_dist.baselines.weights import MaskedFull, NoRepair, NormsAndBiases
+from seft_dist.io import checkpoint
+from seft_dist.optim.evolution import EvolutionReport
+from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.state import LayerSparsity
+from seft_dist.sparsity.bitmask import unpack
+from seft_dist.sparsity.schedule import is_evolution, is_first_support
+
+BASELINES: dict[str, type[Baseline]] = {
+    "none": NoRepair,
+    "lora": Lora,
+    "lora_merged": LoraMerged,
+    "masked_lora": MaskedLora,
+    "spp": Spp,
+    "masked_full": MaskedFull,
+    "norms_and_biases": NormsAndBiases,
+}
+"""The methods that are not SEFT."""
+
+
+class Method(Protocol):
+    """A method on a model that is held in whatever way. What is marked collective is so on every method."""
+
+    num_steps: int
+    """Optimizer steps done."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def evolution(self) -> EvolutionReport | None:
+        """Of the last step, if it had one."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The first one's "lr" is the learning rate of the coming step."""
+
+    @property
+    def backend(self) -> Backend:
+        """What holds the weights; known once attached."""
+
+    @property
+    def target_names(self) -> list[str]:
+        """Names of the targets, in order."""
+
+    @property
+    def fingerprints(self) -> list[int]:
+        """Hash of each target's weight as it was loaded."""
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of targets or parameters that training may change."""
+
+    @property
+    def trainable(self) -> int:
+        """Number of values that are trained, in all ranks together."""
+
+    @property
+    def density(self) -> float:
+        """Share of the targets' weights that it may be compared with."""
+
+    def attach(self) -> None:
+        """Look at the weights. **Collective.**"""
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Say before a backward pass whether it is the last one of a step. Local."""
+
+    def moves(self, step: int) -> bool:
+        """Whether masks or supports change in a step. Local."""
+
+    def step(self) -> Any:
+        """Update. **Collective.**"""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients. Local."""
+
+    def sparsity(self) -> list[LayerSparsity]:
+        """Counts of every target. **Collective.**"""
+
+    def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each target's own interval: positions of its support, and of its mask. Local."""
+
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names. Local."""
+
+    def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
+        """What writes its checkpoints. Local."""
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; its ``extra``. **Collective.**"""
+
+    def finalize(self, ending: Ending) -> dict[str, Any]:
+        """Make the weights those of a plain model; entries for result.json. **Collective.**"""
+
+
+class TrainedSeft(SeftOptimizer):
+    """SEFT as launch/train.py drives it."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        assert self.config.steps is not None
+        return self.config.steps
+
+    @property
+    def fingerprints(self) -> list[int]:
+        """Hash of each target's weight as it was loaded."""
+        return self.sparse_state.fingerprint
+
+    @property
+    def changed(self) -> list[str]:
+        """The targets."""
+        return self.target_names
+
+    @property
+    def trainable(self) -> int:
+        """Deltas of all ranks."""
+        return sum(len(support) for support in self.sparse_state.supports)
+
+    @property
+    def density(self) -> float:
+        """As it was configured."""
+        return self.config.density
+
+    def moves(self, step: int) -> bool:
+        """Whether the step is one of an evolution."""
+        return is_first_support(self.config, step) or is_evolution(self.config, step)
+
+    def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Supports and masks."""
+        for layer in self.deltas():
+            mask = unpack(layer.mask, len(layer.interval)).nonzero().view(-1) + layer.interval.start
+            yield layer.columns.indices, mask
+
+    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Deltas and their moments."""
+        for name, entries in zip(self.target_names, self.sparse_state.layers(), strict=True):
+            yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
+
+    def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
+        """Of masks and deltas."""
+        return checkpoint.Saver(self, folder)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Take over masks and deltas."""
+        return checkpoint.load(self, path)
+
+    def finalize(self, ending: Ending) -> dict[str, Any]:
+        """Nothing to do: the weights hold base + delta at every moment."""
+        return {}
