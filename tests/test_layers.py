@@ -30,6 +30,7 @@ FLOORS = {
     "pruning": 6,
     "planning": 6,
     "results": 7,
+    "study": 8,
 }
 
 MAX_FILE = 400
