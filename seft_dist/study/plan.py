@@ -80,6 +80,8 @@ class Plan:
     """Of the contents of bases and parts: "base NAME", "part NAME"."""
     cells: dict[tuple[str, str, int | None], Cell] = field(default_factory=dict)
     """Those worked out already, by method, setting and seed."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Their names by the hashes in them."""
 
     def search_cells(self, method: Method) -> list[Cell]:
         """The runs among which a setting is chosen, in the order of ``method.settings``; none without a choice."""
@@ -123,9 +125,11 @@ class Plan:
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
         digest = digest_of(identity)
-        known = next((self.folder / CELLS).glob(f"*-{digest}"), None)
-        label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:_LONGEST_NAME]
-        return known.name if known else f"{label}-{digest}"
+        if digest not in self.names:  # else two methods have a run in common
+            known = next((self.folder / CELLS).glob(f"*-{digest}"), None)
+            label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:_LONGEST_NAME]
+            self.names[digest] = known.name if known else f"{label}-{digest}"
+        return self.names[digest]
 
     def cell_folder(self, cell: Cell) -> Path:
         """Where everything about a cell is."""

@@ -43,6 +43,7 @@ from seft_dist.training.writer_lock import TakenError, only_writer
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
 _LOOK_AGAIN = 2.0  # seconds between two looks at what other runners have done
+_TELL_AGAIN = 10.0  # seconds between two writings of the tables
 _MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
 
 
@@ -100,7 +101,7 @@ class Runner:
         scripts: Folder of launch/train.py and its like.
         progress: Tells the user.
         request: Asks this process to stop.
-        after: Is called when a task has ended; writes the tables.
+        after: Is called from time to time when tasks have ended; writes the tables.
         launch: Starts a process.
         """
         self.plan, self.state = plan, State(plan)
@@ -123,6 +124,7 @@ class Runner:
             Why tasks failed, in this or in another runner since this one began; their cells are incomplete.
         """
         survey, looked, taken, stopping = self.state.survey(), -_LOOK_AGAIN, 0, False
+        told = time.monotonic()
         try:
             while True:
                 ended = self._reap()
@@ -138,7 +140,9 @@ class Runner:
                     for task, seconds, how in ended:
                         self._progress.ended(task, seconds, how)
                     self._tidy()
+                if ended and time.monotonic() > told + _TELL_AGAIN:
                     self._after(self.state, survey)
+                    told = time.monotonic()
                 if not self._running and (stopping or not taken):
                     return list(self._failed.values())
                 time.sleep(_POLL)

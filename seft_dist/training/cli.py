@@ -13,6 +13,7 @@ This file imports no torch, so that ``--help`` is quick.
 """
 
 import dataclasses
+import functools
 import re
 import sys
 import traceback
@@ -72,8 +73,7 @@ def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
         A function of options and of what they are called in messages, e.g. "methods.lora". It makes a checked
         ``config_class``, or raises ValueError for whatever is wrong with them.
     """
-    parser = _parser(config_class, None)
-    parser.raises = True
+    parser = _raising_parser(config_class)
 
     def read(argv: Sequence[str], name: str) -> T:
         try:
@@ -82,6 +82,14 @@ def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
             raise ValueError(f"{name}: {error}") from error
 
     return read
+
+
+@functools.cache
+def _raising_parser(config_class: type) -> "_Parser":
+    """Made once: that takes longer than all it reads."""
+    parser = _parser(config_class, None)
+    parser.raises = True
+    return parser
 
 
 def _parser(config_class: type, description: str | None) -> "_Parser":
