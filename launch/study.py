@@ -18,9 +18,8 @@ from seft_dist.training.signals import StopRequest, stop_requests
 
 def show(folder: Path) -> None:
     """Print the tables of a study as they were written last."""
-    from seft_dist.study.results import read_results
-    from seft_dist.study.study import table_console
-    from seft_dist.study.tables import print_results
+    from seft_dist.study.found import read_results
+    from seft_dist.study.tables import print_results, table_console
 
     print_results(read_results(folder), table_console())
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from seft_dist.config import StudyConfig
-from seft_dist.study.results import Results, read_results
+from seft_dist.study.found import Results, read_results
 from seft_dist.study.runner import Process
 from seft_dist.study.state import PRUNE, TRAIN, Task
 from seft_dist.study.study import run_study
@@ -63,7 +63,7 @@ class Fake:
             write_run(task)
         else:
             policy = {"data": "x", "tokens_hash": task.kind, "seq_len": 16}
-            model = {"perplexity": perplexity(task), "sparsity": 0.6, "policy": policy}
+            model: dict[str, Any] = {"perplexity": perplexity(task), "sparsity": 0.6, "policy": policy}
             model |= (
                 {"tasks": {"quiz": {"acc,none": 0.5, "acc_stderr,none": 0.1, "samples": 9}}}
                 if task.kind == "test"

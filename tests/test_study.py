@@ -2,14 +2,21 @@
 
 import csv
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from seft_dist.io.demo import write_tiny
 from seft_dist.study import runner
 from seft_dist.study.state import TRAIN, Task
 from seft_dist.study.tables import write_tables
@@ -17,6 +24,7 @@ from seft_dist.training.signals import StopRequest
 from seft_dist.training.writer_lock import only_writer
 from tests.studies import Fake, cells, model_files, run, study_config, text
 
+ROOT = Path(__file__).parents[1]
 ALL = (
     2 * (3 + 3 + 1 + 2 + 2) + 2
 )  # two methods: searches, their validation, the other seed, test, forgetting; and a base
@@ -153,7 +161,8 @@ def test_a_run_that_diverges_has_lost_and_is_not_tried_again(tmp_path: Path) -> 
     assert run(config, again)[0] == 0 and again.labels == []
 
 
-def test_two_runners_share_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", ["", "run"], ids=["another runner", "a run whose runner was killed"])
+def test_two_runners_share_the_work(inside: str, tmp_path: Path) -> None:
     """One holds a cell for a while: the other leaves it alone, does the rest, and waits."""
     config = study_config(tmp_path)
     run(config, Fake(lambda task: 1))  # nothing is done, but the cells have their names
@@ -161,7 +170,7 @@ def test_two_runners_share_the_work(tmp_path: Path) -> None:
     free, done = threading.Event(), []
 
     def hold() -> None:
-        with only_writer(held):
+        with only_writer(held / inside):
             free.wait(30)
             time.sleep(0.2)
             done.append(time.monotonic())
@@ -286,3 +295,51 @@ def test_commands_say_all_that_was_run(tmp_path: Path) -> None:
         and about["starts"][0]["code"]["source"]
         and about["parts"]["test"]["records"] == 3
     )
+
+
+def wait_for(what: str, check: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 150
+    while not check():
+        assert process.poll() is None and time.monotonic() < deadline, f"{what} did not come\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_real_study_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """One method, one seed, no search; the door and its run die in the middle, and the next start takes up the checkpoint."""
+    write_tiny(tmp_path / "tiny")
+    study = {
+        "output": str(tmp_path / "study"),
+        "bases": {"dense": {"path": str(tmp_path / "tiny" / "model")}},
+        "data": {
+            "split": {"path": str(tmp_path / "tiny" / "text.jsonl"), "shares": {"train": 4, "validation": 1, "test": 1}}
+        },
+        "methods": {"seft": {"seft.density": 0.05, "seft.interval": 10, "seft.allow_dense": True}},
+        "train": {"data.seq_len": 32, "batch_size": 2, "save_every": 2},
+        "tokens": 60 * 64,
+        "seeds": [0],
+        "threads": 1,
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, str(ROOT / "launch" / "study.py"), "--config", str(tmp_path / "study.yaml")]
+    log = tmp_path / "log"
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as first:
+        checkpoints = "cells/*/run/checkpoints/step-*"
+        wait_for("a checkpoint", lambda: list((tmp_path / "study").glob(checkpoints)), first, log)
+        first.kill()
+    (lock,) = (tmp_path / "study").glob("cells/*/run/run.lock")
+    os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (cell,) = (tmp_path / "study" / "cells").iterdir()
+    steps = [json.loads(line)["step"] for line in (cell / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
+    attempts = json.loads((cell / "run" / "manifest.json").read_text())["attempts"]
+    assert len(attempts) == 2 and attempts[1]["first_step"] > 1
+    assert "[2/2] test of seft seed 0: done" in done.stdout
+    assert (tmp_path / "study" / "figures" / "curves.png").is_file()
+    shown = subprocess.run(
+        [*command[:2], "--show", str(tmp_path / "study")], capture_output=True, text=True, timeout=100
+    )
+    tables = done.stdout[done.stdout.index("Quality") :].partition("Written in")[0]
+    assert shown.returncode == 0 and tables.strip() == shown.stdout.strip()

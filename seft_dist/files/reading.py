@@ -8,7 +8,7 @@ import functools
 import json
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -87,7 +87,7 @@ def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
     Raises:
         ValueError: Names the first entries that do not fit, and what each of them needs to be.
     """
-    adapter = kind if isinstance(kind, TypeAdapter) else _adapter_of(kind)
+    adapter = kind if isinstance(kind, TypeAdapter) else _adapter_of(cast(Any, kind))
     try:
         return adapter.validate_python(content, strict=True)
     except ValidationError as error:

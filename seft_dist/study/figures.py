@@ -12,8 +12,8 @@ from typing_extensions import TypedDict
 from seft_dist.files.writing import write_bytes
 from seft_dist.results.figures import BLUE, GREEN, ORANGE, STYLE, smooth
 from seft_dist.results.run_files import read_lines
+from seft_dist.study.found import Results, Row
 from seft_dist.study.plan import RUN
-from seft_dist.study.results import Results, Row
 from seft_dist.training.metrics import FILE as METRICS
 
 if TYPE_CHECKING:

@@ -28,9 +28,10 @@ from seft_dist.files.reading import LENIENT, read_json
 from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.data_files import find_data_files, hash_files
 from seft_dist.io.source import locate
+from seft_dist.study.found import Part, Start
 from seft_dist.study.methods import read_methods
 from seft_dist.study.options import flatten
-from seft_dist.study.parts import Part, check_parts, find_parts, stamp_of
+from seft_dist.study.parts import check_parts, find_parts, stamp_of
 from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
 from seft_dist.study.split import FOLDER as DATA
 from seft_dist.study.split import Split, source_hash, write_split
@@ -50,18 +51,6 @@ class _Base(TypedDict):
     """Digest of that model."""
     digest: str
     """Of all that the base depends on."""
-
-
-class Start(TypedDict):
-    """One start of launch/study.py."""
-
-    when: str
-    command: str
-    host: str
-    cpu: str
-    device: str
-    versions: dict[str, str | None]
-    code: dict[str, Any]
 
 
 @with_config(LENIENT)

@@ -4,33 +4,16 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from typing_extensions import TypedDict
-
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.io.paragraphs import paragraphs, words
 from seft_dist.io.records import PLACE, read_records, select_records
+from seft_dist.study.found import Part
 from seft_dist.study.options import arguments, below, flatten
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
 from seft_dist.training.cli import parser_of, to_dict
 
 NEEDED = ("train", "validation", "test")
 _NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records")
-
-
-class Part(TypedDict):
-    """What is known of a part; an entry of study.json."""
-
-    options: dict[str, Any]
-    """Its DataConfig."""
-    stamp: list[list[Any]]
-    """Path, size and time of its files, by which it is known again without being read."""
-    digest: str
-    """Of its records."""
-    kind: str
-    records: int
-    words: int
-    repeated: list[int]
-    """Paragraphs of it that the training part has, too, and all its paragraphs. Both 0 for other kinds than text."""
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:

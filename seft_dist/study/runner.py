@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from seft_dist.files.writing import write_json, write_text
+from seft_dist.study.found import Failure
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import DONE, Progress
 from seft_dist.study.state import (
@@ -28,7 +29,6 @@ from seft_dist.study.state import (
     MEASURED,
     PRUNE,
     TRAIN,
-    Failure,
     State,
     Survey,
     Task,

@@ -10,10 +10,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from seft_dist.files.reading import read_json
 from seft_dist.results.run_files import Model, read_evaluations
+from seft_dist.study.found import Failure
 from seft_dist.study.methods import Method, Setting
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
@@ -23,16 +22,6 @@ PRUNE, TRAIN = "prune", "train"
 FAILED, DIVERGED, COMMANDS = "failed.json", "diverged.json", "commands.jsonl"
 MEASURED = "model"
 """Name of the one model in the files of launch/evaluate.py."""
-
-
-class Failure(TypedDict):
-    """failed.json."""
-
-    task: str
-    when: float
-    """Seconds since 1970."""
-    code: int
-    log: str
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from rich.console import Console
 from seft_dist.config import StudyConfig
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
+from seft_dist.study.found import write_results
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import Progress
-from seft_dist.study.results import collect, write_results
+from seft_dist.study.results import collect
 from seft_dist.study.runner import Launch, Runner, launch
 from seft_dist.study.state import State, Survey
-from seft_dist.study.tables import print_results, write_tables
+from seft_dist.study.tables import print_results, table_console, write_tables
 from seft_dist.training.distributed import find_ranks
 from seft_dist.training.signals import StopRequest, name_of
 from seft_dist.training.writer_lock import PATIENCE, TakenError, only_writer
-
-_WIDE = 160
 
 
 def run_study(
@@ -64,12 +63,6 @@ def run_study(
         console.print(f"stopped by {name_of(request.number)}; the same command goes on", highlight=False)
         return 130 if request.number == signal.SIGINT else 0
     return 1 if failures or survey.done < survey.total else 0
-
-
-def table_console() -> Console:
-    """The terminal; a file gets lines that are wide enough for the tables. Local."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, _WIDE))
 
 
 def settle_threads(config: StudyConfig) -> StudyConfig:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.files.writing import write_text
-from seft_dist.study.results import Results, Row, Search
+from seft_dist.study.found import Results, Row, Search
 from seft_dist.study.statistics import CONFIDENCE, Difference, Spread
 
 _LEFT = ("method", "base", "chosen", "tried: validation perplexity", "own settings", "part", "text", "at the edge")
+_WIDE = 160
 
 
 @dataclass
@@ -185,6 +186,12 @@ def _share(value: float | None) -> str:
 
 def _bytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e9:.2f} GB"
+
+
+def table_console() -> Console:
+    """The terminal; a file gets lines that are wide enough for the tables. Local."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, _WIDE))
 
 
 def print_results(results: Results, console: Console) -> None:

@@ -73,7 +73,7 @@ def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
         A function of options and of what they are called in messages, e.g. "methods.lora". It makes a checked
         ``config_class``, or raises ValueError for whatever is wrong with them.
     """
-    parser = _raising_parser(config_class)
+    parser = _raising_parser(typing.cast(Any, config_class))
 
     def read(argv: Sequence[str], name: str) -> T:
         try:
