@@ -98,7 +98,12 @@ def write_run(task: Task) -> None:
     tokens = (config.global_batch or 0) * config.data.seq_len
     lines = [{"step": i, "loss": 5 - i / 9, "seconds": i / 2, "tokens": i * tokens} for i in range(1, config.steps + 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = {"steps": config.steps, "loss": 3.0, "seconds": config.steps / 2, "tokens": config.steps * tokens}
+    result: dict[str, Any] = {
+        "steps": config.steps,
+        "loss": 3.0,
+        "seconds": config.steps / 2,
+        "tokens": config.steps * tokens,
+    }
     result |= {
         "sparsity": {"target": 0.6, "final": 0.6, "layers_off_target": 0},
         "trainable": 77,

@@ -1,6 +1,7 @@
 """Figures of a study: quality against what it costs, and learning curves. matplotlib (the extra ``plots``) only here."""
 
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from seft_dist.files.writing import write_bytes
-from seft_dist.results.figures import BLUE, GREEN, ORANGE, STYLE, smooth
+from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, smooth
 from seft_dist.results.run_files import read_lines
 from seft_dist.study.found import Results, Row
 from seft_dist.study.plan import RUN
@@ -27,7 +28,7 @@ _SIZE = (9.0, 4.5)
 _AXES = {
     "trainable": "trained values",
     "seconds": "seconds of training",
-    "peak_memory_bytes": "peak memory, GB",
+    "memory": "peak memory, GB",
 }
 _FAR = 1.0
 """A base whose perplexity is farther from those of the methods than so many times their range is told in the legend only."""
@@ -40,7 +41,7 @@ class _Line(TypedDict):
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Draw quality-trainable.png, quality-seconds.png, quality-peak_memory_bytes.png and curves.png into ``figures``. Local.
+    """Draw quality-trainable.png, quality-seconds.png, quality-memory.png and curves.png into ``figures``. Local.
 
     A figure for which no run has numbers is left out.
 
@@ -90,7 +91,7 @@ def _place(row: Row, name: str) -> float:
     if name == "seconds":
         return row["seconds"]["mean"] if row["seconds"] else math.nan
     value = row["trainable"] if name == "trainable" else row["peak_memory_bytes"]
-    return math.nan if value is None else value / 1e9 if name == "peak_memory_bytes" else value
+    return math.nan if value is None else value / 1e9 if name == "memory" else value
 
 
 def _quality(results: Results, name: str, axes: "Axes") -> bool:
@@ -98,38 +99,33 @@ def _quality(results: Results, name: str, axes: "Axes") -> bool:
     if not trained:
         return False
     looks = _looks(results)
+    handles: list[Any] = []
     for row in trained:
         assert row["test"] is not None
-        look, deviation = looks[row["method"]], row["test"]["deviation"]
-        axes.errorbar(
-            _place(row, name),
-            row["test"]["mean"],
-            yerr=deviation,
-            linestyle="none",
-            markersize=8,
-            capsize=4,
-            label=row["method"],
-            **look,
-        )
-    means = [row["test"]["mean"] for row in trained if row["test"]]
-    range_ = max(means) - min(means) or abs(means[0]) or 1.0
-    for row in results["rows"]:
-        if row["test"] is None or row["tokens"] is None or row["tokens"] > 0:
-            continue
-        value, colour = row["test"]["mean"], looks[row["method"]]["color"]
-        if min(means) - _FAR * range_ <= value <= max(means) + _FAR * range_:
-            axes.axhline(value, color=colour, linestyle="--", linewidth=1, label=f"{row['method']} (nothing trained)")
-        else:  # a line there would press all methods into one
-            axes.errorbar([], [], yerr=[], linestyle="none", label=f"{row['method']}: {value:,.4g} (outside)")
+        place, mean, deviation = _place(row, name), row["test"]["mean"], row["test"]["deviation"]
+        look = {"linestyle": "none", "markersize": 8, "capsize": 4, "label": row["method"], **looks[row["method"]]}
+        handles.append(axes.errorbar(place, mean, yerr=deviation, **look))
     axes.margins(x=0.1, y=0.15)
     if name == "trainable":
         axes.set_xscale("log")
     else:
         axes.set_xlim(0, 1.1 * max(_place(row, name) for row in trained))
+    means = [row["test"]["mean"] for row in trained if row["test"]]
+    range_ = max(means) - min(means) or abs(means[0]) or 1.0
+    bases = [row for row in results["rows"] if row["test"] and row["tokens"] == 0]
+    for row, dash in zip(bases, itertools.cycle(("--", ":", "-."))):
+        value = row["test"]["mean"] if row["test"] else math.nan
+        if min(means) - _FAR * range_ <= value <= max(means) + _FAR * range_:
+            label = f"{row['method']} (nothing trained)"
+            handles.append(axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.5, label=label))
+        else:  # a line there would press all methods into one
+            handles += axes.plot([], [], " ", label=f"{row['method']}: {value:,.4g} (outside)")
     axes.set(
-        title=f"{results['name']}: quality and cost", xlabel=_AXES[name], ylabel="test perplexity (lower is better)"
+        title=f"{results['name']}: quality and cost",
+        xlabel=_AXES[name],
+        ylabel="test perplexity (lower is better)",
     )
-    axes.figure.legend(loc="outside right upper")
+    axes.figure.legend(handles=handles, loc="outside right upper")
     return True
 
 

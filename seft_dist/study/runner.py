@@ -154,11 +154,10 @@ class Runner:
     def _start(self, survey: Survey) -> int:
         """Start as many tasks as there is room for; returns how many are being run by others, as far as it looked."""
         taken = 0
-        running = {one.task.key for one in self._running}
         for task in survey.ready:
             if len(self._running) >= self.plan.config.jobs:
                 break
-            if task.key in running or self._has_failed(task):
+            if any(one.task.folder == task.folder for one in self._running) or self._has_failed(task):
                 continue
             lock = self._claim(task)
             if lock is None:
