@@ -85,7 +85,7 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
 
 
 def write_tiny(folder: Path) -> None:
-    """Write a random model of 30,000 weights, and two texts of made-up words, for trying things in seconds. **Local.**
+    """Write a random model of 29,000 weights, and two texts of made-up words, for trying things in seconds. **Local.**
 
     Args:
         folder: Gets ``model``, ``text.jsonl`` (words that follow each other in steps of 1 to 3: it can be learnt) and

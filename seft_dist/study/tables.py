@@ -113,15 +113,15 @@ def _searches(results: Results) -> Section:
         for one in results["searches"]
     ]
     sizes = {max(1, len(one["tried"])) for one in results["searches"]}
+    if sizes == {1}:
+        return Section("What was searched", head, table, ["Nothing: each method has one setting."])
     notes = [
         f"Chosen by the smallest perplexity of the validation part, among runs of seed {results['search_seed']} with all "
-        f"{results['tokens']:,} tokens."
-    ]
-    notes.append(
-        f"Every method could choose among {sizes.pop()}."
+        f"{results['tokens']:,} tokens.",
+        f"Every method could choose among {min(sizes)}."
         if len(sizes) == 1
-        else "**Methods could choose among different numbers of settings** (unequal_grids)."
-    )
+        else "**Methods could choose among different numbers of settings** (unequal_grids).",
+    ]
     if any(one["edges"] for one in results["searches"]):
         notes.append("A choice at the edge of its grid may not be the best: what lies beyond was not tried.")
     return Section("What was searched", head, table, notes)
