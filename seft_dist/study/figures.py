@@ -62,13 +62,13 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     matplotlib.use("Agg")  # files only, no display
     import matplotlib.pyplot as plt
 
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     paths = []
     with plt.rc_context(STYLE):
         for name in (*_AXES, "curves"):
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
             drawn = _curves(results, folder, axes) if name == "curves" else _quality(results, name, axes)
             if drawn:
+                (folder / FOLDER).mkdir(exist_ok=True)
                 image = io.BytesIO()
                 figure.savefig(image, dpi=150, format="png")
                 paths.append(folder / FOLDER / (f"{name}.png" if name == "curves" else f"quality-{name}.png"))
