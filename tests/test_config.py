@@ -20,6 +20,7 @@ from seft_dist.config import (
     PruneConfig,
     ReproduceConfig,
     SeftConfig,
+    StudyConfig,
     SweepConfig,
     TrainConfig,
 )
@@ -39,6 +40,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     ClusterConfig: {},
     PlanConfig: {"model": "m"},
     SweepConfig: {"folder": "f"},
+    StudyConfig: {"output": "o", "bases": {"b": {}}, "data": {}, "methods": {"m": {}}, "tokens": 1},
 }
 
 # class, what the user sets, a word of the message
@@ -129,6 +131,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (PruneConfig, {"group": "global", "layer_ratios": "owl"}, "group=global with layer_ratios"),
     (EvaluateConfig, {"models": {}}, "models is empty"),
     (EvaluateConfig, {"batch_size": 0}, "batch_size=0"),
+    (EvaluateConfig, {"threads": 0}, "threads=0"),
     (EvaluateConfig, {"max_tokens": 1}, "max_tokens=1"),
     (EvaluateConfig, {"data": None}, "neither data nor tasks"),
     (EvaluateConfig, {"data": None, "tasks": "boolq", "stride": 8}, "stride=8 without data"),
@@ -162,6 +165,14 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (ReproduceConfig, {"layouts": " "}, "layouts is empty"),
     (ReproduceConfig, {"runs": 0}, "runs=0"),
     (SweepConfig, {"folder": ""}, "folder is empty"),
+    (StudyConfig, {"output": ""}, "output is empty"),
+    *((StudyConfig, {name: empty}, name) for name, empty in (("bases", {}), ("methods", {}), ("seeds", ()))),
+    (StudyConfig, {"tokens": 0}, "tokens=0"),
+    (StudyConfig, {"seeds": (0, 0)}, "seeds=[0, 0]"),
+    (StudyConfig, {"jobs": 0}, "jobs=0"),
+    (StudyConfig, {"threads": 0}, "threads=0"),
+    (StudyConfig, {"base": "x"}, "one of b"),
+    (StudyConfig, {"reference": "x"}, "one of m"),
 ]
 
 
@@ -176,7 +187,7 @@ def test_every_check_is_raised_above() -> None:
     """Counts the checks in the source: a new one needs a line in BAD."""
     files = [path for path in Path(str(config.__file__)).parent.glob("*.py") if path.name != "checks.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
-    in_loop = 5 - 1  # one check runs for five names
+    in_loop = 5 - 1 + 3 - 1  # checks that run for five and three names
     assert len(re.findall(r"\bcheck\(", source)) + in_loop <= len(BAD)
 
 

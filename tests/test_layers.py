@@ -31,6 +31,7 @@ FLOORS = {
     "baselines": 7,
     "training": 8,
     "results": 9,
+    "study": 10,
 }
 
 MAX_FILE = 400

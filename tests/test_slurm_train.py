@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests import slurm
 from tests.folders import model_folder, text_file
@@ -148,3 +149,37 @@ def test_reproduce(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     assert outcomes["held"] and [run["layout"] for run in outcomes["runs"]] == ["fsdp:2"]
     result = json.loads((tmp_path / "run" / "check" / "1-fsdp-2" / "result.json").read_text())
     assert (result["backend"], result["world_size"]) == ("fsdp", 2)
+
+
+@pytest.mark.long
+def test_a_study_on_an_array(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
+    """Two tasks share four processes; both are stopped while they train, come back, and nothing is done twice."""
+    method = {"seft.interval": 10, "seft.density": 0.05}
+    study = {
+        "output": "study",
+        "bases": {"pruned": {"path": str(inputs / "pruned")}},
+        "data": {"split": {"path": str(inputs / "text.jsonl"), "shares": {"train": 4, "validation": 1, "test": 1}}},
+        "methods": {"moves": method, "stays": method | {"seft.reactivation": 0}},
+        "train": {"data.seq_len": 16, "timeout": 200},
+        "tokens": 60 * 16,
+        "seeds": [0],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    arguments = ("--config", str(tmp_path / "study.yaml"), "--threads", "1")
+    array = cluster.submit(ROOT / "slurm" / "study.sbatch", *arguments, cwd=tmp_path, options=("--array=0-1",)).number
+    tasks = [Job(cluster, f"{array}_{i}", tmp_path / f"study-{array}_{i}.out") for i in (0, 1)]
+    runs = tmp_path / "study" / "cells"
+    slurm.until("both train", lambda: sum(step_of(run) > 3 for run in runs.glob("*/run")) == 2)
+    for task in tasks:
+        cluster.run("scancel", "--batch", "--signal=USR1", task.number)
+    for task in tasks:
+        task.comes_back()
+    for task in tasks:
+        assert task.ends() == "COMPLETED", task.log
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert (results["done"], results["total"], results["failures"]) == (4, 4, []), [task.log for task in tasks]
+    for run in runs.glob("*/run"):
+        recorded = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert recorded == list(range(1, 61))
+        lines = [json.loads(line)["task"] for line in (run.parent / "commands.jsonl").read_text().splitlines()]
+        assert lines == ["train", "train", "test"]

@@ -9,6 +9,7 @@ from seft_dist.config.method import AdamConfig, SeftConfig, Selection
 from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
 from seft_dist.config.results import EvaluateConfig, SweepConfig
+from seft_dist.config.study import StudyConfig
 from seft_dist.config.training import ReproduceConfig, TrainConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ReproduceConfig",
     "SeftConfig",
     "Selection",
+    "StudyConfig",
     "SweepConfig",
     "TrainConfig",
 ]

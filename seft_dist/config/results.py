@@ -42,11 +42,14 @@ class EvaluateConfig:
     """True: put the questions into the tokenizer's chat template, as lm-eval's --apply_chat_template."""
     targets: str = "all-linear"
     """Which linears the sparsity report covers: as seft.targets."""
+    threads: int | None = None
+    """CPU threads of a rank. None: the machine's cores divided by the ranks on it (CPU runs only)."""
     output: str | None = None
     """JSON file for the results. None: only print them."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.models), "models is empty", "at least one, each with a name: --models.NAME FOLDER")
         check(self.batch_size >= 1, f"batch_size={self.batch_size}", "at least 1")
         check(self.max_tokens is None or self.max_tokens >= 2, f"max_tokens={self.max_tokens}", "at least 2, or null")

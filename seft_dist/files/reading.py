@@ -4,10 +4,11 @@ Every ValueError names the file, what was found in it and what is needed. Types 
 TypedDict, a dataclass, ``dict[str, str]``.
 """
 
+import functools
 import json
 import stat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -86,7 +87,7 @@ def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
     Raises:
         ValueError: Names the first entries that do not fit, and what each of them needs to be.
     """
-    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    adapter = kind if isinstance(kind, TypeAdapter) else _adapter_of(cast(Any, kind))
     try:
         return adapter.validate_python(content, strict=True)
     except ValidationError as error:
@@ -96,6 +97,12 @@ def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
         ]
         more = f" (and {error.error_count() - len(problems)} more)" if error.error_count() > len(problems) else ""
         raise ValueError(f"{name} does not hold what is needed: {'; '.join(problems)}{more}") from error
+
+
+@functools.cache
+def _adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """Made once for each type: that takes longer than most files."""
+    return TypeAdapter(kind)
 
 
 def read_yaml(path: Path, most_bytes: int = 16 << 20) -> Any:

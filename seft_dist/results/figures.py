@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: distinct for colour-blind readers too
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#9A9A9A"
 _SIZE = (7.0, 4.0)
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -50,7 +50,7 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
     if not run.evolutions:
         del drawings["evolutions"]
     paths = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         for name, draw in drawings.items():
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
             draw(run, axes)
@@ -66,7 +66,7 @@ def _loss(run: Run, axes: "Axes") -> None:
     steps = [line["step"] for line in run.steps]
     losses = [line["loss"] for line in run.steps]
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="as recorded")
-    axes.plot(steps, _smooth(losses), color=BLUE, linewidth=2, label="running mean")
+    axes.plot(steps, smooth(losses), color=BLUE, linewidth=2, label="running mean")
     for i, line in enumerate(run.evolutions):
         axes.axvline(line["step"], color=GREY, linestyle=":", linewidth=1, label="evolution" if i == 0 else None)
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="cross-entropy, nats per token")
@@ -75,13 +75,13 @@ def _loss(run: Run, axes: "Axes") -> None:
     axes.legend()
 
 
-def _smooth(values: list[float], decay: float = 0.8) -> list[float]:
-    """Exponential mean with the usual correction for its start."""
-    smooth, mean, weight = [], 0.0, 0.0
+def smooth(values: list[float], decay: float = 0.8) -> list[float]:
+    """Exponential mean with the usual correction for its start. Local."""
+    smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        smooth.append(mean / weight)
-    return smooth
+        smoothed.append(mean / weight)
+    return smoothed
 
 
 def _evolutions(run: Run, axes: "Axes") -> None:

@@ -28,6 +28,9 @@ class Result(TypedDict):
     loss: float | None
     seconds: float
     sparsity: Sparsity
+    tokens: NotRequired[Count]
+    trainable: NotRequired[Count]
+    peak_memory_bytes: NotRequired[Count | None]
 
 
 @with_config(LENIENT)
@@ -50,6 +53,7 @@ class Model(TypedDict):
     stride: NotRequired[Count | None]
     sparsity: NotRequired[float]
     policy: NotRequired[dict[str, Any]]
+    tasks: NotRequired[dict[str, dict[str, float | int]]]
 
 
 @with_config(LENIENT)

@@ -13,6 +13,7 @@ This file imports no torch, so that ``--help`` is quick.
 """
 
 import dataclasses
+import functools
 import re
 import sys
 import traceback
@@ -54,6 +55,44 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         ValueError: The values contradict each other (from the dataclass's own check).
         SystemExit: An option is unknown, missing or of the wrong type (code 2), or ``--help`` or ``--print_config``.
     """
+    values = _parser(config_class, description).parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    config = _build(config_class, values)
+    if values.print_config:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
+    """Make what reads many lists of options, none of them the command line of this process. **Local.**
+
+    Args:
+        config_class: A dataclass of ``seft_dist.config``.
+
+    Returns:
+        A function of options and of what they are called in messages, e.g. "methods.lora". It makes a checked
+        ``config_class``, or raises ValueError for whatever is wrong with them.
+    """
+    parser = _raising_parser(typing.cast(Any, config_class))
+
+    def read(argv: Sequence[str], name: str) -> T:
+        try:
+            return _build(config_class, parser.parse_args(list(argv)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    return read
+
+
+@functools.cache
+def _raising_parser(config_class: type) -> "_Parser":
+    """Made once: that takes longer than all it reads."""
+    parser = _parser(config_class, None)
+    parser.raises = True
+    return parser
+
+
+def _parser(config_class: type, description: str | None) -> "_Parser":
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     usage = "%(prog)s [--config FILE] [options]"
@@ -63,12 +102,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     parser.add_class_arguments(config_class)
     for field, inner in _optional_dataclasses(config_class):
         parser.add_optional_group(field, inner)
-    values = parser.parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
-    config = _build(config_class, values)
-    if values.print_config:
-        print(to_yaml(config), end="")
-        sys.exit(0)
-    return config
+    return parser
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -102,6 +136,9 @@ def run(main: Callable[[], None]) -> None:
 class _Parser(ArgumentParser):
     """Prints the one line that matters on an error, and the fields of optional groups in the help."""
 
+    raises = False
+    """True: an error is a ValueError, and does not end the process."""
+
     def add_optional_group(self, name: str, config_class: type) -> None:
         """Show the options of a dataclass that may be left out as a whole: jsonargparse hides them."""
         shown = ArgumentParser(add_help=False, usage="")
@@ -134,6 +171,8 @@ class _Parser(ArgumentParser):
         named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
         if named:
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
+        if self.raises:
+            raise ValueError(" ".join(message.split()))
         if _speaks_first():
             print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)

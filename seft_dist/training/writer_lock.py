@@ -25,19 +25,25 @@ PATIENCE = 30.0
 _PAUSE = 0.1
 
 
+class TakenError(ValueError):
+    """Another process is writing to the folder."""
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Be the only run that writes to a folder while the context lasts. Local, on rank 0.
 
     Makes the folder, and removes it at the end if nothing was written there.
 
     Args:
         folder: Of the run; may be missing.
+        patience: Seconds that whoever has it gets to end.
 
     Raises:
-        ValueError: Another one is still there after ``PATIENCE`` seconds, or the folder cannot be written.
+        TakenError: It is still there after that.
+        ValueError: The folder cannot be written.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     with _claimed_name(folder.resolve(), deadline), _made(folder), _locked_file(folder, deadline):
         yield
 
@@ -52,7 +58,7 @@ def _claimed_name(folder: Path, deadline: float) -> Iterator[None]:
                 break
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise ValueError(
+                    raise TakenError(
                         f"another process on this machine is writing to {folder}: stop it, or choose another output"
                     ) from error
             time.sleep(_PAUSE)
@@ -114,7 +120,7 @@ def _lock(path: Path, deadline: float) -> int:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(handle)
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise TakenError(
                     f"another run ({holder}) is writing to {path.parent}: stop it, or choose another output"
                 ) from error
             time.sleep(_PAUSE)

@@ -1,0 +1,181 @@
+"""Figures of a study: quality against what it costs, and learning curves. matplotlib (the extra ``plots``) only here."""
+
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
+
+from seft_dist.files.writing import write_bytes
+from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, smooth
+from seft_dist.results.run_files import read_lines
+from seft_dist.study.found import Results, Row
+from seft_dist.study.plan import RUN
+from seft_dist.training.metrics import FILE as METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = "figures"
+_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#B8A000")
+"""Okabe and Ito's, the yellow a little darker."""
+_MARKERS = "osD^vPX*"
+_SIZE = (9.0, 4.5)
+_AXES = {
+    "trainable": "trained values",
+    "seconds": "seconds of training",
+    "memory": "peak memory, GB",
+}
+_FAR = 1.0
+"""A base whose perplexity is farther from those of the methods than so many times their range is told in the legend only."""
+
+
+class _Line(TypedDict):
+    step: int
+    loss: float
+    tokens: int
+
+
+def write_figures(results: Results, folder: Path) -> list[Path]:
+    """Draw quality-trainable.png, quality-seconds.png, quality-memory.png and curves.png into ``figures``. Local.
+
+    A figure for which no run has numbers is left out.
+
+    Args:
+        results: Of the study.
+        folder: Of the study, with its cells.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("figures need matplotlib: pip install 'seft_dist[plots]', or --figures false") from error
+    matplotlib.use("Agg")  # files only, no display
+    import matplotlib.pyplot as plt
+
+    paths = []
+    with plt.rc_context(STYLE):
+        for name in (*_AXES, "curves"):
+            figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+            drawn = _curves(results, folder, axes) if name == "curves" else _quality(results, name, axes)
+            if drawn:
+                (folder / FOLDER).mkdir(exist_ok=True)
+                image = io.BytesIO()
+                figure.savefig(image, dpi=150, format="png")
+                paths.append(folder / FOLDER / (f"{name}.png" if name == "curves" else f"quality-{name}.png"))
+                write_bytes(paths[-1], image.getvalue())
+            plt.close(figure)
+    return paths
+
+
+def _looks(results: Results) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in all figures."""
+    names = [row["method"] for row in results["rows"]]
+    return {
+        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
+        for i, name in enumerate(names)
+    }
+
+
+def _place(row: Row, name: str) -> float:
+    """Where a method is on the lower axis; not a number where that is not known."""
+    if name == "seconds":
+        return row["seconds"]["mean"] if row["seconds"] else math.nan
+    value = row["trainable"] if name == "trainable" else row["peak_memory_bytes"]
+    return math.nan if value is None else value / 1e9 if name == "memory" else value
+
+
+def _quality(results: Results, name: str, axes: "Axes") -> bool:
+    trained = [row for row in results["rows"] if row["test"] and row["tokens"] and not math.isnan(_place(row, name))]
+    if not trained:
+        return False
+    looks = _looks(results)
+    handles: list[Any] = []
+    for row in trained:
+        assert row["test"] is not None
+        place, mean, deviation = _place(row, name), row["test"]["mean"], row["test"]["deviation"]
+        look = {"linestyle": "none", "markersize": 8, "capsize": 4, "label": row["method"], **looks[row["method"]]}
+        handles.append(axes.errorbar(place, mean, yerr=deviation, **look))
+    axes.margins(x=0.1, y=0.15)
+    if name == "trainable":
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(0, 1.1 * max(_place(row, name) for row in trained))
+    means = [row["test"]["mean"] for row in trained if row["test"]]
+    range_ = max(means) - min(means) or abs(means[0]) or 1.0
+    bases = [row for row in results["rows"] if row["test"] and row["tokens"] == 0]
+    for row, dash in zip(bases, itertools.cycle(("--", ":", "-."))):
+        value = row["test"]["mean"] if row["test"] else math.nan
+        if min(means) - _FAR * range_ <= value <= max(means) + _FAR * range_:
+            label = f"{row['method']} (nothing trained)"
+            handles.append(axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.5, label=label))
+        else:  # a line there would press all methods into one
+            handles += axes.plot([], [], " ", label=f"{row['method']}: {value:,.4g} (outside)")
+    axes.set(
+        title=f"{results['name']}: quality and cost",
+        xlabel=_AXES[name],
+        ylabel="test perplexity (lower is better)",
+    )
+    axes.figure.legend(handles=handles, loc="outside right upper")
+    return True
+
+
+def _curves(results: Results, folder: Path, axes: "Axes") -> bool:
+    looks, drawn = _looks(results), False
+    for row in results["rows"]:
+        curves = list(_losses(results, row["method"], folder))
+        if not curves:
+            continue
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        losses = [smooth([curve[step][1] for step in steps]) for curve in curves]
+        tokens = [curves[0][step][0] for step in steps]
+        means = [statistics.fmean(values) for values in zip(*losses, strict=True)]
+        colour = looks[row["method"]]["color"]
+        axes.plot(
+            tokens,
+            means,
+            color=colour,
+            linewidth=1.8,
+            label=row["method"],
+            linestyle=_dash(list(looks).index(row["method"])),
+        )
+        if len(losses) > 1:
+            band = [statistics.stdev(values) for values in zip(*losses, strict=True)]
+            low = [mean - wide for mean, wide in zip(means, band, strict=True)]
+            high = [mean + wide for mean, wide in zip(means, band, strict=True)]
+            axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+        drawn = True
+    axes.set(
+        title=f"{results['name']}: learning curves",
+        xlabel="tokens",
+        ylabel="training loss, nats per token (running mean)",
+    )
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_xlim(left=0)
+    if drawn:
+        axes.figure.legend(loc="outside right upper", title="mean ± deviation over seeds")
+    return drawn
+
+
+def _dash(index: int) -> str:
+    return "-" if index < len(_COLOURS) else "--"
+
+
+def _losses(results: Results, method: str, folder: Path) -> Iterator[dict[int, tuple[int, float]]]:
+    """Of each run of a method: step to tokens and loss."""
+    for run in results["runs"]:
+        path = folder / run["folder"] / RUN / METRICS
+        if run["method"] != method or run["status"] != "finished" or run["seed"] is None or not path.is_file():
+            continue
+        lines = [line for line in read_lines(path, _Line) if math.isfinite(line["loss"])]
+        if lines:
+            yield {line["step"]: (line["tokens"], line["loss"]) for line in lines}

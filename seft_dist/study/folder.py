@@ -1,0 +1,238 @@
+"""A study's folder: begun, gone on with, or refused because it holds another study.
+
+STUDY/study.yaml              the study as it was asked for last; study-1.yaml, ... as it was before
+     /study.json              what its results depend on (parts, bases), and every start: command, machine, versions, code
+     /code-*.diff             uncommitted changes of the code that started it
+     /data/PART.jsonl         parts that data.split made
+     /bases/NAME/model        models that the study has pruned, with prune.log beside them
+     /cells/NAME-HASH/        one run and its measurements: cell.json, commands.jsonl, *.log, run/, test-HASH.json, ...
+     /results.json, .md, .csv, runs.csv, figures/     what came out
+"""
+
+import dataclasses
+import hashlib
+import shlex
+import socket
+import sys
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from seft_dist.config import DataConfig, StudyConfig
+from seft_dist.files.hashing import sha256_of
+from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.writing import write_bytes, write_json, write_text
+from seft_dist.io.data_files import find_data_files, hash_files
+from seft_dist.io.source import locate
+from seft_dist.study.found import Part, Start
+from seft_dist.study.methods import read_methods
+from seft_dist.study.options import flatten
+from seft_dist.study.parts import check_parts, find_parts, stamp_of
+from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
+from seft_dist.study.split import FOLDER as DATA
+from seft_dist.study.split import Split, source_hash, write_split
+from seft_dist.training import facts
+from seft_dist.training.cli import to_yaml
+from seft_dist.training.writer_lock import LOCK, only_writer
+
+YAML, RECORD, WORKERS = "study.yaml", "study.json", "workers"
+FORMAT = "seft_dist study 1"
+_PATIENCE = 3600.0  # seconds that another start may take to read and split the text
+
+
+class _Base(TypedDict):
+    stamp: list[list[Any]]
+    """Files of the model that was there before."""
+    source: str
+    """Digest of that model."""
+    digest: str
+    """Of all that the base depends on."""
+
+
+@with_config(LENIENT)
+class _Record(TypedDict):
+    """study.json."""
+
+    format: str
+    date: str
+    """Day that chat templates which write it get to see."""
+    split: dict[str, Any] | None
+    parts: dict[str, Part]
+    bases: dict[str, _Base]
+    starts: list[Start]
+
+
+def open_study(config: StudyConfig) -> Plan:
+    """Check a study, make its folder and its parts, and write down this start. Local.
+
+    Args:
+        config: The study.
+
+    Returns:
+        What there is to do, done or not.
+
+    Raises:
+        ValueError: It cannot be done so, the folder holds something else, or results in it depend on another text or base.
+    """
+    folder = Path(config.output)
+    parts, split = find_parts(config)
+    known = _read_known(folder)
+    day = known["date"] if known else date.today().isoformat()
+    parts = {name: dataclasses.replace(part, date=part.date or day) for name, part in parts.items()}
+    methods = read_methods(config, parts["train"])
+    bases = read_bases(config, parts["train"])
+    with only_writer(folder, _PATIENCE):
+        known = _read_known(folder)
+        rule = _split(config, split, folder, known)
+        found = check_parts(parts, known["parts"] if known else {})
+        if known:
+            _refuse_other_parts(folder, known["parts"], found)
+        digests = {f"part {name}": part["digest"] for name, part in found.items()}
+        models = {name: _base(base, parts["train"], found, known) for name, base in bases.items()}
+        digests |= {f"base {name}": base["digest"] for name, base in models.items()}
+        if known:
+            _refuse_other_bases(folder, known["bases"], models)
+        bases = {name: dataclasses.replace(base, model=_made_or_located(base)) for name, base in bases.items()}
+        plan = Plan(config, folder, bases, methods, read_measures(config, parts, digests), digests)
+        starts = [*(known["starts"] if known else []), _start(folder)]
+        parts_now = {**(known["parts"] if known else {}), **found}
+        bases_now = {**(known["bases"] if known else {}), **models}
+        record = _Record(format=FORMAT, date=day, split=rule, parts=parts_now, bases=bases_now, starts=starts)
+        write_json(folder / RECORD, record)
+        _write_yaml(folder, config)
+    return plan
+
+
+def _made_or_located(base: Base) -> Path:
+    return base.model if base.prune is not None else locate(str(base.model))
+
+
+def read_record(folder: Path) -> _Record:
+    """Read study.json.
+
+    Raises:
+        ValueError: There is none, or it is damaged or of another version.
+    """
+    known = _read_known(folder)
+    if known is None:
+        raise ValueError(f"{folder} holds no study: needs the folder of launch/study.py (output)")
+    return known
+
+
+def _read_known(folder: Path) -> _Record | None:
+    if not (folder / RECORD).exists():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output={folder} is a file: needs a folder")
+        # Of a start that was killed, or of a batch script
+        left = (LOCK, DATA, WORKERS, "code-")
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(left)] if folder.is_dir() else []
+        if others:
+            raise ValueError(f"output={folder} is not empty and holds no study (found {others[0]}): choose another")
+        return None
+    known = read_json(folder / RECORD, TypeAdapter(_Record))
+    if known["format"] != FORMAT:
+        raise ValueError(f"{folder / RECORD} has format {known['format']!r}, this program reads {FORMAT!r}")
+    return known
+
+
+def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Record | None) -> dict[str, Any] | None:
+    """Make the parts of the split, unless they are there."""
+    if split is None:
+        return known["split"] if known else None
+    text_field = flatten(config.train, "train").get("data.text_field", "text")
+    rule: dict[str, Any] = {**split, "source": source_hash(split), "text_field": text_field}
+    before = known["split"] if known else None
+    if before is not None:
+        if {**before, "path": ""} != {**rule, "path": ""}:
+            changed = sorted(key for key in before.keys() | rule.keys() if before.get(key) != rule.get(key))
+            raise ValueError(
+                f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it depends on that; "
+                "go back to it, or choose another output"
+            )
+        return before
+    (folder / DATA).mkdir(exist_ok=True)
+    write_split(split, folder / DATA, text_field)
+    return rule
+
+
+def _refuse_other_parts(folder: Path, before: dict[str, Part], now: dict[str, Part]) -> None:
+    changed = [
+        name
+        for name in ("train", "validation", "test")
+        if name in before and before[name]["digest"] != now[name]["digest"]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with another text: {', '.join(changed)} has other records now. Every result in it depends on "
+            "them; go back to that text, or choose another output"
+        )
+
+
+def _base(base: Base, train: DataConfig, parts: dict[str, Part], known: _Record | None) -> _Base:
+    """Digest of a base: of its files, or of all by which it is pruned."""
+    path = str(base.model) if base.prune is None else base.prune.model.path
+    source = locate(path)
+    stamp = stamp_of(str(source), "*.safetensors") + stamp_of(str(source / "config.json"))
+    before = known["bases"].get(base.name) if known else None
+    digest = before["source"] if before and before["stamp"] == stamp else _hash_of_files(stamp)
+    if base.prune is None:
+        return _Base(stamp=stamp, source=digest, digest=digest)
+    text = ""
+    if base.prune.data is not None:
+        text = parts["train"]["digest"] if base.prune.data.path == train.path else _hash_of_text(base.prune.data.path)
+    return _Base(stamp=stamp, source=digest, digest=digest_of(identity_of(base, digest, text)))
+
+
+def _hash_of_files(stamp: list[list[Any]]) -> str:
+    if not stamp:
+        return ""  # whoever loads the model says what is wrong
+    digest = hashlib.sha256()
+    for name, _, _ in stamp:
+        with open(name, "rb") as file:
+            digest.update(sha256_of(file).digest())
+    return digest.hexdigest()[:16]
+
+
+def _hash_of_text(path: str) -> str:
+    place = Path(path).expanduser()
+    return hash_files(find_data_files(place, path)[0]) if place.exists() else path
+
+
+def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:
+    changed = [name for name in now if name in before and before[name]["digest"] != now[name]["digest"]]
+    if changed:
+        raise ValueError(
+            f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were different. "
+            "Give the new one another name, or choose another output"
+        )
+
+
+def _start(folder: Path) -> Start:
+    code, diff = facts.code()
+    if diff:
+        code["diff"] = f"code-{hashlib.sha256(diff).hexdigest()[:8]}.diff"
+        write_bytes(folder / code["diff"], diff)
+    return Start(
+        when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=shlex.join(sys.orig_argv),
+        host=socket.gethostname(),
+        cpu=facts.cpu(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        versions=facts.versions(),
+        code=code,
+    )
+
+
+def _write_yaml(folder: Path, config: StudyConfig) -> None:
+    """Keep the YAML as it was before, if it asks for something else now."""
+    path, text = folder / YAML, to_yaml(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        number = 1
+        while (folder / f"study-{number}.yaml").exists():
+            number += 1
+        path.rename(folder / f"study-{number}.yaml")
+    write_text(path, text)

@@ -1,0 +1,181 @@
+"""The methods of a study: their options, their grids, and the runs' configurations that come of them."""
+
+import contextlib
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from seft_dist.config import DataConfig, StudyConfig, TrainConfig
+from seft_dist.study.options import arguments, as_text, flatten, told
+from seft_dist.training.cli import parser_of
+
+NONE = "none"
+"""Value of ``method`` for a base that is measured as it is."""
+CELL = "CELL"
+"""In the place of a run's folder, until it is known."""
+_OF_THE_STUDY = {
+    "output": "the study has a folder for each run",
+    "steps": "it follows from tokens",
+    "seed": "give seeds",
+    "model.path": "give base",
+    "export": "the study measures the exported models",
+    "threads": "give threads",
+    **dict.fromkeys(("data.path", "data.name", "data.split", "data.date"), "give data.train"),
+    **dict.fromkeys(("data.holdout", "data.holdout_every", "data.max_records"), "give data.train"),
+    **dict.fromkeys(("config", "print_config", "help"), "only options of the run itself"),
+}
+_SAVES = 10
+"""Checkpoints of a run, unless train.save_every says otherwise."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a method's grid."""
+
+    options: dict[str, Any]
+    """The options of the grid, with the values of this point; empty without a grid."""
+    config: TrainConfig
+    """The whole run, but for its folder and seeds."""
+
+    @property
+    def text(self) -> str:
+        """As tables show it, e.g. "optim.lr=0.001"; "-" without a grid."""
+        return ", ".join(f"{key}={as_text(value)}" for key, value in self.options.items()) or "-"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables."""
+
+    name: str
+    base: str
+    options: dict[str, Any]
+    """Its own, without its grid."""
+    grid: dict[str, list[Any]]
+    settings: list[Setting]
+    """Every combination of the grid's values; empty if nothing is trained."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether there is something to choose."""
+        return len(self.settings) > 1
+
+    def at_the_edge(self, setting: Setting) -> list[str]:
+        """Which of a setting's numbers are the smallest or largest that were tried.
+
+        Returns:
+            E.g. "optim.lr=0.004 is the largest tried".
+        """
+        found = []
+        for name, values in self.grid.items():
+            if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
+                continue
+            value = setting.options[name]
+            for word, edge in (("smallest", min(values)), ("largest", max(values))):
+                if value == edge:
+                    found.append(f"{name}={as_text(value)} is the {word} tried")
+        return found
+
+
+def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
+    """Work out every run's configuration, but for folders and seeds. Local.
+
+    Args:
+        config: The study.
+        train: The training part.
+
+    Raises:
+        ValueError: An option is unknown, wrong, or the study's own business; or the grids differ in size.
+    """
+    read = parser_of(TrainConfig)
+    shared = flatten(config.train, "train")
+    _refuse_own(shared, "train")
+    shared = {key: value for key, value in shared.items() if not key.startswith("data.")}  # in ``train`` already
+    methods = []
+    for name, entry in config.methods.items():
+        what = f"methods.{name}"
+        own = flatten(entry, what)
+        _refuse_own(own, what)
+        base = own.pop("base", config.default_base)
+        if base not in config.bases:
+            raise ValueError(f"{what}.base={base}: needs one of {', '.join(config.bases)}")
+        if own.get("method") == NONE:
+            if len(own) > 1:
+                raise ValueError(
+                    f"{what} trains nothing, but has {', '.join(own.keys() - {'method'})}: needs only base"
+                )
+            methods.append(Method(name, base, {}, {}, []))
+            continue
+        grid = {key: list(value) for key, value in own.items() if isinstance(value, list)}
+        options = {key: value for key, value in own.items() if key not in grid}
+        empty = [key for key, values in grid.items() if not values or _repeated(values)]
+        if empty:
+            raise ValueError(f"{what}.{empty[0]} is {grid[empty[0]]}: needs a list of different values")
+        settings = []
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
+            settings.append(Setting(point, _config_of(config, shared | options | point, train, read, what)))
+        methods.append(Method(name, base, options, grid, settings))
+    _refuse_unequal(config, methods)
+    return methods
+
+
+def _refuse_own(options: dict[str, Any], name: str) -> None:
+    for key in options:
+        if key in _OF_THE_STUDY or key.endswith(".seed"):
+            raise ValueError(f"{name} has {key}: needs it left out; {_OF_THE_STUDY.get(key, 'give seeds')}")
+        if key == "save_every" and name != "train":
+            raise ValueError(f"{name} has save_every: needs it in train, for all methods")
+
+
+def _repeated(values: list[Any]) -> bool:
+    texts = [as_text(value) for value in values]
+    return len(set(texts)) < len(texts)
+
+
+def _config_of(config: StudyConfig, options: dict[str, Any], train: DataConfig, read: Any, name: str) -> TrainConfig:
+    """The configuration of a run whose steps are what the budget allows."""
+    data = {"data.seq_len": train.seq_len} | told(train, "data.")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    given = data | {"batch_size": defaults["batch_size"]} | options
+    batch = given.get("global_batch") or given["batch_size"]
+    sizes = {"global_batch or batch_size": batch, "data.seq_len": given["data.seq_len"]}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {key} is {value!r}: needs a whole number of at least 1")
+    per_step = batch * given["data.seq_len"]
+    if config.tokens < per_step:
+        raise ValueError(f"tokens={config.tokens} is less than one step of {name}: needs at least {per_step}")
+    steps = config.tokens // per_step
+    own: dict[str, Any] = {"model.path": config.default_base, "output": CELL, "steps": steps, "global_batch": batch}
+    saves = {"save_every": max(1, steps // _SAVES)}
+    return read(arguments(saves | given | own), name)
+
+
+def _refuse_unequal(config: StudyConfig, methods: list[Method]) -> None:
+    sizes = {method.name: len(method.settings) for method in methods if method.settings}
+    if len(set(sizes.values())) > 1 and not config.unequal_grids:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"different numbers of settings would be tried: {told}. Needs the same number for each method, since whoever may "
+            "choose among more looks better; or unequal_grids: true"
+        )
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """The same run with another seed, in every place that the method reads one from.
+
+    Args:
+        config: The run.
+        seed: Of the data order, of random criteria, and of whatever else a method draws.
+    """
+    config = dataclasses.replace(config, seed=seed)
+    for field in dataclasses.fields(config):
+        inner: Any = getattr(config, field.name)
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, type) and hasattr(inner, "seed"):
+            # A configuration refuses what its method does not read
+            with contextlib.suppress(ValueError):
+                changes: dict[str, Any] = {field.name: dataclasses.replace(inner, seed=seed)}
+                config = dataclasses.replace(config, **changes)
+    return config

@@ -1,0 +1,53 @@
+"""Options as a study's YAML has them: by dotted names or nested, and as words of a command line."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def flatten(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Options by their dotted names, whether they were written so or nested.
+
+    Args:
+        options: {"optim.lr": 1} and {"optim": {"lr": 1}} are the same.
+        name: What they belong to, for messages.
+
+    Raises:
+        ValueError: An option is there twice.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        inner = value if isinstance(value, Mapping) else {"": value}
+        for end, item in (flatten(inner, name) if isinstance(value, Mapping) else inner).items():
+            full = f"{key}.{end}" if end else str(key)
+            if full in flat:
+                raise ValueError(f"{name} has {full} twice: needs it once, as {full} or nested")
+            flat[full] = item
+    return flat
+
+
+def below(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The options of a group, e.g. of "data", without its name."""
+    return {key[len(prefix) + 1 :]: value for key, value in options.items() if key.startswith(f"{prefix}.")}
+
+
+def told(config: Any, prefix: str) -> dict[str, Any]:
+    """The options by which a configuration is made that is not all defaults.
+
+    Args:
+        config: A dataclass of ``seft_dist.config`` without others inside.
+        prefix: What stands before its fields' names, e.g. "data.".
+    """
+    fields = [(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)]
+    return {f"{prefix}{name}": value for name, value, default in fields if value != default}
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line, one each."""
+    return [f"--{key}={as_text(value)}" for key, value in options.items()]
+
+
+def as_text(value: Any) -> str:
+    """A value as a command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,146 @@
+"""The parts of a study's text: where they are, what they hold, and that no record is in two of them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from seft_dist.config import DataConfig, StudyConfig
+from seft_dist.io.paragraphs import paragraphs, words
+from seft_dist.io.records import PLACE, read_records, select_records
+from seft_dist.study.found import Part
+from seft_dist.study.options import arguments, below, flatten
+from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
+from seft_dist.training.cli import parser_of, to_dict
+
+NEEDED = ("train", "validation", "test")
+_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records")
+
+
+def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
+    """Find out where each part is, or will be once the text is split. Local.
+
+    Args:
+        config: The study.
+
+    Returns:
+        The parts that there are, and the rule of the split.
+
+    Raises:
+        ValueError: A part is missing, told twice, or its options are wrong.
+    """
+    shared = below(flatten(config.train, "train"), "data")
+    wrong = [f"data.{name}" for name in _NO_RECORD if name in shared]
+    if wrong:
+        raise ValueError(f"train has {', '.join(wrong)}: needs it under data.train, since it belongs to one part")
+    unknown = sorted(config.data.keys() - {*PARTS, "split"})
+    if unknown:
+        raise ValueError(f"data has {', '.join(unknown)}: needs only {', '.join(PARTS)} and split")
+    split = read_split(config.data["split"]) if "split" in config.data else None
+    made = dict.fromkeys(split["shares"]) if split else {}
+    given = {name: value for name, value in config.data.items() if name in PARTS and value is not None}
+    twice = sorted(made.keys() & given.keys())
+    missing = [name for name in NEEDED if name not in made and name not in given]
+    if twice or missing:
+        what = f"{', '.join(twice)} twice" if twice else f"no {', '.join(missing)}"
+        raise ValueError(f"data has {what}: needs each part once, by its path or in split.shares")
+    read = parser_of(DataConfig)
+    parts = {}
+    for name in (name for name in PARTS if name in made or name in given):
+        own: Any = {"path": str(Path(config.output) / FOLDER / f"{name}.jsonl")} if name in made else given[name]
+        own = flatten(own if isinstance(own, dict) else {"path": own}, f"data.{name}")
+        # Forgetting is of another kind more often than not
+        options = {key: value for key, value in shared.items() if name != "forgetting" or key == "seq_len"} | own
+        parts[name] = read(arguments(options), f"data.{name}")
+    return parts, split
+
+
+def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
+    """Path, size and time of change of each file; empty for what is not on this machine. Local."""
+    place = Path(path).expanduser()
+    files = sorted(place.rglob(pattern)) if place.is_dir() else [place] if place.exists() else []
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def check_parts(parts: dict[str, DataConfig], known: dict[str, Part]) -> dict[str, Part]:
+    """Read all parts, unless they are as they were, and refuse a record that is in two of them. Local.
+
+    Args:
+        parts: From ``find_parts``, the files of the split written.
+        known: What this gave before.
+
+    Returns:
+        What is known of each part.
+
+    Raises:
+        ValueError: A part cannot be read, or records of two parts are equal.
+    """
+    options = {name: _options(part) for name, part in parts.items()}
+    stamps = {name: stamp_of(part.path) for name, part in parts.items()}
+    if all(
+        name in known and (known[name]["options"], known[name]["stamp"]) == (options[name], stamps[name])
+        for name in parts
+    ):
+        return {name: known[name] for name in parts}
+    contents = {name: _read(part) for name, part in parts.items()}
+    names = list(contents)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            common = contents[first].keys.keys() & contents[second].keys.keys()
+            if common:
+                shown = contents[first].keys[min(common)]
+                raise ValueError(
+                    f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in one part "
+                    "only. Remove them from one of the files, or let data.split with by: hash make the parts"
+                )
+    train = contents["train"].paragraphs
+    return {
+        name: Part(
+            options=options[name],
+            stamp=stamps[name],
+            digest=found.digest,
+            kind=found.kind,
+            records=found.records,
+            words=found.words,
+            repeated=[len(found.paragraphs & train), len(found.paragraphs)] if name != "train" else [0, 0],
+        )
+        for name, found in contents.items()
+    }
+
+
+def _options(part: DataConfig) -> dict[str, Any]:
+    """Those that decide which records there are."""
+    kept = {key: value for key, value in to_dict(part).items() if key not in ("seq_len", "date", "join")}
+    return kept
+
+
+class _Content(NamedTuple):
+    digest: str
+    kind: str
+    records: int
+    words: int
+    keys: dict[bytes, str]
+    """Of the records that may be in one part only; with their beginning, for messages."""
+    paragraphs: set[bytes]
+
+
+def _read(part: DataConfig) -> _Content:
+    rows, kind = read_records(part)
+    rows = select_records(rows, part)
+    digest, count, pieces = hashlib.sha256(), 0, set()
+    keys: dict[bytes, str] = {}
+    for row in rows:
+        text = "\n".join(f"{value}" for name, value in row.items() if name != PLACE and value is not None)
+        digest.update(len(text).to_bytes(8, "little") + text.encode(errors="surrogatepass"))
+        plain = words(text)
+        number = len(plain.split(" ")) if plain else 0
+        count += number
+        if kind != "text" or number >= FEW_WORDS:
+            keys.setdefault(_key(plain), plain[:60])
+        if kind == "text":
+            pieces |= {_key(words(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS}
+    return _Content(digest.hexdigest()[:16], kind, len(rows), count, keys, pieces)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]

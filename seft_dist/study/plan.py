@@ -1,0 +1,244 @@
+"""Everything that a study may have to do: bases, runs and measurements, each known by its full settings.
+
+A cell is one run and its measurements. Its name ends with a hash of all that its result depends on, so that a study
+whose YAML was changed finds again what is still wanted, and takes nothing else for it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
+from seft_dist.study.methods import Method, Setting, with_seed
+from seft_dist.study.options import arguments, flatten, told
+from seft_dist.training.cli import parser_of, to_dict
+
+BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
+VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
+_NO_MATTER = ("output", "save_every", "log_every", "trace", "export", "trackers", "threads", "timeout")
+"""Options of a run that leave its result as it is."""
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model that methods start from."""
+
+    name: str
+    model: Path
+    """Its folder, maybe not made yet."""
+    prune: PruneConfig | None
+    """How it is made; None: it was there before."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One evaluation, the same for all models."""
+
+    part: str
+    options: tuple[str, ...]
+    """Of launch/evaluate.py, without models and output."""
+    id: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run and its measurements, or the measurements of a base."""
+
+    name: str
+    """Of its folder."""
+    method: str
+    base: str
+    setting: str
+    seed: int | None
+    """None: nothing is trained."""
+    config: TrainConfig | None
+    """The run; None: nothing is trained."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        parts = [self.method, "" if self.setting == "-" else self.setting]
+        parts.append("" if self.seed is None else f"seed {self.seed}")
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, worked out."""
+
+    config: StudyConfig
+    folder: Path
+    bases: dict[str, Base]
+    methods: list[Method]
+    measures: dict[str, Measure]
+    digests: dict[str, str]
+    """Of the contents of bases and parts: "base NAME", "part NAME"."""
+    cells: dict[tuple[str, str, int | None], Cell] = field(default_factory=dict)
+    """Those worked out already, by method, setting and seed."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Their names by the hashes in them."""
+
+    def search_cells(self, method: Method) -> list[Cell]:
+        """The runs among which a setting is chosen, in the order of ``method.settings``; none without a choice."""
+        seed = self.config.first_seed
+        return [self.cell(method, setting, seed) for setting in method.settings] if method.is_searched else []
+
+    def final_cells(self, method: Method, setting: Setting | None) -> list[Cell]:
+        """The runs that are measured on the test part.
+
+        Args:
+            method: One of the study's.
+            setting: The chosen one; None: nothing is trained.
+        """
+        if setting is None:
+            return [self.cell(method, None, None)]
+        return [self.cell(method, setting, seed) for seed in self.config.seeds]
+
+    def cell(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
+        """The cell of a setting with a seed, its run's configuration complete but for the folder."""
+        key = (method.name, setting.text if setting else "-", seed)
+        if key not in self.cells:
+            self.cells[key] = self._make(method, setting, seed)
+        return self.cells[key]
+
+    def _make(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
+        base = self.bases[method.base]
+        if setting is None or seed is None:
+            name = self._named(f"none-{base.name}", {"base": self.digests[f"base {base.name}"]})
+            return Cell(name, method.name, base.name, "-", None, None)
+        config = with_seed(setting.config, seed)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(base.model)))
+        values = [f"{key.rpartition('.')[2]}{value}" for key, value in setting.options.items()]
+        name = self._named("-".join([method.name, *values, f"seed{seed}"]), self._identity(config, base))
+        return Cell(name, method.name, base.name, setting.text, seed, config)
+
+    def _identity(self, config: TrainConfig, base: Base) -> dict[str, Any]:
+        content = {key: value for key, value in to_dict(config).items() if key not in _NO_MATTER}
+        content["model"] |= {"path": self.digests[f"base {base.name}"]}
+        content["data"] |= {"path": self.digests["part train"]}
+        return content
+
+    def _named(self, label: str, identity: dict[str, Any]) -> str:
+        digest = digest_of(identity)
+        if digest not in self.names:  # else two methods have a run in common
+            known = next((self.folder / CELLS).glob(f"*-{digest}"), None)
+            label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:_LONGEST_NAME]
+            self.names[digest] = known.name if known else f"{label}-{digest}"
+        return self.names[digest]
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Where everything about a cell is."""
+        return self.folder / CELLS / cell.name
+
+    def run_folder(self, cell: Cell) -> Path:
+        """The folder of launch/train.py."""
+        return self.cell_folder(cell) / RUN
+
+    def model_folder(self, cell: Cell) -> Path:
+        """The model that is measured."""
+        return self.bases[cell.base].model if cell.config is None else self.run_folder(cell) / MODEL
+
+    def measured_file(self, cell: Cell, part: str) -> Path:
+        """The result of launch/evaluate.py on a part."""
+        return self.cell_folder(cell) / f"{part}-{self.measures[part].id}.json"
+
+
+def digest_of(content: Any) -> str:
+    """A short hash of JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
+    """Find out where each base is, or how it is to be pruned. Local.
+
+    Args:
+        config: The study.
+        train: The training part: calibration text of bases that name none.
+
+    Raises:
+        ValueError: Options are unknown or wrong.
+    """
+    read = parser_of(PruneConfig)
+    bases = {}
+    for name, entry in config.bases.items():
+        what = f"bases.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ValueError(f"{what}: needs a name of letters, digits, '.', '_' and '-', since a folder is called so")
+        options = flatten(entry, what)
+        if options.keys() == {"path"}:
+            bases[name] = Base(name, Path(str(options["path"])).expanduser(), None)
+            continue
+        if "output" in options or options.get("method") == "none" or "path" in options:
+            raise ValueError(
+                f"{what} is {entry}: needs only {{path: FOLDER}}, or options of launch/prune.py without output"
+            )
+        calibrated = options.get("method") not in ("magnitude", "mask") or options.get("layer_ratios") == "owl"
+        if calibrated and "data.path" not in options:
+            options = told(train, "data.") | options
+        model = Path(config.output) / BASES / name / MODEL
+        bases[name] = Base(name, model, read(arguments(options | {"output": str(model)}), what))
+    return bases
+
+
+def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: dict[str, str]) -> dict[str, Measure]:
+    """Work out the evaluations. Local.
+
+    Args:
+        config: The study.
+        parts: Where they are.
+        digests: "part NAME" to what is in it.
+
+    Raises:
+        ValueError: Options are unknown or wrong.
+    """
+    read = parser_of(EvaluateConfig)
+    given = flatten(config.evaluate, "evaluate")
+    for key in given:
+        if key in ("models", "output", "threads", "config", "print_config", "help", "data.path") or key.startswith(
+            "models."
+        ):
+            raise ValueError(f"evaluate has {key}: needs it left out, the study says it")
+    tasks = {key: value for key, value in given.items() if key.split(".")[0] in _TASKS}
+    measures = {}
+    for part in (VALIDATION, TEST, FORGETTING):
+        if part not in parts:
+            continue
+        own = told(parts[part], "data.")
+        options = own | {key: value for key, value in given.items() if key not in tasks or part == TEST}
+        if part == FORGETTING:  # its own kind and columns
+            kept = {
+                key: value for key, value in options.items() if not key.startswith("data.") or key == "data.seq_len"
+            }
+            options = own | kept
+        words = arguments(options)
+        checked = to_dict(read(["--models.model=m", *words], "evaluate"))
+        for name in ("models", "output", "threads"):
+            del checked[name]
+        checked["data"]["path"] = digests[f"part {part}"]
+        measures[part] = Measure(part, tuple(words), digest_of(checked))
+    return measures
+
+
+_TASKS = ("tasks", "task_files", "tasks_path", "fewshot", "limit", "chat_template")
+
+
+def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
+    """All that a pruned base depends on. Local.
+
+    Args:
+        base: With a way to make it.
+        dense: Digest of the model that is pruned.
+        text: Digest of the calibration text.
+    """
+    assert base.prune is not None
+    content = to_dict(base.prune)
+    del content["output"]
+    content["model"]["path"] = dense
+    if content["data"] is not None:
+        content["data"]["path"] = text
+    return content

@@ -1,0 +1,281 @@
+"""Runs what a study lacks, each task a process of its own, several at a time, beside other runners on the same folder.
+
+A task belongs to a folder (a cell or a base), and only who holds that folder's lock runs it: two runners, on one machine
+or on several, never do the same twice. A runner that was killed leaves its runs behind; they hold their own folders, so
+the next runner waits for them.
+"""
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+
+from seft_dist.files.writing import write_json, write_text
+from seft_dist.study.found import Failure
+from seft_dist.study.plan import Plan
+from seft_dist.study.progress import DONE, Progress
+from seft_dist.study.state import (
+    COMMANDS,
+    DIVERGED,
+    FAILED,
+    MEASURED,
+    PRUNE,
+    TRAIN,
+    State,
+    Survey,
+    Task,
+    drop_model,
+    has_diverged,
+    read_failure,
+)
+from seft_dist.training.cli import to_dict, to_yaml
+from seft_dist.training.signals import StopRequest
+from seft_dist.training.writer_lock import TakenError, only_writer
+
+SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
+_POLL = 0.2
+_LOOK_AGAIN = 2.0  # seconds between two looks at what other runners have done
+_TELL_AGAIN = 10.0  # seconds between two writings of the tables
+_MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    def poll(self) -> int | None:
+        """Exit status; None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+Launch = Callable[[Task, list[str], Path], Process]
+"""Starts the process of a task: the task, the command, the file that gets what it prints."""
+
+
+def launch(task: Task, command: list[str], log: Path) -> Process:
+    """Start a process of its own session: Ctrl-C reaches the runner, which tells it to save."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+@dataclass
+class Running:
+    """A task that this runner runs."""
+
+    task: Task
+    command: list[str]
+    process: Process
+    slot: int
+    lock: ExitStack
+    since: float = field(default_factory=time.time)
+
+
+class Runner:
+    """Runs a study's tasks until nothing is left that it could run. Local."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        scripts: Path,
+        progress: Progress,
+        request: StopRequest,
+        after: Callable[[State, Survey], None],
+        launch: Launch = launch,
+    ) -> None:
+        """Args:
+        plan: The study.
+        scripts: Folder of launch/train.py and its like.
+        progress: Tells the user.
+        request: Asks this process to stop.
+        after: Is called from time to time when tasks have ended; writes the tables.
+        launch: Starts a process.
+        """
+        self.plan, self.state = plan, State(plan)
+        self._scripts, self._progress, self._request, self._after, self._launch = (
+            scripts,
+            progress,
+            request,
+            after,
+            launch,
+        )
+        self._running: list[Running] = []
+        self._failed: dict[str, Failure] = {}
+        self._starts: dict[str, int] = {}
+        self._since = time.time()
+
+    def run(self) -> list[Failure]:
+        """Run everything that can be run.
+
+        Returns:
+            Why tasks failed, in this or in another runner since this one began; their cells are incomplete.
+        """
+        survey, looked, taken, stopping = self.state.survey(), -_LOOK_AGAIN, 0, False
+        told = time.monotonic()
+        try:
+            while True:
+                ended = self._reap()
+                if self._request.number and not stopping:
+                    stopping = True
+                    for one in self._running:
+                        one.process.terminate()
+                if ended or time.monotonic() > looked + _LOOK_AGAIN:
+                    survey, looked = self.state.survey(), time.monotonic()
+                    taken = 0 if stopping else self._start(survey)
+                self._progress.show(survey, [(one.task, one.since) for one in self._running], taken)
+                if ended:
+                    for task, seconds, how in ended:
+                        self._progress.ended(task, seconds, how)
+                    self._tidy()
+                if ended and time.monotonic() > told + _TELL_AGAIN:
+                    self._after(self.state, survey)
+                    told = time.monotonic()
+                if not self._running and (stopping or not taken):
+                    return list(self._failed.values())
+                time.sleep(_POLL)
+        finally:
+            for one in self._running:  # only after an error, or a second Ctrl-C
+                one.process.kill()
+                one.lock.close()
+
+    def _start(self, survey: Survey) -> int:
+        """Start as many tasks as there is room for; returns how many are being run by others, as far as it looked."""
+        taken = 0
+        for task in survey.ready:
+            if len(self._running) >= self.plan.config.jobs:
+                break
+            if any(one.task.folder == task.folder for one in self._running) or self._has_failed(task):
+                continue
+            lock = self._claim(task)
+            if lock is None:
+                taken += 1
+                continue
+            try:
+                self._begin(task, lock)
+            except BaseException:
+                lock.close()
+                raise
+        return taken
+
+    def _has_failed(self, task: Task) -> bool:
+        if task.key in self._failed:
+            return True
+        failure = read_failure(task.folder)
+        if failure is None or failure["when"] < self._since or failure["task"] != task.kind:
+            return False
+        self._failed[task.key] = failure  # in another runner, a moment ago
+        return True
+
+    def _claim(self, task: Task) -> ExitStack | None:
+        """The lock of a task's folder; None: somebody has it, or has done the task by now."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(only_writer(task.folder, 0))
+                if task.cell is not None:  # a run whose runner was killed
+                    with only_writer(self.plan.run_folder(task.cell), 0):
+                        pass
+            except TakenError:
+                return None
+            if self.state.is_done(task):
+                return None
+            return stack.pop_all()
+        return None
+
+    def _begin(self, task: Task, lock: ExitStack) -> None:
+        if task.kind == TRAIN and task.cell is not None:
+            self.state.begin_anew(self.plan.run_folder(task.cell))
+        slot = min(set(range(self.plan.config.jobs)) - {one.slot for one in self._running})
+        command = self._command(task, slot)
+        (task.folder / FAILED).unlink(missing_ok=True)
+        self._starts[task.key] = self._starts.get(task.key, 0) + 1
+        with task.log.open("a", encoding="utf-8") as file:
+            file.write(f"$ {shlex.join(command)}\n")
+        self._running.append(Running(task, command, self._launch(task, command, task.log), slot, lock))
+        self._progress.began(task)
+
+    def _command(self, task: Task, slot: int) -> list[str]:
+        """The command of a task; what it reads is written into the task's folder."""
+        config = self.plan.config
+        launcher = shlex.split(config.launcher.replace("{slot}", str(slot))) if config.launcher else [sys.executable]
+        threads = [f"--threads={config.threads}"] if config.threads else []
+        if task.kind == PRUNE:
+            assert task.base is not None
+            write_text(task.folder / RECIPE, to_yaml(task.base.prune))
+            return [*launcher, str(self._scripts / "prune.py"), f"--config={task.folder / RECIPE}"]
+        cell = task.cell
+        assert cell is not None
+        about = {"method": cell.method, "base": cell.base, "setting": cell.setting, "seed": cell.seed}
+        write_json(task.folder / CELL, about | {"config": to_dict(cell.config) if cell.config else None})
+        if task.kind == TRAIN:
+            write_text(task.folder / SETTINGS, to_yaml(cell.config))
+            given = [f"--config={task.folder / SETTINGS}", f"--output={self.plan.run_folder(cell)}", *threads]
+            return [*launcher, str(self._scripts / "train.py"), *given]
+        options = self.plan.measures[task.kind].options
+        given = [f"--models.{MEASURED}={self.plan.model_folder(cell)}", *options, f"--output={task.done}", *threads]
+        return [*launcher, str(self._scripts / "evaluate.py"), *given]
+
+    def _reap(self) -> list[tuple[Task, float, str]]:
+        """See which processes have ended: the tasks, their seconds, and how it went."""
+        ended = []
+        for one in list(self._running):
+            code = one.process.poll()
+            if code is None:
+                continue
+            self._running.remove(one)
+            self._record(one, code)
+            ended.append((one.task, time.time() - one.since, self._judge(one, code)))
+            one.lock.close()
+        return ended
+
+    def _record(self, one: Running, code: int) -> None:
+        line = {
+            "task": one.task.kind,
+            "method": one.task.method,
+            "command": shlex.join(one.command),
+            "host": socket.gethostname(),
+            "began": datetime.fromtimestamp(one.since, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - one.since, 1),
+            "code": code,
+            "jobs": self.plan.config.jobs,
+        }
+        with (one.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _judge(self, one: Running, code: int) -> str:
+        """Take note of how a task ended; says it in words."""
+        task = one.task
+        if self.state.is_done(task):
+            return DONE
+        if task.kind == TRAIN and code and task.cell is not None and has_diverged(self.plan.run_folder(task.cell)):
+            write_json(task.folder / DIVERGED, {"log": str(task.log), "code": code})
+            return f"diverged (its loss is not finite), see {task.log}"
+        if self._request.number:
+            return "stopped"
+        if code == 0 and self._starts[task.key] < _MOST_STARTS:
+            return "stopped by a signal, once more"
+        failure = Failure(task=task.kind, when=time.time(), code=code, log=str(task.log))
+        self._failed[task.key] = failure
+        write_json(task.folder / FAILED, failure)
+        return f"failed with code {code}, see {task.log}"
+
+    def _tidy(self) -> None:
+        """Remove models that nothing needs any more."""
+        for run in self.state.idle_models():
+            try:
+                with only_writer(run.parent, 0):
+                    drop_model(run)
+            except TakenError:
+                continue

@@ -1,0 +1,260 @@
+"""What of a study is done, what can be done next, and which settings are chosen: read from its files each time.
+
+CELL/failed.json      the last try of a task ended with an error: which task, when, its code and log
+CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
+CELL/diverged.json    a loss or gradient of the run was not finite: no try would end otherwise, so that is its result
+"""
+
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seft_dist.files.reading import read_json
+from seft_dist.results.run_files import Model, read_evaluations
+from seft_dist.study.found import Failure
+from seft_dist.study.methods import Method, Setting
+from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
+from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
+from seft_dist.training.run_folder import CHECKPOINTS, is_finished
+
+PRUNE, TRAIN = "prune", "train"
+FAILED, DIVERGED, COMMANDS = "failed.json", "diverged.json", "commands.jsonl"
+MEASURED = "model"
+"""Name of the one model in the files of launch/evaluate.py."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process that is to be run."""
+
+    kind: str
+    """PRUNE, TRAIN, or the part that is measured."""
+    label: str
+    folder: Path
+    """Of its base or cell: whoever holds its lock may run it."""
+    method: str = ""
+    """Empty for a base."""
+    cell: Cell | None = None
+    base: Base | None = None
+    done: Path = Path()
+    """What is there once it is done."""
+
+    @property
+    def key(self) -> str:
+        """Names it among all tasks."""
+        return f"{self.folder.name} {self.kind}"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder / f"{self.kind}.log"
+
+
+@dataclass
+class Survey:
+    """The state of a study at one moment."""
+
+    ready: list[Task] = field(default_factory=list)
+    """What can be run now, what is needed most first."""
+    later: list[tuple[str, str]] = field(default_factory=list)
+    """Kind and method of tasks that wait for others."""
+    done: int = 0
+    """Tasks that are done."""
+    chosen: dict[str, Setting] = field(default_factory=dict)
+    """Methods that have chosen."""
+
+    @property
+    def total(self) -> int:
+        """Tasks of the whole study."""
+        return self.done + len(self.ready) + len(self.later)
+
+
+class State:
+    """Looks at a study's files. Local."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Args:
+        plan: The study.
+        """
+        self.plan = plan
+        self._models: dict[Path, Model] = {}
+        self._finished: set[Path] = set()
+
+    def survey(self) -> Survey:
+        """Look at everything."""
+        survey = Survey()
+        for base in self.plan.bases.values():
+            if base.prune is None:
+                continue
+            if (base.model / "config.json").is_file():
+                survey.done += 1
+            else:
+                survey.ready.append(Task(PRUNE, f"prune {base.name}", base.model.parent, base=base, done=base.model))
+        searched: list[Task] = []
+        final: list[Task] = []
+        for method in self.plan.methods:
+            wanted: dict[str, tuple[Cell, list[str]]] = {}
+            for cell in self.plan.search_cells(method):
+                wanted[cell.name] = (cell, [VALIDATION])
+            early = set(wanted)
+            is_known, setting = self.choice(method)
+            if is_known:
+                if setting is not None:
+                    survey.chosen[method.name] = setting
+                for cell in self._final_of(method, setting):
+                    wanted[cell.name] = (cell, [*wanted.get(cell.name, (cell, []))[1], *self._final_parts])
+            else:
+                survey.later += self._unknown_of(method)
+            for cell, parts in wanted.values():
+                tasks, later, done = self._tasks_of(cell, parts)
+                (searched if cell.name in early else final).extend(tasks)
+                survey.later += later
+                survey.done += done
+        known: dict[str, Task] = {}
+        for task in sorted([*searched, *final], key=lambda task: task.kind == TRAIN):
+            known.setdefault(task.key, task)  # two methods with the same settings share a cell
+        survey.ready += known.values()
+        return survey
+
+    @property
+    def _final_parts(self) -> list[str]:
+        return [part for part in (TEST, FORGETTING) if part in self.plan.measures]
+
+    def _final_of(self, method: Method, setting: Setting | None) -> list[Cell]:
+        return self.plan.final_cells(method, setting) if setting is not None or not method.settings else []
+
+    def _unknown_of(self, method: Method) -> list[tuple[str, str]]:
+        """Tasks of a method that has not chosen yet."""
+        seeds = self.plan.config.seeds
+        trains = len(seeds) - (self.plan.config.first_seed in seeds)
+        return [(TRAIN, method.name)] * trains + [(part, method.name) for part in self._final_parts] * len(seeds)
+
+    def _tasks_of(self, cell: Cell, parts: list[str]) -> tuple[list[Task], list[tuple[str, str]], int]:
+        """What can be done about a cell now, what later, and how many tasks are done."""
+        folder, base = self.plan.cell_folder(cell), self.plan.bases[cell.base]
+        missing = [part for part in parts if self.measured(cell, part) is None]
+        done = len(parts) - len(missing)
+        if self.diverged(cell):
+            return [], [], len(parts) + 1
+        if base.prune is not None and not (base.model / "config.json").is_file():
+            waiting = [(part, cell.method) for part in missing]
+            return [], waiting + ([(TRAIN, cell.method)] if cell.config is not None else []), done
+        if cell.config is not None:
+            run = self.plan.run_folder(cell)
+            if not self.finished(run) or (missing and not (run / MODEL / "config.json").is_file()):
+                task = Task(TRAIN, f"train {cell.label}", folder, cell.method, cell, done=run / "result.json")
+                return [task], [(part, cell.method) for part in missing], done
+            done += 1
+        tasks = [
+            Task(part, f"{part} of {cell.label}", folder, cell.method, cell, done=self.plan.measured_file(cell, part))
+            for part in missing
+        ]
+        return tasks, [], done
+
+    def finished(self, run: Path) -> bool:
+        """Whether a run has its result."""
+        if run not in self._finished and is_finished(run):
+            self._finished.add(run)
+        return run in self._finished
+
+    def is_done(self, task: Task) -> bool:
+        """Whether what a task is to make is there."""
+        if task.cell is None:
+            assert task.base is not None
+            return (task.base.model / "config.json").is_file()
+        if task.kind == TRAIN:
+            run = self.plan.run_folder(task.cell)
+            return self.finished(run) and (run / MODEL / "config.json").is_file()
+        return self.measured(task.cell, task.kind) is not None
+
+    def begin_anew(self, run: Path) -> None:
+        """Remove a finished run whose model is gone and is needed again."""
+        if self.finished(run):
+            self._finished.discard(run)
+            shutil.rmtree(run)
+
+    def measured(self, cell: Cell, part: str) -> Model | None:
+        """What a cell's model came to on a part; None: not measured yet, or the file is damaged."""
+        path = self.plan.measured_file(cell, part)
+        if path not in self._models:
+            try:
+                found = read_evaluations(path)["models"][MEASURED]
+            except (OSError, ValueError, KeyError):
+                return None
+            if "perplexity" not in found:
+                return None
+            self._models[path] = found
+        return self._models[path]
+
+    def diverged(self, cell: Cell) -> bool:
+        """Whether a run ended because a loss or gradient was not finite."""
+        return (self.plan.cell_folder(cell) / DIVERGED).is_file()
+
+    def choice(self, method: Method) -> tuple[bool, Setting | None]:
+        """The setting with the smallest perplexity on the validation part.
+
+        Returns:
+            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where nothing is
+            trained, or all have diverged.
+        """
+        if not method.is_searched:
+            return True, method.settings[0] if method.settings else None
+        best: tuple[float, Setting] | None = None
+        for setting, cell in zip(method.settings, self.plan.search_cells(method), strict=True):
+            if self.diverged(cell):
+                continue
+            found = self.measured(cell, VALIDATION)
+            if found is None:
+                return False, None
+            value = found["perplexity"] if math.isfinite(found["perplexity"]) else math.inf
+            if best is None or value < best[0]:
+                best = (value, setting)
+        return True, best[1] if best else None
+
+    def idle_models(self) -> list[Path]:
+        """Runs whose models and checkpoints nothing needs any more, by ``keep``; those that still have them."""
+        if self.plan.config.keep == "all":
+            return []
+        needed: dict[Path, bool] = {}
+        for method in self.plan.methods:
+            is_known, setting = self.choice(method)
+            if not method.settings:
+                continue
+            searched, final = self.plan.search_cells(method), self._final_of(method, setting) if is_known else []
+            names = {cell.name for cell in final}
+            for cell in [*searched, *final]:
+                open_parts = any(self.measured(cell, part) is None for part in self._final_parts)
+                needs = not is_known or (cell.name in names and (self.plan.config.keep == "chosen" or open_parts))
+                run = self.plan.run_folder(cell)
+                needed[run] = needed.get(run, False) or needs
+        return [
+            run
+            for run, needs in needed.items()
+            if not needs and self.finished(run) and any((run / name).exists() for name in (MODEL, CHECKPOINTS))
+        ]
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """Why the last try in a base's or cell's folder ended with an error; None: it did not. Local."""
+    try:
+        return read_json(folder / FAILED, Failure)
+    except (OSError, ValueError):
+        return None
+
+
+def has_diverged(run: Path) -> bool:
+    """Whether a run was stopped by a loss or gradient that was not finite, by the diagnosis it has left. Local."""
+    for path in run.glob(f"{DIAGNOSIS}/*.json"):
+        try:
+            if str(read_json(path, dict[str, object]).get("error", "")).startswith("FloatingPointError"):
+                return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def drop_model(run: Path) -> None:
+    """Remove a run's exported model and checkpoints; its result stays. Local."""
+    for name in (MODEL, CHECKPOINTS):
+        shutil.rmtree(run / name, ignore_errors=True)
