@@ -62,7 +62,7 @@ def run_door(
 
 def _be(command: list[str], out: Path, err: Path, env: dict[str, str]) -> NoReturn:
     code: Any = 1
-    for number, path in enumerate((os.devnull, out, err)):
+    for number, path in enumerate((os.devnull, str(out), str(err))):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), number)
     try:
         os.environ.clear()
