@@ -24,6 +24,7 @@ from seft_dist.kernels.bits import pack
 from seft_dist.optim.setup import check_pattern, clear_negative_zeros
 from seft_dist.optim.state import LayerSparsity, fingerprint
 from seft_dist.optim.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
+from seft_dist.sparsity.zeros import all_finite, num_zeros
 
 _LEAST_SPARSITY = 0.01
 
@@ -178,7 +179,7 @@ class Baseline(ABC):
         rows = [
             [
                 int(part.count_nonzero()),
-                int(part.isfinite().logical_not().sum()),
+                0 if all_finite(part) else int(part.isfinite().logical_not().sum()),
                 int(fingerprint(part, interval.start)),
             ]
             for part, interval in ((part, backend.interval(i)) for i, part in enumerate(own))
@@ -234,7 +235,7 @@ class Baseline(ABC):
         backend = self.backend
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = backend.owners.sum(
-            torch.tensor([int((backend.own(i) == 0).sum()) for i in range(len(backend.names))])
+            torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
         ).tolist()
         numels = [prod(shape) for shape in backend.shapes]
         rows = zip(backend.names, numels, self.active, zeros, strict=True)
