@@ -232,8 +232,6 @@ def test_the_last_step_of_a_run_that_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_study_recipes_can_be_worked_out(path: Path) -> None:
     assert path.read_text().startswith("#")
-    if "smollm2" in path.stem and not hasattr(TrainConfig, "method"):
-        pytest.skip("launch/train.py has no --method yet")
     config = parse(StudyConfig, ["--config", str(path)])
     parts, _ = find_parts(config)
     methods = read_methods(config, parts["train"])
