@@ -28,7 +28,7 @@ TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install readers quickstart wheels test test-quick test-long test-oldest lint format clean-quickstart clean
+.PHONY: help install readers oldest quickstart wheels test test-quick test-long test-oldest lint format clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,14 +69,19 @@ test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layou
 test-quick: $(INSTALLED)  ## the tests that take under a minute together
 	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not long'
 
-test-oldest:  ## the core of the tests with the lowest releases that setup.cfg admits
+oldest: $(OLDEST)/.installed  ## an environment with the lowest releases that setup.cfg admits, beside .venv
+
+$(OLDEST)/.installed: setup.cfg .ci/lower_bounds.py
 	rm -rf $(OLDEST)
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST_PYTHON) .ci/lower_bounds.py >$(OLDEST)/lower_bounds.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $(OLDEST_TORCH)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/lower_bounds.txt \
 	  -e . pytest pytest-timeout pytest-xdist hypothesis triton
-	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(CORE)
+	touch $@
+
+test-oldest: oldest  ## the core of the tests there: make test-oldest OLDEST_PYTHON=python3.10 OLDEST_TORCH=torch==2.9.1
+	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not long' $(CORE)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .
