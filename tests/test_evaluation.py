@@ -339,7 +339,7 @@ def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedPr
         command,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
 
