@@ -25,6 +25,25 @@ STYLE: dict[str, Any] = {
 }
 
 
+def load_pyplot(option: str) -> Any:
+    """Import matplotlib.pyplot such that it draws into files only. Local.
+
+    Args:
+        option: Of the command line, by which one goes without it.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError(f"{option} needs matplotlib: pip install 'seft_dist[plots]', or --{option} false") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def write_figures(run: Run, folder: Path) -> list[Path]:
     """Draw loss.png, evolutions.png (if there were any) and perplexity.png. **Local.**
 
@@ -38,12 +57,7 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'seft_dist[plots]', or --figures false") from error
-    matplotlib.use("Agg")  # files only, no display
-    import matplotlib.pyplot as plt
+    plt = load_pyplot("figures")
 
     folder.mkdir(parents=True, exist_ok=True)
     drawings = {"loss": _loss, "evolutions": _evolutions, "perplexity": _perplexity}

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from seft_dist.files.writing import write_bytes
+from seft_dist.results.figures import load_pyplot
 from seft_dist.results.run_files import unlike
 from seft_dist.results.sweep import SEEDS, Sweep, SweepRun, no_means, values_of
 
@@ -24,12 +25,7 @@ def draw(sweep: Sweep) -> Path:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib: pip install 'seft_dist[plots]', or --figure false") from error
-    matplotlib.use("Agg")  # files only, no display
-    import matplotlib.pyplot as plt
+    plt = load_pyplot("figure")
 
     others = [name for name in sweep.varied if name not in SEEDS]
     groups = sweep.groups()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from seft_dist.files.writing import write_bytes
-from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, smooth
+from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, load_pyplot, smooth
 from seft_dist.results.run_files import read_lines
 from seft_dist.study.found import Results, Row
 from seft_dist.study.plan import RUN
@@ -55,12 +55,7 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("figures need matplotlib: pip install 'seft_dist[plots]', or --figures false") from error
-    matplotlib.use("Agg")  # files only, no display
-    import matplotlib.pyplot as plt
+    plt = load_pyplot("figures")
 
     paths = []
     with plt.rc_context(STYLE):

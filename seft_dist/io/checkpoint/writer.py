@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Saved(Protocol):
         """What holds the weights."""
 
 
-class BackgroundSaver:
+class BackgroundSaver(ABC):
     """Writes the checkpoints of a run in the background, one at a time.
 
         saver.start(extra)                      # copies the state; training may go on
@@ -116,6 +117,7 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=self._write, args=(file, tensors), name="checkpoint", daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """What there is to save. **Collective.**
 
@@ -123,7 +125,6 @@ class BackgroundSaver:
             ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU memory, None
             where another rank has the same.
         """
-        raise NotImplementedError
 
     def finish(self) -> Path | None:
         """Wait for the save that has begun, and make it the newest checkpoint. **Collective.**
