@@ -73,7 +73,7 @@ class Fake:
 
 
 def perplexity(task: Task) -> float:
-    """Of a fake model: a parabola over the learning rate with seed noise; bases are worse."""
+    """Compute the perplexity of a fake model: a parabola over the learning rate with seed noise; bases are worse."""
     assert task.cell is not None
     part = {"validation": 0.0, "test": 1.0, "forgetting": 100.0}[task.kind]
     if task.cell.config is None:
@@ -90,7 +90,7 @@ def perplexity(task: Task) -> float:
 
 
 def write_run(task: Task) -> None:
-    """What launch/train.py leaves."""
+    """Write the files that launch/train.py leaves."""
     assert task.cell is not None and task.cell.config is not None
     run, config = task.folder / "run", task.cell.config
     model_files(run / "model")

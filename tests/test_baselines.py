@@ -70,7 +70,7 @@ def logits_of(folder: Path) -> Tensor:
 
 
 def loss_on_text(folder: Path, inputs: Path) -> float:
-    """Of the first 24 training sequences."""
+    """Mean loss of the first 24 training sequences."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     config = make_config(inputs, folder)
     stream = read_batches(config, load_tokenizer(config.model), start(threads=1))

@@ -49,7 +49,7 @@ class Experts(nn.Module):
         return self.experts(x, torch.tensor(self.live)[chosen], shares).float().square().mean()
 
     def places(self, of_three: Tensor) -> Tensor:
-        """Where positions of a module of three experts are in this one."""
+        """Translate positions in a module of three experts to this one."""
         each = 2048 * 2048
         return torch.tensor(self.live)[of_three // each] * each + of_three % each
 
@@ -71,7 +71,7 @@ def of_experts(count: int) -> tuple[Experts, SeftOptimizer]:
 @pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_experts_of_more_than_2_31_weights_are_trained_saved_and_exported(tmp_path: Path) -> None:
-    """What is done to three experts is done to the same three among 513."""
+    """Three experts are trained like the same three among 513."""
     needs_memory(12)
     small, reference = of_experts(3)
     steps(small, reference, 0, 1)  # its first support, with pruned positions

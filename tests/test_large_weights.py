@@ -42,7 +42,7 @@ from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
 
 ROWS, COLUMNS, BEFORE = 2, 1 << 14, (1 << 17) + 5
-"""Of the part that exists, and rows before it that do not."""
+"""Shape of the part that exists, and the number of rows before it that do not."""
 SHIFT, NUMEL, DELTAS, STEPS = BEFORE * COLUMNS, (BEFORE + ROWS) * COLUMNS, 300, 7
 CONFIG = SeftConfig(interval=3, window=2, steps=20, reactivation=0.5, drop_fraction=0.5)
 

@@ -125,7 +125,7 @@ def test_the_70b_example(sharding: str, words: str, cluster: Cluster, train: Pat
     script = train.with_name("train_70b.sbatch")
     job = cluster.submit(script, "--output", "run", cwd=tmp_path, STEPS="1", SHARDING=sharding, NPROC="")
     assert job.ends() == "COMPLETED", job.log
-    assert job.log.count(" from step 0") == 64
+    assert job.log.count(" from step ") == 64  # one that came late may have found the checkpoint of the others
     given = (tmp_path / "run" / "slurm" / f"{job.number}-0" / "arguments.txt").read_text()
     assert "llama70b.yaml" in given and words in given
 
@@ -273,9 +273,14 @@ def test_a_node_goes_down(which: int, cluster: Cluster, train: Path, tmp_path: P
         # An operator has seen it. Left alone, Slurm sees it after its ping interval: 27 s here
         cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")
         job.comes_back()
-        slurm.until("the next attempt", lambda: "rank 0 on" in job.log.partition(f"[{job.number}.1]")[2])
+
+        def second() -> str:
+            return job.log.partition(f"[{job.number}.1]")[2]
+
+        slurm.until("the next attempt", lambda: all(f"rank {rank} on" in second() for rank in range(2)))
         assert node not in cluster.run("scontrol", "show", "hostnames", job.NodeList).split()
-        assert "newest checkpoint: step-0" in job.log and job.log.count(" from step 0,") == 2
+        # A rank of the first attempt that came late may have found a checkpoint, too: these ranks do not meet.
+        assert "newest checkpoint: step-0" in second() and " from step 0," not in second()
     finally:
         cluster.node("boot", node)
 

@@ -201,7 +201,7 @@ def test_figures_of_a_study(tmp_path: Path) -> None:
 
 
 def test_time_left() -> None:
-    """From what is known: the same method's, else another's, else a running one's share."""
+    """An estimate comes from the same method's tasks, else from others', else from the share of a running one."""
 
     def task(kind: str, method: str) -> Task:
         return Task(kind, f"{kind} {method}", Path(f"{kind}-{method}"), method)

@@ -52,7 +52,7 @@ class Backend(ABC):
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
-        """Of flat positions in any of the weights: one type for all, so that they can lie and travel in one vector."""
+        """Type of flat positions in every target: one for all of them, so that they can be kept and sent in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         kinds = [self._kind(i) for i in range(len(self.names))]
         self.device = kinds[0][1]

@@ -33,7 +33,7 @@ class Adapted(Baseline):
 
     @property
     def scale(self) -> float:
-        """What is added is multiplied by it."""
+        """Factor alpha / rank, by which the added matrix is multiplied."""
         return self.config.baseline.alpha / self.config.baseline.rank
 
     @abstractmethod

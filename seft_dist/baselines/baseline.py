@@ -1,4 +1,4 @@
-"""What all comparison methods share: targets, the optimizer step, counts of zeros, the way to a plain model."""
+"""The base class of the comparison methods: it finds targets, takes optimizer steps, counts zeros and ends in a plain model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -31,17 +31,17 @@ _LEAST_SPARSITY = 0.01
 
 @dataclass(frozen=True)
 class Ending:
-    """What a method may need to turn what it has trained into a plain model."""
+    """Inputs for turning the trained values into a plain model."""
 
     folder: Path
-    """Of the run."""
+    """Folder of the run."""
     source: Source
     """The pruned model."""
     sequences: Sequence[Sample]
     """Training text."""
     device: torch.device
     is_main: bool
-    """Whether this rank writes."""
+    """True on the rank that writes files."""
 
 
 class Baseline(ABC):
@@ -55,7 +55,7 @@ class Baseline(ABC):
     takes: tuple[str, ...] = ("Linear", "Conv1D", "fused experts")
     """Kinds of targets that it can train."""
     may_be_dense = False
-    """Whether a model without zeros makes sense."""
+    """True if the method can also train a model without zeros."""
     settings: tuple[str, ...] = ()
     """Fields of BaselineConfig that decide what is trained."""
 
@@ -111,7 +111,7 @@ class Baseline(ABC):
         return {}
 
     def active_of(self, i: int) -> Tensor | None:
-        """Which values of trained part i may change and must not become 0, bool [n]; None: all, and they may. Local."""
+        """Mark the values of trained part i that may change and must not become 0: bool [n], or None if any value may do both."""
         return None
 
     @property
@@ -131,7 +131,7 @@ class Baseline(ABC):
 
     @property
     def backend(self) -> Backend:
-        """What holds the weights; known once attached."""
+        """Backend that holds the weights; it is known once the method is attached."""
         assert self._backend is not None, "not attached"
         return self._backend
 
@@ -201,7 +201,7 @@ class Baseline(ABC):
         """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell. Local."""
 
     def moves(self, step: int) -> bool:
-        """Whether masks or supports change in a step. Local."""
+        """Tell whether masks or supports change in a step, which they never do here."""
         return False
 
     @torch.no_grad()
@@ -216,8 +216,7 @@ class Baseline(ABC):
             active = self.active_of(i)
             if active is not None:
                 grad.masked_fill_(~active, 0.0)
-        norm = self.values.norm(grads, self.num_steps + 1)
-        self.grad_norm = float(norm)
+        self.grad_norm = self.values.norm(grads, self.num_steps + 1)
         if self._max_grad_norm is not None:
             scale = min(1.0, self._max_grad_norm / (self.grad_norm + 1e-6))
             for grad in grads:
@@ -242,7 +241,7 @@ class Baseline(ABC):
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each target's own interval: positions of its support (none), and of its non-zero weights. Local."""
+        """Yield for each target the positions of its support (none) and of its non-zero weights, in this rank's interval."""
         for i in range(len(self.backend.names)):
             active = (self.backend.own(i) != 0).nonzero().view(-1) + self.backend.interval(i).start
             yield active[:0], active
@@ -270,5 +269,5 @@ class Baseline(ABC):
 
 
 def is_vector(parameter: Tensor) -> bool:
-    """Whether a parameter, whole, has one dimension. Local."""
+    """Tell whether a parameter has one dimension before it is sharded."""
     return len(whole_shape(parameter)) == 1

@@ -49,7 +49,7 @@ class BaselineSaver(BackgroundSaver):
 
 
 def settings_of(method: "Baseline") -> dict[str, Any]:
-    """What a run that goes on must have in common with the one before. Local."""
+    """Collect the settings that a resumed run must share with the run before."""
     return {"name": method.name} | {key: getattr(method.config.baseline, key) for key in method.settings}
 
 

@@ -8,7 +8,8 @@
 What is updated and saved are the fp32 values; the parameter holds them in its own type.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +19,21 @@ from torch import Tensor, nn
 from seft_dist.backends import Backend
 from seft_dist.backends.shards import is_sharded, stored_part, whole_shape
 from seft_dist.optim.delta import least_size
-from seft_dist.sparsity.casts import cast_weight
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""As AdamW's state calls them."""
+"""Names of the two moments in the state of torch's AdamW."""
+_BUCKET = 1 << 22
+"""Most values of several parts that are averaged over the ranks in one go."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of one trained parameter."""
+    """This rank's part of one trained parameter."""
 
     name: str
     parameter: nn.Parameter
     numel: int
-    """Of the whole parameter."""
+    """Number of values in the whole parameter."""
     start: int
     """Flat position of the first value in the whole."""
     held: Tensor
@@ -79,15 +81,34 @@ class Values:
         """Each part's gradient, averaged over the ranks, fp32 [n]. **Collective.**"""
         grads = [part.grad() for part in self.parts]
         owners = self._backend.owners
-        whole = [i for i, part in enumerate(self.parts) if not part.is_sharded]
-        if owners.size > 1 and whole:
-            mean = owners.sum(torch.cat([grads[i] for i in whole])).div_(owners.size)
-            for i, grad in zip(whole, mean.split([grads[i].numel() for i in whole]), strict=True):
+        if owners.size == 1:
+            return grads
+        for some in self._buckets():
+            mean = owners.sum(torch.cat([grads[i] for i in some])).div_(owners.size)
+            for i, grad in zip(some, mean.split([grads[i].numel() for i in some]), strict=True):
                 grads[i] = grad
         return grads
 
-    def norm(self, grads: list[Tensor], step: int) -> Tensor:
-        """Norm of the whole gradient, fp64 []. **Collective.**
+    def _buckets(self) -> Iterator[list[int]]:
+        """Parts that are not sharded, as many at a time as travel together: small ones many, a large one alone.
+
+        ``Group.sum`` gathers every rank's terms, so that what travels together is in memory once for each rank.
+        """
+        some: list[int] = []
+        size = 0
+        for i, part in enumerate(self.parts):
+            if part.is_sharded:
+                continue
+            if some and size + part.values.numel() > _BUCKET:
+                yield some
+                some, size = [], 0
+            some.append(i)
+            size += part.values.numel()
+        if some:
+            yield some
+
+    def norm(self, grads: list[Tensor], step: int) -> float:
+        """Compute the norm of the whole gradient, and wait for the device, once in a step. **Collective.**
 
         Args:
             grads: From ``grads``.
@@ -99,15 +120,14 @@ class Values:
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
         sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
         squares = torch.where(sharded, self._backend.owners.sum(squares * sharded), squares)
-        if not squares.isfinite().all():
-            bad = [
-                part.name for part, value in zip(self.parts, squares.tolist(), strict=True) if not value < float("inf")
-            ]
+        found = squares.tolist()
+        bad = [part.name for part, value in zip(self.parts, found, strict=True) if not value < math.inf]
+        if bad:
             raise FloatingPointError(
                 f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} of {len(self.parts)} parameters); "
                 "nothing was changed. Lower the learning rate, or look at this batch"
             )
-        return squares.sum().sqrt()
+        return math.sqrt(math.fsum(found))
 
     def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
         """One step of AdamW; the parameters then hold what they have become. Local; inside ``Backend.writing()``.
@@ -129,10 +149,13 @@ class Values:
         self.publish()
 
     def publish(self) -> None:
-        """Let the parameters hold the fp32 values in their own type. Local; inside ``Backend.writing()``."""
+        """Let the parameters hold the fp32 values in their own type. Local; inside ``Backend.writing()``.
+
+        No active weight becomes 0 by that: ``keep_active_`` has seen to it.
+        """
         for part in self.parts:
             if part.values is not part.held:
-                part.held.copy_(cast_weight(part.values, part.held.dtype)[0])
+                part.held.copy_(part.values)
 
     def forget(self) -> None:
         """Drop the gradients since the last step. Local."""
@@ -161,6 +184,6 @@ def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
         active: bool, same shape: in the mask.
         dtype: Type that the weights will be held in.
     """
-    least = least_size(dtype)
+    least = torch.full((), least_size(dtype), dtype=values.dtype, device=values.device)
     lost = (values.abs() < least) & active
-    values[lost] = torch.copysign(torch.full_like(values[lost], least), values[lost])
+    values.copy_(torch.where(lost, torch.copysign(least, values), values))  # no index, which would wait for the device

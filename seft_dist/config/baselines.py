@@ -1,4 +1,4 @@
-"""Which method a run trains with, and the settings of those that are not SEFT (docs/baselines.md)."""
+"""The names of the methods, and the settings of those that are not SEFT (docs/baselines.md)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -39,11 +39,11 @@ class BaselineConfig:
     rank: int = 16
     """Rank of lora, lora_merged and masked_lora; of spp the number of column scalings, each for as many rows."""
     alpha: float = 32.0
-    """What the method adds is multiplied by alpha / rank."""
+    """The added matrix is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Of lora and lora_merged: share of the adapters' inputs that is 0 in a training step, 0 to below 1."""
+    """Share of the adapters' inputs that is 0 in a training step, from 0 to below 1; read by lora and lora_merged."""
     sequences: int = 128
-    """Of lora_merged: sequences of training text by which Wanda prunes again what was merged."""
+    """Number of training sequences by which Wanda prunes the merged model again; read by lora_merged."""
     seed: int = 0
     """Seed of the adapters' first values, and of the choice of these sequences."""
 
@@ -62,7 +62,7 @@ FIELDS = {
     "masked_lora": ("rank", "alpha", "seed"),
     "spp": ("rank", "alpha", "seed"),
 }
-"""Of BaselineConfig, what each method reads."""
+"""Fields of BaselineConfig that each method reads."""
 
 
 def with_variant(method: str, seft: SeftConfig) -> SeftConfig:

@@ -23,9 +23,9 @@ class StudyConfig:
     ({path: ..., kind: ...}); or split: {path: FILE, shares: {train: 4, validation: 1, test: 1}, by: hash (or index), repeated:
     keep (or drop)}, which makes those that shares names. No record may be in two parts."""
     methods: dict[str, dict[str, Any]]
-    """What is compared, by name: options of launch/train.py by their dotted names. A list is a grid, out of which one value is
-    chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from another base, "method: none" measures
-    the base as it is."""
+    """The methods that are compared, by name: options of launch/train.py by their dotted names. A list is a grid, out of
+    which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from another base,
+    "method: none" measures the base as it is."""
     tokens: int
     """Budget: tokens that each run is trained on, in sequences of data.seq_len; rounded down to whole optimizer steps."""
     base: str | None = None
@@ -44,14 +44,14 @@ class StudyConfig:
     reference: str | None = None
     """Method with which the others are compared, seed by seed. None: the first of methods."""
     keep: Keep = "chosen"
-    """Which runs keep their exported models and checkpoints once they are measured: "all", those with a "chosen" setting, or
-    "none". What is to be measured in another way later is trained again where its model is gone."""
+    """Choice of the runs that keep their exported models and checkpoints once they are measured: "all", those with a "chosen"
+    setting, or "none". What is to be measured in another way later is trained again where its model is gone."""
     jobs: int = 1
     """Processes at a time."""
     threads: int | None = None
     """CPU threads of a process. None: the machine's cores divided by jobs."""
     launcher: str | None = None
-    """What is put before launch/train.py, evaluate.py and prune.py, e.g. "torchrun --standalone --nproc-per-node 8"; {slot} in it
+    """Words in front of launch/train.py, evaluate.py and prune.py, e.g. "torchrun --standalone --nproc-per-node 8"; {slot} in it
     becomes 0 to jobs - 1, e.g. "env CUDA_VISIBLE_DEVICES={slot} python". None: python."""
     figures: bool = True
     """False: no figures (they need matplotlib)."""

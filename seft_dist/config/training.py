@@ -23,7 +23,7 @@ class TrainConfig:
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
     method: Method = "seft"
-    """What is trained (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and "spiel", which are
+    """Method of training (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and "spiel", which are
     settings of it; or to compare with: "none" (nothing, the pruned model is written as it is), "lora", "lora_merged" (pruned
     again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
     seft: SeftConfig = field(default_factory=SeftConfig)
@@ -117,11 +117,11 @@ class TrainConfig:
 
     @property
     def is_seft(self) -> bool:
-        """Whether the method is SEFT, with whatever settings."""
+        """True if the method is SEFT, with any settings."""
         return self.method in VARIANTS
 
     def settled(self) -> "TrainConfig":
-        """With the settings of SEFT that the method stands for."""
+        """Return this configuration with the settings of SEFT that its method stands for."""
         return dataclasses.replace(self, seft=with_variant(self.method, self.seft))
 
 

@@ -83,7 +83,7 @@ class _Found:
 
     @property
     def is_seft(self) -> bool:
-        """Whether SEFT, with whatever settings, made the model; False if no run is known of."""
+        """True if SEFT made the model, with any settings; False without a record of the run."""
         return bool(self.config) and self.config.get("method", "seft") in VARIANTS
 
     def pattern(self, field: str) -> str | None:
@@ -140,7 +140,7 @@ def _method(found: _Found, base: str) -> str:
 
 
 def _comparison(found: _Found) -> str:
-    """What made a model that SEFT did not make."""
+    """Name the method that made a model which SEFT did not make."""
     name, settings = found.config["method"], found.config.get("baseline") or {}
     read = {key: settings.get(key) for key in FIELDS.get(name, ())}
     text = ", ".join(f"{key} {value}" for key, value in read.items())

@@ -80,7 +80,7 @@ def choose(
 
 
 def _is_one_type(entries: int) -> bool:
-    """Whether begins of rows have the type of columns, which sampled_addmm's pattern needs."""
+    """Tell whether row offsets have the same type as columns, which sampled_addmm needs."""
     return position_dtype(entries) == torch.int32
 
 

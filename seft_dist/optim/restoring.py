@@ -39,7 +39,7 @@ class Limits:
     dtype: torch.dtype
     """Of the model's weights."""
     positions: torch.dtype
-    """Of positions in the model's weights."""
+    """Type of the positions in the model's weights."""
     config: SeftConfig
     steps: int
     """Optimizer steps done."""

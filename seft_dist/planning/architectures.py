@@ -201,7 +201,7 @@ class Shapes:
 
     @cached_property
     def position_bytes(self) -> int:
-        """Of a delta's position: 4, or 8 if a target is too large for that."""
+        """Bytes of a delta's position: 4, or 8 if a target has 2^31 weights or more."""
         return position_dtype(max((weight.numel for weight in self.targets), default=0)).itemsize
 
     def unit_numels(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""How many weights are exactly 0, and whether all are finite, in one pass over each and without a copy.
+"""Exact zeros are counted, and values that are not finite found, in one pass over a weight and without a copy.
 
 ``(weight == 0).sum()`` and ``weight.isfinite().all()`` say the same, but take 20 to 50 times as long on a CPU.
 """

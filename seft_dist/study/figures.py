@@ -82,7 +82,7 @@ def _looks(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _place(row: Row, name: str) -> float:
-    """Where a method is on the lower axis; not a number where that is not known."""
+    """Find the position of a method on the lower axis; it is NaN if that is unknown."""
     if name == "seconds":
         return row["seconds"]["mean"] if row["seconds"] else math.nan
     value = row["trainable"] if name == "trainable" else row["peak_memory_bytes"]
@@ -166,7 +166,7 @@ def _dash(index: int) -> str:
 
 
 def _losses(results: Results, method: str, folder: Path) -> Iterator[dict[int, tuple[int, float]]]:
-    """Of each run of a method: step to tokens and loss."""
+    """Read the tokens and the loss of each step, for every run of a method."""
     for run in results["runs"]:
         path = folder / run["folder"] / RUN / METRICS
         if run["method"] != method or run["status"] != "finished" or run["seed"] is None or not path.is_file():

@@ -50,7 +50,7 @@ class _Base(TypedDict):
     source: str
     """Digest of that model."""
     digest: str
-    """Of all that the base depends on."""
+    """Hash of everything that the base depends on."""
 
 
 @with_config(LENIENT)

@@ -1,4 +1,4 @@
-"""What a study has found, as results.json holds it: a row a method, what each method has searched, and every run.
+"""The results of a study, as results.json holds them: a row a method, what each method has searched, and every run.
 
 It holds all that tables and figures show but the learning curves, so they can be shown again anywhere. This file and the
 tables import no torch, so that --show is quick.
@@ -19,14 +19,14 @@ FORMAT = "seft_dist study results 1"
 
 
 class Part(TypedDict):
-    """What is known of a part; an entry of study.json."""
+    """Facts about one part of the data; an entry of study.json."""
 
     options: dict[str, Any]
     """Its DataConfig."""
     stamp: list[list[Any]]
     """Path, size and time of its files, by which it is known again without being read."""
     digest: str
-    """Of its records."""
+    """Hash of its records."""
     kind: str
     records: int
     words: int
@@ -64,7 +64,7 @@ class RunRow(TypedDict):
     status: str
     """finished, diverged, failed or missing."""
     folder: str
-    """Of its cell, in the study's."""
+    """Folder of its cell, inside the study's folder."""
     test: float | None
     """Perplexity."""
     forgetting: float | None
@@ -77,7 +77,7 @@ class RunRow(TypedDict):
     """Layers with another number of zeros than their base."""
     peak_memory_bytes: int | None
     seconds: float | None
-    """Of training."""
+    """Seconds of training."""
     steps: int | None
     tokens: int | None
 
@@ -88,7 +88,7 @@ class Row(TypedDict):
     method: str
     base: str
     setting: str
-    """What was chosen."""
+    """The setting that was chosen."""
     runs: int
     """Finished ones."""
     wanted: int
@@ -118,7 +118,7 @@ class Tried(TypedDict):
 
 
 class Search(TypedDict):
-    """What a method has searched."""
+    """The search of one method."""
 
     method: str
     options: dict[str, str]
@@ -149,7 +149,7 @@ class Results(TypedDict):
     failures: list[Failure]
     warnings: list[str]
     made_with: dict[str, Any]
-    """Of one of the runs: code, versions, processor, device, threads, processes at a time."""
+    """Environment of one of the runs: code, versions, processor, device, threads, processes at a time."""
     rows: list[Row]
     searches: list[Search]
     runs: list[RunRow]

@@ -13,7 +13,7 @@ from seft_dist.training.cli import parser_of
 NONE = "none"
 """Value of ``method`` for a base that is measured as it is."""
 CELL = "CELL"
-"""In the place of a run's folder, until it is known."""
+"""Placeholder for a run's folder until that is known."""
 _OF_THE_STUDY = {
     "output": "the study has a folder for each run",
     "steps": "it follows from tokens",
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """As tables show it, e.g. "optim.lr=0.001"; "-" without a grid."""
+        """The setting as tables show it, e.g. "optim.lr=0.001"; "-" without a grid."""
         return ", ".join(f"{key}={as_text(value)}" for key, value in self.options.items()) or "-"
 
 
@@ -58,11 +58,11 @@ class Method:
 
     @property
     def is_searched(self) -> bool:
-        """Whether there is something to choose."""
+        """True if there is more than one setting to choose from."""
         return len(self.settings) > 1
 
     def at_the_edge(self, setting: Setting) -> list[str]:
-        """Which of a setting's numbers are the smallest or largest that were tried.
+        """Name the numbers of a setting that are the smallest or largest that were tried.
 
         Returns:
             E.g. "optim.lr=0.004 is the largest tried".

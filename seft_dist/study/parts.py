@@ -120,7 +120,7 @@ class _Content(NamedTuple):
     records: int
     words: int
     keys: dict[bytes, str]
-    """Of the records that may be in one part only; with their beginning, for messages."""
+    """Hashes of the records that may be in one part only, with the beginning of each for messages."""
     paragraphs: set[bytes]
 
 

@@ -32,7 +32,7 @@ class Base:
     model: Path
     """Its folder, maybe not made yet."""
     prune: PruneConfig | None
-    """How it is made; None: it was there before."""
+    """Options of launch/prune.py that make it; None if it was there before."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measure:
 
     part: str
     options: tuple[str, ...]
-    """Of launch/evaluate.py, without models and output."""
+    """Options of launch/evaluate.py, without models and output."""
     id: str
 
 
@@ -50,7 +50,7 @@ class Cell:
     """One run and its measurements, or the measurements of a base."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     method: str
     base: str
     setting: str
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name that tables and messages show."""
         parts = [self.method, "" if self.setting == "-" else self.setting]
         parts.append("" if self.seed is None else f"seed {self.seed}")
         return " ".join(part for part in parts if part)
@@ -77,7 +77,7 @@ class Plan:
     methods: list[Method]
     measures: dict[str, Measure]
     digests: dict[str, str]
-    """Of the contents of bases and parts: "base NAME", "part NAME"."""
+    """Hashes of the contents of bases and parts, by "base NAME" and "part NAME"."""
     cells: dict[tuple[str, str, int | None], Cell] = field(default_factory=dict)
     """Those worked out already, by method, setting and seed."""
     names: dict[str, str] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Plan:
         return self.names[digest]
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Where everything about a cell is."""
+        """Folder with everything about a cell."""
         return self.folder / CELLS / cell.name
 
     def run_folder(self, cell: Cell) -> Path:

@@ -1,4 +1,4 @@
-"""How far a study is: a line for each process that begins or ends, and on a terminal a bar with the time that is left."""
+"""The progress of a study: a line for each process that begins or ends, and on a terminal a bar with the time that is left."""
 
 import json
 import time
@@ -18,7 +18,7 @@ _TAIL = 1 << 16
 
 
 class Durations:
-    """What tasks took, and so what others will take. Local."""
+    """Estimates what tasks will take from what others took."""
 
     def __init__(self) -> None:
         """Begins with nothing known."""

@@ -1,4 +1,4 @@
-"""What a study has found, collected from what its runs and measurements have left."""
+"""Collects the results of a study from the files of its runs and measurements."""
 
 import json
 import math
@@ -175,7 +175,7 @@ def _search(state: State, method: Method) -> Search:
 
 
 def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[str, Any]]) -> list[str]:
-    """What stands side by side and was not made or measured alike."""
+    """Find differences in how rows of one table were made or measured."""
     texts = []
     for part in (part for part in (TEST, FORGETTING) if part in state.plan.measures):
         how = {
@@ -191,7 +191,7 @@ def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[s
 
 
 def made_with(run: Path) -> dict[str, Any]:
-    """What else than its settings may decide about a run's result or its seconds. Local.
+    """Collect what may decide about a run's result or its seconds beside its settings.
 
     Args:
         run: Its folder, inside a cell's.
@@ -214,6 +214,6 @@ def made_with(run: Path) -> dict[str, Any]:
 
 
 def _processes(commands: Path) -> int:
-    """Of the runner that has finished a run."""
+    """Find the processes at a time of the runner that finished a run."""
     lines = [json.loads(text) for text in commands.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
     return int([line["jobs"] for line in lines if line["task"] == TRAIN][-1])

@@ -48,7 +48,7 @@ _MOST_STARTS = 3  # of one task that ends neither with a result nor with an erro
 
 
 class Process(Protocol):
-    """What is used of subprocess.Popen."""
+    """The part of subprocess.Popen that the runner uses."""
 
     def poll(self) -> int | None:
         """Exit status; None while it runs."""

@@ -28,9 +28,9 @@ class Split(TypedDict):
 
     path: str
     shares: dict[str, int]
-    """Of every sum(shares) records so many go to each part, in this order."""
+    """Of every sum(shares) records each part gets so many, in this order."""
     by: NotRequired[Literal["hash", "index"]]
-    """What decides about a record: its content (equal records go to one part), or its number in the text."""
+    """Choice of a record's part by its content (equal records go to one part) or by its number in the text."""
     repeated: NotRequired[Literal["keep", "drop"]]
     """"drop": paragraphs of the later parts that an earlier one has, too, are left out there."""
 

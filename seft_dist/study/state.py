@@ -1,4 +1,4 @@
-"""What of a study is done, what can be done next, and which settings are chosen: read from its files each time.
+"""The state of a study, read from its files each time: tasks done, tasks that can run, settings chosen.
 
 CELL/failed.json      the last try of a task ended with an error: which task, when, its code and log
 CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
@@ -32,13 +32,13 @@ class Task:
     """PRUNE, TRAIN, or the part that is measured."""
     label: str
     folder: Path
-    """Of its base or cell: whoever holds its lock may run it."""
+    """Folder of its base or cell; whoever holds its lock may run the task."""
     method: str = ""
     """Empty for a base."""
     cell: Cell | None = None
     base: Base | None = None
     done: Path = Path()
-    """What is there once it is done."""
+    """File or folder that exists once the task is done."""
 
     @property
     def key(self) -> str:
@@ -47,7 +47,7 @@ class Task:
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File that gets what the task prints."""
         return self.folder / f"{self.kind}.log"
 
 
@@ -56,7 +56,7 @@ class Survey:
     """The state of a study at one moment."""
 
     ready: list[Task] = field(default_factory=list)
-    """What can be run now, what is needed most first."""
+    """Tasks that can be run now, the most needed first."""
     later: list[tuple[str, str]] = field(default_factory=list)
     """Kind and method of tasks that wait for others."""
     done: int = 0
@@ -131,7 +131,7 @@ class State:
         return [(TRAIN, method.name)] * trains + [(part, method.name) for part in self._final_parts] * len(seeds)
 
     def _tasks_of(self, cell: Cell, parts: list[str]) -> tuple[list[Task], list[tuple[str, str]], int]:
-        """What can be done about a cell now, what later, and how many tasks are done."""
+        """Find the tasks of a cell that can run now, those that must wait, and the number that are done."""
         folder, base = self.plan.cell_folder(cell), self.plan.bases[cell.base]
         missing = [part for part in parts if self.measured(cell, part) is None]
         done = len(parts) - len(missing)
@@ -153,13 +153,13 @@ class State:
         return tasks, [], done
 
     def finished(self, run: Path) -> bool:
-        """Whether a run has its result."""
+        """Tell whether a run has its result."""
         if run not in self._finished and is_finished(run):
             self._finished.add(run)
         return run in self._finished
 
     def is_done(self, task: Task) -> bool:
-        """Whether what a task is to make is there."""
+        """Tell whether the output of a task exists."""
         if task.cell is None:
             assert task.base is not None
             return (task.base.model / "config.json").is_file()
@@ -175,7 +175,7 @@ class State:
             shutil.rmtree(run)
 
     def measured(self, cell: Cell, part: str) -> Model | None:
-        """What a cell's model came to on a part; None: not measured yet, or the file is damaged."""
+        """Read the measurement of a cell's model on a part; None if it is missing or its file is damaged."""
         path = self.plan.measured_file(cell, part)
         if path not in self._models:
             try:
@@ -188,7 +188,7 @@ class State:
         return self._models[path]
 
     def diverged(self, cell: Cell) -> bool:
-        """Whether a run ended because a loss or gradient was not finite."""
+        """Tell whether a run ended because a loss or gradient was not finite."""
         return (self.plan.cell_folder(cell) / DIVERGED).is_file()
 
     def choice(self, method: Method) -> tuple[bool, Setting | None]:
@@ -244,7 +244,7 @@ def read_failure(folder: Path) -> Failure | None:
 
 
 def has_diverged(run: Path) -> bool:
-    """Whether a run was stopped by a loss or gradient that was not finite, by the diagnosis it has left. Local."""
+    """Tell from the diagnosis of a run whether a loss or gradient that was not finite stopped it."""
     for path in run.glob(f"{DIAGNOSIS}/*.json"):
         try:
             if str(read_json(path, dict[str, object]).get("error", "")).startswith("FloatingPointError"):

@@ -19,7 +19,7 @@ class Spread(TypedDict):
 
 
 class Difference(TypedDict):
-    """What a method has more than the reference, seed by seed."""
+    """Differences between a method and the reference, paired by seed."""
 
     mean: float
     low: float | None

@@ -70,7 +70,7 @@ def _quality(results: Results) -> Section:
 
 
 def _is_main(name: str, results: Results) -> bool:
-    """Whether a table has room for a metric: accuracies, and whatever a task without one has."""
+    """Tell whether tables show a metric: accuracies, and all metrics of a task without an accuracy."""
     task, _, metric = name.partition(" ")
     others = {
         other.partition(" ")[2] for row in results["rows"] for other in row["tasks"] if other.startswith(f"{task} ")

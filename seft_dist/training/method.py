@@ -1,4 +1,4 @@
-"""What the trainer asks of a method, and SEFT as it answers; the other methods are in baselines/."""
+"""The interface between the trainer and a method, and SEFT behind it; the other methods are in baselines/."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,7 @@ class Method(Protocol):
 
     @property
     def evolution(self) -> EvolutionReport | None:
-        """Of the last step, if it had one."""
+        """Report of the last step's evolution, if it had one."""
 
     @property
     def grad_norm(self) -> float:
@@ -54,7 +54,7 @@ class Method(Protocol):
 
     @property
     def backend(self) -> Backend:
-        """What holds the weights; known once attached."""
+        """Backend that holds the weights; it is known once the method is attached."""
 
     @property
     def target_names(self) -> list[str]:
@@ -83,7 +83,7 @@ class Method(Protocol):
         """Say before a backward pass whether it is the last one of a step. Local."""
 
     def moves(self, step: int) -> bool:
-        """Whether masks or supports change in a step. Local."""
+        """Tell whether masks or supports change in a step."""
 
     def step(self) -> Any:
         """Update. **Collective.**"""
@@ -95,13 +95,13 @@ class Method(Protocol):
         """Counts of every target. **Collective.**"""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each target's own interval: positions of its support, and of its mask. Local."""
+        """Yield for each target the positions of its support and of its mask, in this rank's interval."""
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """This rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names. Local."""
 
     def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
-        """What writes its checkpoints. Local."""
+        """Make the object that writes the checkpoints."""
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Go on from a checkpoint; its ``extra``. **Collective.**"""
@@ -136,11 +136,11 @@ class TrainedSeft(SeftOptimizer):
 
     @property
     def density(self) -> float:
-        """As it was configured."""
+        """Density of the deltas, as it was configured."""
         return self.config.density
 
     def moves(self, step: int) -> bool:
-        """Whether the step is one of an evolution."""
+        """Tell whether a step chooses the first support or evolves."""
         return is_first_support(self.config, step) or is_evolution(self.config, step)
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -155,7 +155,7 @@ class TrainedSeft(SeftOptimizer):
             yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
 
     def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
-        """Of masks and deltas."""
+        """Make the object that writes masks and deltas."""
         return checkpoint.Saver(self, folder)
 
     def load(self, path: Path) -> dict[str, Any]:

@@ -334,7 +334,7 @@ def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dic
 
 
 def _peak_memory(ranks: Ranks) -> int:
-    """Of the rank that used most. **Collective.**"""
+    """Find the peak memory, in bytes, of the rank that used most. **Collective.**"""
     peak = torch.tensor(facts.peak_memory(ranks.device))
     if ranks.world_size > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)

@@ -13,7 +13,7 @@ from seft_dist.files.reading import check_kind
 
 MOST_RANKS = 1 << 20
 MOST_POSITIONS = (1 << 63) - 1
-"""Of a weight; no flat position is beyond int64."""
+"""Largest number of positions in a weight: flat positions are int64."""
 _Count = Annotated[int, Field(ge=0, le=MOST_POSITIONS)]
 _Size = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
 

@@ -53,14 +53,14 @@ def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = K
 
 
 class Saved(Protocol):
-    """What is trained, as far as writing its checkpoints asks."""
+    """The part of a method that its checkpoints are written from."""
 
     num_steps: int
     """Optimizer steps done."""
 
     @property
     def backend(self) -> Backend:
-        """What holds the weights."""
+        """Backend that holds the weights."""
 
 
 class BackgroundSaver(ABC):
@@ -119,7 +119,7 @@ class BackgroundSaver(ABC):
 
     @abstractmethod
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """What there is to save. **Collective.**
+        """Collect the state that is to be saved. **Collective.**
 
         Returns:
             ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU memory, None
