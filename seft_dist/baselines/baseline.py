@@ -20,13 +20,10 @@ from seft_dist.config import TrainConfig
 from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.sequences import Sample
 from seft_dist.io.source import Source
-from seft_dist.kernels.bits import pack
-from seft_dist.optim.setup import check_pattern, clear_negative_zeros
-from seft_dist.optim.state import LayerSparsity, fingerprint
+from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
+from seft_dist.optim.state import LayerSparsity
 from seft_dist.optim.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
-from seft_dist.sparsity.zeros import all_finite, num_zeros
-
-_LEAST_SPARSITY = 0.01
+from seft_dist.sparsity.zeros import num_zeros
 
 
 @dataclass(frozen=True)
@@ -173,29 +170,14 @@ class Baseline(ABC):
 
     def _survey(self, backend: Backend) -> None:
         """Count and check the targets' weights. **Collective.**"""
-        if len(set(backend.dtypes)) > 1:
-            raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
-        own = [backend.own(i) for i in range(len(backend.names))]
-        rows = [
-            [
-                int(part.count_nonzero()),
-                0 if all_finite(part) else int(part.isfinite().logical_not().sum()),
-                int(fingerprint(part, interval.start)),
-            ]
-            for part, interval in ((part, backend.interval(i)) for i, part in enumerate(own))
-        ]
-        self.active, broken, self.fingerprints = backend.owners.sum(torch.tensor(rows)).T.tolist()
-        for name, bad in zip(backend.names, broken, strict=True):
-            if bad:
-                raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+        masks, self.active, self.fingerprints = survey(backend)
         sparsity = 1 - sum(self.active) / sum(prod(shape) for shape in backend.shapes)
-        if sparsity < _LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
+        if sparsity < LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
             raise ValueError(
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about keeping "
                 "zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
             )
-        if self.config.seft.pattern is not None:
-            check_pattern(backend, self.config.seft, [pack(part != 0) for part in own])
+        check_pattern(backend, self.config.seft, masks)  # if it has one
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # nothing to do is right for all
         """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell. Local."""

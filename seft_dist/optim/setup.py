@@ -14,13 +14,15 @@ from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
 from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
+from seft_dist.sparsity.casts import has_negative_zeros
 from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.partition import position_dtype
 from seft_dist.sparsity.schedule import share
 from seft_dist.sparsity.zeros import all_finite
 
 _INIT = 3  # key of the random first support's stream
-_LEAST_SPARSITY = 0.01
+LEAST_SPARSITY = 0.01
+"""A model with a smaller share of zeros is taken for a dense one."""
 _CHECKED_LAYERS = 4
 _CHECKED_POSITIONS = 64
 
@@ -54,21 +56,43 @@ def clear_negative_zeros(backend: Backend) -> None:
     Args:
         backend: Holds the weights.
     """
-    memories = [backend.memory(i)[0] for i in range(len(backend.names))]
-    found = torch.tensor(
-        [int(any(bool(_negative_zeros(part).any()) for part in pieces(memory))) for memory in memories]
-    )
+    found = torch.tensor([int(has_negative_zeros(backend.memory(i)[0])) for i in range(len(backend.names))])
     # Agreed on: where writes are published, all ranks must have written.
     wanted = backend.replicas.max(backend.owners.max(found)).tolist()
     if any(wanted):
         with backend.writing():
             for i in (i for i, is_wanted in enumerate(wanted) if is_wanted):
                 for part in pieces(backend.memory(i)[0]):
-                    part.masked_fill_(_negative_zeros(part), 0.0)
+                    part.masked_fill_(part == 0, 0.0)
 
 
-def _negative_zeros(values: torch.Tensor) -> torch.Tensor:
-    return (values == 0) & values.signbit()
+def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
+    """Look at the weights as they are. **Collective**.
+
+    Args:
+        backend: Holds the weights.
+
+    Returns:
+        For each target: this rank's part of the mask of non-zero weights, packed; how many weights of the whole are not
+        0; and a hash of the whole.
+
+    Raises:
+        ValueError: The weights are of several dtypes or not finite; every rank raises the same.
+    """
+    if len(set(backend.dtypes)) > 1:
+        raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
+    masks, table = [], []
+    for i in range(len(backend.names)):
+        own = backend.own(i)
+        active = own != 0
+        masks.append(pack(active))
+        broken = 0 if all_finite(own) else int(torch.isfinite(own).logical_not().sum())
+        table.append([int(torch.count_nonzero(active)), broken, int(fingerprint(own, backend.interval(i).start))])
+    counts, wrong, prints = backend.owners.sum(torch.tensor(table)).T.tolist()
+    for name, bad in zip(backend.names, wrong, strict=True):
+        if bad:
+            raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+    return masks, counts, prints
 
 
 def first_state(backend: Backend, config: SeftConfig) -> State:
@@ -83,25 +107,13 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
             wide, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
-    if len(set(backend.dtypes)) > 1:
-        raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
-    masks, table = [], []
-    for i in range(count):
-        own = backend.own(i)
-        active = own != 0
-        masks.append(pack(active))
-        broken_values = 0 if all_finite(own) else int(torch.isfinite(own).logical_not().sum())
-        table.append(
-            [int(torch.count_nonzero(active)), broken_values, int(fingerprint(own, backend.interval(i).start))]
-        )
-    counts = backend.owners.sum(torch.tensor(table))
-    targets, broken, prints = counts.T.tolist()
+    masks, targets, prints = survey(backend)
     numels = [partition.numel for partition in backend.partitions]
     budgets = [share(config.density, numel) for numel in numels]
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
-    _check(backend.names, numels, targets, broken, budgets, config)
+    _check(backend.names, numels, targets, budgets, config)
     group_prints = check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=backend.position_dtype, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
@@ -133,12 +145,8 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     return groups.fingerprints(masks)
 
 
-def _check(
-    names: list[str], numels: list[int], targets: list[int], broken: list[int], budgets: list[int], config: SeftConfig
-) -> None:
-    for name, numel, target, bad, budget in zip(names, numels, targets, broken, budgets, strict=True):
-        if bad:
-            raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+def _check(names: list[str], numels: list[int], targets: list[int], budgets: list[int], config: SeftConfig) -> None:
+    for name, numel, target, budget in zip(names, numels, targets, budgets, strict=True):
         if budget > target:
             raise ValueError(
                 f"{name}: density {config.density} asks for {budget} deltas, but only {target} of {numel} weights are "
@@ -147,7 +155,7 @@ def _check(
     if not sum(budgets):
         raise ValueError(f"density {config.density} gives no layer even one delta: choose a larger density")
     sparsity = 1 - sum(targets) / sum(numels)
-    if sparsity < _LEAST_SPARSITY and not config.allow_dense:
+    if sparsity < LEAST_SPARSITY and not config.allow_dense:
         raise ValueError(
             f"the targets are dense ({sparsity:.2%} of their weights are 0): SEFT starts from a pruned model; prune it "
             "first (launch/prune.py), or set allow_dense to train it as it is"

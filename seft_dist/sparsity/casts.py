@@ -18,13 +18,23 @@ def unsigned_zeros(values: Tensor) -> Tensor:
     Returns:
         ``values`` itself if there is none, or if they are no floating numbers of 2, 4 or 8 bytes; else a copy.
     """
+    return values.masked_fill(values == 0, 0.0) if has_negative_zeros(values) else values
+
+
+def has_negative_zeros(values: Tensor) -> bool:
+    """Tell whether there is a -0.0, in one pass and without a copy.
+
+    Args:
+        values: Any shape, type and device.
+
+    Returns:
+        False, too, for other types than floating numbers of 2, 4 or 8 bytes.
+    """
     bits = _BITS.get(values.element_size())
-    if bits is None or not values.is_floating_point():
-        return values
-    found, sign = values.contiguous().view(bits), torch.iinfo(bits).min  # -0.0 is the sign's bit alone
-    if not found.numel() or int(found.amin()) != sign:  # no other bits are a smaller integer
-        return values
-    return values.masked_fill(found == sign, 0.0)
+    if bits is None or not values.is_floating_point() or not values.numel():
+        return False
+    # -0.0 is the sign's bit alone: no other bits are a smaller integer
+    return int(values.contiguous().view(bits).amin()) == torch.iinfo(bits).min
 
 
 def cast_weight(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
