@@ -17,7 +17,7 @@ from gpu_planned import planned, sheet_of
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.backends.packed import packed_of
 from seft_dist.config import PlanConfig
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 
 NAMES = ("70B", "34B", "13B", "7B", "1B")
 METHOD: dict[str, Any] = {"density": 0.002, "window_store": "factored", "window": 1, "interval": 4, "steps": 6}

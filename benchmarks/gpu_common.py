@@ -273,7 +273,7 @@ def prune_(weight: torch.Tensor) -> torch.Tensor:
 
 def random_llama(name: str, device: torch.device) -> Any:
     """A dense random model of which 60 % of the target weights are 0."""
-    from seft_dist.optim.targets import find_targets
+    from seft_dist.modules.targets import find_targets
 
     model = empty_llama(name)
     fill_dense_rest(model, device)
@@ -286,7 +286,7 @@ def packed_llama(name: str, device: torch.device) -> Any:
     """The same, with its targets created packed, one weight after another: no dense copy of the model ever exists."""
     from seft_dist import pack_weights
     from seft_dist.backends.packed import packed_of
-    from seft_dist.optim.targets import find_targets
+    from seft_dist.modules.targets import find_targets
 
     model = empty_llama(name)
     shards = pack_weights(model, device=device)

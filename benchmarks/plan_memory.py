@@ -32,7 +32,7 @@ from seft_dist.io.source import open_source
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.plan import choose, make_plan
-from seft_dist.training import distributed
+from seft_dist.session import distributed
 from seft_dist.training.build import build
 from seft_dist.training.ds_config import read_ds_config
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.io.tables import kind_of
-from seft_dist.optim.targets import as_rows
+from seft_dist.modules.targets import as_rows
 from seft_dist.pruning.magnitude import magnitude_scores
 from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.methods import open_calibration

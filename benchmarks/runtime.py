@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from seft_dist.config import DType, ModelConfig
-from seft_dist.io.export import pack_model
-from seft_dist.io.folders import folder_bytes
+from seft_dist.export.export import pack_model
+from seft_dist.export.folders import folder_bytes
+from seft_dist.export.runtime import Runner, compare, export_onnx, export_openvino, open_onnx, open_openvino
 from seft_dist.io.models import load_model
-from seft_dist.io.runtime import Runner, compare, export_onnx, export_openvino, open_onnx, open_openvino
 from seft_dist.io.source import Source, open_source
 
 SHAPES = {"1 token": (1, 1), "32 tokens": (1, 32)}

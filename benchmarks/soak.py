@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.soak_checks import LIMIT, compare, lines, newest, wrong_code, wrong_state  # noqa: E402
-from seft_dist.results.promise import LOSS_RELATIVE  # noqa: E402
+from seft_dist.reproduce.promise import LOSS_RELATIVE  # noqa: E402
 from seft_dist.training.run_folder import is_finished  # noqa: E402
 
 DOOR = "launch/train.py"

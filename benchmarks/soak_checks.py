@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from seft_dist.io.checkpoint import KEEP, complete, read_manifest
 from seft_dist.io.checkpoint.files import check_sum, rank_file
-from seft_dist.results.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
+from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 
 LIMIT = 400.0
 """Seconds within which everything must have ended by itself after a kill: a rank waits up to 300 for one that never came."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seft_dist import SeftConfig, SeftOptimizer
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 
 Step = Callable[[], str]
 """Does one training step and says what kind it was: "step", "window" or "evolution"."""

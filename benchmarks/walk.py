@@ -335,7 +335,7 @@ def main() -> None:
     walk = Walk(args)
     shape = TINY if args.shape == "tiny" else ARCHITECTURES[args.shape]
     if args.make:
-        from seft_dist.io.demo import write_text
+        from seft_dist.export.demo import write_text
 
         make_model(shape, walk.model)
         make_tokenizer(shape["vocab_size"], walk.model)

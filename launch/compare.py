@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from seft_dist.training.cli import run
+from seft_dist.session.cli import run
 
 
 def compare(first: Path, second: Path, output: Path | None = None, weights: bool = True) -> None:
@@ -28,8 +28,8 @@ def compare(first: Path, second: Path, output: Path | None = None, weights: bool
     """
     from rich.console import Console
 
-    from seft_dist.results.compare import compare, write_json
-    from seft_dist.results.compare_report import print_comparison
+    from seft_dist.reproduce.compare import compare, write_json
+    from seft_dist.reproduce.compare_report import print_comparison
 
     found = compare(first, second, weights=weights)
     print_comparison(found, Console())

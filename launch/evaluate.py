@@ -8,7 +8,7 @@ Several ranks hold each model in FSDP2 shards and share the work.
 """
 
 from seft_dist.config import EvaluateConfig
-from seft_dist.training.cli import parse, run
+from seft_dist.session.cli import parse, run
 
 
 def main() -> None:
@@ -17,9 +17,9 @@ def main() -> None:
 
     from rich.console import Console
 
+    from seft_dist.evaluation.evaluation import evaluate, result_table, task_table
     from seft_dist.io.tables import sparsity_table
-    from seft_dist.results.evaluation import evaluate, result_table, task_table
-    from seft_dist.training.distributed import shutdown, start
+    from seft_dist.session.distributed import shutdown, start
 
     ranks = start(threads=config.threads)
     results = evaluate(config, ranks=ranks)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import auto_cli
 
 from seft_dist.config import DType
-from seft_dist.training.cli import run as run_door
+from seft_dist.session.cli import run as run_door
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from seft_dist.io.runtime import RuntimeReport
+    from seft_dist.export.runtime import RuntimeReport
     from seft_dist.io.source import Source
 
 
@@ -45,8 +45,8 @@ def hf(
         shard_gb: Largest file, in 10^9 bytes.
         base_model: Hub name for the card; by default what the run's files say.
     """
-    from seft_dist.io.card import write_card
-    from seft_dist.io.export import write_model
+    from seft_dist.export.card import write_card
+    from seft_dist.export.export import write_model
 
     if run is None and model is None:
         raise ValueError("nothing to export: needs --run or --model")
@@ -66,8 +66,8 @@ def pack(model: str, output: Path, run: Path | None = None, dtype: DType = "auto
         dtype: Type of the weights; "auto": as they are, every bit.
         shard_gb: Largest file, in 10^9 bytes.
     """
-    from seft_dist.io.card import write_card
-    from seft_dist.io.export import pack_model
+    from seft_dist.export.card import write_card
+    from seft_dist.export.export import pack_model
 
     source = _open(model)
     finish = lambda folder: write_card(folder, source, run)  # noqa: E731
@@ -88,7 +88,7 @@ def plain(model: str, output: Path, dtype: Literal["float32", "bfloat16"] = "bfl
         dtype: Type of the weights.
         shard_gb: Largest file, in 10^9 bytes.
     """
-    from seft_dist.io.convert import convert
+    from seft_dist.export.convert import convert
 
     chosen = _dtype(dtype)
     assert chosen is not None
@@ -104,7 +104,7 @@ def unpack(model: str, output: Path, shard_gb: float = 5.0) -> None:
         output: Folder to make; it must not exist.
         shard_gb: Largest file, in 10^9 bytes.
     """
-    from seft_dist.io.export import write_model
+    from seft_dist.export.export import write_model
     from seft_dist.io.packed import PackedWeights
 
     source = _open(model)
@@ -122,7 +122,7 @@ def card(model: str, run: Path | None = None, base_model: str | None = None) -> 
         run: Folder of the run that made it.
         base_model: Hub name for the card; by default what the run's files say.
     """
-    from seft_dist.io.card import write_card
+    from seft_dist.export.card import write_card
 
     if not Path(model).is_dir():
         raise ValueError(f"model={model} is not a folder: needs the folder of a model")
@@ -138,7 +138,7 @@ def apply(base: str, delta: Path, output: Path) -> None:
         delta: delta.safetensors of the run.
         output: Folder to make; it must not exist.
     """
-    from seft_dist.io.delta import apply_delta
+    from seft_dist.export.delta import apply_delta
 
     apply_delta(_open(base), delta, output)
     print(f"The repaired model is in {output}")
@@ -152,7 +152,7 @@ def remove(model: str, delta: Path, output: Path) -> None:
         delta: The file that was applied.
         output: Folder to make; it must not exist.
     """
-    from seft_dist.io.delta import remove_delta
+    from seft_dist.export.delta import remove_delta
 
     remove_delta(_open(model), delta, output)
     print(f"The pruned model is in {output}")
@@ -164,7 +164,7 @@ def inspect(delta: Path) -> None:
     Args:
         delta: The file.
     """
-    from seft_dist.io.delta import delta_table, read_delta
+    from seft_dist.export.delta import delta_table, read_delta
 
     _print(delta_table(read_delta(delta)))
 
@@ -177,7 +177,7 @@ def make(base: str, model: str, output: Path) -> None:
         model: The repaired model's.
         output: File to make; it must not exist.
     """
-    from seft_dist.io.delta import delta_table, make_delta, read_delta
+    from seft_dist.export.delta import delta_table, make_delta, read_delta
 
     make_delta(_open(base), _open(model, "auto"), output)
     _print(delta_table(read_delta(output)))
@@ -191,7 +191,7 @@ def check(model: str, pattern: str = "2:4", targets: str = "all-linear") -> None
         pattern: N:M.
         targets: Which linears, as seft.targets.
     """
-    from seft_dist.io.semi_structured import count_groups, pattern_table, refuse_broken
+    from seft_dist.export.semi_structured import count_groups, pattern_table, refuse_broken
 
     counts = count_groups(_open(model), pattern, targets)
     _print(pattern_table(counts, pattern))
@@ -206,7 +206,7 @@ def openvino(model: str, output: Path, weights: Literal["float32", "float16", "i
         output: Folder to make; it must not exist.
         weights: How weights are stored.
     """
-    from seft_dist.io.runtime import export_openvino
+    from seft_dist.export.runtime import export_openvino
 
     _report(output, export_openvino(_open(model), output, weights))
 
@@ -218,7 +218,7 @@ def onnx(model: str, output: Path) -> None:
         model: Folder or hub name of the model, plain or packed.
         output: Folder to make; it must not exist.
     """
-    from seft_dist.io.runtime import export_onnx
+    from seft_dist.export.runtime import export_onnx
 
     _report(output, export_onnx(_open(model), output))
 

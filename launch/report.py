@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from seft_dist.training.cli import run
+from seft_dist.session.cli import run
 
 
 def report(folder: Path, figures: bool = True) -> None:

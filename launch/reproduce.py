@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from seft_dist.config import ReproduceConfig, TrainConfig
-from seft_dist.training.cli import parse, run
+from seft_dist.session.cli import parse, run
 
 
 def main() -> None:
@@ -26,8 +26,8 @@ def main() -> None:
 
     from rich.console import Console
 
-    from seft_dist.results.reproduce import held, reproduce
-    from seft_dist.results.reproduce_report import outcome_table
+    from seft_dist.reproduce.reproduce import held, reproduce
+    from seft_dist.reproduce.reproduce_report import outcome_table
 
     outcomes = reproduce(config, train, options, Path(__file__).with_name("train.py"))
     Console().print(outcome_table(outcomes))

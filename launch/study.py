@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from seft_dist.config import StudyConfig
-from seft_dist.training.cli import parse, run
-from seft_dist.training.signals import StopRequest, stop_requests
+from seft_dist.session.cli import parse, run
+from seft_dist.session.signals import StopRequest, stop_requests
 
 
 def show(folder: Path) -> None:

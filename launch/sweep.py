@@ -4,7 +4,7 @@ Example: python launch/sweep.py --folder runs/sweep1
 """
 
 from seft_dist.config import SweepConfig
-from seft_dist.training.cli import parse, run
+from seft_dist.session.cli import parse, run
 
 
 def main() -> None:

@@ -10,17 +10,17 @@ The same script runs under accelerate launch, mpirun and srun.
 import sys
 from functools import partial
 
-from seft_dist.training.signals import StopRequest, stop_requests
+from seft_dist.session.signals import StopRequest, stop_requests
 
 
 def main(request: StopRequest | None = None) -> None:
     """Train as the command line says."""
     from seft_dist.config import TrainConfig
-    from seft_dist.training.cli import parse
+    from seft_dist.session.cli import parse
 
     config = parse(TrainConfig, description=__doc__)
 
-    from seft_dist.training.distributed import shutdown
+    from seft_dist.session.distributed import shutdown
     from seft_dist.training.trainer import train
 
     result = train(config, request)
@@ -31,6 +31,6 @@ def main(request: StopRequest | None = None) -> None:
 
 if __name__ == "__main__":
     with stop_requests(process_ends=True) as asked:  # before anything is loaded that takes long
-        from seft_dist.training.cli import run
+        from seft_dist.session.cli import run
 
         run(partial(main, asked))

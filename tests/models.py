@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 
 VOCAB = 128
 SIZES: dict[str, Any] = {

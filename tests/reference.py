@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seft_dist.config import SeftConfig
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.scores import uniform
 from tests.reference_window import Window
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from seft_dist.config import StudyConfig
+from seft_dist.session.signals import StopRequest
 from seft_dist.study.found import Results, read_results
 from seft_dist.study.runner import Process
 from seft_dist.study.state import PRUNE, TRAIN, Task
 from seft_dist.study.study import run_study
-from seft_dist.training.signals import StopRequest
 
 BEST = {"a": 0.002, "b": 0.004}
 """Learning rate that is best for each method."""

@@ -18,13 +18,13 @@ import tests.preload  # noqa: F401
 from seft_dist.baselines import adapted
 from seft_dist.baselines.adapted import MaskedLora, Spp
 from seft_dist.config import AdamConfig, BaselineConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
-from seft_dist.io.tokenizer import load_tokenizer
-from seft_dist.optim.targets import find_targets
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.prune import prune_folder
+from seft_dist.session.distributed import start
 from seft_dist.training import trainer
 from seft_dist.training.build import Run, lr_factor, read_batches
-from seft_dist.training.distributed import start
 from tests.folders import model_folder
 from tests.ranks import run_ranks
 from tests.runs import make_config, records, run_train

@@ -11,11 +11,11 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from seft_dist.config import DataConfig, ModelConfig
-from seft_dist.io.chat import encode_chat
-from seft_dist.io.chat_template import ChatTemplate, pin_date, uses_date
-from seft_dist.io.data import load_sequences
-from seft_dist.io.sequences import IGNORE
-from seft_dist.io.tokenizer import load_tokenizer
+from seft_dist.data.chat import encode_chat
+from seft_dist.data.chat_template import ChatTemplate, pin_date, uses_date
+from seft_dist.data.load import load_sequences
+from seft_dist.data.sequences import IGNORE
+from seft_dist.data.tokenizer import load_tokenizer
 from tests.chat_templates import LLAMA, QWEN, SPECIAL, TEMPLATES, TOOL_USERS, unmarked
 from tests.texts import fast_tokenizer, sentencepiece_tokenizer, write_jsonl
 

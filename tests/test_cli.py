@@ -11,7 +11,7 @@ import torch
 
 from seft_dist import config as configs
 from seft_dist.config import EvaluateConfig, PruneConfig, TrainConfig
-from seft_dist.training.cli import parse, run, to_yaml
+from seft_dist.session.cli import parse, run, to_yaml
 from tests.ranks import run_ranks
 
 PRUNE = ["--model.path=m", "--output=o"]

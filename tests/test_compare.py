@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, SeftConfig
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.results.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_json
-from seft_dist.results.compare_report import print_comparison
-from seft_dist.results.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
+from seft_dist.reproduce.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_json
+from seft_dist.reproduce.compare_report import print_comparison
+from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 from tests.runs import STEPS, run_config, run_train
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 def one_code() -> Iterator[None]:
     """As if nobody edited the package while the tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("seft_dist.training.facts.source_digest", lambda: "0" * 16)
+        patch.setattr("seft_dist.session.facts.source_digest", lambda: "0" * 16)
         yield
 
 

@@ -24,7 +24,7 @@ from seft_dist.config import (
     SweepConfig,
     TrainConfig,
 )
-from seft_dist.training.cli import parse, to_yaml
+from seft_dist.session.cli import parse, to_yaml
 
 MODEL, DATA = ModelConfig(path="m"), DataConfig(path="d")
 NEEDED: dict[type, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from seft_dist.config import ModelConfig, PruneConfig
-from seft_dist.io.convert import convert
+from seft_dist.export.convert import convert
 from seft_dist.io.source import open_source
 from seft_dist.pruning.prune import prune_folder
 from tests.families import family_folder

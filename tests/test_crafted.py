@@ -16,15 +16,15 @@ import torch
 
 from seft_dist.backends.deepspeed import ds_optimizer_args
 from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SweepConfig, TrainConfig
-from seft_dist.optim import targets
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules import targets
+from seft_dist.modules.targets import find_targets
 from seft_dist.planning.architectures import Shapes, find_architecture
 from seft_dist.planning.hardware import GPUS, gpu_rates, read_rates, write_rates
 from seft_dist.planning.plan import make_plan
 from seft_dist.pruning.owl import read_sparsities
 from seft_dist.results.report import read_run
 from seft_dist.results.sweep import read_sweep, write_sweep
-from seft_dist.training.cli import parse, run
+from seft_dist.session.cli import parse, run
 from seft_dist.training.ds_config import DsConfig, read_ds_config
 from tests.test_config import NEEDED
 from tests.test_sweep import make_run

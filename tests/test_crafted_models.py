@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig
+from seft_dist.evaluation.evaluation import evaluate
+from seft_dist.export.delta import read_delta
+from seft_dist.export.export import pack_model, write_model
+from seft_dist.export.folders import new_folder
 from seft_dist.io import weight_files
-from seft_dist.io.delta import read_delta
-from seft_dist.io.export import pack_model, write_model
-from seft_dist.io.folders import new_folder
 from seft_dist.io.models import outline
 from seft_dist.io.packed import INDEX as PACKED
 from seft_dist.io.source import Source, open_source
 from seft_dist.io.weight_files import INDEX
 from seft_dist.pruning.prune import prepare
-from seft_dist.results.evaluation import evaluate
 from tests.folders import model_folder
 
 CONFIGS: dict[str, tuple[Any, str]] = {

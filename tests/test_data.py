@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seft_dist.config import DataConfig, ModelConfig
-from seft_dist.io.batches import BatchStream, check_vocabulary, collate, count_loss_tokens
-from seft_dist.io.chat import encode_chat
-from seft_dist.io.data import load_sequences
-from seft_dist.io.sequences import IGNORE
-from seft_dist.io.tokenizer import load_tokenizer, pad_id
+from seft_dist.data.batches import BatchStream, check_vocabulary, collate, count_loss_tokens
+from seft_dist.data.chat import encode_chat
+from seft_dist.data.load import load_sequences
+from seft_dist.data.sequences import IGNORE
+from seft_dist.data.tokenizer import load_tokenizer, pad_id
 from tests.families import family_model
 from tests.models import tiny_llama
 from tests.texts import CHAT_TEMPLATE, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl

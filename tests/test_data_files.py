@@ -12,9 +12,9 @@ import pytest
 from tokenizers import processors
 
 from seft_dist.config import DataConfig, ModelConfig
-from seft_dist.io import data_files
-from seft_dist.io.data import load_sequences
-from seft_dist.io.tokenizer import load_tokenizer, tokenizer_fingerprint
+from seft_dist.data import data_files
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from tests.texts import fast_tokenizer, sentencepiece_tokenizer, texts, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -97,7 +97,7 @@ def test_joining_is_for_text(tokenizers: Any, tmp_path: Path, monkeypatch: pytes
         load_sequences(DataConfig(path=path, join="newline"), tokenizers["plain"])
     with pytest.raises(ValueError, match="data.join=newline with data.kind=chat"):
         DataConfig(path=path, join="newline", kind="chat")
-    monkeypatch.setattr("seft_dist.io.encode.MOST_JOINED", 5)
+    monkeypatch.setattr("seft_dist.data.encode.MOST_JOINED", 5)
     path = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "three"}, {"text": "words"}]))
     with pytest.raises(ValueError, match="makes one text of more than 5 characters"):
         load_sequences(DataConfig(path=path, join="newline"), tokenizers["plain"])

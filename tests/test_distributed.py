@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seft_dist.training import launchers
-from seft_dist.training.distributed import check_agreement, find_ranks, start, together
-from seft_dist.training.rendezvous import Meeting, first_host, meet, mpi_meeting_place
+from seft_dist.session import launchers
+from seft_dist.session.distributed import check_agreement, find_ranks, start, together
+from seft_dist.session.rendezvous import Meeting, first_host, meet, mpi_meeting_place
 from tests.ranks import run_ranks
 
 

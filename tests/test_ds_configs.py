@@ -8,7 +8,7 @@ import pytest
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
-from seft_dist.training.cli import parse
+from seft_dist.session.cli import parse
 from seft_dist.training.trainer import train
 from tests.ranks import run_ranks
 

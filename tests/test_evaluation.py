@@ -14,19 +14,19 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seft_dist.config import DataConfig, EvaluateConfig
-from seft_dist.io.data import load_sequences
-from seft_dist.io.sequences import IGNORE
-from seft_dist.io.tables import sparsity_table
-from seft_dist.optim.targets import find_targets
-from seft_dist.results.evaluation import Evaluation, evaluate
-from seft_dist.results.evaluation_perplexity import (
+from seft_dist.data.load import load_sequences
+from seft_dist.data.sequences import IGNORE
+from seft_dist.evaluation.evaluation import Evaluation, evaluate
+from seft_dist.evaluation.perplexity import (
     SlidingWindows,
     limit_tokens,
     perplexity,
     plan_passes,
 )
+from seft_dist.io.tables import sparsity_table
+from seft_dist.modules.targets import find_targets
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
-from seft_dist.training.distributed import Ranks
 from tests.doors import run_door
 from tests.models import prune_, tiny_llama
 from tests.ranks import run_ranks

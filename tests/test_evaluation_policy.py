@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from seft_dist.config import DataConfig, EvaluateConfig
-from seft_dist.results.evaluation import Evaluation, evaluate, result_table
-from seft_dist.results.evaluation_perplexity import PerplexityResult
-from seft_dist.results.evaluation_policy import Policy
+from seft_dist.evaluation.evaluation import Evaluation, evaluate, result_table
+from seft_dist.evaluation.perplexity import PerplexityResult
+from seft_dist.evaluation.policy import Policy
 from seft_dist.sparsity.zeros import ZeroCount
 from tests.texts import dense_folder, texts, write_jsonl
 

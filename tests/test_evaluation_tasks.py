@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seft_dist.config import EvaluateConfig
-from seft_dist.results.evaluation import Evaluation, evaluate, task_table
-from seft_dist.training.distributed import Ranks
+from seft_dist.evaluation.evaluation import Evaluation, evaluate, task_table
+from seft_dist.session.distributed import Ranks
 from tests.models import prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.test_evaluation import door
@@ -20,7 +20,7 @@ from tests.texts import VOCAB, dense_folder, fast_tokenizer, texts, write_jsonl
 
 pytest.importorskip("lm_eval", reason='needs the extra "eval"')
 
-from seft_dist.results.evaluation_tasks import load_tasks  # noqa: E402  # imports lm_eval
+from seft_dist.evaluation.tasks import load_tasks  # noqa: E402  # imports lm_eval
 
 SCIENCE = {
     "task": "science",

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.config import ModelConfig
-from seft_dist.io.delta import KINDS, apply_delta
-from seft_dist.io.export import export_model
+from seft_dist.export.delta import KINDS, apply_delta
+from seft_dist.export.export import export_model
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
 from seft_dist.io.weights import Weights, WeightsWriter

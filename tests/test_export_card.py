@@ -9,9 +9,9 @@ import yaml
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, EvaluateConfig, ModelConfig, SeftConfig, TrainConfig
-from seft_dist.io.card import write_card
+from seft_dist.evaluation.evaluation import evaluate
+from seft_dist.export.card import write_card
 from seft_dist.io.source import open_source
-from seft_dist.results.evaluation import evaluate
 from seft_dist.training.trainer import train
 from tests.doors import run_door
 from tests.folders import model_folder, text_file

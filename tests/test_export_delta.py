@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DType, ModelConfig
-from seft_dist.io.delta import DeltaWriter, apply_delta, delta_table, make_delta, name_of, read_delta, remove_delta
+from seft_dist.export.delta import DeltaWriter, apply_delta, delta_table, make_delta, name_of, read_delta, remove_delta
 from seft_dist.io.source import Source, open_source
 from tests.folders import model_folder
 from tests.test_export import assert_same_model, same_bits

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
-from seft_dist.io.export import load_packed, pack_model, write_model
+from seft_dist.export.export import load_packed, pack_model, write_model
 from seft_dist.io.models import load_model
 from seft_dist.io.packed import INDEX, PackedWeights, PackedWriter, open_weights
 from seft_dist.io.source import Source, open_source

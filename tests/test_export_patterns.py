@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DType, ModelConfig
-from seft_dist.io.export import pack_model
-from seft_dist.io.semi_structured import count_groups, load_semi_structured, pattern_table, refuse_broken
+from seft_dist.export.export import pack_model
+from seft_dist.export.semi_structured import count_groups, load_semi_structured, pattern_table, refuse_broken
 from seft_dist.io.source import Source, open_source
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 from tests.folders import model_folder
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

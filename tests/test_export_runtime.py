@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
-from seft_dist.io import runtime
-from seft_dist.io.export import pack_model
+from seft_dist.export import runtime
+from seft_dist.export.export import pack_model
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 from tests.folders import model_folder

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
-from seft_dist.io.delta import apply_delta
+from seft_dist.export.delta import apply_delta
 from seft_dist.io.source import open_source
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.training import trainer
 from tests.families import FAMILIES, family_folder

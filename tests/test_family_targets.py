@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig, SeftConfig
-from seft_dist.io.data import load_sequences
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
-from seft_dist.io.tokenizer import load_tokenizer
+from seft_dist.modules.targets import as_rows, find_targets
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.optim.targets import as_rows, find_targets
 from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.pruning.prune import prepare, prune, prune_folder
 from tests import pruning_reference as reference

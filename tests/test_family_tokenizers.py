@@ -9,9 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from seft_dist.config import DataConfig, ModelConfig
-from seft_dist.io.chat import encode_chat
-from seft_dist.io.data import load_sequences
-from seft_dist.io.tokenizer import load_tokenizer, pad_id
+from seft_dist.data.chat import encode_chat
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer, pad_id
 from tests.texts import text_jsonl, texts
 
 # The split of cl100k, as Llama 3 and Qwen have it (digits by three or one)

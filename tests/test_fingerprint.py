@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
-from seft_dist.io.batches import BatchStream, collate
-from seft_dist.io.data import load_sequences
+from seft_dist.data.batches import BatchStream, collate
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.source import open_source
-from seft_dist.io.tokenizer import load_tokenizer
+from seft_dist.session.distributed import start
 from seft_dist.sparsity.hashes import SCALE, distance, hash_of_entries, hash_of_set, hash_of_weight, sketch
 from seft_dist.training.build import build
-from seft_dist.training.distributed import start
 from seft_dist.training.fingerprint import data_fingerprint, has_dropout, model_fingerprint
 from seft_dist.training.trace import hash_of_batch
 from tests.ranks import run_ranks

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.backends.packed import packed_of
 from seft_dist.config import ModelConfig, PruneConfig
-from seft_dist.io.delta import apply_delta, make_delta
-from seft_dist.io.export import load_packed, pack_model, write_model
+from seft_dist.export.delta import apply_delta, make_delta
+from seft_dist.export.export import load_packed, pack_model, write_model
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 from seft_dist.io.weights import Weights

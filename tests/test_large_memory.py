@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist.export.delta import DeltaWriter, read_delta
 from seft_dist.io import checkpoint
-from seft_dist.io.delta import DeltaWriter, read_delta
 from seft_dist.kernels import ranking
 from seft_dist.kernels.bits import count_outside, hash_of_bits, holds, pack, popcount, unpack, with_bits
 from seft_dist.kernels.packing import decode, encode

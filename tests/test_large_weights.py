@@ -23,18 +23,18 @@ from seft_dist.backends import find_backend
 from seft_dist.backends.group import Group
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import PlanConfig
+from seft_dist.export.delta import DeltaWriter, read_delta
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import reader
 from seft_dist.io.checkpoint.schema import check_manifest
-from seft_dist.io.delta import DeltaWriter, read_delta
+from seft_dist.modules.targets import find_targets
 from seft_dist.optim import linear, optimizer
 from seft_dist.optim.delta import Support
 from seft_dist.optim.packing import pack_weights
-from seft_dist.optim.targets import find_targets
 from seft_dist.planning.architectures import Shapes, Weight, find_architecture
 from seft_dist.planning.layout import Layout
 from seft_dist.planning.memory import seft_memory
-from seft_dist.planning.trace import Work
+from seft_dist.planning.model_trace import Work
 from seft_dist.sparsity import partition, scores
 from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 from tests.layouts import build, snapshot, train

@@ -18,20 +18,25 @@ DOORS = sorted((ROOT / "launch").glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 CONFIG = sorted((ROOT / "seft_dist" / "config").glob("*.py"))
 FLOORS = {
-    "pattern": -1,
     "config": 0,
     "files": 1,
     "sparsity": 1,
+    "session": 2,
     "kernels": 2,
     "backends": 3,
-    "optim": 4,
-    "io": 5,
-    "pruning": 6,
-    "planning": 6,
-    "baselines": 7,
-    "training": 8,
-    "results": 9,
-    "study": 10,
+    "modules": 4,
+    "optim": 5,
+    "io": 6,
+    "data": 7,
+    "export": 8,
+    "planning": 8,
+    "pruning": 9,
+    "baselines": 10,
+    "training": 11,
+    "results": 11,
+    "evaluation": 12,
+    "reproduce": 12,
+    "study": 13,
 }
 
 MAX_FILE = 400
@@ -85,7 +90,7 @@ def test_every_room_has_a_floor_and_says_what_it_is() -> None:
     silent = [
         name_of(path)
         for path in [*PACKAGE, *DOORS, *TESTS]
-        if path.stat().st_size and not ast.get_docstring(tree_of(path))
+        if not ast.get_docstring(tree_of(path))
     ]
     assert not silent, f"no docstring at the top: {silent}"
 
@@ -107,7 +112,8 @@ def test_one_file_knows_each_framework(path: Path) -> None:
         assert not known, f"{name_of(path)} knows FSDP2: {known}"
     known = [item for item in imports_of(path) if item.split(".")[0] == "deepspeed"]
     known += [node.attr for node in attributes_of(path) if node.attr.startswith("ds_")]
-    if room != "backends" or name not in {"deepspeed.py", "shards.py"}:
+    # session/distributed.py starts its process group, as DeepSpeed's users do
+    if (room, name) not in {("backends", "deepspeed.py"), ("backends", "shards.py"), ("session", "distributed.py")}:
         assert not known, f"{name_of(path)} knows DeepSpeed: {known}"
 
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 import tests.preload  # noqa: F401
+from seft_dist.session import facts
+from seft_dist.session.distributed import launch_facts
 from seft_dist.sparsity.hashes import hash_of_weight
-from seft_dist.training import facts
-from seft_dist.training.distributed import launch_facts
 from seft_dist.training.fingerprint import as_hex
 from seft_dist.training.manifest import lasting_attempts, read_manifest
 from seft_dist.training.trace import read_trace

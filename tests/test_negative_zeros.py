@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seft_dist import SeftConfig, SeftOptimizer, pack_gathers, pack_weights
 from seft_dist.io import checkpoint
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 from tests.layouts import build
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks

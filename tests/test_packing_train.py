@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
-from seft_dist.results.compare import EQUAL, compare
+from seft_dist.reproduce.compare import EQUAL, compare
 from seft_dist.training.trace import read_trace
 from tests.runs import run_config, run_train
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.backends.group import Group
 from seft_dist.config import TrainConfig
+from seft_dist.config.pattern import pattern_sizes
 from seft_dist.optim.groups import GroupRanking, Groups
-from seft_dist.pattern import pattern_sizes
+from seft_dist.session.cli import parse
 from seft_dist.sparsity import groups
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 from seft_dist.sparsity.selection import INELIGIBLE, keys
-from seft_dist.training.cli import parse
 from tests.ranks import run_ranks
 from tests.reference import DenseSeft
 

@@ -16,10 +16,10 @@ from seft_dist.planning.commands import submit_line, train_options
 from seft_dist.planning.hardware import Rates, read_rates, write_rates
 from seft_dist.planning.layout import Layout, layouts
 from seft_dist.planning.memory import seft_memory
+from seft_dist.planning.model_trace import Work, _Meter, trace
 from seft_dist.planning.plan import Plan, choose, make_plan
 from seft_dist.planning.report import show, to_json
-from seft_dist.planning.trace import Work, _Meter, trace
-from seft_dist.training.cli import parse
+from seft_dist.session.cli import parse
 from tests.families import family_model
 from tests.models import tiny_llama
 
@@ -58,8 +58,8 @@ def small(layers: int, **over: Any) -> Any:
 def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, dtype: torch.dtype) -> None:
     """The same meter around real tensors of the whole model."""
     from seft_dist.io.models import checkpoint_activations
+    from seft_dist.modules.targets import find_targets
     from seft_dist.optim.linear import install
-    from seft_dist.optim.targets import find_targets
 
     model = small(7).to(dtype).train()
     kinds = Shapes.of(model.config, "all-linear").kinds

@@ -15,9 +15,9 @@ from torch import nn
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
-from seft_dist.io.data import load_sequences
-from seft_dist.io.tokenizer import load_tokenizer
-from seft_dist.optim.targets import find_targets
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.calibrate import Calibration, Visit, find_layers, sample_sequences
 from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.prune import prune_folder

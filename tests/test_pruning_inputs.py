@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
-from seft_dist.optim.targets import find_targets
+from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.owl import owl_sparsities, read_sparsities
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.sparsegpt import Hessians, inverse_factor

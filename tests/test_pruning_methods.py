@@ -14,9 +14,9 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
-from seft_dist.io.data import load_sequences
-from seft_dist.io.tokenizer import load_tokenizer
-from seft_dist.optim.targets import find_targets
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.pruning.masks import Ranking, choose, find_cut, gather_rows, num_pruned, own_rows, pruning_keys
 from seft_dist.pruning.prune import prepare, prune, prune_folder

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from seft_dist.io import demo
+from seft_dist.export import demo
 from seft_dist.results.figures import write_figures
 from seft_dist.results.report import print_tables, read_run, write_summary
 from tests.doors import run_door

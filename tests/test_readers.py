@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig, PruneConfig
-from seft_dist.io.export import pack_model, write_model
+from seft_dist.export.export import pack_model, write_model
 from seft_dist.io.readers import config_for_all, tokenizer_for_all
 from seft_dist.io.source import open_source
 from seft_dist.pruning.prune import prune_folder

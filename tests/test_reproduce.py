@@ -16,9 +16,9 @@ import pytest
 
 import tests.preload  # noqa: F401
 from seft_dist.config import ReproduceConfig, TrainConfig
-from seft_dist.results import reproduce as module
-from seft_dist.results.reproduce import Outcome, held, plan, reproduce
-from seft_dist.training.cli import parse
+from seft_dist.reproduce import reproduce as module
+from seft_dist.reproduce.reproduce import Outcome, held, plan, reproduce
+from seft_dist.session.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "launch" / "train.py"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from seft_dist.io.checkpoint import latest
-from seft_dist.training import signals
-from seft_dist.training.distributed import find_launcher
-from seft_dist.training.signals import StopRequest, stop_requests
+from seft_dist.session import signals
+from seft_dist.session.distributed import find_launcher
+from seft_dist.session.signals import StopRequest, stop_requests
 from tests.runs import records
 from tests.test_launchers import ROOT, SCRIPT, port
 from tests.test_stopping import LIMIT, children, environment, options, processes, wait_until
@@ -79,7 +79,7 @@ def test_a_signal_to_a_process_that_is_ending_changes_nothing() -> None:
     """Leaving Python takes a second; a finished run must not look like a killed one."""
     code = (
         "import atexit, os, signal\n"
-        "from seft_dist.training.signals import STOP_SIGNALS, stop_requests\n"
+        "from seft_dist.session.signals import STOP_SIGNALS, stop_requests\n"
         "atexit.register(lambda: [os.kill(os.getpid(), number) for number in STOP_SIGNALS])\n"
         "with stop_requests(process_ends=True):\n"
         "    pass\n"
@@ -180,7 +180,7 @@ def test_torchrun_passes_ctrl_c_on(number: signal.Signals, inputs: Path, tmp_pat
 def test_a_rank_that_never_comes_is_not_waited_for_long(tmp_path: Path) -> None:
     """Half an hour is for collectives; ranks are started together."""
     code = (
-        "from seft_dist.training import distributed\ndistributed.LONGEST_WAIT = 2.0\ndistributed.start(timeout=1800)\n"
+        "from seft_dist.session import distributed\ndistributed.LONGEST_WAIT = 2.0\ndistributed.start(timeout=1800)\n"
     )
     env = environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port())
     done = subprocess.run(

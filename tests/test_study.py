@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
-from seft_dist.io.demo import write_tiny
+from seft_dist.export.demo import write_tiny
+from seft_dist.session.signals import StopRequest
 from seft_dist.study import runner
 from seft_dist.study.state import TRAIN, Task
 from seft_dist.study.tables import write_tables
-from seft_dist.training.signals import StopRequest
 from seft_dist.training.writer_lock import only_writer
 from tests.studies import Fake, cells, model_files, run, study_config, text
 

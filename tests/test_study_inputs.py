@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seft_dist.config import StudyConfig, TrainConfig
+from seft_dist.session.cli import parse
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
 from seft_dist.study.methods import read_methods, with_seed
@@ -19,7 +20,6 @@ from seft_dist.study.progress import Durations, clock, last_step
 from seft_dist.study.split import read_split, write_split
 from seft_dist.study.state import Survey, Task
 from seft_dist.study.statistics import difference, spread, t_quantile
-from seft_dist.training.cli import parse
 from tests.studies import Fake, run, study_config, text
 
 ROOT = Path(__file__).parents[1]

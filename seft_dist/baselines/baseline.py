@@ -17,12 +17,12 @@ from seft_dist.backends.shards import whole_shape
 from seft_dist.baselines.saving import BaselineSaver, load
 from seft_dist.baselines.values import Values
 from seft_dist.config import TrainConfig
+from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
-from seft_dist.io.sequences import Sample
 from seft_dist.io.source import Source
+from seft_dist.modules.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
 from seft_dist.optim.state import LayerSparsity
-from seft_dist.optim.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
 from seft_dist.sparsity.zeros import num_zeros
 
 

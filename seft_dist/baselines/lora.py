@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from seft_dist.backends.shards import stored_part, whole_shape
 from seft_dist.baselines.baseline import Baseline, Ending
 from seft_dist.baselines.repruning import prune_again
-from seft_dist.io.folders import new_folder
+from seft_dist.export.folders import new_folder
 from seft_dist.io.weight_files import write_safetensors
-from seft_dist.optim.targets import Target
+from seft_dist.modules.targets import Target
 from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import ModelConfig, PruneConfig, TrainConfig
-from seft_dist.io.export import export_model
-from seft_dist.io.sequences import Sample
+from seft_dist.config.pattern import pattern_sizes
+from seft_dist.data.sequences import Sample
+from seft_dist.export.export import export_model
 from seft_dist.io.source import Source, open_source
-from seft_dist.optim.targets import from_rows, matrix
-from seft_dist.pattern import pattern_sizes
+from seft_dist.modules.targets import from_rows, matrix
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.methods import Pruner, open_calibration
 from seft_dist.pruning.stream import StreamedModel

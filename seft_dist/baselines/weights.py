@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seft_dist.backends.shards import stored_part
 from seft_dist.baselines.baseline import Baseline, is_vector
 from seft_dist.kernels.bits import pack, unpack
-from seft_dist.optim.targets import is_conv1d, weight_name
+from seft_dist.modules.targets import is_conv1d, weight_name
 
 
 class NoRepair(Baseline):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.pattern import check_kept
+from seft_dist.config.pattern import check_kept
 
 DropSchedule = Literal["cosine", "linear", "constant"]
 OnDrop = Literal["commit_reactivated", "keep"]

@@ -1,0 +1,1 @@
+"""Reading, writing and hashing files: atomic, checked, never unpickled."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seft_dist.backends import Backend
-from seft_dist.pattern import pattern_sizes
+from seft_dist.config.pattern import pattern_sizes
 from seft_dist.sparsity import groups
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.partition import Interval

@@ -18,9 +18,9 @@ from torch.nn.functional import linear  # bound here: DeepSpeed replaces the att
 
 from seft_dist.backends.packed import PackedWeight, packed_of
 from seft_dist.kernels.sampled import dense_grad, sampled_grad_
+from seft_dist.modules.targets import ExpertWeight, Target, first_projection, is_conv1d
 from seft_dist.optim.delta import Support
-from seft_dist.optim.inputs import keep
-from seft_dist.optim.targets import ExpertWeight, Target, first_projection, is_conv1d
+from seft_dist.optim.recompute_inputs import keep
 from seft_dist.optim.window import Window
 
 ANCHOR = "seft_anchor"

@@ -15,6 +15,7 @@ from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
+from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution, EvolutionReport
 from seft_dist.optim.exchange import Exchange
@@ -23,7 +24,6 @@ from seft_dist.optim.notices import warn_without_evolution, warn_without_gradien
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
-from seft_dist.optim.targets import check_criteria, find_targets
 from seft_dist.optim.verdict import Verdict, judge
 from seft_dist.optim.window import Needs, Window, sampled, share_positions, take_kept
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from seft_dist.backends.group import Group
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import is_sharded, whole_shape
+from seft_dist.modules.targets import ALL_LINEAR, ExpertWeight, Target, find_targets
 from seft_dist.optim.linear import bind_forward
-from seft_dist.optim.targets import ALL_LINEAR, ExpertWeight, Target, find_targets
 
 _BLOCK = re.compile(r"((?:.*?\.)?\d+)(?:\.|$)")
 

@@ -6,13 +6,13 @@ import torch
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.config.pattern import pattern_sizes
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import disagreeing, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.groups import Groups, place
 from seft_dist.optim.state import State, fingerprint
-from seft_dist.pattern import pattern_sizes
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
 from seft_dist.sparsity.hashes import pieces

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
 from seft_dist.io.settings import Settings, check_usual_sizes, first_line
-from seft_dist.optim.targets import find_targets, matrix, weight_name
+from seft_dist.modules.targets import find_targets, matrix, weight_name
 from seft_dist.sparsity.partition import position_dtype
 
 _LLAMA2: dict[str, Any] = {

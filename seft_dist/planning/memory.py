@@ -8,7 +8,7 @@ from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.layout import Layout, micro_batches, packed_bytes
-from seft_dist.planning.trace import Work
+from seft_dist.planning.model_trace import Work
 from seft_dist.sparsity.partition import position_dtype
 
 GB = 1e9

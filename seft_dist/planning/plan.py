@@ -10,8 +10,8 @@ from seft_dist.planning.architectures import Shapes, find_architecture
 from seft_dist.planning.hardware import Rates, gpu_rates
 from seft_dist.planning.layout import Held, Layout, Packing, layouts, world_sizes
 from seft_dist.planning.memory import Memory, adam_memory, seft_memory
+from seft_dist.planning.model_trace import Work, trace
 from seft_dist.planning.timing import Time, adam_time, seft_time
-from seft_dist.planning.trace import Work, trace
 
 NEAR_CHEAPEST = 1.25
 """Layouts that cost at most this times the cheapest one's device-hours are ranked by time."""

@@ -9,7 +9,7 @@ from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.layout import Layout, micro_batches
 from seft_dist.planning.memory import lora_numel
-from seft_dist.planning.trace import Work
+from seft_dist.planning.model_trace import Work
 from seft_dist.planning.traffic import Links, Sent
 from seft_dist.sparsity.schedule import in_window, is_evolution
 

@@ -1,0 +1,1 @@
+"""Pruning: magnitude, Wanda and SparseGPT, one decoder layer at a time."""

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from seft_dist.backends.group import Group
-from seft_dist.io.batches import check_vocabulary
-from seft_dist.io.sequences import Sample
+from seft_dist.data.batches import check_vocabulary
+from seft_dist.data.sequences import Sample
 
 _TOKENS_AT_ONCE = 2048
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
-from seft_dist.optim.targets import ExpertWeight, Target, as_rows, from_rows, is_conv1d
+from seft_dist.modules.targets import ExpertWeight, Target, as_rows, from_rows, is_conv1d
 from seft_dist.pruning.calibrate import Calibration, find_layers
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.magnitude import magnitude_scores

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.export.export import export_model
+from seft_dist.export.folders import refuse_existing
 from seft_dist.files.writing import write_json
-from seft_dist.io.data import load_sequences
-from seft_dist.io.export import export_model
-from seft_dist.io.folders import refuse_existing
 from seft_dist.io.source import locate, open_source
-from seft_dist.io.tokenizer import load_tokenizer
-from seft_dist.optim.targets import Target, from_rows, matrix, weight_name
+from seft_dist.modules.targets import Target, from_rows, matrix, weight_name
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.masks import Ranking

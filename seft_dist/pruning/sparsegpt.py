@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from seft_dist.backends.group import Group
+from seft_dist.modules.targets import ExpertWeight, Target, as_rows
 from seft_dist.optim.linear import watch_experts
-from seft_dist.optim.targets import ExpertWeight, Target, as_rows
 from seft_dist.pruning.masks import TILE, Ranking, choose, num_pruned
 from seft_dist.pruning.wanda import no_tokens, not_finite, unused_experts
 

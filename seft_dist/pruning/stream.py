@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from seft_dist.io.models import named_state, outline
 from seft_dist.io.source import Source
-from seft_dist.optim.targets import Target, find_targets, is_conv1d, weight_name
+from seft_dist.modules.targets import Target, find_targets, is_conv1d, weight_name
 from seft_dist.sparsity.casts import cast_weight
 
 
@@ -38,7 +38,7 @@ class StreamedModel:
         self._names = {id(value): name for name, value in self._state.items()}
 
     def find_targets(self, pattern: str) -> dict[str, Target]:
-        """Find the weights a pattern names, as ``seft_dist.optim.targets``; from then on ``read_rows`` knows them."""
+        """Find the weights a pattern names, as ``seft_dist.modules.targets``; from then on ``read_rows`` knows them."""
         self._targets = find_targets(self.model, pattern)
         return self._targets
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seft_dist.backends.group import Group
+from seft_dist.modules.targets import ExpertWeight, Target, as_rows
 from seft_dist.optim.linear import watch_experts
-from seft_dist.optim.targets import ExpertWeight, Target, as_rows
 
 log = logging.getLogger(__name__)
 

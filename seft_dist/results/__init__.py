@@ -1,0 +1,1 @@
+"""Summaries, tables and figures of runs and sweeps, from the files that they left."""

@@ -1,0 +1,1 @@
+"""The arithmetic of masks: selection, schedules, hashes, bit masks; no ranks, no files."""

@@ -23,11 +23,13 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from seft_dist.config import DataConfig, StudyConfig
+from seft_dist.data.data_files import find_data_files, hash_files
 from seft_dist.files.hashing import sha256_of
 from seft_dist.files.reading import LENIENT, read_json
 from seft_dist.files.writing import write_bytes, write_json, write_text
-from seft_dist.io.data_files import find_data_files, hash_files
 from seft_dist.io.source import locate
+from seft_dist.session import facts
+from seft_dist.session.cli import to_yaml
 from seft_dist.study.found import Part, Start
 from seft_dist.study.methods import read_methods
 from seft_dist.study.options import flatten
@@ -35,8 +37,6 @@ from seft_dist.study.parts import check_parts, find_parts, stamp_of
 from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
 from seft_dist.study.split import FOLDER as DATA
 from seft_dist.study.split import Split, source_hash, write_split
-from seft_dist.training import facts
-from seft_dist.training.cli import to_yaml
 from seft_dist.training.writer_lock import LOCK, only_writer
 
 YAML, RECORD, WORKERS = "study.yaml", "study.json", "workers"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from seft_dist.config import DataConfig, StudyConfig, TrainConfig
+from seft_dist.session.cli import parser_of
 from seft_dist.study.options import arguments, as_text, flatten, told
-from seft_dist.training.cli import parser_of
 
 NONE = "none"
 """Value of ``method`` for a base that is measured as it is."""

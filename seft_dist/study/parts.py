@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seft_dist.config import DataConfig, StudyConfig
-from seft_dist.io.paragraphs import paragraphs, words
-from seft_dist.io.records import PLACE, read_records, select_records
+from seft_dist.data.paragraphs import paragraphs, words
+from seft_dist.data.records import PLACE, read_records, select_records
+from seft_dist.session.cli import parser_of, to_dict
 from seft_dist.study.found import Part
 from seft_dist.study.options import arguments, below, flatten
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
-from seft_dist.training.cli import parser_of, to_dict
 
 NEEDED = ("train", "validation", "test")
 _NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records")

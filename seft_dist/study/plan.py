@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
+from seft_dist.session.cli import parser_of, to_dict
 from seft_dist.study.methods import Method, Setting, with_seed
 from seft_dist.study.options import arguments, flatten, told
-from seft_dist.training.cli import parser_of, to_dict
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"

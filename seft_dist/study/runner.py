@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Protocol
 
 from seft_dist.files.writing import write_json, write_text
+from seft_dist.session.cli import to_dict, to_yaml
+from seft_dist.session.signals import StopRequest
 from seft_dist.study.found import Failure
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import DONE, Progress
@@ -36,8 +38,6 @@ from seft_dist.study.state import (
     has_diverged,
     read_failure,
 )
-from seft_dist.training.cli import to_dict, to_yaml
-from seft_dist.training.signals import StopRequest
 from seft_dist.training.writer_lock import TakenError, only_writer
 
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
+from seft_dist.data.data_files import find_data_files, hash_files, read_located
+from seft_dist.data.paragraphs import paragraphs, words
 from seft_dist.files.reading import check_kind
 from seft_dist.files.writing import write_text
-from seft_dist.io.data_files import find_data_files, hash_files, read_located
-from seft_dist.io.paragraphs import paragraphs, words
 
 PARTS = ("train", "validation", "test", "forgetting")
 FOLDER = "data"

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from seft_dist.config import StudyConfig
+from seft_dist.session.distributed import find_ranks
+from seft_dist.session.signals import StopRequest, name_of
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
 from seft_dist.study.found import write_results
@@ -18,8 +20,6 @@ from seft_dist.study.results import collect
 from seft_dist.study.runner import Launch, Runner, launch
 from seft_dist.study.state import State, Survey
 from seft_dist.study.tables import print_results, table_console, write_tables
-from seft_dist.training.distributed import find_ranks
-from seft_dist.training.signals import StopRequest, name_of
 from seft_dist.training.writer_lock import PATIENCE, TakenError, only_writer
 
 

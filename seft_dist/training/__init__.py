@@ -1,0 +1,1 @@
+"""One fine-tuning run: its step, its folder, its records."""

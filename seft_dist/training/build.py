@@ -17,12 +17,12 @@ from seft_dist.backends.gather import GatherSize
 from seft_dist.baselines.lora import check_peft
 from seft_dist.baselines.repruning import check_repruning
 from seft_dist.config import AdamConfig, TrainConfig
-from seft_dist.io.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
-from seft_dist.io.data import load_sequences
+from seft_dist.data.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import pad_id
 from seft_dist.io.models import Sharding, load_model
 from seft_dist.io.source import Source
-from seft_dist.io.tokenizer import pad_id
-from seft_dist.training.distributed import Ranks, together
+from seft_dist.session.distributed import Ranks, together
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.method import BASELINES, Method, TrainedSeft
 

@@ -7,10 +7,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from seft_dist.data.batches import Batch
 from seft_dist.files.writing import write_json
-from seft_dist.io.batches import Batch
 from seft_dist.io.checkpoint import latest
-from seft_dist.training.distributed import Ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.training.method import Method
 from seft_dist.training.run_folder import CHECKPOINTS
 

@@ -8,7 +8,7 @@ import torch
 
 from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import TrainConfig
-from seft_dist.io.batches import num_micro
+from seft_dist.data.batches import num_micro
 
 _OURS = ("optimizer", "gradient_clipping")
 """Keys that SeftOptimizer honours in place of the engine."""

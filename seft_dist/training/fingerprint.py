@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from seft_dist.io.batches import BatchStream
+from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
+from seft_dist.modules.targets import weight_name
 from seft_dist.optim.state import fingerprint
-from seft_dist.optim.targets import weight_name
+from seft_dist.session.distributed import Ranks, together
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
-from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.method import Method
 
 _PIECE = 1 << 24  # values that a rank reads at a time

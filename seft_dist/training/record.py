@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from seft_dist.config import TrainConfig
-from seft_dist.io.batches import Batch
+from seft_dist.data.batches import Batch
 from seft_dist.io.source import Source
-from seft_dist.training.distributed import Ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest

@@ -5,7 +5,7 @@ metrics.jsonl       see training/metrics.py
 checkpoints/        see io/checkpoint
 diagnosis/          see training/diagnosis.py: only if an error stopped it
 model/              the repaired model, a Hugging Face folder
-delta.safetensors   what changed against the pruned model, see io/export.py; not of method lora
+delta.safetensors   what changed against the pruned model, see export/export.py; not of method lora
 adapter/            of method lora: what was trained, as PEFT reads it
 merged/             of method lora_merged, while it is pruned again
 damaged-*           what could not be read when the run went on
@@ -29,13 +29,13 @@ from typing_extensions import TypedDict
 from seft_dist.baselines.lora import ADAPTER
 from seft_dist.baselines.repruning import MERGED
 from seft_dist.config import TrainConfig
+from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
-from seft_dist.io.chat_template import uses_date
+from seft_dist.session.cli import to_dict, to_yaml
+from seft_dist.session.distributed import Ranks, together
 from seft_dist.training import manifest, metrics, trace
-from seft_dist.training.cli import to_dict, to_yaml
-from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.method import Method
 from seft_dist.training.metrics import say
 from seft_dist.training.writer_lock import LOCK

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seft_dist.io.batches import Batch
-from seft_dist.io.sequences import IGNORE
+from seft_dist.data.batches import Batch
+from seft_dist.data.sequences import IGNORE
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch

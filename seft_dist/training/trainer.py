@@ -13,18 +13,19 @@ from torch import Tensor
 
 from seft_dist.baselines.baseline import Ending
 from seft_dist.config import TrainConfig
+from seft_dist.data.batches import Batch, BatchStream, count_loss_tokens
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.export.export import export_model
 from seft_dist.files.writing import write_json
-from seft_dist.io.batches import Batch, BatchStream, count_loss_tokens
 from seft_dist.io.checkpoint import BackgroundSaver
-from seft_dist.io.export import export_model
 from seft_dist.io.source import locate, open_source
-from seft_dist.io.tokenizer import load_tokenizer
 from seft_dist.kernels.describe import describe
-from seft_dist.training import distributed, facts
+from seft_dist.session import distributed, facts
+from seft_dist.session.cli import to_yaml
+from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.signals import StopRequest, name_of, stop_requests
 from seft_dist.training.build import Run, build, check_baseline, read_batches
-from seft_dist.training.cli import to_yaml
 from seft_dist.training.diagnosis import write_diagnosis
-from seft_dist.training.distributed import Ranks, together
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
 from seft_dist.training.metrics import Metrics, check_trackers, say, stopped, summary
@@ -42,7 +43,6 @@ from seft_dist.training.run_folder import (
     settle_batch,
     settle_date,
 )
-from seft_dist.training.signals import StopRequest, name_of, stop_requests
 from seft_dist.training.writer_lock import only_writer
 
 

@@ -1,0 +1,162 @@
+"""Token sequences of a data set, read from a memory-mapped file.
+
+A sequence is a pair of 1-D int64 tensors of one length: ``input_ids`` and ``labels``, where -100 means "no loss here".
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seft_dist.config import DataConfig
+from seft_dist.data.chat import REASONS
+from seft_dist.data.records import PLACE
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+
+Sample = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What sequences were made from, and how."""
+
+    config: DataConfig
+    kind: str
+    """"text", "instruction" or "chat"."""
+    records: Any
+    """The records that were read, a ``datasets.Dataset``."""
+    date: str | None
+    """Day that the chat template was shown as today; None: it does not look at it."""
+    adds_bos: bool
+    """Whether the tokenizer puts a bos token in front of ordinary text."""
+
+    @property
+    def bos(self) -> str:
+        """Where bos tokens stand, in words."""
+        if self.kind != "text":
+            return "as the chat template writes it"
+        if not self.adds_bos:
+            return "none"
+        return "one in front of each record" if self.config.join == "documents" else "one in front of the text"
+
+    def fingerprint(self) -> str:
+        """Hash the records that were read, before any tokenizer.
+
+        Returns:
+            32 hexadecimal digits; equal for equal records in equal columns, whatever files they are in.
+        """
+        digest = hashlib.sha256()
+        columns = sorted(name for name in self.records.column_names if name != PLACE)
+        for start in range(0, len(self.records), 1000):
+            some = self.records[start : start + 1000]
+            for row in zip(*(some[name] for name in columns), strict=True):
+                digest.update(json.dumps(dict(zip(columns, row, strict=True))).encode() + b"\n")
+        return digest.hexdigest()[:32]
+
+
+class PackedBlocks(Sequence[Sample]):
+    """Documents end to end, seen as blocks of ``seq_len`` tokens; nothing is copied until a block is read."""
+
+    def __init__(self, encoded: Any, origin: Origin) -> None:
+        config = origin.config
+        self.origin, self.num_documents = origin, len(encoded)
+        chunks = encoded.data.column("input_ids").chunks if len(encoded) else []
+        self._chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
+        self._seq_len = config.seq_len
+        self._owner = encoded  # keeps the memory map open
+        if len(self) == 0:
+            raise ValueError(
+                f"{config.path}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
+                f"data.seq_len={config.seq_len}: needs more text or a smaller seq_len"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole text, those behind the last full block included."""
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return self.num_tokens // self._seq_len
+
+    def __getitem__(self, index: Any) -> Any:
+        assert 0 <= index < len(self)
+        start, stop = index * self._seq_len, (index + 1) * self._seq_len
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            begin = int(self._starts[first])
+            part = self._chunks[first][start - begin : stop - begin]
+            parts.append(part)
+            start, first = start + len(part), first + 1
+        ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return ids, ids.clone()
+
+    def contents(self, start: int, stop: int) -> Iterator[Any]:
+        """Lengths and tokens of the sequences start <= i < stop, as int32 arrays end to end, for a digest."""
+        yield np.full(stop - start, self._seq_len, dtype=np.int32)
+        start, stop = start * self._seq_len, stop * self._seq_len
+        for begin, chunk in zip(self._starts, self._chunks, strict=False):
+            part = chunk[max(0, start - begin) : max(0, stop - begin)]
+            if len(part):
+                yield part
+
+
+class Conversations(Sequence[Sample]):
+    """One sequence for each record that has an answer."""
+
+    def __init__(self, encoded: Any, origin: Origin) -> None:
+        config, self.origin = origin.config, origin
+        why = np.asarray(encoded.with_format("numpy")["skipped"][:])
+        counts = {reason: int((why == number).sum()) for number, reason in enumerate(REASONS, start=1)}
+        told = "; ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        kept = np.flatnonzero(why == 0)
+        if len(kept) == 0:
+            raise ValueError(
+                f"{config.path}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
+                f"({told}): raise seq_len, or check the fields and data.kind"
+            )
+        if len(kept) < len(why):
+            log.warning("%s: %d of %d records are left out: %s", config.path, len(why) - len(kept), len(why), told)
+        lost = int(np.asarray(encoded.with_format("numpy")["lost_turns"][:]).sum())
+        if lost:
+            log.warning(
+                "%s: %d turns of the assistant are not learned: the chat template rewrites them, so that they cannot be "
+                "found; mark them in the template with {%% generation %%}",
+                *(config.path, lost),
+            )
+        encoded = encoded.select_columns(["input_ids", "labels"])
+        self._encoded = (encoded if len(kept) == len(why) else encoded.select(kept)).with_format("numpy")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all conversations."""
+        return sum(int(lengths.sum()) for lengths in self._lengths())
+
+    def _lengths(self) -> Iterator[Any]:
+        for start in range(0, len(self), 10_000):
+            yield next(iter(self.contents(start, min(start + 10_000, len(self)))))
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: Any) -> Any:
+        assert 0 <= index < len(self)
+        row = self._encoded[index]
+        return torch.from_numpy(row["input_ids"].astype(np.int64)), torch.from_numpy(row["labels"].astype(np.int64))
+
+    def contents(self, start: int, stop: int) -> Iterator[Any]:
+        """Lengths, tokens and labels of the sequences start <= i < stop, as int32 arrays, for a digest."""
+        rows = self._encoded.with_format("arrow")[start:stop]
+        yield rows["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        for name in ("input_ids", "labels"):
+            yield rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)

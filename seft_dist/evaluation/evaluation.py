@@ -1,0 +1,253 @@
+"""Models side by side: perplexity on a text, tasks of lm-evaluation-harness, and how many weights are 0.
+
+One process holds each model whole. Several ranks (torchrun, srun, ...) share the work, and hold each model in FSDP2 shards;
+the results are those of one process.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from seft_dist.backends.fsdp import FsdpBackend, reshard
+from seft_dist.backends.group import Group
+from seft_dist.config import EvaluateConfig, ModelConfig
+from seft_dist.data.load import load_sequences
+from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
+from seft_dist.evaluation.policy import Policy, describe, policy_of
+from seft_dist.files import writing
+from seft_dist.io.models import load_model
+from seft_dist.io.source import Source, open_source
+from seft_dist.modules.targets import find_targets
+from seft_dist.results.run_files import unlike
+from seft_dist.session import facts
+from seft_dist.session.cli import to_dict
+from seft_dist.session.distributed import Ranks, check_agreement, together
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, num_zeros, total_sparsity
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's results."""
+
+    name: str
+    path: str
+    zeros: list[ZeroCount]
+    result: PerplexityResult | None = None
+    """None: no data was given."""
+    policy: Policy | None = None
+    """How the result was measured; None without data."""
+    tasks: dict[str, Metrics] = field(default_factory=dict)
+    """Task of lm_eval to its metrics."""
+    seconds: float = 0.0
+    """What it took, loading included."""
+
+
+def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool = True) -> list[Evaluation]:
+    """Evaluate models one after the other on the same data. **Collective** over the ranks.
+
+    Args:
+        config: Which models, data and tasks; ``config.output`` gets the results as JSON, from rank 0.
+        ranks: From ``distributed.start``. None: this process alone.
+        show: Show progress bars (rank 0).
+
+    Returns:
+        One evaluation for each model, in the order of the configuration; the same on every rank.
+
+    Raises:
+        ValueError: A model, the data or a task cannot be used.
+    """
+    ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_agreement(ranks, json.dumps(to_dict(config)))
+    sources = together(ranks, lambda: _open_all(config))
+    tasks = _in_turn(
+        ranks, lambda: _tasks(config, show and ranks.is_main)
+    )  # a wrong name is found before the first model runs
+    results = []
+    for (name, path), source in zip(config.models.items(), sources, strict=True):
+        results.append(_evaluate_one(name, path, source, tasks, config, ranks, show and ranks.is_main))
+        gc.collect()  # a sharded model goes only now: its modules and hooks refer to each other
+    if config.output is not None and ranks.is_main:
+        write_json(results, config, Path(config.output).expanduser(), ranks)
+    return results
+
+
+def _evaluate_one(
+    name: str, path: str, source: Source, tasks: Any, config: EvaluateConfig, ranks: Ranks, show: bool
+) -> Evaluation:
+    begin = time.monotonic()
+    group = Group(dist.group.WORLD if ranks.world_size > 1 else None)
+    tokenizer = together(ranks, lambda: load_tokenizer(ModelConfig(path=path)))
+    data = config.data
+    sequences: Any = None
+    policy: Policy | None = None
+    if data is not None:
+        loaded = _in_turn(ranks, lambda: load_sequences(data, tokenizer, progress=show))
+        policy = together(ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch.")))
+        sequences = together(ranks, lambda: scored_sequences(loaded, config))
+    model = load_model(source, sharding="fsdp" if ranks.world_size > 1 else "none", device=ranks.device)
+    zeros = _zeros(model, config.targets, ranks)
+    result, metrics = None, {}
+    if sequences is not None:
+        label = f"Evaluating {name}" if show else None
+        result = perplexity(model, sequences, config.batch_size, group=group, progress=label)
+        reshard(model)
+    if tasks is not None:
+        from seft_dist.evaluation.tasks import run_tasks
+
+        metrics = run_tasks(model, tokenizer, tasks, config, group=group, show=show)
+    return Evaluation(name, path, zeros, result, policy, metrics, time.monotonic() - begin)
+
+
+def _open_all(config: EvaluateConfig) -> list[Source]:
+    if config.output is not None and Path(config.output).expanduser().is_dir():
+        raise ValueError(f"output={config.output} is a folder: needs a JSON file to write")
+    return [_open(name, path, config) for name, path in config.models.items()]
+
+
+def _open(name: str, path: str, config: EvaluateConfig) -> Source:
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "model" / "config.json").is_file():
+            raise ValueError(
+                f"models.{name}={path} is the folder of a run: needs its exported model, {folder / 'model'}"
+            )
+        if (folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"models.{name}={path} is the folder of a run without an exported model: write it with launch/export.py, "
+                "then give its folder"
+            )
+    return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
+
+
+def _tasks(config: EvaluateConfig, show: bool) -> Any:
+    if config.tasks is None:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f"tasks={config.tasks} needs lm-evaluation-harness: pip install 'seft_dist[eval]'")
+    from seft_dist.evaluation.tasks import load_tasks
+
+    return load_tasks(config, show=show)
+
+
+def _in_turn(ranks: Ranks, read: Any) -> Any:
+    """Read data on one rank of each machine, which fills the cache, then on the others. **Collective.**"""
+    result = None
+    for first in (True, False):
+        turn = (ranks.local_rank == 0) == first
+        done = together(ranks, lambda: read() if turn else None)  # noqa: B023
+        result = done if turn else result
+    return result
+
+
+def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount]:
+    """Zeros of each target, of all shards together. **Collective** if the model is sharded."""
+    targets = find_targets(model, pattern)
+    if ranks.world_size == 1:
+        return count_zeros(targets)
+    backend = FsdpBackend(model, targets)
+    zeros = torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
+    backend.owners.sum(zeros)
+    sizes = [rows * columns for rows, columns in backend.shapes]
+    return [ZeroCount(*counted) for counted in zip(backend.names, sizes, zeros.tolist(), strict=True)]
+
+
+def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ranks: Ranks) -> None:
+    """Write evaluations as JSON; the file appears complete. Local.
+
+    Args:
+        results: From ``evaluate``.
+        config: What was asked for.
+        path: The file; missing folders are made.
+        ranks: The processes that did it.
+    """
+    models = {}
+    for entry in results:
+        fit: dict[str, Any] = {}
+        if entry.result is not None and config.data is not None:
+            fit = dataclasses.asdict(entry.result) | {"window": config.data.seq_len, "stride": config.stride}
+        if entry.policy is not None:
+            fit["policy"] = dataclasses.asdict(entry.policy)
+        models[entry.name] = {
+            "path": entry.path,
+            **fit,
+            "tasks": entry.tasks,
+            "sparsity": total_sparsity(entry.zeros),
+            "seconds": round(entry.seconds, 3),
+            "layers": {c.name: {"weights": c.numel, "zeros": c.zeros, "share": c.sparsity} for c in entry.zeros},
+        }
+    settings = to_dict(config)
+    whole = {"data": settings.pop("data"), "models": models, "settings": settings}
+    whole |= {"world_size": ranks.world_size, "threads": torch.get_num_threads(), "versions": _versions(config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing.write_json(path, whole)
+
+
+def _versions(config: EvaluateConfig) -> dict[str, str | None]:
+    from importlib import metadata
+
+    return facts.versions() | ({"lm_eval": metadata.version("lm_eval")} if config.tasks else {})
+
+
+def result_table(results: list[Evaluation]) -> Table:
+    """Perplexity and sparsity, one row a model. Local."""
+    table = Table(title="Perplexity")
+    for column in ("model", "perplexity", "loss", "tokens scored", "zeros"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for entry in results:
+        share = f"{100 * total_sparsity(entry.zeros):.2f} %"
+        fit = entry.result
+        row = ("-", "-", "-") if fit is None else (f"{fit.perplexity:.3f}", f"{fit.loss:.4f}", f"{fit.num_tokens:,}")
+        table.add_row(entry.name, *row, share)
+    policies = [entry.policy for entry in results if entry.policy is not None]
+    if policies:
+        table.caption = describe(policies[0])
+        hows = {entry.name: dataclasses.asdict(entry.policy) for entry in results if entry.policy is not None}
+        for how in hows.values():
+            del how["data"]  # the same text may lie in two places
+        if any(how | {"dtype": ""} != next(iter(hows.values())) | {"dtype": ""} for how in hows.values()):
+            table.caption = f"These perplexities cannot be compared: {', '.join(unlike(hows))}."
+        elif len({policy.dtype for policy in policies}) > 1:
+            table.caption += "; the models are held in different types"
+    return table
+
+
+def task_table(results: list[Evaluation]) -> Table:
+    """Metrics of tasks with their standard errors, one row a metric, one column a model. Local."""
+    table = Table(title="Tasks")
+    for column in ("task", "questions", "metric"):
+        table.add_column(column, justify="right" if column == "questions" else "left")
+    for entry in results:
+        table.add_column(entry.name, justify="right")
+    rows = {
+        (task, metric): None
+        for entry in results
+        for task, metrics in entry.tasks.items()
+        for metric in metrics
+        if metric != "samples" and "_stderr" not in metric
+    }
+    for task, metric in rows:
+        found = [entry.tasks.get(task, {}) for entry in results]
+        asked = next((str(int(metrics["samples"])) for metrics in found if "samples" in metrics), "-")
+        table.add_row(task, asked, metric, *(_cell(metrics, metric) for metrics in found))
+    return table
+
+
+def _cell(metrics: Metrics, metric: str) -> str:
+    if metric not in metrics:
+        return "-"
+    name, comma, filtered = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{filtered}")
+    return f"{metrics[metric]:.4f}" + (f" ± {error:.4f}" if error is not None else "")

@@ -1,0 +1,292 @@
+"""Tasks of lm-evaluation-harness (the extra ``eval``) on a model in this process, whole or sharded over ranks.
+
+lm_eval is imported only here. It runs as in one process on every rank; only the calls of the model are dealt out. So any
+way of sharding works, and scores, few-shot examples and bootstrap are lm_eval's own. Templates of tasks are rendered in
+jinja2's sandbox; but a description may also name Python functions: it is code, to be trusted as such.
+"""
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import lm_eval.utils  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import torch.distributed as dist
+import yaml
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from seft_dist.backends.group import Group
+from seft_dist.config import EvaluateConfig
+from seft_dist.data.data_files import BUILDERS
+from seft_dist.data.records import reason
+from seft_dist.files.reading import check_yaml, read_text
+
+Metrics = dict[str, float]
+
+SEED = 1234
+"""lm_eval's own default: which few-shot examples are drawn, and sampling where a task asks for it."""
+
+
+class RankedLM(HFLM):
+    """lm_eval's model of transformers, its requests dealt out to the ranks of a group. Every method is **collective**.
+
+    lm_eval sees one process: each rank hands the same requests in and gets all answers back.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, group: Group
+    ) -> None:
+        """Args:
+        model: Whole, or sharded over the group (then no rank holds more than a layer beside its shard).
+        tokenizer: The model's.
+        batch_size: Requests of a rank in one forward pass.
+        group: Ranks that share the work.
+        """
+        self._group = group
+        noisy = logging.getLogger("lm_eval.models.huggingface")
+        level = noisy.level
+        noisy.setLevel(logging.ERROR)  # it warns that a model which is loaded already cannot be started by accelerate
+        try:
+            # Without the cache as many requests mean as many passes, which ranks that gather shards need.
+            super().__init__(
+                model,
+                backend="causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                softmax_dtype="float32",
+                logits_cache=group.size == 1,
+            )
+        finally:
+            noisy.setLevel(level)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Any]:
+        quiet = disable_tqdm or self._group.rank > 0
+        ask = super()._loglikelihood_tokens
+        return self._deal(requests, lambda own: ask(own, disable_tqdm=quiet, override_bs=override_bs))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue each request's text, those with the same settings together."""
+        quiet = disable_tqdm or self._group.rank > 0
+        ask = super().generate_until
+        kinds: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            kinds.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        answers = [""] * len(requests)
+        for numbers in kinds.values():  # lm_eval makes a pass of its own for each kind: the ranks need as many
+            found = self._deal([requests[number] for number in numbers], lambda own: ask(own, disable_tqdm=quiet))
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+        return answers
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        if self._group.size > 1:
+            settings["synced_gpus"] = True  # a rank whose texts are finished goes on until all are
+        return super()._model_generate(context, max_length, stop, **settings)
+
+    def _deal(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Answers to all requests, each asked on one rank; every rank asks equally many."""
+        size = self._group.size
+        if size == 1 or not requests:
+            return ask(requests)
+        filled = requests + [requests[-1]] * (-len(requests) % size)
+        answers: list[list[Any]] = [[] for _ in range(size)]
+        dist.all_gather_object(answers, ask(filled[self._group.rank :: size]), group=self._group.group)
+        return [answers[number % size][number // size] for number in range(len(requests))]
+
+
+def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
+    """Find the tasks and read their records. Local.
+
+    Args:
+        config: Its tasks, task_files and tasks_path.
+        show: Let lm_eval write to stderr.
+
+    Returns:
+        lm_eval's dictionary of tasks and groups, for ``run_tasks``; it serves for any number of models.
+
+    Raises:
+        ValueError: There is no such task or file, or the records cannot be had.
+    """
+    names = [name.strip() for name in (config.tasks or "").split(",")]
+    with tempfile.TemporaryDirectory() as folder, _quiet(not show), _sandbox():
+        manager = _task_manager(config, names)
+        found: list[Any] = []
+        for name in names:
+            if name not in manager.task_index:
+                near = difflib.get_close_matches(name, manager.all_tasks, 3)
+                hint = f"; near it: {', '.join(near)}" if near else ""
+                raise ValueError(f"tasks: lm_eval knows no {name}{hint}. Needs a name of its list, or of tasks_path")
+            spec = (
+                _from_file(manager, name, config.task_files[name], Path(folder)) if name in config.task_files else name
+            )
+            try:
+                loaded = manager.load([spec])
+            except SecurityError as error:
+                raise ValueError(_unsafe(error)) from error
+            except Exception as error:  # of the datasets library, the hub's client, or of a task's own code
+                raise ValueError(_no_records(name, config.task_files.get(name), reason(error))) from error
+            groups = loaded["groups"]  # with their members inside
+            found += [groups[name]] if name in groups else list(loaded["tasks"].values())
+        return manager.load(found)
+
+
+def _no_records(name: str, file: str | None, why: str) -> str:
+    if file is not None:
+        return f"task {name} cannot use the records of {file} ({why}): needs the columns of the task's data set"
+    return (
+        f"task {name}: its records cannot be had ({why}): give a file of them with --task_files.{name} FILE, or fill the "
+        "cache of the hub where there is a network"
+    )
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Any,
+    config: EvaluateConfig,
+    *,
+    group: Group | None = None,
+    show: bool = True,
+) -> dict[str, Metrics]:
+    """Ask a model the questions of tasks. **Collective** over ``group``.
+
+    Args:
+        model: A causal LM, whole or sharded over ``group``.
+        tokenizer: Its own.
+        tasks: From ``load_tasks``.
+        config: Its batch_size, fewshot, limit and chat_template.
+        group: Ranks that share the work. None: this process alone.
+        show: Show lm_eval's progress bars (on the group's first rank).
+
+    Returns:
+        Task or group to its metrics, as lm_eval calls them ("acc", "acc_stderr", filters behind a comma), and "samples",
+        the number of questions. The same on every rank.
+
+    Raises:
+        ValueError: A task and this model do not fit.
+    """
+    group = group or Group(None)
+    training = model.training
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (
+            config.fewshot is not None and own != 0
+        ):  # 0 in a task's description is meant, as in lm-eval
+            task.set_config(key="num_fewshot", value=config.fewshot or 0)
+        task.set_fewshot_seed(seed=SEED)
+    set_seed(SEED)
+    try:
+        with _quiet(not show or group.rank > 0), _sandbox():
+            outcome = lm_eval.evaluate(
+                lm=RankedLM(model, tokenizer, config.batch_size, group),
+                task_dict=tasks,
+                limit=config.limit,
+                apply_chat_template=config.chat_template,
+                fewshot_as_multiturn=config.chat_template,
+                log_samples=False,
+            )
+    except SecurityError as error:
+        raise ValueError(_unsafe(error)) from error
+    except TemplateError as error:
+        raise ValueError(f"a template of the tasks {config.tasks} cannot be rendered: {error}") from error
+    model.train(training)
+    return _metrics(outcome)
+
+
+@contextlib.contextmanager
+def _sandbox() -> Iterator[None]:
+    """Render templates of tasks so that they reach the record only; in lm_eval's own environment they can call anything."""
+    own = lm_eval.utils.env
+    safe = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    safe.filters.update(own.filters)
+    lm_eval.utils.env = safe
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = own
+
+
+def _unsafe(error: SecurityError) -> str:
+    return f"a template of a task reaches for more than its record ({error}): needs one that only reads the record's columns"
+
+
+@contextlib.contextmanager
+def _quiet(on: bool) -> Iterator[None]:
+    """Nothing on stderr: lm_eval takes each rank for the only one, and each would draw the same bars."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if on else sys.stderr):
+        yield
+
+
+def _metrics(outcome: Any) -> dict[str, Metrics]:
+    found: dict[str, Metrics] = {}
+    for name, values in outcome["results"].items():
+        numbers = {
+            key.removesuffix(",none"): float(value)
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and key != "sample_len"
+        }
+        counts = outcome.get("n-samples", {}).get(name)
+        found[name] = numbers | ({"samples": counts["effective"]} if counts else {})
+    return found
+
+
+def _task_manager(config: EvaluateConfig, names: list[str]) -> Any:
+    """lm_eval's list of tasks; reading all of its own takes seconds, so only if they are needed."""
+    if config.tasks_path is not None:
+        folder = Path(config.tasks_path).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"tasks_path={config.tasks_path} is no folder: needs one with .yaml files of tasks")
+        for file in (*folder.rglob("*.yaml"), *folder.rglob("*.yml")):
+            text = read_text(file) if file.is_file() else ""
+            if "*" in text:
+                _check_aliases(text, str(file))
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=config.tasks_path)
+
+
+def _check_aliases(text: str, name: str) -> None:
+    try:
+        check_yaml(text, name)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _from_file(manager: Any, name: str, file: str, folder: Path) -> str:
+    """Write the description of a task that is the one lm_eval has, but for where its records come from.
+
+    Returns:
+        The description's path, which lm_eval takes instead of a name.
+    """
+    path, entry = Path(file).expanduser().resolve(), manager.task_index[name]
+    if name not in manager.all_subtasks or entry.yaml_path is None:
+        raise ValueError(f"task_files.{name}: {name} is a group of tasks: give each of its tasks a file")
+    if not path.is_file() or BUILDERS.get(path.suffix) not in ("json", "parquet"):
+        raise ValueError(f"task_files.{name}={file} is no file that can be read: needs a .json, .jsonl or .parquet")
+    text = {
+        "include": str(entry.yaml_path),
+        "dataset_path": BUILDERS[path.suffix],
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        **{"test_split": "test", "validation_split": None, "training_split": None, "fewshot_split": "test"},
+    }
+    description = folder / f"{name}.yaml"
+    description.write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML
+    return str(description)

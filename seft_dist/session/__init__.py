@@ -1,0 +1,1 @@
+"""What every program of launch/ shares: options, ranks, signals, the environment."""

@@ -1,0 +1,254 @@
+"""What every door in launch/ shares: options from a dataclass, and errors of users without a traceback.
+
+A door is four lines::
+
+    def main() -> None:
+        config = parse(PruneConfig, description=__doc__)
+        ...
+
+    if __name__ == "__main__":
+        run(main)
+
+This file imports no torch, so that ``--help`` is quick.
+"""
+
+import dataclasses
+import functools
+import re
+import sys
+import traceback
+import types
+import typing
+from argparse import HelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+
+from seft_dist.files.reading import check_yaml
+
+T = TypeVar("T")
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LONGEST_MESSAGE = 1000
+_load_any_yaml = get_loader("yaml")
+
+
+def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Make a configuration from the command line and ``--config`` files. **Local.**
+
+    Later options win over earlier ones, options over defaults. Nested dataclasses take dotted names (``--data.path``).
+    ``--print_config`` prints the checked result as YAML and exits. ``--local_rank``, which DeepSpeed's launcher adds,
+    is accepted and ignored (the environment says the rank).
+
+    Args:
+        config_class: A dataclass of ``seft_dist.config``.
+        argv: The arguments; None: those of the process.
+        description: First lines of ``--help``.
+
+    Returns:
+        A checked ``config_class``.
+
+    Raises:
+        ValueError: The values contradict each other (from the dataclass's own check).
+        SystemExit: An option is unknown, missing or of the wrong type (code 2), or ``--help`` or ``--print_config``.
+    """
+    values = _parser(config_class, description).parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    config = _build(config_class, values)
+    if values.print_config:
+        print(to_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
+    """Make what reads many lists of options, none of them the command line of this process. **Local.**
+
+    Args:
+        config_class: A dataclass of ``seft_dist.config``.
+
+    Returns:
+        A function of options and of what they are called in messages, e.g. "methods.lora". It makes a checked
+        ``config_class``, or raises ValueError for whatever is wrong with them.
+    """
+    parser = _raising_parser(typing.cast(Any, config_class))
+
+    def read(argv: Sequence[str], name: str) -> T:
+        try:
+            return _build(config_class, parser.parse_args(list(argv)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    return read
+
+
+@functools.cache
+def _raising_parser(config_class: type) -> "_Parser":
+    """Made once: that takes longer than all it reads."""
+    parser = _parser(config_class, None)
+    parser.raises = True
+    return parser
+
+
+def _parser(config_class: type, description: str | None) -> "_Parser":
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+    usage = "%(prog)s [--config FILE] [options]"
+    parser = _Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; may be repeated.")
+    parser.add_argument("--print_config", action="store_true", help="Print the checked configuration as YAML and exit.")
+    parser.add_class_arguments(config_class)
+    for field, inner in _optional_dataclasses(config_class):
+        parser.add_optional_group(field, inner)
+    return parser
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain dicts and lists, for JSON or YAML. **Local.**"""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """Write a configuration dataclass as YAML that ``--config`` reads back. **Local.**"""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a door: errors of users print one message, on one rank, and no traceback. **Local.**
+
+    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command would
+    fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs
+    or ranks that were lost, and keep their traceback.
+    """
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if getattr(error, "from_any_rank", False) or _speaks_first():
+            print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, OSError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(ArgumentParser):
+    """Prints the one line that matters on an error, and the fields of optional groups in the help."""
+
+    raises = False
+    """True: an error is a ValueError, and does not end the process."""
+
+    def add_optional_group(self, name: str, config_class: type) -> None:
+        """Show the options of a dataclass that may be left out as a whole: jsonargparse hides them."""
+        shown = ArgumentParser(add_help=False, usage="")
+        shown.add_class_arguments(config_class, name)
+        text = shown.format_help().partition(f"  --{name} CONFIG")[2].partition("\n")[2]
+        optional = "\n".join(
+            line.replace("(required, type", "(needed in this group, type") for line in text.splitlines()
+        )
+        self._optional = (
+            getattr(self, "_optional", "") + f"\nOptions inside --{name}, which may be left out:\n{optional}\n"
+        )
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return super().format_help(formatter) + getattr(self, "_optional", "")
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._file = str(cfg_path)
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(f"not UTF-8 text ({error.reason} at byte {error.start})", error)
+        finally:
+            self._file = ""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if len(message) > _LONGEST_MESSAGE:  # it may repeat a whole file
+            message = message[:_LONGEST_MESSAGE] + " ..."
+        if getattr(self, "_file", ""):
+            message = f"{self._file}: {message}"
+        named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
+        if named:
+            message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
+        if self.raises:
+            raise ValueError(" ".join(message.split()))
+        if _speaks_first():
+            print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse does, but aliases that multiply and bottomless nesting are an error."""
+    if len(text) > 200 or "*" in text:
+        try:
+            check_yaml(text, "the YAML")
+        except ValueError as error:
+            raise yaml.YAMLError(str(error)) from error
+    return _load_any_yaml(text)
+
+
+def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
+    found = []
+    for name, hint in typing.get_type_hints(config_class).items():
+        if isinstance(hint, types.UnionType):
+            found += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+    return typing.cast(list[tuple[str, type]], found)
+
+
+def _build(config_class: type[T], values: Namespace) -> T:
+    """Make the dataclass from parsed values, inner ones first, so that each check speaks with its own words."""
+    hints = typing.get_type_hints(config_class)
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, config_class)):
+        value = values[field.name]
+        inner = [
+            hint for hint in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(hint)
+        ]
+        if inner and isinstance(value, Namespace):
+            value = _build(typing.cast(type, inner[0]), value)
+        made[field.name] = value
+    return config_class(**made)
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _speaks_first() -> bool:
+    """True on exactly one of the ranks that fail: the first to ask, or rank 0 while there is no process group."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        try:
+            return bool(dist.distributed_c10d._get_default_store().add("seft_dist/error", 1) == 1)
+        except RuntimeError:  # the store went down with a rank that failed before, and said so
+            return False
+    from seft_dist.session.distributed import find_ranks
+
+    try:
+        return find_ranks().is_main
+    except ValueError:
+        return True
+
+
+def _origin(error: BaseException) -> str:
+    """Where an error arose, if not in a check of ours: such a message alone may not be enough to find the cause."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(frame.filename).resolve()
+    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the door itself
+    return "" if ours else f"\n(raised in {frame.filename}:{frame.lineno})"
