@@ -87,11 +87,7 @@ def test_imports_only_lower_floors_or_the_own_folder(path: Path) -> None:
 
 def test_every_room_has_a_floor_and_says_what_it_is() -> None:
     assert {room_of(path) for path in PACKAGE} == {*FLOORS, "__init__"}
-    silent = [
-        name_of(path)
-        for path in [*PACKAGE, *DOORS, *TESTS]
-        if not ast.get_docstring(tree_of(path))
-    ]
+    silent = [name_of(path) for path in [*PACKAGE, *DOORS, *TESTS] if not ast.get_docstring(tree_of(path))]
     assert not silent, f"no docstring at the top: {silent}"
 
 

@@ -16,7 +16,7 @@ __all__ = ["Backend", "Holder", "find_backend"]
 
 
 def find_backend(model: nn.Module, targets: Mapping[str, Holder], group: dist.ProcessGroup | None) -> Backend:
-    """Choose the backend that fits how the targets' weights are held now. Local.
+    """Choose the backend that fits how the targets' weights are held now.
 
     Args:
         model: The root module that is trained.

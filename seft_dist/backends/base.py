@@ -76,28 +76,28 @@ class Backend(ABC):
         return False
 
     def _matrix(self, shape: Sequence[int]) -> tuple[int, int]:
-        """A weight's shape as rows and columns. Local."""
+        """A weight's shape as rows and columns."""
         return prod(shape[:-1]), shape[-1]
 
     @abstractmethod
     def _shape(self, i: int) -> tuple[int, int]:
-        """Whole shape [rows, columns] of weight i. Local."""
+        """Whole shape [rows, columns] of weight i."""
 
     @abstractmethod
     def _partition(self, i: int) -> Partition:
-        """How weight i is divided. Local."""
+        """How weight i is divided."""
 
     def _kind(self, i: int) -> tuple[torch.dtype, torch.device]:
-        """Type and place of weight i's shard. Local."""
+        """Type and place of weight i's shard."""
         return self.own(i).dtype, self.own(i).device
 
     @abstractmethod
     def own(self, i: int) -> Tensor:
-        """The owned interval of weight i, flat, in the model's dtype: to read, maybe a copy. Local."""
+        """The owned interval of weight i, flat, in the model's dtype: to read, maybe a copy."""
 
     @abstractmethod
     def places(self, i: int, positions: Tensor) -> Tensor:
-        """Where ``load``, ``store`` and ``store_all`` find positions; holds until the weight's mask changes. Local.
+        """Where ``load``, ``store`` and ``store_all`` find positions; holds until the weight's mask changes.
 
         Args:
             i: Which target.
@@ -109,20 +109,20 @@ class Backend(ABC):
 
     @abstractmethod
     def memory(self, i: int) -> tuple[Tensor, int]:
-        """What the places of weight i point into, flat, in the model's dtype, and the place of its first value. Local."""
+        """What the places of weight i point into, flat, in the model's dtype, and the place of its first value."""
 
     def load(self, i: int, places: Tensor) -> Tensor:
-        """The weights at some places, in the model's dtype. Local."""
+        """The weights at some places, in the model's dtype."""
         memory, start = self.memory(i)
         return memory[places.long() - start]
 
     def store(self, i: int, places: Tensor, values: Tensor) -> None:
-        """Put values, in the model's dtype, at some places; inside ``writing()``. Local."""
+        """Put values, in the model's dtype, at some places; inside ``writing()``."""
         memory, start = self.memory(i)
         memory[places.long() - start] = values
 
     def store_all(self, places: Sequence[Tensor], values: Tensor) -> None:
-        """Put values into every weight, as ``store``. Local.
+        """Put values into every weight, as ``store``.
 
         Args:
             places: Of each weight.
@@ -133,7 +133,7 @@ class Backend(ABC):
 
     @abstractmethod
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. Local; ``settle`` once after all.
+        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. ``settle`` once after all.
 
         Args:
             i: Which target.
@@ -143,7 +143,7 @@ class Backend(ABC):
 
     @abstractmethod
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
-        """Put a whole own interval; inside ``writing()``. **Collective** if replicated; ``settle`` once after all.
+        """Put a whole own interval; inside ``writing()``. Collective if replicated; ``settle`` once after all.
 
         Args:
             i: Which target.
@@ -153,19 +153,19 @@ class Backend(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Agree on what depends on the masks, after ``remask`` or ``put_own``. **Collective** where anything does."""
+        """Agree on what depends on the masks, after ``remask`` or ``put_own``. Collective where anything does."""
 
     @abstractmethod
     def prepare_write(self) -> None:
-        """Drop gathered copies that would hide a write to the shards. Local."""
+        """Drop gathered copies that would hide a write to the shards."""
 
     @abstractmethod
     def publish_write(self) -> None:
-        """Make writes to the shards visible to the next forward. Local."""
+        """Make writes to the shards visible to the next forward."""
 
     @abstractmethod
     def read(self, i: int, positions: Tensor) -> Tensor:
-        """Weights as the next forward will see them. **Collective**.
+        """Weights as the next forward will see them. Collective.
 
         Args:
             i: Which target.
@@ -177,26 +177,26 @@ class Backend(ABC):
 
     @abstractmethod
     def full(self, parameter: Tensor) -> Tensor:
-        """The whole value of any parameter of the model, for one-at-a-time export. **Collective**."""
+        """The whole value of any parameter of the model, for one-at-a-time export. Collective."""
 
     def interval(self, i: int) -> Interval:
-        """The interval of weight i that this rank owns. Local."""
+        """The interval of weight i that this rank owns."""
         return self.partitions[i].interval(self.owners.rank)
 
     def stored(self, i: int) -> Interval:
-        """The interval of weight i whose values this rank holds and must be told. Local."""
+        """The interval of weight i whose values this rank holds and must be told."""
         return Interval(0, prod(self.shapes[i])) if self.replicates else self.interval(i)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Weights are written inside this context only. Local."""
+        """Weights are written inside this context only."""
         self.prepare_write()
         with torch.no_grad():
             yield
         self.publish_write()
 
     def reduce_dense(self, i: int, grad: Tensor) -> Tensor:
-        """Average the dense gradient of weight i over all ranks; each keeps its own interval. **Collective**.
+        """Average the dense gradient of weight i over all ranks; each keeps its own interval. Collective.
 
         Args:
             i: Which target.
@@ -215,7 +215,7 @@ class DenseBackend(Backend):
 
     @abstractmethod
     def local(self, i: int) -> Tensor:
-        """The stored interval of weight i, flat, in the model's dtype: the very memory. Local."""
+        """The stored interval of weight i, flat, in the model's dtype: the very memory."""
 
     def own(self, i: int) -> Tensor:
         interval = self.interval(i)

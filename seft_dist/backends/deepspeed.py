@@ -80,7 +80,7 @@ class _DsConfig(TypedDict, total=False):
 
 
 def is_zero3(weight: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds this weight. Local."""
+    """Whether DeepSpeed ZeRO-3 holds this weight."""
     return hasattr(weight, "ds_id")
 
 
@@ -214,7 +214,7 @@ def _check_depth(content: Any, name: str) -> None:
 
 
 def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None = None) -> dict[str, Any]:
-    """Arguments for ``SeftOptimizer`` from a ds_config's optimizer block and gradient_clipping. Local.
+    """Arguments for ``SeftOptimizer`` from a ds_config's optimizer block and gradient_clipping.
 
     Args:
         ds_config: Path of a JSON file, or its content.

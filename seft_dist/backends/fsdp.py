@@ -20,7 +20,7 @@ from seft_dist.sparsity.partition import Partition
 
 
 def reshard(model: nn.Module) -> None:
-    """Free every gathered copy, so that parameters are shards (DTensors) again. Local.
+    """Free every gathered copy, so that parameters are shards (DTensors) again.
 
     An evaluation forward leaves the root group gathered; a write to the shard behind it would not be seen.
     """
@@ -30,17 +30,17 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied anywhere in the model. Local."""
+    """Whether ``fully_shard`` was applied anywhere in the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def whole_value(parameter: Tensor) -> Tensor:
-    """The whole value of a parameter, sharded or not. **Collective** if sharded."""
+    """The whole value of a parameter, sharded or not. Collective if sharded."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def pack_gathers(model: nn.Module) -> list[GatherSize]:
-    """Let FSDP2 send pruned weights packed, unit by unit where that pays. **Collective**; before ``SeftOptimizer`` attaches.
+    """Let FSDP2 send pruned weights packed, unit by unit where that pays. Collective; before ``SeftOptimizer`` attaches.
 
     The resident shards stay dense; training is the same bit for bit. Call it again if weights were changed other than by
     the optimizer. A unit whose parameters are of several types is sent as it is.

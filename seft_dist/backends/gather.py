@@ -55,11 +55,11 @@ class PackedAllGather:
         """Bytes this rank has sent, as a ring would."""
 
     def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for FSDP2's gathered weights. Local."""
+        """Memory for FSDP2's gathered weights."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def size(self, numel: int, itemsize: int) -> GatherSize:
-        """What a shard of ``numel`` values takes. Local."""
+        """What a shard of ``numel`` values takes."""
         dense = numel * itemsize
         if self.capacity is None or itemsize not in _WORDS:
             return GatherSize(self.name, dense, dense)
@@ -68,7 +68,7 @@ class PackedAllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Gather; complete when it returns, or in the order of the stream on a GPU. **Collective**.
+        """Gather; complete when it returns, or in the order of the stream on a GPU. Collective.
 
         Args:
             output_tensor: [ranks * n]; gets every rank's shards.

@@ -12,7 +12,7 @@ from torch import Tensor
 def all_gather_single(
     output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> dist.Work | None:
-    """Gather equally large tensors into one, by the name that this torch has for it. **Collective.**
+    """Gather equally large tensors into one, by the name that this torch has for it. Collective.
 
     Args:
         output: Receives the ranks' values, in rank order; as many times larger as there are ranks.
@@ -31,8 +31,8 @@ def all_gather_single(
 class Group:
     """Ranks that act together; ``None`` is one process alone, with the same code path.
 
-    Every method that is not a property is **collective**: all ranks of the group must enter it, in the same order, also
-    with nothing to send. Bytes are counted as a ring would send them.
+    Every method that is not a property is Collective: all ranks of the group must enter it, in the same order, also with
+    nothing to send. Bytes are counted as a ring would send them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, counted_with: "Group | None" = None) -> None:

@@ -49,11 +49,11 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank keeps of it. Local."""
+        """Bytes that this rank keeps of it."""
         return self.bits.nbytes + self.values.nbytes
 
     def put(self, own: Tensor, bits: Tensor | None = None) -> None:
-        """Replace the own rows; ``PackedShards.settle`` once after all. Local.
+        """Replace the own rows; ``PackedShards.settle`` once after all.
 
         Args:
             own: [len(interval)], flat.
@@ -65,19 +65,19 @@ class PackedWeight:
         self.values = encode(own, self.bits)
 
     def own(self) -> Tensor:
-        """The own rows, flat, a new tensor. Local."""
+        """The own rows, flat, a new tensor."""
         out = torch.empty(len(self.interval), dtype=self.dtype, device=self.bits.device)
         return decode(self.bits, self.values, out)
 
     def dense(self) -> Tensor:
-        """The whole weight, in memory that the next call for any weight uses again. **Collective**.
+        """The whole weight, in memory that the next call for any weight uses again. Collective.
 
         All ranks must ask for the weights of a model in the same order.
         """
         return self.shards.decode(self._unit, self)
 
     def places(self, positions: Tensor) -> Tensor:
-        """Index into ``values`` of flat positions in the mask, int32; int64 of 2^31 own positions or more. Local."""
+        """Index into ``values`` of flat positions in the mask, int32; int64 of 2^31 own positions or more."""
         kind = position_dtype(len(self.interval))
         if not positions.numel():
             return positions.to(kind)
@@ -92,12 +92,12 @@ class PackedWeight:
 
 
 def packed_of(parameter: Tensor) -> PackedWeight | None:
-    """The packed weight behind a parameter's outline; None for an ordinary parameter. Local."""
+    """The packed weight behind a parameter's outline; None for an ordinary parameter."""
     return getattr(parameter, "seft_packed", None)
 
 
 def outline(weight: PackedWeight) -> nn.Parameter:
-    """What stands in a module in a packed weight's place: shape and type without values. Local."""
+    """What stands in a module in a packed weight's place: shape and type without values."""
     parameter: Any = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
     parameter.seft_packed = weight
     return parameter
@@ -131,16 +131,16 @@ class PackedShards:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank keeps of all packed weights. Local."""
+        """Bytes that this rank keeps of all packed weights."""
         return sum(weight.nbytes for unit in self._units for weight in unit)
 
     @property
     def numel(self) -> int:
-        """Weights of the whole model that are packed, zeros included. Local."""
+        """Weights of the whole model that are packed, zeros included."""
         return sum(prod(weight.shape) for unit in self._units for weight in unit)
 
     def add_unit(self, outlines: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[nn.Parameter]:
-        """Add weights that are gathered together; they have no values yet. Local.
+        """Add weights that are gathered together; they have no values yet.
 
         Args:
             outlines: Whole shape and type of each.
@@ -160,19 +160,19 @@ class PackedShards:
         return parameters
 
     def settle(self) -> None:
-        """Tell all ranks how many values each has of each weight; forget what is gathered. **Collective**."""
+        """Tell all ranks how many values each has of each weight; forget what is gathered. Collective."""
         self.invalidate()
         counts = [weight.values.numel() for unit in self._units for weight in unit]
         self._counts = self.owners.stack(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def invalidate(self) -> None:
-        """Forget what is gathered, because values have changed. All ranks together, but nothing is sent. Local."""
+        """Forget what is gathered, because values have changed. All ranks together, but nothing is sent."""
         if self._coming is not None:
             self._coming[2].wait()
         self._forget_gathered()
 
     def decode(self, unit: int, weight: PackedWeight) -> Tensor:
-        """The whole of a unit's weight, in memory that the next call uses again. **Collective**."""
+        """The whole of a unit's weight, in memory that the next call uses again. Collective."""
         numel = prod(weight.shape)
         scratch = self._scratch.get(weight.dtype)
         if scratch is None:
@@ -204,7 +204,7 @@ class PackedShards:
         return _aligned(self._offsets[id(last)][1] + -(-last.partition.chunk // 8))
 
     def unit_bytes(self, unit: int) -> int:
-        """Bytes that each rank sends of a unit: those of the rank with most values. Local, after ``settle``."""
+        """Bytes that each rank sends of a unit: those of the rank with most values, after ``settle``."""
         weights = self._units[unit]
         return self._end_of_bits(unit) + max(
             sum(_aligned(counts[self._offsets[id(weight)][0]] * weight.dtype.itemsize) for weight in weights)
@@ -212,7 +212,7 @@ class PackedShards:
         )
 
     def _fetch(self, unit: int) -> Tensor:
-        """Every rank's bytes of a unit; asks for the unit that came next the last time. **Collective**."""
+        """Every rank's bytes of a unit; asks for the unit that came next the last time. Collective."""
         if unit == self._recent[1]:
             assert self._gathered is not None
             return self._gathered[1]

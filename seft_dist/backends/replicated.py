@@ -51,7 +51,7 @@ class ReplicatedBackend(DenseBackend):
         return parameter.detach()
 
     def check_replicas(self, i: int) -> None:
-        """Refuse a weight that is not the same on every rank. **Collective**.
+        """Refuse a weight that is not the same on every rank. Collective.
 
         Raises:
             ValueError: Naming the weight and the ranks that differ from rank 0.

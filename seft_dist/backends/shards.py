@@ -16,18 +16,18 @@ from seft_dist.sparsity.partition import Partition
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where only a shard is present. Local."""
+    """Shape of the whole parameter, also where only a shard is present."""
     held: Any = parameter
     return tuple(held.ds_shape if is_zero3(held) else held.shape)
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP2 or ZeRO-3 holds a parameter. Local."""
+    """Whether FSDP2 or ZeRO-3 holds a parameter."""
     return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
-    """The stored part of a parameter, to be written before training begins. Local.
+    """The stored part of a parameter, to be written before training begins.
 
     Args:
         parameter: Plain, sharded by FSDP2 (``fully_shard``) or partitioned by ZeRO-3; of any shape.
@@ -53,7 +53,7 @@ def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
 def shard_fsdp(
     model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, offload: bool, ignored: set[nn.Parameter]
 ) -> None:
-    """Shard a model with FSDP2: each layer by itself, the rest with the root. **Collective.**
+    """Shard a model with FSDP2: each layer by itself, the rest with the root. Collective.
 
     Args:
         model: The root; its parameters may be on the meta device.
@@ -71,7 +71,7 @@ def shard_fsdp(
 
 
 def fsdp_mesh(device: torch.device, replicas: int) -> DeviceMesh:
-    """All ranks of the default group, as one shard group or as replicas of one (HSDP). **Collective.**
+    """All ranks of the default group, as one shard group or as replicas of one (HSDP). Collective.
 
     Args:
         device: Where this rank computes.
@@ -92,7 +92,7 @@ def fsdp_mesh(device: torch.device, replicas: int) -> DeviceMesh:
 
 @contextmanager
 def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Modules constructed inside are partitioned by ZeRO-3, parameter by parameter, without values. **Collective.**
+    """Modules constructed inside are partitioned by ZeRO-3, parameter by parameter, without values. Collective.
 
     Args:
         ds_config: The content of the ds_config, batch sizes filled in.

@@ -57,7 +57,7 @@ class Baseline(ABC):
     """Fields of BaselineConfig that decide what is trained."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, adam: dict[str, Any]) -> None:
-        """Finds the targets; reads no weight yet. Local.
+        """Finds the targets; reads no weight yet.
 
         Args:
             model: As it was loaded: whole, or sharded by FSDP2.
@@ -90,14 +90,14 @@ class Baseline(ABC):
 
     @abstractmethod
     def install(self) -> dict[str, nn.Parameter]:
-        """Prepare the model for training. Local.
+        """Prepare the model for training.
 
         Returns:
             What is trained, by name; all else is frozen already.
         """
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
-        """Turn what was trained into weights of a plain model. **Collective.**
+        """Turn what was trained into weights of a plain model. Collective.
 
         Args:
             ending: Where it came from, and where files go.
@@ -148,7 +148,7 @@ class Baseline(ABC):
         return self.trainable / sum(prod(shape) for shape in self.backend.shapes)
 
     def attach(self) -> None:
-        """Look at the weights and install what is trained. **Collective**, idempotent.
+        """Look at the weights and install what is trained. Collective, idempotent.
 
         Raises:
             ValueError: The weights cannot be trained by this method; every rank raises the same.
@@ -169,7 +169,7 @@ class Baseline(ABC):
         self.values = Values(parameters, backend, self._adam)
 
     def _survey(self, backend: Backend) -> None:
-        """Count and check the targets' weights. **Collective.**"""
+        """Count and check the targets' weights. Collective."""
         masks, self.active, self.fingerprints = survey(backend)
         sparsity = 1 - sum(self.active) / sum(prod(shape) for shape in backend.shapes)
         if sparsity < LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
@@ -180,7 +180,7 @@ class Baseline(ABC):
         check_pattern(backend, self.config.seft, masks)  # if it has one
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # nothing to do is right for all
-        """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell. Local."""
+        """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell."""
 
     def moves(self, step: int) -> bool:
         """Tell whether masks or supports change in a step, which they never do here."""
@@ -188,7 +188,7 @@ class Baseline(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average, clip, update. **Collective.**
+        """Average, clip, update. Collective.
 
         Raises:
             FloatingPointError: A gradient is not finite; nothing was changed.
@@ -208,11 +208,11 @@ class Baseline(ABC):
         self.num_steps += 1
 
     def zero_grad(self) -> None:
-        """Forget the gradients since the last step. Local."""
+        """Forget the gradients since the last step."""
         self.values.forget()
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target as its weights are now. **Collective.**"""
+        """Counts of every target as its weights are now. Collective."""
         backend = self.backend
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = backend.owners.sum(
@@ -229,16 +229,16 @@ class Baseline(ABC):
             yield active[:0], active
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """This rank's trained values and their moments, by the parameters' names. Local."""
+        """This rank's trained values and their moments, by the parameters' names."""
         for part in self.values.parts:
             yield part.name, self.values.state(part)
 
     def saver(self, folder: Path) -> BackgroundSaver:
-        """Writes this method's checkpoints. Local."""
+        """Writes this method's checkpoints."""
         return BaselineSaver(self, folder)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Go on from a checkpoint. **Collective.**
+        """Go on from a checkpoint. Collective.
 
         Returns:
             The ``extra`` that was saved.

@@ -26,7 +26,7 @@ _NAME = "default"  # PEFT's for the only adapter
 
 
 def check_peft() -> None:
-    """Refuse a machine without PEFT. Local.
+    """Refuse a machine without PEFT.
 
     Raises:
         ValueError: Says what to install.
@@ -113,6 +113,7 @@ class LoraMerged(Lora):
     may_be_dense = False
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
+        """Merge the adapter, prune again, and put the weights into the model. Collective."""
         self._merge()
         for name, weight in prune_again(self, ending):
             target = self.targets[name]

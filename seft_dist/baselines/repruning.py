@@ -30,7 +30,7 @@ MERGED = "merged"
 
 
 def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sample]) -> None:
-    """See before training that a model can be pruned again after it. Local; two passes of a sequence through the model.
+    """See before training that a model can be pruned again after it. Two passes of a sequence through the model.
 
     Args:
         config: The run.
@@ -53,7 +53,7 @@ def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sam
 
 
 def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Tensor]]:
-    """Prune a model whose targets are merged. **Collective.**
+    """Prune a model whose targets are merged. Collective.
 
     Args:
         method: Holds the merged weights.

@@ -54,7 +54,7 @@ def settings_of(method: "Baseline") -> dict[str, Any]:
 
 
 def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
-    """Go on from a checkpoint. **Collective.**
+    """Go on from a checkpoint. Collective.
 
     Args:
         method: Without a step done, on the model that the run began with.

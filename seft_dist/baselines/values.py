@@ -44,7 +44,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, parameter: nn.Parameter) -> "Part":
-        """The stored part of a parameter. Local."""
+        """The stored part of a parameter."""
         held, start = stored_part(parameter)
         numel = 1
         for side in whole_shape(parameter):
@@ -52,7 +52,7 @@ class Part:
         return cls(name, parameter, numel, start, held, held.float(), is_sharded(parameter))
 
     def grad(self) -> Tensor:
-        """fp32 [n], the gradient since the last step: this rank's, or if sharded the mean over the ranks. Local."""
+        """fp32 [n], the gradient since the last step: this rank's, or if sharded the mean over the ranks."""
         grad = self.parameter.grad
         return torch.zeros_like(self.values) if grad is None else stored_part(grad)[0].float()
 
@@ -78,7 +78,7 @@ class Values:
         return self._adamw.param_groups if self._adamw is not None else [{"lr": 0.0}]
 
     def grads(self) -> list[Tensor]:
-        """Each part's gradient, averaged over the ranks, fp32 [n]. **Collective.**"""
+        """Each part's gradient, averaged over the ranks, fp32 [n]. Collective."""
         grads = [part.grad() for part in self.parts]
         owners = self._backend.owners
         if owners.size == 1:
@@ -108,7 +108,7 @@ class Values:
             yield some
 
     def norm(self, grads: list[Tensor], step: int) -> float:
-        """Compute the norm of the whole gradient, and wait for the device, once in a step. **Collective.**
+        """Compute the norm of the whole gradient, and wait for the device, once in a step. Collective.
 
         Args:
             grads: From ``grads``.
@@ -130,7 +130,7 @@ class Values:
         return math.sqrt(math.fsum(found))
 
     def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
-        """One step of AdamW; the parameters then hold what they have become. Local; inside ``Backend.writing()``.
+        """One step of AdamW; the parameters then hold what they have become. Inside ``Backend.writing()``.
 
         Args:
             grads: Clipped.
@@ -149,7 +149,7 @@ class Values:
         self.publish()
 
     def publish(self) -> None:
-        """Let the parameters hold the fp32 values in their own type. Local; inside ``Backend.writing()``.
+        """Let the parameters hold the fp32 values in their own type. Inside ``Backend.writing()``.
 
         No active weight becomes 0 by that: ``keep_active_`` has seen to it.
         """
@@ -158,18 +158,18 @@ class Values:
                 part.held.copy_(part.values)
 
     def forget(self) -> None:
-        """Drop the gradients since the last step. Local."""
+        """Drop the gradients since the last step."""
         for part in self.parts:
             part.parameter.grad = None
 
     def state(self, part: Part) -> dict[str, Tensor]:
-        """The values and AdamW's moments of a part, fp32 [n] each. Local."""
+        """The values and AdamW's moments of a part, fp32 [n] each."""
         assert self._adamw is not None
         moments = self._adamw.state.get(part.values, {})
         return {"values": part.values} | {key: moments.get(key, torch.zeros_like(part.values)) for key in MOMENTS}
 
     def restore(self, part: Part, state: Mapping[str, Tensor], steps: int) -> None:
-        """Take over what ``state`` gave after so many steps; ``publish`` once after all. Local."""
+        """Take over what ``state`` gave after so many steps; ``publish`` once after all."""
         assert self._adamw is not None
         part.values.copy_(state["values"])
         moments = {key: state[key].to(part.values.device) for key in MOMENTS}
@@ -177,7 +177,7 @@ class Values:
 
 
 def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
-    """Keep weights that are no zeros of the mask from becoming 0, in place: they would count as pruned. Local.
+    """Keep weights that are no zeros of the mask from becoming 0, in place: they would count as pruned.
 
     Args:
         values: fp32, any shape.

@@ -66,12 +66,12 @@ FIELDS = {
 
 
 def with_variant(method: str, seft: SeftConfig) -> SeftConfig:
-    """The settings of SEFT that a method stands for; unchanged for methods that are not SEFT. Local."""
+    """The settings of SEFT that a method stands for; unchanged for methods that are not SEFT."""
     return dataclasses.replace(seft, **VARIANTS.get(method, {}))
 
 
 def check_method(method: str, seft: SeftConfig, baseline: BaselineConfig) -> None:
-    """Refuse settings that a method does not read, or that it has fixed, where they are not the defaults. Local.
+    """Refuse settings that a method does not read, or that it has fixed, where they are not the defaults.
 
     Raises:
         ValueError: Names the setting, and what to change.

@@ -4,7 +4,7 @@ _LARGEST_GROUP = 64
 
 
 def pattern_sizes(pattern: str) -> tuple[int, int]:
-    """N and M of a pattern. Local.
+    """N and M of a pattern.
 
     Args:
         pattern: "N:M".
@@ -24,7 +24,7 @@ def pattern_sizes(pattern: str) -> tuple[int, int]:
 
 
 def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float) -> None:
-    """See that a method's options can keep a pattern. Local.
+    """See that a method's options can keep a pattern.
 
     Args:
         pattern: "N:M" or None.

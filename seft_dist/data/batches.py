@@ -13,7 +13,7 @@ Batch = dict[str, Tensor]
 
 
 def collate(samples: Sequence[Sample], pad: int) -> Batch:
-    """Stack sequences, padded on the right to the longest. Local.
+    """Stack sequences, padded on the right to the longest.
 
     Args:
         samples: ``(input_ids, labels)`` pairs, 1-D int64.
@@ -36,7 +36,7 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
 
 
 def check_vocabulary(batch: Batch, model: Any) -> None:
-    """Check that a model has an embedding for every token of a batch, and for its position if those are learned. Local.
+    """Check that a model has an embedding for every token of a batch, and for its position if those are learned.
 
     Raises:
         ValueError: It has not; the tokenizer is of another model, or sequences are too long.
@@ -55,12 +55,12 @@ def check_vocabulary(batch: Batch, model: Any) -> None:
 
 
 def count_loss_tokens(batch: Batch) -> int:
-    """Tokens of a batch that a causal model is scored on: the first of a sequence never is. Local."""
+    """Tokens of a batch that a causal model is scored on: the first of a sequence never is."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def num_micro(global_batch: int, batch_size: int, world_size: int) -> int:
-    """Forward passes of a rank in one optimizer step. Local.
+    """Forward passes of a rank in one optimizer step.
 
     Args:
         global_batch: Sequences of the step over all ranks.
@@ -71,7 +71,7 @@ def num_micro(global_batch: int, batch_size: int, world_size: int) -> int:
 
 
 class BatchStream:
-    """The batches of one rank, a function of the optimizer step: nothing to save, any step can be the first. Local.
+    """The batches of one rank, a function of the optimizer step: nothing to save, any step can be the first.
 
     The samples of all epochs form one endless line: each epoch is a permutation of the data set made from (seed,
     epoch), and a batch may end one epoch and begin the next. Optimizer step t takes the t-th piece of ``global_batch``

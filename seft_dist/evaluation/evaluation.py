@@ -56,7 +56,7 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool = True) -> list[Evaluation]:
-    """Evaluate models one after the other on the same data. **Collective** over the ranks.
+    """Evaluate models one after the other on the same data. Collective over the ranks.
 
     Args:
         config: Which models, data and tasks; ``config.output`` gets the results as JSON, from rank 0.
@@ -143,7 +143,7 @@ def _tasks(config: EvaluateConfig, show: bool) -> Any:
 
 
 def _in_turn(ranks: Ranks, read: Any) -> Any:
-    """Read data on one rank of each machine, which fills the cache, then on the others. **Collective.**"""
+    """Read data on one rank of each machine, which fills the cache, then on the others. Collective."""
     result = None
     for first in (True, False):
         turn = (ranks.local_rank == 0) == first
@@ -153,7 +153,7 @@ def _in_turn(ranks: Ranks, read: Any) -> Any:
 
 
 def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount]:
-    """Zeros of each target, of all shards together. **Collective** if the model is sharded."""
+    """Zeros of each target, of all shards together. Collective if the model is sharded."""
     targets = find_targets(model, pattern)
     if ranks.world_size == 1:
         return count_zeros(targets)
@@ -165,7 +165,7 @@ def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount
 
 
 def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ranks: Ranks) -> None:
-    """Write evaluations as JSON; the file appears complete. Local.
+    """Write evaluations as JSON; the file appears complete.
 
     Args:
         results: From ``evaluate``.
@@ -202,7 +202,7 @@ def _versions(config: EvaluateConfig) -> dict[str, str | None]:
 
 
 def result_table(results: list[Evaluation]) -> Table:
-    """Perplexity and sparsity, one row a model. Local."""
+    """Perplexity and sparsity, one row a model."""
     table = Table(title="Perplexity")
     for column in ("model", "perplexity", "loss", "tokens scored", "zeros"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -225,7 +225,7 @@ def result_table(results: list[Evaluation]) -> Table:
 
 
 def task_table(results: list[Evaluation]) -> Table:
-    """Metrics of tasks with their standard errors, one row a metric, one column a model. Local."""
+    """Metrics of tasks with their standard errors, one row a metric, one column a model."""
     table = Table(title="Tasks")
     for column in ("task", "questions", "metric"):
         table.add_column(column, justify="right" if column == "questions" else "left")

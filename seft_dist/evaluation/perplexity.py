@@ -64,7 +64,7 @@ class SlidingWindows(Sequence[Sample]):
 
 
 def limit_tokens(sequences: Sequence[Sample], max_tokens: int | None) -> Sequence[Sample]:
-    """The first sequences that together have at most ``max_tokens`` tokens; None: all. Local.
+    """The first sequences that together have at most ``max_tokens`` tokens; None: all.
 
     Raises:
         ValueError: The first sequence alone has more.
@@ -86,7 +86,7 @@ def limit_tokens(sequences: Sequence[Sample], max_tokens: int | None) -> Sequenc
 
 
 def scored_sequences(sequences: Any, config: EvaluateConfig) -> Sequence[Sample]:
-    """What perplexity is measured on: sliding windows over a text if there is a stride, else the sequences. Local.
+    """What perplexity is measured on: sliding windows over a text if there is a stride, else the sequences.
 
     Args:
         sequences: From ``load_sequences``.
@@ -110,7 +110,7 @@ def scored_sequences(sequences: Any, config: EvaluateConfig) -> Sequence[Sample]
 
 
 def plan_passes(lengths: Sequence[int], batch_size: int, *, pad: bool) -> list[list[int]]:
-    """Share sequences out to forward passes, the longest first (memory runs out at once or never). Local.
+    """Share sequences out to forward passes, the longest first (memory runs out at once or never).
 
     Args:
         lengths: Tokens of each sequence.
@@ -139,7 +139,7 @@ def perplexity(
     group: Group | None = None,
     progress: str | None = None,
 ) -> PerplexityResult:
-    """Measure perplexity, every token weighing the same. **Collective** over ``group``.
+    """Measure perplexity, every token weighing the same. Collective over ``group``.
 
     The passes are planned for all ranks together and dealt out, and their sums (fp64) added exactly: the number of ranks
     decides about nothing but time. Windows and blocks of a text are never padded.

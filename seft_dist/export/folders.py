@@ -31,7 +31,7 @@ def refuse_existing(path: Path, what: str = "") -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder under a temporary name, which becomes its own at the end, or vanishes on an error. Local.
+    """Make a folder under a temporary name, which becomes its own at the end, or vanishes on an error.
 
     Raises:
         ValueError: It exists already, or cannot be made.
@@ -61,7 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:
-    """Copy what belongs to a model beside its weights: configuration, generation settings, tokenizer. Local.
+    """Copy what belongs to a model beside its weights: configuration, generation settings, tokenizer.
 
     Args:
         folder: Gets the files.
@@ -76,5 +76,5 @@ def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, token
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:
-    """Bytes of all files in a folder whose names fit a pattern. Local."""
+    """Bytes of all files in a folder whose names fit a pattern."""
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())

@@ -42,7 +42,7 @@ class RuntimeReport:
 
 
 def export_openvino(source: Source, output: Path, weights: Weight = "float32") -> RuntimeReport:
-    """Write a model for OpenVINO, run it and compare its logits. Local.
+    """Write a model for OpenVINO, run it and compare its logits.
 
     Args:
         source: The model, plain or packed; it is computed in float32.
@@ -74,7 +74,7 @@ def export_openvino(source: Source, output: Path, weights: Weight = "float32") -
 
 
 def export_onnx(source: Source, output: Path) -> RuntimeReport:
-    """Write a model as ONNX, run it in ONNX Runtime and compare its logits. Local.
+    """Write a model as ONNX, run it in ONNX Runtime and compare its logits.
 
     Args:
         source: The model, plain or packed; it is computed and stored in float32.
@@ -105,7 +105,7 @@ def export_onnx(source: Source, output: Path) -> RuntimeReport:
 def open_openvino(
     folder: Path, *, threads: int | None = None, precision: str = "f32", sparse_rate: float | None = None
 ) -> Runner:
-    """Load an exported model in OpenVINO. Local.
+    """Load an exported model in OpenVINO.
 
     Args:
         folder: From ``export_openvino``.
@@ -137,7 +137,7 @@ def open_openvino(
 
 
 def open_onnx(folder: Path, *, threads: int | None = None) -> Runner:
-    """Load an exported model in ONNX Runtime. Local.
+    """Load an exported model in ONNX Runtime.
 
     Args:
         folder: From ``export_onnx``.
@@ -165,7 +165,7 @@ def open_onnx(folder: Path, *, threads: int | None = None) -> Runner:
 
 @torch.no_grad()
 def compare(model: nn.Module, run: Runner, size: int) -> RuntimeReport:
-    """Run torch's model and an exported one on the same tokens, of several shapes, padded ones among them. Local.
+    """Run torch's model and an exported one on the same tokens, of several shapes, padded ones among them.
 
     Args:
         model: The causal LM that was exported.

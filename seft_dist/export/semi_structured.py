@@ -45,7 +45,7 @@ class GroupCount:
 
 
 def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str, Tensor]]:
-    """Read the targets of a model on disk, one at a time. Local.
+    """Read the targets of a model on disk, one at a time.
 
     Args:
         source: The model, plain or packed.
@@ -64,7 +64,7 @@ def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str
 
 
 def count_groups(source: Source, pattern: str = "2:4", targets: str = ALL_LINEAR) -> list[GroupCount]:
-    """Count the groups of each target that do and do not keep a pattern, one weight at a time. Local.
+    """Count the groups of each target that do and do not keep a pattern, one weight at a time.
 
     Args:
         source: The model, plain or packed.
@@ -79,7 +79,7 @@ def count_groups(source: Source, pattern: str = "2:4", targets: str = ALL_LINEAR
 
 
 def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
-    """Raise an error that names the first group which breaks a pattern. Local.
+    """Raise an error that names the first group which breaks a pattern.
 
     Raises:
         ValueError: One does, or a weight's inputs cannot be divided into groups.
@@ -101,7 +101,7 @@ def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
 
 
 def pattern_table(counts: list[GroupCount], pattern: str) -> Table:
-    """One row for each kind of linear over all layers. Local."""
+    """One row for each kind of linear over all layers."""
     table = Table(title=f"{pattern} groups")
     table.add_column("linear", no_wrap=True)
     for column in ("groups", "broken", "in layers", "zeros", "fit kernels"):
@@ -128,7 +128,7 @@ def pattern_table(counts: list[GroupCount], pattern: str) -> Table:
 def load_semi_structured(
     source: Source, device: torch.device | None = None, targets: str = ALL_LINEAR
 ) -> PreTrainedModel:
-    """Load a 2:4 model with its targets as torch's semi-structured tensors, for inference on a GPU. Local.
+    """Load a 2:4 model with its targets as torch's semi-structured tensors, for inference on a GPU.
 
     Never run by the authors: needs a GPU. Targets whose shape torch's kernels do not take stay dense, with a warning.
 

@@ -42,7 +42,7 @@ def load_model(
     activation_checkpointing: bool = False,
     resident: str | None = None,
 ) -> PreTrainedModel:
-    """Build a model and fill it from its files. **Collective** if sharded.
+    """Build a model and fill it from its files. Collective if sharded.
 
     Args:
         source: The model on disk.
@@ -101,7 +101,7 @@ def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = Fals
 
 
 def outline(source: Source) -> tuple[PreTrainedModel, dict[str, str]]:
-    """Build a model whose parameters have shapes but no values; buffers are real. Local.
+    """Build a model whose parameters have shapes but no values; buffers are real.
 
     Args:
         source: The model on disk.
@@ -119,7 +119,7 @@ def outline(source: Source) -> tuple[PreTrainedModel, dict[str, str]]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks of a model, as transformers names them. Local.
+    """The repeated blocks of a model, as transformers names them.
 
     Raises:
         ValueError: The model does not say which modules they are.
@@ -161,7 +161,7 @@ def _as_fp32(value: Tensor) -> Tensor:
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of a model by its first name, in order; tied ones once. Local.
+    """Every parameter and persistent buffer of a model by its first name, in order; tied ones once.
 
     ``state_dict()`` would name tied ones twice. The anchors of ``SeftOptimizer`` are not part of the model.
     """

@@ -68,7 +68,7 @@ class PackedSize:
 
 
 class PackedWriter:
-    """Writes tensors, given one at a time, as a folder's packed files. Local, on one rank."""
+    """Writes tensors, given one at a time, as a folder's packed files. On one rank."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Args:
@@ -141,7 +141,7 @@ class PackedWeights(Weights):
     """The tensors of a packed folder, read as those of a plain one: a tensor at a time, each checked by its digest."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the files and read their headers. Local.
+        """Open the files and read their headers.
 
         Args:
             folder: Holds the files of ``PackedWriter``.
@@ -196,7 +196,7 @@ class PackedWeights(Weights):
 
 
 def open_weights(folder: Path) -> Weights:
-    """Open a folder's weights, plain or packed. Local.
+    """Open a folder's weights, plain or packed.
 
     Raises:
         ValueError: There are none, or they cannot be read.

@@ -26,7 +26,7 @@ SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 
 
 def locate(path: str) -> Path:
-    """Find the folder of a model, from the Hugging Face hub if it is not a local one. Local.
+    """Find the folder of a model, from the Hugging Face hub if it is not a local one.
 
     Args:
         path: A folder, or a hub name such as "org/model".

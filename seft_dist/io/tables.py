@@ -8,7 +8,7 @@ from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
 
 def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
-    """One row for each kind of linear over all layers (q_proj, ...), one column for each model. Local.
+    """One row for each kind of linear over all layers (q_proj, ...), one column for each model.
 
     Args:
         reports: Name of a model to its counts.
@@ -41,7 +41,7 @@ def _by_kind(counts: list[ZeroCount]) -> dict[str, list[ZeroCount]]:
 
 
 def kind_of(name: str) -> str:
-    """Role of a linear in its layer, e.g. "mlp.up_proj": a module's name without the layer's number and all before. Local."""
+    """Role of a linear in its layer, e.g. "mlp.up_proj": a module's name without the layer's number and all before."""
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 

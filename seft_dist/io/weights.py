@@ -74,7 +74,7 @@ class Weights:
     """The tensors of a folder's safetensors files, of which only the headers are read until ``read``."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the files and read their headers. Local.
+        """Open the files and read their headers.
 
         Args:
             folder: Holds model.safetensors, or several files and model.safetensors.index.json.
@@ -120,7 +120,7 @@ class Weights:
         return _fuse(self.tensors) | _as_infos(renamed_tensors(self.folder, self.tensors), self.tensors)
 
     def find(self, name: str) -> str | None:
-        """The name under which a model's weight can be read here; None: it is not in the files. Local.
+        """The name under which a model's weight can be read here; None: it is not in the files.
 
         Files of a base model without its head, as GPT-2's, have no prefix ("transformer.").
         """
@@ -130,7 +130,7 @@ class Weights:
         return None
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of a tensor of the files, or of a fused one. Local."""
+        """Shape and type of a tensor of the files, or of a fused one."""
         return self.tensors[name] if name in self.tensors else self.fused[name]
 
     def stored_names(self, name: str) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ class Weights:
         return (found,) if found in self.tensors else self.fused[found].pieces
 
     def split(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A model's weight as the tensors that the files hold. Local.
+        """A model's weight as the tensors that the files hold.
 
         Args:
             name: The model's name for it.
@@ -160,7 +160,7 @@ class Weights:
             start += info.numel
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read positions start <= i < stop of a flattened tensor; only their rows are touched on disk. Local.
+        """Read positions start <= i < stop of a flattened tensor; only their rows are touched on disk.
 
         Args:
             name: Key of the tensor, or of a fused one.
@@ -193,7 +193,7 @@ class Weights:
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
     def release(self) -> None:
-        """Unmap the files, whose pages count as this process's memory once they were read. Local; they are mapped again
+        """Unmap the files, whose pages count as this process's memory once they were read. They are mapped again
         when needed."""
         self._handles, self._touched = {}, 0
 
@@ -264,7 +264,7 @@ def _as_infos(pieces: Pieces, tensors: dict[str, TensorInfo]) -> dict[str, Tenso
 
 
 class WeightsWriter:
-    """Writes tensors, given one at a time, as the safetensors files of a Hugging Face folder. Local, on one rank."""
+    """Writes tensors, given one at a time, as the safetensors files of a Hugging Face folder. On one rank."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Args:

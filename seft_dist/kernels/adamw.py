@@ -32,7 +32,7 @@ class AdamW:
     def update_(
         self, grad: Tensor, scale: Tensor, ok: Tensor, base: Tensor, values: Tensor, moments: list[Tensor], age: Tensor
     ) -> Tensor:
-        """Update values, moments and ages in place. Local.
+        """Update values, moments and ages in place.
 
         Args:
             grad: fp32 [k].

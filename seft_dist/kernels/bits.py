@@ -12,7 +12,7 @@ from seft_dist.sparsity.hashes import hash_of_set
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack booleans into bits; as ``bitmask.pack``. Local."""
+    """Pack booleans into bits; as ``bitmask.pack``."""
     functions = library() if mask.is_cpu else None
     if functions is None:
         return bitmask.pack(mask)
@@ -24,7 +24,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, numel: int) -> Tensor:
-    """Unpack bits into booleans; as ``bitmask.unpack``. Local."""
+    """Unpack bits into booleans; as ``bitmask.unpack``."""
     functions = library() if bits.is_cpu else None
     if functions is None:
         return bitmask.unpack(bits, numel)
@@ -35,7 +35,7 @@ def unpack(bits: Tensor, numel: int) -> Tensor:
 
 
 def popcount(bits: Tensor) -> int:
-    """Number of set bits; as ``bitmask.popcount``. Local."""
+    """Number of set bits; as ``bitmask.popcount``."""
     functions = library() if bits.is_cpu else None
     if functions is None:
         return bitmask.popcount(bits)
@@ -46,7 +46,7 @@ def popcount(bits: Tensor) -> int:
 
 
 def holds(bits: Tensor, offsets: Tensor) -> Tensor:
-    """Whether bits are set, bool [k]. Local.
+    """Whether bits are set, bool [k].
 
     Args:
         bits: uint8.
@@ -56,7 +56,7 @@ def holds(bits: Tensor, offsets: Tensor) -> Tensor:
 
 
 def with_bits(bits: Tensor, numel: int, offsets: Tensor, value: bool) -> Tensor:
-    """A copy in which some bits have a value. Local.
+    """A copy in which some bits have a value.
 
     Args:
         bits: uint8 [ceil(numel / 8)].
@@ -83,7 +83,7 @@ def with_bits(bits: Tensor, numel: int, offsets: Tensor, value: bool) -> Tensor:
 
 
 def hash_of_bits(bits: Tensor, numel: int, start: int) -> Tensor:
-    """``hash_of_set`` of the set positions, int64 []. Local.
+    """``hash_of_set`` of the set positions, int64 [].
 
     Args:
         bits: uint8 [ceil(numel / 8)].
@@ -100,7 +100,7 @@ def hash_of_bits(bits: Tensor, numel: int, start: int) -> Tensor:
 
 
 def count_outside(bits: Tensor, dense: Tensor) -> int:
-    """How many values are not 0 where no bit is set. Local.
+    """How many values are not 0 where no bit is set.
 
     Args:
         bits: uint8 [ceil(n / 8)].

@@ -69,7 +69,7 @@ class BuildError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, with one warning, where they cannot be had. Local; builds at the first call."""
+    """The compiled functions, or None, with one warning, where they cannot be had. Builds at the first call."""
     try:
         loaded = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
@@ -83,14 +83,14 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The kernels for CUDA, or None where Triton is not installed. Local."""
+    """The kernels for CUDA, or None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("seft_dist.kernels.triton_kernels")
 
 
 def build() -> Path:
-    """Compile the library unless it is there. Local; waits while another process of this machine builds it.
+    """Compile the library unless it is there. Waits while another process of this machine builds it.
 
     Returns:
         The library.
@@ -122,7 +122,7 @@ def build() -> Path:
 
 
 def compiler_command() -> list[str]:
-    """The C++ compiler and what it is told beside our own options, from CXX. Local.
+    """The C++ compiler and what it is told beside our own options, from CXX.
 
     Raises:
         BuildError: CXX is empty or cannot be split into words.

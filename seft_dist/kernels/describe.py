@@ -6,7 +6,7 @@ from seft_dist.kernels.build import compiler_command, library, triton_kernels
 
 
 def describe(device: torch.device) -> str:
-    """Say which kernels are used, e.g. "C++ (compiler 12.2.0, 16 lanes)". Local; builds the C++ ones at the first call.
+    """Say which kernels are used, e.g. "C++ (compiler 12.2.0, 16 lanes)". Builds the C++ ones at the first call.
 
     Args:
         device: Of the weights.

@@ -16,7 +16,7 @@ from seft_dist.sparsity.bitmask import unpack
 
 
 def encode(dense: Tensor, bits: Tensor) -> Tensor:
-    """The values at the set bits. Local.
+    """The values at the set bits.
 
     Args:
         dense: [n], of any type.
@@ -42,7 +42,7 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
 
 
 def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
-    """Write values where bits are set and 0 elsewhere, the inverse of ``encode``. Local.
+    """Write values where bits are set and 0 elsewhere, the inverse of ``encode``.
 
     Args:
         bits: uint8 [ceil(n / 8)], unused ones 0.

@@ -21,7 +21,7 @@ def keys(
     times: Tensor | None = None,
     absolute: bool = False,
 ) -> Tensor:
-    """Keys of scores, or of |scores x times|, or of |scores|; see ``selection.keys``. Local.
+    """Keys of scores, or of |scores x times|, or of |scores|; see ``selection.keys``.
 
     Args:
         scores: fp32 [n], finite.
@@ -68,7 +68,7 @@ def _keys_in_torch(
 
 
 def first_histogram(key: Tensor) -> Tensor:
-    """Count the first digit of all competing keys, int64 [BINS]; see ``selection.first_histogram``. Local."""
+    """Count the first digit of all competing keys, int64 [BINS]; see ``selection.first_histogram``."""
     functions = library() if key.is_cpu else None
     if functions is None:
         return selection.first_histogram(key)
@@ -80,7 +80,7 @@ def first_histogram(key: Tensor) -> Tensor:
 
 
 def survivors(key: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Keys that can still be selected once the first digit of the last selected one is known. Local.
+    """Keys that can still be selected once the first digit of the last selected one is known.
 
     Args:
         key: int32 [n].
@@ -105,7 +105,7 @@ def survivors(key: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def top_k(key: Tensor, k: int) -> Tensor:
-    """Indices of the k largest keys, smaller indices first among ties. Local; waits for the device.
+    """Indices of the k largest keys, smaller indices first among ties. Waits for the device.
 
     Args:
         key: int32 [n]; ineligible ones are never selected.

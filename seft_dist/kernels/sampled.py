@@ -50,7 +50,7 @@ def sampled_grad_(
     accumulate: bool = True,
     bounds: Bounds = None,
 ) -> None:
-    """The weight gradient at some positions into ``out``, accumulated in fp32. Local.
+    """The weight gradient at some positions into ``out``, accumulated in fp32.
 
     Args:
         out: fp32 [k], contiguous.

@@ -12,7 +12,7 @@ from seft_dist.kernels.build import library
 
 
 def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Tensor], values: Tensor) -> None:
-    """outs[i][places[i] - starts[i]] = the i-th part of the values. Local.
+    """outs[i][places[i] - starts[i]] = the i-th part of the values.
 
     Args:
         outs: Each [n_i], contiguous, of the values' type.

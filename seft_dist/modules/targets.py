@@ -47,23 +47,23 @@ Target = Any
 
 
 def is_conv1d(module: object) -> bool:
-    """Whether a module is GPT-2's linear with a transposed weight. Local."""
+    """Whether a module is GPT-2's linear with a transposed weight."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds all experts of a layer in fused 3-D weights. Local."""
+    """Whether a module holds all experts of a layer in fused 3-D weights."""
     return any(len(shape) == 3 for shape in _shapes(module).values()) and hasattr(module, "is_transposed")
 
 
 def matrix(target: Target) -> tuple[int, int]:
-    """Shape of ``as_rows``. Local."""
+    """Shape of ``as_rows``."""
     rows, columns = as_rows(target).shape
     return rows, columns
 
 
 def as_rows(target: Target) -> Tensor:
-    """A whole weight as a view [out, in] (experts one below the other), e.g. for pruning row by row. Local."""
+    """A whole weight as a view [out, in] (experts one below the other), e.g. for pruning row by row."""
     weight = target.weight.detach()
     if is_conv1d(target):
         return weight.T
@@ -71,17 +71,17 @@ def as_rows(target: Target) -> Tensor:
 
 
 def from_rows(target: Target, rows: Tensor) -> Tensor:
-    """What ``as_rows`` gave, or another matrix of its shape, in the shape in which the weight is stored. Local."""
+    """What ``as_rows`` gave, or another matrix of its shape, in the shape in which the weight is stored."""
     return rows.T.contiguous() if is_conv1d(target) else rows.view(target.weight.shape)
 
 
 def weight_name(name: str, target: Target) -> str:
-    """Name of a target's parameter in the model. Local."""
+    """Name of a target's parameter in the model."""
     return name if isinstance(target, ExpertWeight) else f"{name}.weight"
 
 
 def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Target]:
-    """Find the weights a pattern names, in the order of ``model.named_modules()``. Local.
+    """Find the weights a pattern names, in the order of ``model.named_modules()``.
 
     Args:
         model: Any module; if it has ``get_output_embeddings()``, the output head is never a target of "all-linear".
@@ -148,7 +148,7 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
-    """Refuse what the method cannot do for a kind of target. Local.
+    """Refuse what the method cannot do for a kind of target.
 
     Raises:
         ValueError: Names the target and the setting.
@@ -215,7 +215,7 @@ def _check_kind(name: str, target: Target) -> None:
 
 
 def first_projection(experts: Any) -> str:
-    """Name of the parameter that experts multiply their input with. Local."""
+    """Name of the parameter that experts multiply their input with."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 

@@ -10,7 +10,7 @@ _MESSAGE_BYTES = 1000
 
 
 def everywhere(backend: Backend, act: Callable[[], object], kinds: Sequence[type[Exception]] = (ValueError,)) -> None:
-    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. **Collective**.
+    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. Collective.
 
     Args:
         backend: Whose ranks act.

@@ -28,7 +28,7 @@ from seft_dist.sparsity.selection import (
 def select(
     group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int], form: Selection = "auto"
 ) -> list[Tensor]:
-    """Select the largest keys of each problem over all ranks. **Collective**.
+    """Select the largest keys of each problem over all ranks. Collective.
 
     Args:
         group: The ranks that own the candidates.
@@ -110,7 +110,7 @@ def near_ties(
     chosen: list[Tensor],
     errors: Callable[[int], Tensor],
 ) -> list[int]:
-    """Count the candidates so close to the border of a selection that rounding could put them on the other side. **Collective**.
+    """Count the candidates so close to the border of a selection that rounding could put them on the other side. Collective.
 
     The border is midway between the last selected score and the first that is not. Where two candidates can change
     places, the distance between them is at most the sum of their errors, so at least one of them is within its own error of
@@ -151,7 +151,7 @@ def near_ties(
 
 
 def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wanted: int, by: int) -> list[int]:
-    """Count the candidates that are selected or not where a few more or fewer are wanted. **Collective**.
+    """Count the candidates that are selected or not where a few more or fewer are wanted. Collective.
 
     Args:
         group: The ranks that own the candidates.
@@ -170,7 +170,7 @@ def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wan
 
 
 def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:
-    """Where ranks hold different values that should be equal. **Collective**.
+    """Where ranks hold different values that should be equal. Collective.
 
     Args:
         group: The ranks to compare.

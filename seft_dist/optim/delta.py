@@ -36,7 +36,7 @@ class Columns:
 
     @classmethod
     def empty(cls, device: torch.device, positions: torch.dtype) -> "Columns":
-        """No entries. Local.
+        """No entries.
 
         Args:
             device: Where they would be.
@@ -49,7 +49,7 @@ class Columns:
 
     @classmethod
     def grown(cls, indices: Tensor, base: Tensor) -> "Columns":
-        """New entries: delta, moments and age 0. Local.
+        """New entries: delta, moments and age 0.
 
         Args:
             indices: ``Backend.position_dtype`` [k], flat positions.
@@ -63,24 +63,24 @@ class Columns:
         return self.indices.numel()
 
     def take(self, which: Tensor | slice) -> "Columns":
-        """The entries that an index, a mask or a slice names. Local."""
+        """The entries that an index, a mask or a slice names."""
         return Columns(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
     @staticmethod
     def cat(parts: list["Columns"]) -> "Columns":
-        """Entries of several, in their order. Local."""
+        """Entries of several, in their order."""
         return Columns(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Columns)})
 
     def sorted(self) -> "Columns":
-        """The entries by position. Local."""
+        """The entries by position."""
         return self.take(self.indices.argsort())
 
     def weight(self) -> Tensor:
-        """base + delta, fp32 [k]. Local."""
+        """base + delta, fp32 [k]."""
         return self.base + self.values
 
     def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, least: float = 0.0) -> Tensor:
-        """One step of AdamW (``AdamW.update_``), after which no weight is 0. Local.
+        """One step of AdamW (``AdamW.update_``), after which no weight is 0.
 
         Args:
             grad: As of ``AdamW.update_``.
@@ -149,7 +149,7 @@ class Support:
         return self.col.numel()
 
     def blocks(self, count: int) -> list["Support"]:
-        """The entries of each of ``count`` equal blocks of rows, numbered from the block's first row on (views). Local."""
+        """The entries of each of ``count`` equal blocks of rows, numbered from the block's first row on (views)."""
         if len(self._blocks) != count:  # the first of an evolution's steps waits for the device
             rows, crow = self.shape[0] // count, self.crow.cpu()
             bounds = crow[::rows].tolist()
@@ -165,7 +165,7 @@ class Support:
         return self._blocks
 
     def positions(self) -> Tensor:
-        """Flat positions, int64 [len], increasing. Local."""
+        """Flat positions, int64 [len], increasing."""
         rows = torch.arange(self.shape[0], device=self.col.device)
         return rows.repeat_interleave(self.crow.diff()) * self.shape[1] + self.col
 
@@ -180,7 +180,7 @@ def _check_inside(positions: Tensor, shape: tuple[int, int]) -> None:
 
 
 def gather_supports(group: Group, indices: Tensor, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:
-    """Tell every rank all positions of all layers. **Collective**.
+    """Tell every rank all positions of all layers. Collective.
 
     Args:
         group: The owners.

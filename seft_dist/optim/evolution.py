@@ -101,7 +101,7 @@ class Evolution:
         """Of an N:M pattern."""
 
     def run(self, fraction: float, betas: tuple[float, float], first: bool) -> EvolutionReport:
-        """Move the support and the mask. **Collective**.
+        """Move the support and the mask. Collective.
 
         Args:
             fraction: Share of the support that is dropped, 0 to 1.
@@ -186,7 +186,7 @@ class Evolution:
         self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, near, strict=True)]
 
     def drop(self, fraction: float) -> None:
-        """The entries with the smallest score leave the support. **Collective**."""
+        """The entries with the smallest score leave the support. Collective."""
         chosen = self._select(self._drop_key, [share(fraction, size) for size in self.sizes], self._drop_errors)
         for i, which in enumerate(chosen):
             offsets, base = self._offsets(i)[which], self.entries[i].base[which]
@@ -220,7 +220,7 @@ class Evolution:
         return rounding.of_drop(i, self._offsets(i), self.entries[i])
 
     def grow(self) -> None:
-        """The positions with the largest score above 0 enter the support, pruned ones too. **Collective**."""
+        """The positions with the largest score above 0 enter the support, pruned ones too. Collective."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
         if self.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
             wanted = [min(pair) for pair in zip(wanted, self._num_candidates(), strict=True)]
@@ -231,7 +231,7 @@ class Evolution:
             self.state.masks[i] = self._mark(i, self.state.masks[i], offsets, True)
 
     def _best_free(self, wanted: list[int]) -> tuple[Callable[[int], Tensor], list[Tensor]]:
-        """The ranking of those who may grow, and the best of them, not too many of them pruned. **Collective**."""
+        """The ranking of those who may grow, and the best of them, not too many of them pruned. Collective."""
         caps = [share(self.config.reactivation, count) for count in wanted]
         any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
         if caps == wanted:
@@ -249,7 +249,7 @@ class Evolution:
         return [share(self.config.window_candidates, budget) for budget in self.state.budgets]
 
     def keep_candidates(self) -> None:
-        """Of a window's gradient keep the support's, the best to grow and the best to prune. **Collective**."""
+        """Of a window's gradient keep the support's, the best to grow and the best to prune. Collective."""
         began, sent = time.perf_counter(), self.backend.bytes_sent
         self._begin_counting()
         wanted = self._num_candidates()
@@ -270,7 +270,7 @@ class Evolution:
         self.windows[0].bytes_sent += self.backend.bytes_sent - sent
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """In each group only the best compete to grow, as many as it has active positions. **Collective** with a pattern.
+        """In each group only the best compete to grow, as many as it has active positions. Collective with a pattern.
 
         What is reactivated costs its group an active position that did not grow: so there are always enough of them.
         """
@@ -304,7 +304,7 @@ class Evolution:
         return key.masked_fill_(key == 0, INELIGIBLE)
 
     def adapt(self) -> None:
-        """The active positions with the smallest score leave the mask until it has its size again. **Collective**."""
+        """The active positions with the smallest score leave the mask until it has its size again. Collective."""
         self.removed = [offsets[:0] for offsets in self.grown]
         if self.config.adapt == "none":
             return
@@ -364,7 +364,7 @@ class Evolution:
         return keys(weight, largest=False, eligible=eligible, absolute=True)
 
     def commit(self, betas: tuple[float, float]) -> None:
-        """Give the grown positions entries, and every rank all positions. **Collective**."""
+        """Give the grown positions entries, and every rank all positions. Collective."""
         for i, removed in enumerate(self.removed):
             self.backend.remask(i, self.state.masks[i], removed)
         self.backend.settle()
@@ -386,7 +386,7 @@ class Evolution:
         new.age = torch.full_like(new.age, age)
 
     def _tell_replicas(self) -> None:
-        """Write what changed outside the own interval. **Collective**."""
+        """Write what changed outside the own interval. Collective."""
         changed = [torch.cat(moved) for moved in zip(self.dropped, self.removed, strict=True)]
         owners = self.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()

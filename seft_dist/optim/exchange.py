@@ -27,7 +27,7 @@ _LEAST_BUCKETS = 4
 
 
 def buckets_of(sizes: list[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
-    """Layers in backward order, cut where a bucket has enough bytes. Local.
+    """Layers in backward order, cut where a bucket has enough bytes.
 
     Args:
         sizes: Deltas of each layer, in forward order.
@@ -49,7 +49,7 @@ class Exchange:
     """Brings this rank's gradients at all ranks' deltas to their owners. Lists have one item for each target."""
 
     def __init__(self, backend: Backend, slots: list[Slot]) -> None:
-        """**Collective** on several ranks.
+        """Collective on several ranks.
 
         Args:
             backend: Says who owns what.
@@ -74,7 +74,7 @@ class Exchange:
         return len(self._sums)
 
     def prepare(self, supports: list[Support]) -> None:
-        """Expect the gradients of a step. Local.
+        """Expect the gradients of a step.
 
         Args:
             supports: Where they are.
@@ -92,7 +92,7 @@ class Exchange:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was recorded since the last step. Local; what has left is waited for."""
+        """Forget what was recorded since the last step. What has left is waited for."""
         for total in self._sums:
             total.wait()
         self._sums = []
@@ -100,7 +100,7 @@ class Exchange:
         self._seen = [0] * len(self.slots)
 
     def set_last(self, is_last: bool) -> None:
-        """Say whether the coming backward pass is the last one of the step, on every rank. Local.
+        """Say whether the coming backward pass is the last one of the step, on every rank.
 
         Args:
             is_last: True: gradients may leave while it runs.
@@ -133,7 +133,7 @@ class Exchange:
         return recorded
 
     def _send(self) -> None:
-        """Let the next bucket go. **Collective**, without waiting."""
+        """Let the next bucket go. Collective, without waiting."""
         layers = self._buckets[self.num_sent]
         ranks = range(self.group.size)
         parts = [self._gradient(i).split(self._supports[i].sizes) for i in layers]
@@ -149,7 +149,7 @@ class Exchange:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait for all gradients. **Collective**.
+        """Wait for all gradients. Collective.
 
         Returns:
             fp32 [own], own entries' gradient averaged over all ranks, layers in forward order.

@@ -44,7 +44,7 @@ class Groups:
         self._offsets: dict[int, list[int]] = {}
 
     def exchange(self, values: Callable[[int], Tensor]) -> Edges:
-        """Complete the cut groups. **Collective**, unless no layer has any.
+        """Complete the cut groups. Collective, unless no layer has any.
 
         Args:
             values: This rank's values of a layer, [n] in the order of its interval; called once for each layer in ``cut``.
@@ -103,7 +103,7 @@ class Groups:
         return self._offsets[rank]
 
     def whole(self, i: int, own: Tensor, edges: Edges) -> Tensor:
-        """Own values with what completes the first and the last group. Local.
+        """Own values with what completes the first and the last group.
 
         Args:
             i: Which target.
@@ -116,12 +116,12 @@ class Groups:
         return torch.cat([left, own, right])
 
     def own(self, i: int, whole: Tensor) -> Tensor:
-        """The own interval's part of what ``whole`` gave, a view. Local."""
+        """The own interval's part of what ``whole`` gave, a view."""
         left = self._missing[i][0] if i in self._missing else ()
         return whole[len(left) : len(left) + len(self.backend.interval(i))]
 
     def counter(self, marks: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """How many positions of each group are marked. **Collective**; what it returns is local.
+        """How many positions of each group are marked. Collective; what it returns is local.
 
         Args:
             marks: bool [n] of a layer's own interval.
@@ -133,7 +133,7 @@ class Groups:
         return lambda i: groups.counts(self.whole(i, marks(i).to(torch.uint8), edges).bool(), self.size)
 
     def fingerprints(self, masks: list[Tensor]) -> list[int]:
-        """Hash of the active positions of every group of each whole weight, the same for every layout. **Collective**.
+        """Hash of the active positions of every group of each whole weight, the same for every layout. Collective.
 
         Args:
             masks: uint8, packed mask of the own interval.
@@ -145,7 +145,7 @@ class Groups:
         return self.backend.owners.sum(torch.stack(own).cpu()).tolist()
 
     def fullest(self, masks: list[Tensor]) -> list[tuple[int, int]]:
-        """The group with the most active positions of each whole weight, and how many it has. **Collective**.
+        """The group with the most active positions of each whole weight, and how many it has. Collective.
 
         Args:
             masks: As for ``fingerprints``.
@@ -163,7 +163,7 @@ class Groups:
         return [(int(every[rank, i, 0]), int(every[rank, i, 1])) for i, rank in enumerate(ranks.tolist())]
 
     def check(self, masks: list[Tensor], prints: list[int]) -> None:
-        """See that no group broke the pattern, and each has as many active positions as at the start. **Collective**.
+        """See that no group broke the pattern, and each has as many active positions as at the start. Collective.
 
         Args:
             masks: As for ``fingerprints``.
@@ -192,7 +192,7 @@ class GroupRanking:
     """Keys of the best of each group; all other positions are ineligible. Called as keys are, with a layer's number."""
 
     def __init__(self, whole_groups: Groups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:
-        """**Collective**, everything else is local.
+        """Collective, everything else is local.
 
         Args:
             whole_groups: Of all layers.
@@ -203,14 +203,14 @@ class GroupRanking:
         self._edges = whole_groups.exchange(keys)
 
     def __call__(self, i: int) -> Tensor:
-        """int32 [n], of the own interval. Local."""
+        """int32 [n], of the own interval."""
         own = self._keys(i)
         whole = self._groups.whole(i, own, self._edges)
         best = groups.best(whole, self._limits(i), self._groups.size)
         return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
 
     def close_calls(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
-        """Of each layer, the positions on all ranks that rounding could have put in or out of a group's best. **Collective**.
+        """Of each layer, the positions on all ranks that rounding could have put in or out of a group's best. Collective.
 
         Args:
             chosen: int64, own offsets that were taken in the end; groups without any are not counted.
@@ -235,7 +235,7 @@ class GroupRanking:
 
 
 def place(group: int, size: int, width: int) -> str:
-    """A group in words, e.g. "row 3, inputs 8 to 11". Local.
+    """A group in words, e.g. "row 3, inputs 8 to 11".
 
     Args:
         group: Its number in the flattened weight.

@@ -44,11 +44,11 @@ class Slot:
         """Called after each record: the gradient may leave for its owners."""
 
     def forget(self) -> None:
-        """Drop the gradient since the last step. Local."""
+        """Drop the gradient since the last step."""
         self.grad, self.touched = None, False
 
     def record(self, x: Tensor, grad: Tensor, ends: list[int] | None = None) -> None:
-        """Add one backward's weight gradient. **Collective** inside a window, else local.
+        """Add one backward's weight gradient. Collective inside a window, else local.
 
         Args:
             x: [T, in], the linear's input.
@@ -115,7 +115,7 @@ def _weight_of(module: nn.Module, key: str = "weight") -> Weight:
 
 
 def _dense(weight: Weight) -> Tensor:
-    """The weight itself; of a packed one, memory that the next call uses again. **Collective** if packed."""
+    """The weight itself; of a packed one, memory that the next call uses again. Collective if packed."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 
 
@@ -214,7 +214,7 @@ class _SampledExperts(torch.autograd.Function):
 
 
 def experts_linear(x: Tensor, weight: Tensor, ends: list[int]) -> Tensor:
-    """Each token times its expert's weight. Local.
+    """Each token times its expert's weight.
 
     Args:
         x: [T, in], sorted by expert.
@@ -234,7 +234,7 @@ def experts_forward(
     top_k_weights: Tensor,
     project: Callable[[str, Tensor, list[int]], Tensor],
 ) -> Tensor:
-    """What transformers' fused experts compute, with the projections left to the caller. Local.
+    """What transformers' fused experts compute, with the projections left to the caller.
 
     Args:
         module: The experts.
@@ -306,7 +306,7 @@ def _expect_no_anchor(name: str) -> Callable[..., None]:
 
 
 def watch_experts(target: ExpertWeight, see: Callable[[Tensor, list[int]], None]) -> Callable[[], None]:
-    """Be told what a fused weight is multiplied with. Local.
+    """Be told what a fused weight is multiplied with.
 
     Args:
         target: The weight.
@@ -338,7 +338,7 @@ def watch_experts(target: ExpertWeight, see: Callable[[Tensor, list[int]], None]
 
 
 def install(target: Target) -> tuple[nn.Parameter, Slot]:
-    """Make a target record its weight gradient in a slot. Local.
+    """Make a target record its weight gradient in a slot.
 
     Returns:
         The anchor, a one-element trainable parameter that gives sharding engines something to train (it stays out of the
@@ -366,7 +366,7 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
 
 
 def bind_forward(target: Target) -> None:
-    """Make a target compute here, where its weight may be packed and its gradient sampled. Local."""
+    """Make a target compute here, where its weight may be packed and its gradient sampled."""
     module, _ = _place(target)
     forward: Callable[..., Tensor] = _forward_conv1d if is_conv1d(module) else _forward
     if isinstance(target, ExpertWeight):
@@ -382,7 +382,7 @@ def _place(target: Target) -> tuple[Any, str]:
 
 
 def uninstall(target: Target) -> None:
-    """Undo ``install``. Local."""
+    """Undo ``install``."""
     module, name = _place(target)
     for hook in module.__dict__.pop("seft_hooks", ()):
         hook.remove()

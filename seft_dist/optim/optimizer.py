@@ -59,7 +59,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Patches the target linears; reads no weight yet. Local.
+        """Patches the target linears; reads no weight yet.
 
         Args:
             model: The pruned model, before or after ``fully_shard``, before DDP or ``deepspeed.initialize``.
@@ -125,11 +125,11 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> float:
-        """Global norm of the last step's gradient before clipping. Local; waits for the device."""
+        """Global norm of the last step's gradient before clipping. Waits for the device."""
         return float(self._grad_norm)
 
     def attach(self) -> None:
-        """Find out who owns what, and check that the model fits the configuration. **Collective**, idempotent.
+        """Find out who owns what, and check that the model fits the configuration. Collective, idempotent.
 
         Happens by itself at the first forward pass with gradients.
 
@@ -162,7 +162,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             self.attach()
 
     def _prepare_step(self) -> None:
-        """Tell the slots what the coming step's backward must record. Local."""
+        """Tell the slots what the coming step's backward must record."""
         coming = self.num_steps + 1
         first = self._is_first(coming)
         for i, slot in enumerate(self._slots):
@@ -178,7 +178,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.exchange.prepare(supports)
 
     def new_window(self, i: int) -> Window:
-        """An empty window of target i for the coming step. Local."""
+        """An empty window of target i for the coming step."""
         # The first support's gradient is read from its window, whatever the criteria need.
         first = self._is_first(self.num_steps + 1)
         return Window(self.backend, i, self._needs.of_first_support() if first else self._needs)
@@ -187,7 +187,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         return is_first_support(self.config, step)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Say before a backward pass whether it is the last one before ``step()``. Local; the same on every rank.
+        """Say before a backward pass whether it is the last one before ``step()``. The same on every rank.
 
         Told so, gradients leave for their owners while it still runs; otherwise all of them leave in ``step()``. With
         gradient accumulation, say True before the last micro-batch only.
@@ -199,7 +199,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             self._exchange.set_last(is_last_backward)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last step, also those of a window. Local."""
+        """Forget the gradients since the last step, also those of a window."""
         super().zero_grad(set_to_none)
         if self._exchange is not None:
             self._exchange.forget()
@@ -210,7 +210,7 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Reduce, clip, update, write through, and evolve when due. **Collective**.
+        """Reduce, clip, update, write through, and evolve when due. Collective.
 
         Does nothing before the first backward pass. The gradients are used up: a second call without a backward pass in
         between does nothing either.
@@ -260,7 +260,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         return loss
 
     def settle(self) -> None:
-        """Wait for what the last step found out about its gradient. Local.
+        """Wait for what the last step found out about its gradient.
 
         On a CPU, and in every step of a window, ``step()`` has done so. Else the device decides whether it updates, and the
         host learns of it here: at the latest when the next step begins.
@@ -286,7 +286,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         return evolution.run(fraction, self.param_groups[0]["betas"], first)
 
     def _grad_of_first_support(self, windows: list[Window]) -> Tensor:
-        """The very first step's gradient at the support that was chosen by it, fp32 [own]. Local."""
+        """The very first step's gradient at the support that was chosen by it, fp32 [own]."""
         parts = []
         for i, entries in enumerate(self.sparse_state.layers()):
             parts.append(windows[i].at(entries.indices.long() - self.backend.interval(i).start))
@@ -305,7 +305,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._write(self.sparse_state.columns.update_(grad, scale, verdict.is_finite, rule, least))
 
     def _write(self, weight: Tensor) -> None:
-        """Put base + delta, cast, at the support. **Collective** for replicated weights, else local."""
+        """Put base + delta, cast, at the support. Collective for replicated weights, else local."""
         backend, state = self.backend, self.sparse_state
         new, places = weight.to(backend.dtypes[0]), state.places
         if backend.replicates:
@@ -321,12 +321,12 @@ class SeftOptimizer(torch.optim.Optimizer):
         backend.store_all(places, new)
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target: wanted, active, zeros, deltas. **Collective**."""
+        """Counts of every target: wanted, active, zeros, deltas. Collective."""
         self.settle()
         return self.sparse_state.sparsity(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
-        """This rank's masks and deltas, target by target. Local."""
+        """This rank's masks and deltas, target by target."""
         self.settle()
         backend, state = self.backend, self.sparse_state
         backend.prepare_write()
@@ -346,7 +346,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             )
 
     def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
-        """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. **Collective**.
+        """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. Collective.
 
         Args:
             num_steps: Optimizer steps done.
@@ -368,7 +368,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._prepare_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``. Local.
+        """The param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
 
         A rank's part of them is of no use on another number of ranks, and many savers keep rank 0's dict alone.
         """
@@ -377,7 +377,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         return super().state_dict() | {"seft_steps": self.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the param group. Local.
+        """Take over the param group.
 
         Raises:
             ValueError: It is of another step than the masks and deltas that are here.
@@ -391,7 +391,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
     def detach(self) -> None:
-        """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards. Local."""
+        """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards."""
         self._attach_hook.remove()
         for module in self._targets.values():
             uninstall(module)

@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"((?:.*?\.)?\d+)(?:\.|$)")
 def pack_weights(
     model: nn.Module, targets: str = ALL_LINEAR, *, mesh: Any = None, device: torch.device | None = None
 ) -> PackedShards:
-    """Keep this rank's rows of each target as bits and values, in place of the dense weight. **Collective**.
+    """Keep this rank's rows of each target as bits and values, in place of the dense weight. Collective.
 
     What stays in the modules has shapes but no values: use ``unpack_weights`` before ``save_pretrained``,
     ``state_dict`` or ``deepcopy``. Weights on the meta device are given values later, by ``load_model``.
@@ -66,7 +66,7 @@ def pack_weights(
 
 @torch.no_grad()
 def unpack_weights(model: nn.Module, targets: str = ALL_LINEAR) -> None:
-    """Give every packed target its whole dense weight again, on every rank. **Collective**.
+    """Give every packed target its whole dense weight again, on every rank. Collective.
 
     Args:
         model: From ``pack_weights``; a ``SeftOptimizer`` on it must have been detached.

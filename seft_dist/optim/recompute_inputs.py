@@ -45,7 +45,7 @@ class Input:
         self.value: Tensor | None = None
 
     def get(self, kept: Sequence[Tensor]) -> Tensor:
-        """The input, bit for bit. Local.
+        """The input, bit for bit.
 
         Args:
             kept: What ``keep`` returned; others may follow.
@@ -57,7 +57,7 @@ class Input:
         return value
 
     def leave(self) -> None:
-        """One linear less will ask for it. Local."""
+        """One linear less will ask for it."""
         self.users -= 1
         if self.users <= 0:
             self.value, self.operands = None, []
@@ -68,7 +68,7 @@ _WHOLE = Input(0, [])
 
 
 def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
-    """What a linear's forward keeps of its input for backward. Local.
+    """What a linear's forward keeps of its input for backward.
 
     Args:
         x: The input, as the linear gets it.

@@ -194,7 +194,7 @@ def check_layers(
 
 
 def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State) -> None:
-    """As many active positions and deltas over all ranks as there must be. **Collective**."""
+    """As many active positions and deltas over all ranks as there must be. Collective."""
     counts = backend.owners.sum(torch.tensor([[popcount(layer.mask), len(layer.columns)] for layer in layers]))
     for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
         if config.adapt != "none" and active != layer.target:
@@ -204,7 +204,7 @@ def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftCo
 
 
 def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int) -> None:
-    """Put masks and deltas into the weights and the state, once all of them are seen to be right. **Collective**.
+    """Put masks and deltas into the weights and the state, once all of them are seen to be right. Collective.
 
     Args:
         layers: This rank's part of every target.

@@ -24,7 +24,7 @@ class Rounding:
     """Errors of the scores that the criteria rank by. Lists have one item for each target."""
 
     def __init__(self, backend: Backend, config: SeftConfig, windows: list[Window], entries: list[Columns]) -> None:
-        """Find out what is typical. **Collective**; one sum of a few numbers for each row and column.
+        """Find out what is typical. Collective; one sum of a few numbers for each row and column.
 
         Args:
             backend: Says who owns what.

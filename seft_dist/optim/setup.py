@@ -28,7 +28,7 @@ _CHECKED_POSITIONS = 64
 
 
 def agree_on_config(backend: Backend, told: str) -> None:
-    """Refuse ranks that were given something else. **Collective**.
+    """Refuse ranks that were given something else. Collective.
 
     Args:
         backend: Knows the ranks.
@@ -48,7 +48,7 @@ def agree_on_config(backend: Backend, told: str) -> None:
 
 @torch.no_grad()
 def clear_negative_zeros(backend: Backend) -> None:
-    """Turn -0.0 into 0.0 in the targets' weights. **Collective**.
+    """Turn -0.0 into 0.0 in the targets' weights. Collective.
 
     ``weight * mask`` leaves -0.0 where it prunes a negative weight. What is resumed, packed or exported has 0.0 there, so a
     run must begin with it.
@@ -67,7 +67,7 @@ def clear_negative_zeros(backend: Backend) -> None:
 
 
 def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
-    """Look at the weights as they are. **Collective**.
+    """Look at the weights as they are. Collective.
 
     Args:
         backend: Holds the weights.
@@ -96,7 +96,7 @@ def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
 
 
 def first_state(backend: Backend, config: SeftConfig) -> State:
-    """Masks from the weights as they are, no deltas. **Collective**.
+    """Masks from the weights as they are, no deltas. Collective.
 
     Args:
         backend: Holds the pruned weights.
@@ -163,7 +163,7 @@ def _check(names: list[str], numels: list[int], targets: list[int], budgets: lis
 
 
 def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
-    """Draw the first support from the active positions, the same for every layout. **Collective**."""
+    """Draw the first support from the active positions, the same for every layout. Collective."""
 
     def key(i: int) -> torch.Tensor:
         interval = backend.interval(i)
@@ -178,7 +178,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
 
 
 def check_write(backend: Backend, state: State) -> None:
-    """Refuse to go on if the model does not see what was written. **Collective**, once a run.
+    """Refuse to go on if the model does not see what was written. Collective, once a run.
 
     Args:
         backend: Holds the weights.

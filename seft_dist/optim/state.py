@@ -85,25 +85,25 @@ class State:
     their terms could have decided (``collectives.near_ties``), added up until somebody sets it back."""
 
     def layers(self) -> Iterator[Columns]:
-        """Own entries of each layer (views). Local."""
+        """Own entries of each layer (views)."""
         begin = 0
         for length in self.lengths:
             yield self.columns.take(slice(begin, begin + length))
             begin += length
 
     def set_entries(self, backend: Backend, entries: list[Columns]) -> None:
-        """Replace the own entries and tell every rank their positions; the backend knows the masks. **Collective**."""
+        """Replace the own entries and tell every rank their positions; the backend knows the masks. Collective."""
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
         self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
         self.supports = gather_supports(backend.owners, self.columns.indices, self.lengths, backend.shapes)
 
     def active(self, backend: Backend) -> list[int]:
-        """Active positions of each whole weight. **Collective**."""
+        """Active positions of each whole weight. Collective."""
         return backend.owners.sum(torch.tensor([bits.popcount(mask) for mask in self.masks])).tolist()
 
     def verify(self, backend: Backend, config: SeftConfig) -> str:
-        """Check every promise about masks and supports on all ranks. **Collective**.
+        """Check every promise about masks and supports on all ranks. Collective.
 
         Returns:
             A digest of all masks and supports that is the same for every layout.
@@ -145,7 +145,7 @@ class State:
         return broken, torch.stack(hashes).cpu()
 
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
-        """Counts of every target. **Collective**."""
+        """Counts of every target. Collective."""
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = backend.owners.sum(
             torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
@@ -160,7 +160,7 @@ class State:
 
 
 def fingerprint(weight: Tensor, start: int) -> Tensor:
-    """Hash of the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's (wrapping). Local.
+    """Hash of the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's (wrapping).
 
     Args:
         weight: [n], in the model's dtype.

@@ -33,7 +33,7 @@ class Verdict:
         return bool(self.told)
 
     def refuse(self, names: list[str]) -> None:
-        """Stop here if something is not finite. Local; waits as ``ok``.
+        """Stop here if something is not finite. Waits as ``ok``.
 
         Args:
             names: Of the targets.
@@ -51,7 +51,7 @@ class Verdict:
 
 
 def judge(backend: Backend, step: int, grads: Sequence[Tensor], windows: Sequence[Window | None]) -> Verdict:
-    """Find out what all ranks' gradients are like. **Collective**; does not wait for the device.
+    """Find out what all ranks' gradients are like. Collective; does not wait for the device.
 
     Args:
         backend: Knows the ranks.

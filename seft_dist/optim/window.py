@@ -42,7 +42,7 @@ class Needs:
 
     @classmethod
     def of(cls, config: SeftConfig) -> "Needs":
-        """Derive them. Local."""
+        """Derive them."""
         seeded, momentum = config.moments == "seeded", config.grow == "momentum"
         gradient = (
             seeded
@@ -56,7 +56,7 @@ class Needs:
         return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
 
     def of_first_support(self) -> "Needs":
-        """It is read from its gradient, whatever the criteria need. Local."""
+        """It is read from its gradient, whatever the criteria need."""
         return dataclasses.replace(self, gradient=True)
 
     @property
@@ -121,7 +121,7 @@ class Window:
         return self._needs.candidates and self.positions is None and self.num_steps == 1
 
     def add(self, dense: Tensor) -> None:
-        """Bring one backward's dense gradient to its owners. **Collective**.
+        """Bring one backward's dense gradient to its owners. Collective.
 
         Args:
             dense: fp32 [out, in], this rank's; may be overwritten.
@@ -132,11 +132,11 @@ class Window:
         self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
     def add_kept(self, grad: Tensor) -> None:
-        """Take one step's gradient at ``positions``, averaged over ranks, fp32 [kept]. Local."""
+        """Take one step's gradient at ``positions``, averaged over ranks, fp32 [kept]."""
         self._step = grad
 
     def observe(self, x: Tensor, grad: Tensor) -> None:
-        """Count one backward's tokens. Local.
+        """Count one backward's tokens.
 
         Args:
             x: [T, in], the linear's input.
@@ -149,18 +149,18 @@ class Window:
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared
 
     def is_finite(self) -> Tensor:
-        """Whether the pending step may be folded, bool []. Local."""
+        """Whether the pending step may be folded, bool []."""
         pending = [*self._step_sums.values(), *([] if self._step is None else [self._step])]
         # Extremes show what is not finite, and are found much faster than each value is tested.
         extremes = [extreme.float() for part in pending if part.numel() for extreme in part.aminmax()]
         return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
 
     def discard(self) -> None:
-        """Forget what was added since the last ``fold``. Local."""
+        """Forget what was added since the last ``fold``."""
         self._step, self._step_sums = None, {}
 
     def fold(self) -> None:
-        """Count the pending step. **Collective** for momentum, else local."""
+        """Count the pending step. Collective for momentum, else local."""
         self.num_steps += 1
         for name, squared in self._step_sums.items():
             before = getattr(self, name)
@@ -193,7 +193,7 @@ class Window:
             self._backend.owners.max(accumulator)
 
     def keep(self, offsets: Tensor) -> None:
-        """Forget the gradient everywhere else. Local.
+        """Forget the gradient everywhere else.
 
         Args:
             offsets: int64 [kept], increasing, from the own interval's start.
@@ -203,12 +203,12 @@ class Window:
         self.positions = (offsets + self._backend.interval(self._i).start).to(self._backend.position_dtype)
 
     def settle(self) -> None:
-        """Bring the row and column sums of all ranks together. **Collective** if factored, else nothing is sent."""
+        """Bring the row and column sums of all ranks together. Collective if factored, else nothing is sent."""
         if "outputs" in self.sums:
             self._factors = self.summed("outputs"), self.summed("norms")
 
     def gradient(self) -> Tensor:
-        """The accumulated gradient of the own interval, fp32 [own], or an estimate of its size; a new tensor or ``total``. Local.
+        """The accumulated gradient of the own interval, fp32 [own], or an estimate of its size; a new tensor or ``total``.
 
         0 where only candidates are known and this is none.
         """
@@ -220,11 +220,11 @@ class Window:
         return self.total.new_zeros(self._numel).index_put_((self._offsets,), self.total)
 
     def at(self, offsets: Tensor) -> Tensor:
-        """The accumulated gradient at some own offsets, fp32; 0 if only its size is estimated. Local."""
+        """The accumulated gradient at some own offsets, fp32; 0 if only its size is estimated."""
         return self.gradient()[offsets] if self._factors is None else torch.zeros(offsets.shape, device=offsets.device)
 
     def known(self) -> Tensor | None:
-        """Where the gradient of the own interval is known, uint8, packed; None: everywhere. Local."""
+        """Where the gradient of the own interval is known, uint8, packed; None: everywhere."""
         if self.positions is None:
             return None
         nowhere = torch.zeros(-(-self._numel // 8), dtype=torch.uint8, device=self.positions.device)
@@ -236,7 +236,7 @@ class Window:
         return self.positions.long() - self._backend.interval(self._i).start
 
     def summed(self, name: str) -> Tensor:
-        """One of ``sums`` over the window and all ranks, fp32. **Collective**."""
+        """One of ``sums`` over the window and all ranks, fp32. Collective."""
         own: Tensor | None = getattr(self, name)
         length = self._backend.shapes[self._i][name == "norms"]
         squared = own.clone() if own is not None else torch.zeros(length, device=self._backend.device)
@@ -244,7 +244,7 @@ class Window:
 
 
 def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
-    """Tell every rank which positions of each weight backward shall sample. **Collective** if windows keep candidates.
+    """Tell every rank which positions of each weight backward shall sample. Collective if windows keep candidates.
 
     Args:
         backend: Says who owns what.
@@ -259,7 +259,7 @@ def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
 
 
 def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[Support]:
-    """Where backward samples each weight: at the deltas, and where a window keeps candidates, at those too. Local.
+    """Where backward samples each weight: at the deltas, and where a window keeps candidates, at those too.
 
     Args:
         windows: Of each weight.
@@ -272,7 +272,7 @@ def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[S
 
 
 def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[Columns]) -> Tensor:
-    """Give the windows what was sampled for them. Local.
+    """Give the windows what was sampled for them.
 
     Args:
         windows: Of each weight.

@@ -92,7 +92,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def find_architecture(model: str) -> PreTrainedConfig:
-    """Configuration of a named architecture, a model's folder or a config.json. Local.
+    """Configuration of a named architecture, a model's folder or a config.json.
 
     Raises:
         ValueError: There is no such model, or transformers does not know its type.
@@ -138,11 +138,11 @@ class Weight:
         return prod(self.shape)
 
     def rows_of(self, world_size: int) -> int:
-        """Entries of the fullest rank under FSDP2: whole slices of the first dimension, ceil(rows / ranks). Local."""
+        """Entries of the fullest rank under FSDP2: whole slices of the first dimension, ceil(rows / ranks)."""
         return -(-self.shape[0] // world_size) * prod(self.shape[1:])
 
     def flat_of(self, world_size: int) -> int:
-        """Entries of the fullest rank under an even flat split. Local."""
+        """Entries of the fullest rank under an even flat split."""
         return -(-self.numel // world_size)
 
 
@@ -159,7 +159,7 @@ class Shapes:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, targets: str) -> "Shapes":
-        """Build the model on the meta device and read its shapes. Local.
+        """Build the model on the meta device and read its shapes.
 
         Args:
             config: The model's.
@@ -205,7 +205,7 @@ class Shapes:
         return position_dtype(max((weight.numel for weight in self.targets), default=0)).itemsize
 
     def unit_numels(self) -> list[int]:
-        """Parameters of each decoder layer. Local."""
+        """Parameters of each decoder layer."""
         sums = [0] * len(self.kinds)
         for weight in self.weights:
             if weight.layer is not None:
@@ -213,5 +213,5 @@ class Shapes:
         return sums
 
     def budget(self, density: float) -> int:
-        """Deltas of the whole model. Local."""
+        """Deltas of the whole model."""
         return sum(int(density * weight.numel + 0.5) for weight in self.targets)

@@ -10,7 +10,7 @@ from seft_dist.planning.layout import Layout
 
 
 def train_options(config: PlanConfig, layout: Layout) -> list[str]:
-    """Options of launch/train.py for the planned run. Local.
+    """Options of launch/train.py for the planned run.
 
     The model's path stands for the pruned model, data.path for the text: a plan knows neither.
     """
@@ -31,7 +31,7 @@ def train_options(config: PlanConfig, layout: Layout) -> list[str]:
 
 
 def submit_line(config: PlanConfig, layout: Layout) -> str:
-    """The command that starts the run: sbatch on a cluster, torchrun on one CPU machine. Local."""
+    """The command that starts the run: sbatch on a cluster, torchrun on one CPU machine."""
     options = shlex.join(train_options(config, layout))
     if config.cluster.gpu in ("cpu",) or Path(config.cluster.gpu).is_file():
         start = "python" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size}"

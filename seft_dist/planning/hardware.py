@@ -76,7 +76,7 @@ class Rates:
     measured: bool
 
     def of_rank(self, ranks: int) -> "Rates":
-        """What one of several ranks on a node has. Local."""
+        """What one of several ranks on a node has."""
         if not self.shared:
             return self
         faster = ("memory", "matmul", "attention", "dense", "sampled", "moved", "decode", "host")
@@ -87,7 +87,7 @@ class Rates:
 
 
 def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
-    """Rates of a device by its data sheet. Local.
+    """Rates of a device by its data sheet.
 
     Args:
         cluster: Says which, and what differs from the data sheet.
@@ -128,7 +128,7 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
 
 
 def read_rates(file: str) -> dict[str, Rates]:
-    """Rates by type of weights, from a file that ``write_rates`` wrote. Local.
+    """Rates by type of weights, from a file that ``write_rates`` wrote.
 
     Raises:
         ValueError: It is not such a file.

@@ -45,26 +45,26 @@ class Layout:
         return -(-self.world_size // self.per_node)
 
     def own(self, weight: Weight) -> int:
-        """Entries of a weight that the fullest rank owns. Local."""
+        """Entries of a weight that the fullest rank owns."""
         return weight.rows_of(self.owners) if self.held in ("fsdp", "hsdp") else weight.flat_of(self.owners)
 
     def stored(self, weight: Weight) -> int:
-        """Entries of a weight that the fullest rank stores. Local."""
+        """Entries of a weight that the fullest rank stores."""
         return self.own(weight) if self.sharded else weight.numel
 
     def skew(self, shapes: Shapes) -> float:
-        """Target weights of the fullest rank over the mean. Local."""
+        """Target weights of the fullest rank over the mean."""
         return sum(map(self.own, shapes.targets)) * self.owners / shapes.target_numel
 
     def empty_ranks(self, shapes: Shapes) -> int:
-        """Ranks of a group of owners that own nothing of any target. Local."""
+        """Ranks of a group of owners that own nothing of any target."""
         by_rows = self.held in ("fsdp", "hsdp")
         lengths = [weight.shape[0] if by_rows else weight.numel for weight in shapes.targets]
         used = max(-(-length // -(-length // self.owners)) for length in lengths)
         return self.owners - used
 
     def options(self, config: PlanConfig) -> list[str]:
-        """Options of launch/train.py that choose this layout. Local."""
+        """Options of launch/train.py that choose this layout."""
         if self.held.startswith("zero"):
             suffix = "_bf16" if config.dtype == "bfloat16" else ""
             return ["--deepspeed", f"ds_configs/{self.held}{suffix}.json"]
@@ -74,7 +74,7 @@ class Layout:
 
 
 def layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
-    """Every way of holding a model on a number of ranks. Local."""
+    """Every way of holding a model on a number of ranks."""
     if world_size == 1:
         alone = Layout("single", 1, cluster.gpus_per_node)
         return [alone, replace(alone, packing="resident")]
@@ -97,19 +97,19 @@ def layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
 
 
 def world_sizes(cluster: ClusterConfig) -> list[int]:
-    """Numbers of ranks worth looking at: within a node, then whole nodes; each about twice the last. Local."""
+    """Numbers of ranks worth looking at: within a node, then whole nodes; each about twice the last."""
     within = [2**i for i in range(cluster.gpus_per_node.bit_length()) if 2**i < cluster.gpus_per_node]
     nodes = [2**i for i in range(cluster.nodes.bit_length()) if 2**i < cluster.nodes]
     return within + [cluster.gpus_per_node * count for count in (*nodes, cluster.nodes)]
 
 
 def packed_bytes(sparsity: float, item: int) -> float:
-    """Bytes of a packed weight: one bit, and a value if it is not pruned. Local."""
+    """Bytes of a packed weight: one bit, and a value if it is not pruned."""
     return 1 / 8 + item * (1 - sparsity)
 
 
 def micro_batches(config: PlanConfig, layout: Layout) -> int:
-    """Forward passes of a rank in a step. Local."""
+    """Forward passes of a rank in a step."""
     if config.global_batch is None:
         return 1
     return -(-config.global_batch // (config.batch_size * layout.world_size))

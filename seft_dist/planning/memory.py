@@ -56,7 +56,7 @@ class Memory:
         return self.tensors * (1 + self.margin) + self.reserve
 
     def terms(self) -> Terms:
-        """Every term of the worst phase; they add up to ``total``. Local."""
+        """Every term of the worst phase; they add up to ``total``."""
         return {
             **self.resident,
             **self.phases[self.worst],
@@ -66,7 +66,7 @@ class Memory:
 
 
 def base_weights(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> Terms:
-    """The weights at rest. Local."""
+    """The weights at rest."""
     if layout.packing != "resident":
         return {"base weights": float(item * sum(map(layout.stored, shapes.weights)))}
     rest = item * sum(layout.stored(weight) for weight in shapes.weights if not weight.target)
@@ -81,7 +81,7 @@ def base_weights(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) 
 
 
 def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_end: bool = False) -> Terms:
-    """Weights that are whole for a while on a rank that stores shards. Local.
+    """Weights that are whole for a while on a rank that stores shards.
 
     Args:
         config: The recipe.
@@ -117,7 +117,7 @@ def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_e
 
 
 def activations(work: Work) -> tuple[Terms, Terms]:
-    """What lives at the loss, and while layers are differentiated. Local."""
+    """What lives at the loss, and while layers are differentiated."""
     saved = {"activations": work.saved}
     head = max(0.0, work.head - work.saved)
     layers = max(0.0, work.layers - work.saved)
@@ -125,7 +125,7 @@ def activations(work: Work) -> tuple[Terms, Terms]:
 
 
 def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float) -> Memory:
-    """What SEFT needs on the fullest rank. Local.
+    """What SEFT needs on the fullest rank.
 
     Args:
         config: The recipe.
@@ -228,7 +228,7 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
 
 
 def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float, trained: str) -> Memory:
-    """What AdamW needs on the fullest rank, for all weights or for adapters. Local.
+    """What AdamW needs on the fullest rank, for all weights or for adapters.
 
     Args:
         config: The recipe.
@@ -265,7 +265,7 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
 
 
 def lora_numel(config: PlanConfig, shapes: Shapes) -> int:
-    """Parameters of LoRA on all targets. Local."""
+    """Parameters of LoRA on all targets."""
     total = 0
     for weight in shapes.targets:
         experts = weight.shape[0] if len(weight.shape) == 3 else 1

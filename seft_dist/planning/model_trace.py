@@ -55,7 +55,7 @@ class Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def minus(self, other: "Work") -> "Work":
-        """Difference, field by field. Local."""
+        """Difference, field by field."""
         return Work(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     @property
@@ -78,7 +78,7 @@ def trace(
     checkpoint: bool,
     inputs_kept: bool = False,
 ) -> Work:
-    """Work of the whole model, from runs of its first few layers. Local.
+    """Work of the whole model, from runs of its first few layers.
 
     Args:
         config: The model's.

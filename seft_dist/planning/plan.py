@@ -63,7 +63,7 @@ class Plan:
 
 
 def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
-    """Calculate a plan. Local.
+    """Calculate a plan.
 
     Args:
         config: Model, recipe and cluster.
@@ -102,7 +102,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> Plan:
 def choose(
     plan: Plan, held: Held, world_size: int, method: str = "SEFT", packing: Packing = "none", replicas: int = 1
 ) -> Choice:
-    """One method on one layout of a plan's model and recipe. Local."""
+    """One method on one layout of a plan's model and recipe."""
     layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, replicas, packing)
     work = plan.work if method == "SEFT" else plan.peer_work
     return _choice(method, plan.config, plan.shapes, layout, work, plan.rates)

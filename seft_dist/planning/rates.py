@@ -55,7 +55,7 @@ SIZES = {
 
 
 def find_rates(config: PlanConfig) -> Rates:
-    """Rates for a plan; those of "cpu" and "cuda" are measured now, which takes about a minute. Local.
+    """Rates for a plan; those of "cpu" and "cuda" are measured now, which takes about a minute.
 
     Raises:
         ValueError: No such device, or a file that holds no rates.
@@ -80,7 +80,7 @@ def find_rates(config: PlanConfig) -> Rates:
 
 
 def measure(dtype: str) -> Rates:
-    """Measure what this machine's CPU does with all of torch's threads, and its links with two ranks. Local.
+    """Measure what this machine's CPU does with all of torch's threads, and its links with two ranks.
 
     Args:
         dtype: Of the weights.
@@ -267,6 +267,7 @@ def _intra() -> float:
 
 
 def _send(rank: int, folder: str) -> None:
+    """Gather once on one of two processes. Collective over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     own = torch.randn(1 << 22)

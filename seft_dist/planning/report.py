@@ -19,7 +19,7 @@ _SHOWN = 14
 
 
 def show(plan: Plan) -> Group:
-    """All tables of a plan. Local."""
+    """All tables of a plan."""
     config, shapes = plan.config, plan.shapes
     kind = "measured here" if plan.rates.measured else f"data sheet x MFU {config.cluster.mfu:g}; never run on a GPU"
     head = (
@@ -37,7 +37,7 @@ def show(plan: Plan) -> Group:
 
 
 def layout_table(plan: Plan) -> Table:
-    """What fits. Local."""
+    """What fits."""
     table = Table(title="Layouts, the recommended one first", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for column in ("layout", "ranks", "GB/rank", "s/step", "tokens/s", "hours", "rank-h", "fits"):
         table.add_column(column, justify="left" if column in ("layout", "fits") else "right", no_wrap=True)
@@ -59,7 +59,7 @@ def layout_table(plan: Plan) -> Table:
 
 
 def memory_table(plan: Plan, choice: Choice) -> Table:
-    """Every term of the fullest rank. Local."""
+    """Every term of the fullest rank."""
     layout, memory = choice.layout, choice.memory
     table = Table(title=f"Memory of the fullest rank: {layout.name} on {layout.world_size}, phase '{memory.worst}'")
     table.add_column("what")
@@ -80,7 +80,7 @@ def memory_table(plan: Plan, choice: Choice) -> Table:
 
 
 def traffic_table(choice: Choice) -> Table:
-    """What a rank sends. Local."""
+    """What a rank sends."""
     table = Table(title="Sent by a rank; more in a step of a window, more in an evolution")
     for column in ("when", "what", "MB in the node", "MB to others", "s"):
         table.add_column(column, justify="left" if column in ("when", "what") else "right")
@@ -99,7 +99,7 @@ def traffic_table(choice: Choice) -> Table:
 
 
 def time_table(choice: Choice) -> Table:
-    """Where time goes. Local."""
+    """Where time goes."""
     time = choice.time
     table = Table(title="Seconds")
     table.add_column("what")
@@ -116,7 +116,7 @@ def time_table(choice: Choice) -> Table:
 
 
 def peer_table(plan: Plan) -> Table:
-    """SEFT beside its peers, each on its own recommended layout. Local."""
+    """SEFT beside its peers, each on its own recommended layout."""
     table = Table(
         title="Methods, each on its own recommended layout", caption="merged LoRA and full fine-tuning lose the zeros"
     )
@@ -147,7 +147,7 @@ def peer_table(plan: Plan) -> Table:
 
 
 def to_json(plan: Plan) -> str:
-    """The plan with every term, in bytes and seconds. Local."""
+    """The plan with every term, in bytes and seconds."""
     content = {
         "config": dataclasses.asdict(plan.config),
         "model": {

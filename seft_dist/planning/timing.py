@@ -52,12 +52,12 @@ class Time:
 
 
 def tokens_of(config: PlanConfig, layout: Layout) -> int:
-    """Tokens of a step over all ranks. Local."""
+    """Tokens of a step over all ranks."""
     return config.seq_len * (config.global_batch or config.batch_size * layout.world_size)
 
 
 def dense_flops(config: PlanConfig, shapes: Shapes, work: Work) -> float:
-    """Of the weight gradients of all targets, one micro-batch: as many as their forward pass. Local."""
+    """Of the weight gradients of all targets, one micro-batch: as many as their forward pass."""
     passes = 3 if config.activation_checkpointing else 2
     head = next((w.numel for w in shapes.weights if w.layer is None and w.target is None and len(w.shape) == 2), 0)
     tokens = config.batch_size * config.seq_len
@@ -65,7 +65,7 @@ def dense_flops(config: PlanConfig, shapes: Shapes, work: Work) -> float:
 
 
 def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates) -> Time:
-    """What SEFT takes. Local.
+    """What SEFT takes.
 
     Args:
         config: The recipe.
@@ -121,7 +121,7 @@ def _dense_steps(method: SeftConfig, steps: int) -> int:
 
 
 def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates, trained: str) -> Time:
-    """What AdamW takes, for all weights ("full") or for adapters ("lora"). Local."""
+    """What AdamW takes, for all weights ("full") or for adapters ("lora")."""
     item, links, micro = (2 if config.dtype == "bfloat16" else 4), Links(layout, rates), micro_batches(config, layout)
     count = shapes.numel if trained == "full" else lora_numel(config, shapes)
     if trained == "full":

@@ -22,7 +22,7 @@ class Sent:
     seconds: float
 
     def times(self, count: float) -> "Sent":
-        """The same, several times. Local."""
+        """The same, several times."""
         return Sent(self.what, self.intra * count, self.inter * count, self.seconds * count)
 
 
@@ -39,7 +39,7 @@ class Links:
         return min(self.layout.owners, self.layout.per_node)
 
     def ring(self, what: str, size: float) -> Sent:
-        """Owners gather ``size`` bytes, or reduce them to owners, along a ring. Local."""
+        """Owners gather ``size`` bytes, or reduce them to owners, along a ring."""
         owners, near = self.layout.owners, self._together
         sent = size * (owners - 1) / owners
         if owners <= near:
@@ -49,19 +49,19 @@ class Links:
         return Sent(what, sent * (1 - 1 / near), sent / near, seconds)
 
     def exchange(self, what: str, size: float) -> Sent:
-        """Every owner sends each other one its part of ``size`` bytes. Local."""
+        """Every owner sends each other one its part of ``size`` bytes."""
         owners, near = self.layout.owners, self._together
         intra, inter = size * (near - 1) / owners, size * (owners - near) / owners
         return Sent(what, intra, inter, max(intra / self.rates.intra, inter * near / self.rates.inter))
 
     def replicas(self, what: str, size: float) -> Sent:
-        """All-reduce of ``size`` bytes between the replicas of a rank. Local."""
+        """All-reduce of ``size`` bytes between the replicas of a rank."""
         sent = 2 * size * (self.layout.replicas - 1) / self.layout.replicas
         return Sent(what, 0.0, sent, sent * self._together / self.rates.inter)
 
 
 def weights_gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> float:
-    """Bytes of weights that a micro-batch gathers: each layer twice; FSDP keeps the root from forward to backward. Local."""
+    """Bytes of weights that a micro-batch gathers: each layer twice; FSDP keeps the root from forward to backward."""
     each = item if layout.packing == "none" else packed_bytes(config.sparsity, item)
     total = 0.0
     for weight in shapes.weights:
@@ -71,7 +71,7 @@ def weights_gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: i
 
 
 def gathers(config: PlanConfig, shapes: Shapes, links: Links, item: int, micro: int) -> list[Sent]:
-    """Weights fetched in a step. Local."""
+    """Weights fetched in a step."""
     layout = links.layout
     if not layout.sharded:
         return []
@@ -83,7 +83,7 @@ def gathers(config: PlanConfig, shapes: Shapes, links: Links, item: int, micro: 
 
 
 def seft_step(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> list[Sent]:
-    """What a step sends beside weights: the sparse gradients, and new weights where ranks hold copies. Local."""
+    """What a step sends beside weights: the sparse gradients, and new weights where ranks hold copies."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
     found = [links.exchange("gradients of deltas", 4 * deltas)]
     if layout.replicas > 1:
@@ -94,7 +94,7 @@ def seft_step(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> li
 
 
 def seft_window(config: PlanConfig, shapes: Shapes, links: Links, micro: int) -> list[Sent]:
-    """What each step of a window with dense gradients sends more. Local."""
+    """What each step of a window with dense gradients sends more."""
     if not Needs.of(config.seft).dense:
         return []
     found = [links.exchange("dense gradients", 4 * shapes.target_numel).times(micro)]
@@ -105,7 +105,7 @@ def seft_window(config: PlanConfig, shapes: Shapes, links: Links, micro: int) ->
 
 
 def seft_evolution(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> list[Sent]:
-    """What an evolution sends: rankings (drop, grow, adapt), and all positions. Local."""
+    """What an evolution sends: rankings (drop, grow, adapt), and all positions."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
     problems = len(shapes.targets)
     moved = config.seft.drop_fraction * deltas
@@ -126,7 +126,7 @@ def _factors(shapes: Shapes, links: Links) -> list[Sent]:
 
 
 def adam_step(shapes: Shapes, links: Links, item: int, trained: int) -> list[Sent]:
-    """What AdamW's step sends beside weights. Local."""
+    """What AdamW's step sends beside weights."""
     if links.layout.replicas > 1:
         own = item * trained / links.layout.owners
         return [links.ring("gradients", item * trained), links.replicas("gradients between replicas", own)]

@@ -35,7 +35,7 @@ class _Call:
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers. Local.
+    """Find the list of decoder layers.
 
     Returns:
         Its name and the list.
@@ -58,7 +58,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list[Tensor]:
-    """Draw calibration sequences without repetition. Local.
+    """Draw calibration sequences without repetition.
 
     Args:
         sequences: The calibration data.
@@ -98,7 +98,7 @@ class Calibration:
         hold_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
         device: torch.device | None = None,
     ) -> None:
-        """Look at how the model calls its layers. Local; ``ranks`` only says which batches are this rank's.
+        """Look at how the model calls its layers; ``ranks`` only says which batches are this rank's.
 
         Args:
             model: A causal LM in evaluation mode.
@@ -127,7 +127,7 @@ class Calibration:
 
     @torch.no_grad()
     def walk(self, visit: Visit, *, changes: bool = True, progress: bool = True) -> Iterator[str]:
-        """Visit every decoder layer in order; after each the caller's turn comes, with the layer still there. Local.
+        """Visit every decoder layer in order; after each the caller's turn comes, with the layer still there.
 
         Args:
             visit: Called with a layer's name, the layer, and ``run``, which passes all of this rank's text through it.

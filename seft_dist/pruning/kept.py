@@ -16,7 +16,7 @@ from seft_dist.sparsity.bitmask import unpack
 
 
 class KeptIndex:
-    """The kept positions of each target, read one at a time. Local."""
+    """The kept positions of each target, read one at a time."""
 
     def __init__(self, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Args:

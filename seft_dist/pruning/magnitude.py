@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
-    """|weight| in fp32. Local.
+    """|weight| in fp32.
 
     Args:
         weight: [out, in], any float type.

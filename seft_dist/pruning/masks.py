@@ -20,18 +20,18 @@ TILE = 64
 
 
 def num_pruned(sparsity: float, numel: int) -> int:
-    """Weights to prune in a group of ``numel``: sparsity * numel, rounded to the nearest. Local."""
+    """Weights to prune in a group of ``numel``: sparsity * numel, rounded to the nearest."""
     return math.floor(sparsity * numel + 0.5)
 
 
 def own_rows(rows: int, ranks: Group) -> tuple[int, int]:
-    """First and last (exclusive) row of a weight that this rank prunes; may be none. Local."""
+    """First and last (exclusive) row of a weight that this rank prunes; may be none."""
     tiles = -(-rows // TILE)
     return tuple(min(rows, TILE * (tiles * rank // ranks.size)) for rank in (ranks.rank, ranks.rank + 1))  # type: ignore[return-value]
 
 
 def gather_rows(own: Tensor, ranks: Group) -> Tensor:
-    """Put the ranks' rows together. **Collective.**
+    """Put the ranks' rows together. Collective.
 
     Args:
         own: [own rows, in], any type.
@@ -62,7 +62,7 @@ class Ranking:
         return (int(kept), int(width)) if width else None
 
     def check(self, name: str, columns: int) -> None:
-        """Raise a ValueError if a weight of so many input columns cannot have the pattern. Local."""
+        """Raise a ValueError if a weight of so many input columns cannot have the pattern."""
         if self.kept_of is not None and columns % self.kept_of[1]:
             raise ValueError(
                 f"{name} has {columns} input columns, which --pattern {self.kind} does not divide: choose another "
@@ -70,7 +70,7 @@ class Ranking:
             )
 
     def zeros(self, rows: int, columns: int) -> int:
-        """Weights of a weight [rows, columns] that go. Local."""
+        """Weights of a weight [rows, columns] that go."""
         if self.kept_of is not None:
             kept, width = self.kept_of
             return rows * columns // width * (width - kept)
@@ -88,7 +88,7 @@ class Cut:
     """Of each layer, this rank's share."""
 
     def mask(self, key: Tensor, layer: int = 0) -> Tensor:
-        """True where a weight goes. Local.
+        """True where a weight goes.
 
         Args:
             key: int32 [n], from ``pruning_keys``.
@@ -100,7 +100,7 @@ class Cut:
 
 
 def pruning_keys(scores: Tensor, weight: Tensor) -> Tensor:
-    """Integer keys whose largest go first: zeros before all, then the smallest scores. Local.
+    """Integer keys whose largest go first: zeros before all, then the smallest scores.
 
     Args:
         scores: fp32, not negative.
@@ -118,7 +118,7 @@ def _zeros_first(scores: Tensor, weight: Tensor) -> Tensor:
 
 
 def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted: int) -> Cut:
-    """Rank the entries of several layers over all ranks, by counting. **Collective.**
+    """Rank the entries of several layers over all ranks, by counting. Collective.
 
     Nothing but histograms is sent, and only one layer's keys exist at a time.
 
@@ -151,7 +151,7 @@ def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted:
 
 
 def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count: int | Tensor | None = None) -> Tensor:
-    """Choose the weights that go. **Collective** for kind "layer", else local.
+    """Choose the weights that go. Collective for kind "layer", else local.
 
     A group (row, layer) with more zeros than asked for keeps them.
 

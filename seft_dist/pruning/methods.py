@@ -163,7 +163,7 @@ class Pruner:
                 weight[expert] = self._compensated(name, weight[expert], factor, dead, before)
 
     def _compensated(self, name: str, weight: Tensor, factor: Tensor, dead: Tensor, before: int = 0) -> Tensor:
-        """A weight [out, in], or one expert's part, pruned by SparseGPT on the rows of each rank. **Collective.**"""
+        """A weight [out, in], or one expert's part, pruned by SparseGPT on the rows of each rank. Collective."""
         first, last = own_rows(len(weight), self._ranks)
         own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks, before)
         return gather_rows(cast_weight(own, weight.dtype)[0], self._ranks)
@@ -198,7 +198,7 @@ class Pruner:
 
 
 def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Group) -> Calibration:
-    """Calibration text on its way through a model of which only the layer at work is in memory. Local.
+    """Calibration text on its way through a model of which only the layer at work is in memory.
 
     Args:
         stream: The model.

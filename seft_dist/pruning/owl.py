@@ -15,7 +15,7 @@ from seft_dist.files.reading import read_yaml
 
 
 def outlier_share(scores: list[Tensor], threshold: float) -> float:
-    """Share of a decoder layer's scores above ``threshold`` times their mean. Local.
+    """Share of a decoder layer's scores above ``threshold`` times their mean.
 
     Args:
         scores: |weight| x norm of its input of each linear of the layer, fp32.
@@ -29,7 +29,7 @@ def outlier_share(scores: list[Tensor], threshold: float) -> float:
 def owl_sparsities(
     outliers: dict[str, float], sizes: dict[str, int], sparsity: float, spread: float
 ) -> dict[str, float]:
-    """Sparsity of each decoder layer: the more outliers, the fewer zeros. Local.
+    """Sparsity of each decoder layer: the more outliers, the fewer zeros.
 
     Args:
         outliers: Name of a decoder layer to its share of outliers.
@@ -54,7 +54,7 @@ def owl_sparsities(
 
 
 def read_sparsities(path: str, targets: Iterable[str], default: float | None) -> dict[str, float]:
-    """Read each target's sparsity from a file. Local.
+    """Read each target's sparsity from a file.
 
     Args:
         path: JSON or YAML: names of modules (decoder layers, linears) to sparsities; the longest name that fits wins.

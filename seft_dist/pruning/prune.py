@@ -54,7 +54,7 @@ class Plan:
 
 
 def prepare(config: PruneConfig, *, device: torch.device | None = None, progress: bool = True) -> Plan:
-    """Check everything that can be checked before work starts. Local.
+    """Check everything that can be checked before work starts.
 
     Args:
         config: What to prune, and how.
@@ -93,12 +93,12 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
 
 
 def needs_text(config: PruneConfig) -> bool:
-    """Whether a run looks at activations. Local."""
+    """Whether a run looks at activations."""
     return config.method in ("wanda", "sparsegpt") or (config.method == "magnitude" and config.layer_ratios == "owl")
 
 
 def prune(plan: Plan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:
-    """Prune a model and write it, its tokenizer and ``pruning.json`` to ``config.output``. **Collective.**
+    """Prune a model and write it, its tokenizer and ``pruning.json`` to ``config.output``. Collective.
 
     The folder appears complete or not at all; the first rank writes it.
 
@@ -131,7 +131,7 @@ def prune(plan: Plan, ranks: Group | None = None, *, progress: bool = True) -> l
 
 
 def prune_folder(config: PruneConfig, *, progress: bool = True) -> list[ZeroCount]:
-    """``prepare`` and ``prune`` on this process alone. Local."""
+    """Both in one: ``prepare`` and ``prune``. Collective."""
     return prune(prepare(config, progress=progress), progress=progress)
 
 

@@ -72,7 +72,7 @@ class Hessians:
             )
 
     def close(self, ranks: Group) -> Iterator[tuple[list[str], Tensor]]:
-        """Stop listening and put all ranks' sequences together, one Hessian at a time. **Collective.**
+        """Stop listening and put all ranks' sequences together, one Hessian at a time. Collective.
 
         Args:
             ranks: Who ran calibration text.
@@ -125,7 +125,7 @@ class ExpertHessians:
             self._tokens[expert] += len(part)
 
     def close(self, name: str, ranks: Group) -> Iterator[Tensor]:
-        """Stop listening and put all ranks' tokens together, one expert at a time. **Collective.**
+        """Stop listening and put all ranks' tokens together, one expert at a time. Collective.
 
         Args:
             name: Of the weight, for messages.
@@ -157,7 +157,7 @@ class ExpertHessians:
 
 
 def inverse_factor(hessian: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse of a dampened Hessian. Local.
+    """The upper Cholesky factor of the inverse of a dampened Hessian.
 
     Args:
         hessian: [in, in], fp64; changed.
@@ -207,7 +207,7 @@ def _factor(hessian: Tensor) -> Tensor | None:
 
 
 def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ranks: Group, before: int = 0) -> Tensor:
-    """Prune a rank's rows of one weight. **Collective** for kind "layer", else local.
+    """Prune a rank's rows of one weight. Collective for kind "layer", else local.
 
     Args:
         weight: [own rows, in], fp32.

@@ -14,7 +14,7 @@ from seft_dist.sparsity.casts import cast_weight
 
 
 class StreamedModel:
-    """A causal LM on disk whose modules get their weights for as long as they are held. Local."""
+    """A causal LM on disk whose modules get their weights for as long as they are held."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         """Args:

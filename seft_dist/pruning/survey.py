@@ -23,7 +23,7 @@ _LOOK = 1 << 20
 def count_stored_zeros(
     stream: StreamedModel, shapes: dict[str, tuple[int, int]], ranks: Group
 ) -> tuple[list[ZeroCount], str | None]:
-    """Count the zeros of each target, each rank reading some of them. **Collective.**
+    """Count the zeros of each target, each rank reading some of them. Collective.
 
     Args:
         stream: The model.
@@ -76,12 +76,12 @@ def _most_kept(weight: Tensor, width: int) -> int:
 
 
 def is_pruned(counts: list[ZeroCount]) -> bool:
-    """Whether a model with so many zeros was pruned on purpose. Local."""
+    """Whether a model with so many zeros was pruned on purpose."""
     return total_sparsity(counts) > _DENSE
 
 
 def describe(counts: list[ZeroCount], pattern: str | None) -> str:
-    """One sentence: pruned or dense, and how. Local."""
+    """One sentence: pruned or dense, and how."""
     share = f"{100 * total_sparsity(counts):.1f} % of the target weights are 0"
     if not is_pruned(counts):
         return f"{share}: a dense model"
@@ -89,7 +89,7 @@ def describe(counts: list[ZeroCount], pattern: str | None) -> str:
 
 
 def refuse_pruned(stream: StreamedModel, counts: list[ZeroCount], pattern: str | None) -> None:
-    """Raise a ValueError with the table of zeros if a model was pruned already. Local."""
+    """Raise a ValueError with the table of zeros if a model was pruned already."""
     if is_pruned(counts):
         text = io.StringIO()
         Console(file=text, width=80).print(sparsity_table({"": counts}, str(stream.source.folder.name)))

@@ -45,7 +45,7 @@ class InputNorm:
         self._terms.append(torch.cat(squares))
 
     def close(self, name: str, ranks: Group) -> Tensor:
-        """Stop listening and put all ranks' tokens together. **Collective.**
+        """Stop listening and put all ranks' tokens together. Collective.
 
         The terms of the batches are added in the order of the batches, whichever rank ran them.
 
@@ -79,12 +79,12 @@ class InputNorm:
 
 
 def no_tokens(name: str) -> str:
-    """Message: a linear was never used. Local."""
+    """Message: a linear was never used."""
     return f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
 
 
 def unused_experts(name: str, unused: Tensor) -> str:
-    """Message: experts that no token chose, True in bool [experts]. Local."""
+    """Message: experts that no token chose, True in bool [experts]."""
     return (
         f"{name}: no calibration token chose experts {unused.nonzero().view(-1).tolist()}: they are pruned by the inputs of "
         "the others; use more calibration text (--sequences)"
@@ -92,12 +92,12 @@ def unused_experts(name: str, unused: Tensor) -> str:
 
 
 def not_finite(name: str) -> str:
-    """Message: a linear got inf or NaN. Local."""
+    """Message: a linear got inf or NaN."""
     return f"inputs of {name} are not finite: try --model.dtype float32, or check the model"
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
-    """|weight| x norm of its input. Local.
+    """|weight| x norm of its input.
 
     Args:
         weight: [out, in], any float type.

@@ -1,4 +1,4 @@
-"""Two runs, compared: what they were given, what they did step by step and layer by layer, where they ended. Local.
+"""Two runs, compared: what they were given, what they did step by step and layer by layer, where they ended.
 
 Reads what training wrote: manifest.json always; trace.jsonl, metrics.jsonl, checkpoints and model/ if they are there.
 """
@@ -72,7 +72,7 @@ class Comparison:
 
 
 def compare(first: Path, second: Path, *, weights: bool = True) -> Comparison:
-    """Compare two runs. Local.
+    """Compare two runs.
 
     Args:
         first: Folder of a run, or its manifest alone.
@@ -294,6 +294,6 @@ def _where(found: Comparison, changed: list[WeightDifference]) -> str:
 
 
 def write_json(found: Comparison, path: Path) -> None:
-    """Write everything that was found. Local."""
+    """Write everything that was found."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(found.to_json(), indent=1, default=str) + "\n")

@@ -20,7 +20,7 @@ _PROMISED = {
 
 
 def print_comparison(found: Comparison, console: Console) -> None:
-    """Print what was found; the verdict comes last. Local."""
+    """Print what was found; the verdict comes last."""
     console.print(
         f"first   {found.first}  ({found.layouts[0]})\nsecond  {found.second}  ({found.layouts[1]})", soft_wrap=True
     )

@@ -73,7 +73,7 @@ class Terms:
 
 
 def terms(first: dict[str, Any], second: dict[str, Any]) -> Terms:
-    """What is promised about two runs. Local.
+    """What is promised about two runs.
 
     Args:
         first: A manifest.
@@ -99,7 +99,7 @@ def terms(first: dict[str, Any], second: dict[str, Any]) -> Terms:
 
 
 def layout_name(manifest: dict[str, Any]) -> str:
-    """A run's layout in a few words, e.g. "fsdp x 2". Local."""
+    """A run's layout in a few words, e.g. "fsdp x 2"."""
     names = []
     for attempt in lasting_attempts(manifest):
         layout = attempt["layout"]
@@ -155,7 +155,7 @@ def _differences(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Diff
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names. Local."""
+    """Nested dicts as one with dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -79,7 +79,7 @@ class Outcome:
 
 
 def plan(config: ReproduceConfig, train: TrainConfig, options: list[str], script: Path) -> list[Planned]:
-    """Work out every command. Local.
+    """Work out every command.
 
     Args:
         config: Which runs.
@@ -165,7 +165,7 @@ def reproduce(
     script: Path,
     tell: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Make the runs and compare them. Local; starts the ranks as processes of their own.
+    """Make the runs and compare them. Starts the ranks as processes of their own.
 
     Args:
         config: Which runs.
@@ -211,7 +211,7 @@ def _date_options(folder: Path, train: TrainConfig) -> list[str]:
 
 
 def held(outcomes: list[Outcome]) -> bool:
-    """Whether every run was made, and every comparison kept docs/numerics.md. Local."""
+    """Whether every run was made, and every comparison kept docs/numerics.md."""
     return all(outcome.status == "done" for outcome in outcomes) and all(outcome.held for outcome in outcomes[1:])
 
 

@@ -7,7 +7,7 @@ from seft_dist.reproduce.reproduce import Outcome
 
 
 def outcome_table(outcomes: list[Outcome]) -> Table:
-    """One row for each run: its result, and what came of comparing it. Local."""
+    """One row for each run: its result, and what came of comparing it."""
     table = Table(title="Runs", box=SIMPLE, padding=0)
     for name in ("run", "seconds", "last loss", "final digest", "against", "verdict"):
         table.add_column(

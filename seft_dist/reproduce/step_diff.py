@@ -1,4 +1,4 @@
-"""What differs between two runs in each step, from their traces (or, without layers, from their metrics). Local."""
+"""What differs between two runs in each step, from their traces (or, without layers, from their metrics)."""
 
 import json
 import math
@@ -82,7 +82,7 @@ class StepDifference:
 
 
 def first_of(differences: list[StepDifference]) -> str:
-    """The first difference in words, and the first layer, if that differs only in a later step. Local."""
+    """The first difference in words, and the first layer, if that differs only in a later step."""
     text = f"first at {differences[0]}"
     if not differences[0].layers:
         later = next((one for one in differences if one.layers), None)
@@ -93,7 +93,7 @@ def first_of(differences: list[StepDifference]) -> str:
 
 
 def step_differences(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[StepDifference]:
-    """Steps that two runs both did and that differ. Local.
+    """Steps that two runs both did and that differ.
 
     Args:
         first: Lines of a trace, or of the metrics as ``metrics_of`` gives them.
@@ -105,7 +105,7 @@ def step_differences(first: list[dict[str, Any]], second: list[dict[str, Any]]) 
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Steps of a run without a trace: losses are means over the steps since the line before. Local."""
+    """Steps of a run without a trace: losses are means over the steps since the line before."""
     path = folder / METRICS
     if not path.is_file():
         return []

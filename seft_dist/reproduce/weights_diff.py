@@ -1,4 +1,4 @@
-"""Final weights of two runs, number by number, from the files they wrote. Local; reads a piece at a time."""
+"""Final weights of two runs, number by number, from the files they wrote. Reads a piece at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class WeightDifference:
 
 
 def compare_weights(first: Path, second: Path) -> list[WeightDifference]:
-    """Compare two exported models. Local.
+    """Compare two exported models.
 
     Args:
         first: Folder of a model.
@@ -86,7 +86,7 @@ def _add(row: WeightDifference, first: Tensor, second: Tensor, start: int) -> No
 
 
 def unlike_tensors(first: Path, second: Path) -> list[str]:
-    """Names of tensors that are not the same in two safetensors files, bit for bit; none if their formats differ. Local.
+    """Names of tensors that are not the same in two safetensors files, bit for bit; none if their formats differ.
 
     The files themselves may differ although all is equal: the library writes its metadata in any order.
     """
@@ -109,7 +109,7 @@ def _same(one: Any, two: Any, name: str) -> bool:
 
 
 def tampered(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Targets of an exported model that are not what the run ended with, by the hashes of its manifest. Local.
+    """Targets of an exported model that are not what the run ended with, by the hashes of its manifest.
 
     Args:
         folder: The model.

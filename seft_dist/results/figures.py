@@ -26,7 +26,7 @@ STYLE: dict[str, Any] = {
 
 
 def load_pyplot(option: str) -> Any:
-    """Import matplotlib.pyplot such that it draws into files only. Local.
+    """Import matplotlib.pyplot such that it draws into files only.
 
     Args:
         option: Of the command line, by which one goes without it.
@@ -45,7 +45,7 @@ def load_pyplot(option: str) -> Any:
 
 
 def write_figures(run: Run, folder: Path) -> list[Path]:
-    """Draw loss.png, evolutions.png (if there were any) and perplexity.png. **Local.**
+    """Draw loss.png, evolutions.png (if there were any) and perplexity.png.
 
     Args:
         run: The run.
@@ -90,7 +90,7 @@ def _loss(run: Run, axes: "Axes") -> None:
 
 
 def smooth(values: list[float], decay: float = 0.8) -> list[float]:
-    """Exponential mean with the usual correction for its start. Local."""
+    """Exponential mean with the usual correction for its start."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay

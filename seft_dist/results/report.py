@@ -121,7 +121,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the files of a run. **Local.**
+    """Read the files of a run.
 
     Args:
         folder: ``output`` of launch/train.py, with eval.json of launch/evaluate.py in it.
@@ -174,7 +174,7 @@ def _read(read: Callable[[Path], T], path: Path, remedy: str) -> T:
 
 
 def write_summary(run: Run) -> Path:
-    """Write summary.json into the run's folder, whole or not at all. **Local.**
+    """Write summary.json into the run's folder, whole or not at all.
 
     Args:
         run: The run.
@@ -189,7 +189,7 @@ def write_summary(run: Run) -> Path:
 
 
 def print_tables(run: Run, console: Console) -> None:
-    """Print perplexities, the run and its evolutions. **Local.**
+    """Print perplexities, the run and its evolutions.
 
     Args:
         run: The run.

@@ -84,7 +84,7 @@ class Sweep:
 
 
 def read_sweep(config: SweepConfig) -> Sweep:
-    """Read the runs of a sweep, finished or not. **Local.**
+    """Read the runs of a sweep, finished or not.
 
     Args:
         config: Where they are.
@@ -203,7 +203,7 @@ def warnings_of(sweep: Sweep) -> list[str]:
 
 
 def print_sweep(sweep: Sweep, console: Console) -> None:
-    """Print the table of runs, the means over seeds, and what is missing. **Local.**
+    """Print the table of runs, the means over seeds, and what is missing.
 
     Args:
         sweep: The runs.
@@ -222,7 +222,7 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
 
 
 def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
-    """Write sweep.csv (whole numbers, a line a run), sweep.md (as printed) and sweep.png. **Local.**
+    """Write sweep.csv (whole numbers, a line a run), sweep.md (as printed) and sweep.png.
 
     Args:
         sweep: The runs.

@@ -37,7 +37,7 @@ _load_any_yaml = get_loader("yaml")
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """Make a configuration from the command line and ``--config`` files. **Local.**
+    """Make a configuration from the command line and ``--config`` files.
 
     Later options win over earlier ones, options over defaults. Nested dataclasses take dotted names (``--data.path``).
     ``--print_config`` prints the checked result as YAML and exits. ``--local_rank``, which DeepSpeed's launcher adds,
@@ -64,7 +64,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
 
 
 def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
-    """Make what reads many lists of options, none of them the command line of this process. **Local.**
+    """Make what reads many lists of options, none of them the command line of this process.
 
     Args:
         config_class: A dataclass of ``seft_dist.config``.
@@ -106,17 +106,17 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain dicts and lists, for JSON or YAML. **Local.**"""
+    """A configuration dataclass as plain dicts and lists, for JSON or YAML."""
     return _plain(dataclasses.asdict(config))
 
 
 def to_yaml(config: Any) -> str:
-    """Write a configuration dataclass as YAML that ``--config`` reads back. **Local.**"""
+    """Write a configuration dataclass as YAML that ``--config`` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a door: errors of users print one message, on one rank, and no traceback. **Local.**
+    """Run a door: errors of users print one message, on one rank, and no traceback.
 
     Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command would
     fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs

@@ -95,7 +95,7 @@ def _device(local_rank: int) -> torch.device:
 def start(
     *, deepspeed: bool = False, group: bool = False, timeout: float = 1800.0, threads: int | None = None
 ) -> Ranks:
-    """Find the ranks, choose device and CPU threads, and start the default process group. **Collective.**
+    """Find the ranks, choose device and CPU threads, and start the default process group. Collective.
 
     Args:
         deepspeed: Also prepare the process for DeepSpeed (its accelerator choice, its rank variables).
@@ -159,7 +159,7 @@ _TELLING = (
 
 
 def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the environment says about this process's start, for the manifest of a run. Local.
+    """What the environment says about this process's start, for the manifest of a run.
 
     Args:
         env: The environment; None: the process's own.
@@ -181,7 +181,7 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
-    """Processes of the launcher above this rank that should outlive it; others, when one has ended. Local.
+    """Processes of the launcher above this rank that should outlive it; others, when one has ended.
 
     Args:
         env: The environment; None: the process's own.
@@ -204,13 +204,13 @@ def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
 
 
 def shutdown() -> None:
-    """End the process group, if there is one. **Collective.**"""
+    """End the process group, if there is one. Collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def check_agreement(ranks: Ranks, settings: str) -> None:
-    """Check that every rank was started with the same settings. **Collective.**
+    """Check that every rank was started with the same settings. Collective.
 
     Args:
         ranks: This process.
@@ -232,7 +232,7 @@ def check_agreement(ranks: Ranks, settings: str) -> None:
 
 
 def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something local on every rank, such that a user's error on one of them stops all. **Collective.**
+    """Do something local on every rank, such that a user's error on one of them stops all. Collective.
 
     Without it the other ranks would wait in their next collective for the one that failed.
 
@@ -264,6 +264,7 @@ def together(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def _ranks_on_this_machine() -> int:
+    """Number of ranks with this rank's host name. Collective once there is a process group."""
     if not dist.is_initialized():
         return 1
     names: list[str] = [""] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What a run ran on and with: versions, machine, code. Local; reads files and asks git, changes nothing."""
+"""What a run ran on and with: versions, machine, code. Reads files and asks git, changes nothing."""
 
 import hashlib
 import platform

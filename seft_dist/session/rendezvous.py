@@ -47,7 +47,7 @@ class RanksMissingError(TimeoutError):
 
 
 def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dist.Store:
-    """Wait until every rank has come, and return the store through which they find each other. **Collective.**
+    """Wait until every rank has come, and return the store through which they find each other. Collective.
 
     Args:
         meeting: Who meets where.
@@ -142,7 +142,7 @@ def _listed(ranks: list[int]) -> str:
 
 
 def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
-    """Agree through MPI on the machine of rank 0 and a free port there. **Collective.**
+    """Agree through MPI on the machine of rank 0 and a free port there. Collective.
 
     Args:
         world_size: Ranks, as the environment says.

@@ -21,7 +21,7 @@ _ONE_KEYSTROKE = 3.0
 
 
 class StopRequest:
-    """Remembers the first stop signal; later ones change nothing, but a second Ctrl-C interrupts at once. Local.
+    """Remembers the first stop signal; later ones change nothing, but a second Ctrl-C interrupts at once.
 
     A launcher that is gone counts as SIGTERM: torchrun killed by SIGKILL, or deepspeed by anything, leave their ranks
     behind, which would go on for days where nobody sees them.
@@ -71,13 +71,13 @@ class StopRequest:
 
 
 def name_of(number: int) -> str:
-    """Name of a signal, e.g. "SIGUSR1". Local."""
+    """Name of a signal, e.g. "SIGUSR1"."""
     return signal.Signals(number).name
 
 
 @contextmanager
 def stop_requests(process_ends: bool = False) -> Iterator[StopRequest]:
-    """Catch stop signals while the context lasts. Local, in the main thread.
+    """Catch stop signals while the context lasts. In the main thread.
 
     SIGHUP (nohup) and SIGINT (a shell's background job) stay ignored where the process was started so. SIGUSR1 is
     caught in any case: slurm/ starts ranks with it ignored, lest it ends one that has no handler yet.

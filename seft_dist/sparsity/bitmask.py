@@ -7,7 +7,7 @@ _WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack booleans into bits. Local.
+    """Pack booleans into bits.
 
     Args:
         mask: bool [n].
@@ -24,7 +24,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, numel: int) -> Tensor:
-    """Unpack bits into booleans, the inverse of ``pack``. Local.
+    """Unpack bits into booleans, the inverse of ``pack``.
 
     Args:
         packed: uint8 [ceil(numel / 8)].
@@ -39,7 +39,7 @@ def unpack(packed: Tensor, numel: int) -> Tensor:
 
 
 def popcount(packed: Tensor) -> int:
-    """Number of set bits. Local; waits for the device.
+    """Number of set bits. Waits for the device.
 
     Args:
         packed: uint8, any length.

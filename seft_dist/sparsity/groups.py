@@ -12,7 +12,7 @@ from seft_dist.sparsity.selection import INELIGIBLE, values_of
 
 
 def extent(interval: Interval, size: int) -> Interval:
-    """The positions of all groups that an interval touches. Local.
+    """The positions of all groups that an interval touches.
 
     Args:
         interval: Of a flattened weight.
@@ -22,7 +22,7 @@ def extent(interval: Interval, size: int) -> Interval:
 
 
 def counts(mask: Tensor, size: int) -> Tensor:
-    """True positions in each group, int64 [n / size]. Local.
+    """True positions in each group, int64 [n / size].
 
     Args:
         mask: bool [n], whole groups.
@@ -32,7 +32,7 @@ def counts(mask: Tensor, size: int) -> Tensor:
 
 
 def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
-    """The largest keys of each group, smaller positions first among ties. Local.
+    """The largest keys of each group, smaller positions first among ties.
 
     Args:
         key: int32 [n], whole groups; ineligible ones are never among them.
@@ -47,7 +47,7 @@ def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
 
 
 def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tensor:
-    """The positions that rounding could have put on the other side of what ``best`` takes of their group. Local.
+    """The positions that rounding could have put on the other side of what ``best`` takes of their group.
 
     Args:
         key: As for ``best``.
@@ -85,7 +85,7 @@ def _ranks(key: Tensor, size: int) -> Tensor:
 
 
 def fingerprint(mask: Tensor, start: int, size: int) -> Tensor:
-    """Hash of the number of active positions of every group, int64 []; the sum over intervals is the whole weight's. Local.
+    """Hash of the number of active positions of every group, int64 []; the sum over intervals is the whole weight's.
 
     Args:
         mask: bool [n], of an interval, which may begin and end inside groups.

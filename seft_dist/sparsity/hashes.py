@@ -20,7 +20,7 @@ _ON_CPU, _ON_DEVICE = 1 << 14, 1 << 22  # a piece's intermediate results stay in
 
 
 def hash_of_set(positions: Tensor) -> Tensor:
-    """Hash of a set of positions, int64 []. Local.
+    """Hash of a set of positions, int64 [].
 
     Args:
         positions: [k], integers, in any order.
@@ -29,7 +29,7 @@ def hash_of_set(positions: Tensor) -> Tensor:
 
 
 def hash_of_entries(positions: Tensor, values: Tensor) -> Tensor:
-    """Hash of the bits of values at positions, int64 []. Local.
+    """Hash of the bits of values at positions, int64 [].
 
     Args:
         positions: [k], integers, in any order.
@@ -40,7 +40,7 @@ def hash_of_entries(positions: Tensor, values: Tensor) -> Tensor:
 
 
 def hash_of_weight(weight: Tensor, start: int) -> Tensor:
-    """Hash of an interval's bits, int64 []; positions with the value 0 add nothing. Local.
+    """Hash of an interval's bits, int64 []; positions with the value 0 add nothing.
 
     Args:
         weight: [n], of any type.
@@ -55,7 +55,7 @@ def hash_of_weight(weight: Tensor, start: int) -> Tensor:
 
 
 def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
-    """A few sums with random signs, from two of which ``distance`` tells how far two vectors are apart. Local.
+    """A few sums with random signs, from two of which ``distance`` tells how far two vectors are apart.
 
     Args:
         positions: [k], integers, in any order.
@@ -78,7 +78,7 @@ def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
 
 
 def distance(first: list[int], second: list[int]) -> float:
-    """Estimate of the L2 distance of two vectors from their sketches, in the sketches' units. Local.
+    """Estimate of the L2 distance of two vectors from their sketches, in the sketches' units.
 
     Of two sets, its square estimates the number of positions that are in one of them only.
     """
@@ -86,7 +86,7 @@ def distance(first: list[int], second: list[int]) -> float:
 
 
 def pieces(values: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor [n] whose intermediate results stay in the cache. Local."""
+    """Parts of a tensor [n] whose intermediate results stay in the cache."""
     return iter(values.split(_ON_CPU if values.device.type == "cpu" else _ON_DEVICE))
 
 

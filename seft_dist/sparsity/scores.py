@@ -12,12 +12,12 @@ _MASK64 = (1 << 64) - 1
 
 
 def drop_magnitude(delta: Tensor) -> Tensor:
-    """|delta| of each entry, fp32 [k]. Local."""
+    """|delta| of each entry, fp32 [k]."""
     return delta.abs()
 
 
 def drop_movement(delta: Tensor, grad: Tensor) -> Tensor:
-    """-delta x accumulated gradient: small where the gradient pulls the delta back to 0. Local.
+    """-delta x accumulated gradient: small where the gradient pulls the delta back to 0.
 
     Args:
         delta: fp32 [k].
@@ -29,17 +29,17 @@ def drop_movement(delta: Tensor, grad: Tensor) -> Tensor:
 
 
 def grow_gradient(grad: Tensor) -> Tensor:
-    """|accumulated gradient| of each position, fp32 [n]. Local."""
+    """|accumulated gradient| of each position, fp32 [n]."""
     return grad.abs()
 
 
 def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
-    """|weight x accumulated gradient| of each position, fp32 [n]. Local."""
+    """|weight x accumulated gradient| of each position, fp32 [n]."""
     return (weight * grad).abs()
 
 
 def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
-    """|weight| x L2 norm of its input (Wanda's score, arXiv 2306.11695). Local.
+    """|weight| x L2 norm of its input (Wanda's score, arXiv 2306.11695).
 
     Args:
         weight: fp32 [n], the interval's weights.
@@ -51,7 +51,7 @@ def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
 
 
 def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """min(row, column) second-moment estimate of each position, fp32 [numel]. Local.
+    """min(row, column) second-moment estimate of each position, fp32 [numel].
 
     Args:
         rows: fp32 [out], SM3's row accumulator.
@@ -65,7 +65,7 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
 
 def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """sqrt(row x column): the size of a weight gradient whose terms have random signs, up to a common factor, fp32 [numel]. Local.
+    """sqrt(row x column): the size of a weight gradient whose terms have random signs, up to a common factor, fp32 [numel].
 
     Args:
         rows: fp32 [out], sum over tokens of the squared gradient of each output.
@@ -84,7 +84,7 @@ def _interval(join: Callable[[Tensor, Tensor], Tensor], rows: Tensor, cols: Tens
 
 
 def uniform(positions: Tensor, *keys: int) -> Tensor:
-    """Pseudo-random numbers that depend on position and keys only, so on no layout. Local.
+    """Pseudo-random numbers that depend on position and keys only, so on no layout.
 
     Args:
         positions: int64, flat positions of a weight.
@@ -110,7 +110,7 @@ def _mix_int(x: int) -> int:
 
 
 def mix(x: Tensor) -> Tensor:
-    """Scramble integers, int64 of any shape, without losing any (SplitMix64). Local."""
+    """Scramble integers, int64 of any shape, without losing any (SplitMix64)."""
 
     # int64 arithmetic wraps as uint64 does; a logical shift is an arithmetic one with the copied sign bits cut off.
     def shift(value: Tensor, by: int) -> Tensor:

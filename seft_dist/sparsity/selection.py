@@ -17,7 +17,7 @@ INELIGIBLE = -(1 << 31)
 
 
 def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tensor:
-    """Order-preserving integer keys: the largest key is selected first. Local.
+    """Order-preserving integer keys: the largest key is selected first.
 
     Args:
         scores: fp32 [n], finite; -0.0 and 0.0 are equal.
@@ -36,7 +36,7 @@ def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tenso
 
 
 def values_of(key: Tensor) -> Tensor:
-    """The numbers that keys stand for: scores, or minus them where small ones are selected. Local.
+    """The numbers that keys stand for: scores, or minus them where small ones are selected.
 
     Args:
         key: int32 of any shape.
@@ -48,7 +48,7 @@ def values_of(key: Tensor) -> Tensor:
 
 
 def first_histogram(key: Tensor) -> Tensor:
-    """Count the first digit of all competing keys. Local.
+    """Count the first digit of all competing keys.
 
     Args:
         key: int32 [n].
@@ -65,7 +65,7 @@ def first_histogram(key: Tensor) -> Tensor:
 
 
 def survivors(key: Tensor, first: int) -> Tensor:
-    """Indices of the keys that can still be selected once the first digit of the last selected one is known. Local.
+    """Indices of the keys that can still be selected once the first digit of the last selected one is known.
 
     Args:
         key: int32 [n].
@@ -78,12 +78,12 @@ def survivors(key: Tensor, first: int) -> Tensor:
 
 
 def first_threshold(first: int) -> int:
-    """The smallest key of a competitor whose first digit is at least ``first``. Local."""
+    """The smallest key of a competitor whose first digit is at least ``first``."""
     return max((first - BINS // 2) << DIGITS[0][0], INELIGIBLE + 1)
 
 
 def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
-    """Count the values of a later digit among the keys whose more significant digits are ``prefix``. Local.
+    """Count the values of a later digit among the keys whose more significant digits are ``prefix``.
 
     Args:
         key: int32 [n], of survivors.
@@ -100,7 +100,7 @@ def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
 
 
 def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the digit in which the wanted-th largest key lies. Local.
+    """Find the digit in which the wanted-th largest key lies.
 
     Args:
         counts: int64 [problems, BINS], summed over ranks.
@@ -116,12 +116,12 @@ def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def threshold_key(prefix: int) -> int:
-    """The key that all digits together spell. Local."""
+    """The key that all digits together spell."""
     return prefix - (1 << 31)
 
 
 def take(key: Tensor, threshold: int, ties: int) -> Tensor:
-    """Indices of the keys above the threshold and of the first ``ties`` keys equal to it. Local.
+    """Indices of the keys above the threshold and of the first ``ties`` keys equal to it.
 
     Args:
         key: int32 [n].

@@ -47,7 +47,7 @@ def all_finite(weight: Tensor) -> bool:
 
 
 def count_zeros(targets: dict[str, nn.Linear]) -> list[ZeroCount]:
-    """Count the zeros of each target. Local; the weights must be whole.
+    """Count the zeros of each target. The weights must be whole.
 
     Args:
         targets: From ``find_targets``.
@@ -56,5 +56,5 @@ def count_zeros(targets: dict[str, nn.Linear]) -> list[ZeroCount]:
 
 
 def total_sparsity(counts: list[ZeroCount]) -> float:
-    """Share of zeros over all weights. Local."""
+    """Share of zeros over all weights."""
     return sum(count.zeros for count in counts) / sum(count.numel for count in counts)

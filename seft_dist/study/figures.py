@@ -41,7 +41,7 @@ class _Line(TypedDict):
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Draw quality-trainable.png, quality-seconds.png, quality-memory.png and curves.png into ``figures``. Local.
+    """Draw quality-trainable.png, quality-seconds.png, quality-memory.png and curves.png into ``figures``.
 
     A figure for which no run has numbers is left out.
 

@@ -67,7 +67,7 @@ class _Record(TypedDict):
 
 
 def open_study(config: StudyConfig) -> Plan:
-    """Check a study, make its folder and its parts, and write down this start. Local.
+    """Check a study, make its folder and its parts, and write down this start.
 
     Args:
         config: The study.

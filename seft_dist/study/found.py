@@ -158,13 +158,13 @@ class Results(TypedDict):
 
 
 def write_results(results: Results, folder: Path) -> Path:
-    """Write results.json. Local."""
+    """Write results.json."""
     write_json(folder / RESULTS, results)
     return folder / RESULTS
 
 
 def read_results(folder: Path) -> Results:
-    """Read results.json. Local.
+    """Read results.json.
 
     Args:
         folder: Of the study.

@@ -79,7 +79,7 @@ class Method:
 
 
 def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
-    """Work out every run's configuration, but for folders and seeds. Local.
+    """Work out every run's configuration, but for folders and seeds.
 
     Args:
         config: The study.

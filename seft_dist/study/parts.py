@@ -17,7 +17,7 @@ _NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records"
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
-    """Find out where each part is, or will be once the text is split. Local.
+    """Find out where each part is, or will be once the text is split.
 
     Args:
         config: The study.
@@ -55,7 +55,7 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
 
 
 def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
-    """Path, size and time of change of each file; empty for what is not on this machine. Local."""
+    """Path, size and time of change of each file; empty for what is not on this machine."""
     place = Path(path).expanduser()
     files = sorted(place.rglob(pattern)) if place.is_dir() else [place] if place.exists() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
@@ -63,7 +63,7 @@ def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
 
 
 def check_parts(parts: dict[str, DataConfig], known: dict[str, Part]) -> dict[str, Part]:
-    """Read all parts, unless they are as they were, and refuse a record that is in two of them. Local.
+    """Read all parts, unless they are as they were, and refuse a record that is in two of them.
 
     Args:
         parts: From ``find_parts``, the files of the split written.

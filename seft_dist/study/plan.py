@@ -154,7 +154,7 @@ def digest_of(content: Any) -> str:
 
 
 def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
-    """Find out where each base is, or how it is to be pruned. Local.
+    """Find out where each base is, or how it is to be pruned.
 
     Args:
         config: The study.
@@ -186,7 +186,7 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
 
 
 def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: dict[str, str]) -> dict[str, Measure]:
-    """Work out the evaluations. Local.
+    """Work out the evaluations.
 
     Args:
         config: The study.
@@ -228,7 +228,7 @@ _TASKS = ("tasks", "task_files", "tasks_path", "fewshot", "limit", "chat_templat
 
 
 def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
-    """All that a pruned base depends on. Local.
+    """All that a pruned base depends on.
 
     Args:
         base: With a way to make it.

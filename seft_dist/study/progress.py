@@ -85,7 +85,7 @@ class Durations:
 
 
 class Progress:
-    """Tells the user. Local."""
+    """Tells the user."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         """Args:
@@ -160,7 +160,7 @@ class Progress:
 
 
 def last_step(path: Path) -> int:
-    """The last step that a run has recorded; 0 for none. Local."""
+    """The last step that a run has recorded; 0 for none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))

@@ -19,7 +19,7 @@ from seft_dist.training.manifest import read_manifest
 
 
 def collect(state: State, survey: Survey) -> Results:
-    """Read everything that is there. Local.
+    """Read everything that is there.
 
     Args:
         state: Of the study.

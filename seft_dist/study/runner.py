@@ -85,7 +85,7 @@ class Running:
 
 
 class Runner:
-    """Runs a study's tasks until nothing is left that it could run. Local."""
+    """Runs a study's tasks until nothing is left that it could run."""
 
     def __init__(
         self,

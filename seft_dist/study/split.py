@@ -61,7 +61,7 @@ def source_hash(split: Split) -> str:
 
 
 def write_split(split: Split, folder: Path, text_field: str) -> None:
-    """Write a file ``NAME.jsonl`` for each part. Local.
+    """Write a file ``NAME.jsonl`` for each part.
 
     A .txt file has a record for each of its paragraphs; other files have the records they have.
 

@@ -71,7 +71,7 @@ class Survey:
 
 
 class State:
-    """Looks at a study's files. Local."""
+    """Looks at a study's files."""
 
     def __init__(self, plan: Plan) -> None:
         """Args:
@@ -236,7 +236,7 @@ class State:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Why the last try in a base's or cell's folder ended with an error; None: it did not. Local."""
+    """Why the last try in a base's or cell's folder ended with an error; None: it did not."""
     try:
         return read_json(folder / FAILED, Failure)
     except (OSError, ValueError):
@@ -255,6 +255,6 @@ def has_diverged(run: Path) -> bool:
 
 
 def drop_model(run: Path) -> None:
-    """Remove a run's exported model and checkpoints; its result stays. Local."""
+    """Remove a run's exported model and checkpoints; its result stays."""
     for name in (MODEL, CHECKPOINTS):
         shutil.rmtree(run / name, ignore_errors=True)

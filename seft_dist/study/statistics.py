@@ -29,7 +29,7 @@ class Difference(TypedDict):
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and standard deviation; None without values. Local."""
+    """Mean and standard deviation; None without values."""
     if not values:
         return None
     finite = all(math.isfinite(value) for value in values)
@@ -38,7 +38,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
-    """Mean of paired differences with its t interval. Local.
+    """Mean of paired differences with its t interval.
 
     Args:
         values: Of the method.
@@ -58,7 +58,7 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Difference |
 
 
 def t_quantile(share: float, freedom: int) -> float:
-    """The value below which a share of Student's t distribution lies. Local.
+    """The value below which a share of Student's t distribution lies.
 
     Args:
         share: 0.5 to below 1.
@@ -74,7 +74,7 @@ def t_quantile(share: float, freedom: int) -> float:
 
 
 def t_share(value: float, freedom: int) -> float:
-    """Share of Student's t distribution below a value, by the finite sums for whole degrees of freedom. Local.
+    """Share of Student's t distribution below a value, by the finite sums for whole degrees of freedom.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
 

@@ -26,7 +26,7 @@ from seft_dist.training.writer_lock import PATIENCE, TakenError, only_writer
 def run_study(
     config: StudyConfig, scripts: Path, request: StopRequest, console: Console | None = None, launch: Launch = launch
 ) -> int:
-    """Run what a study lacks, and write what came out. Local; every run is a process of its own.
+    """Run what a study lacks, and write what came out. Every run is a process of its own.
 
     Args:
         config: The study.
@@ -73,7 +73,7 @@ def settle_threads(config: StudyConfig) -> StudyConfig:
 
 
 def write(plan: Plan, state: State, survey: Survey, patience: float = 0.0) -> None:
-    """Write results.json and the tables. Local.
+    """Write results.json and the tables.
 
     Args:
         plan: The study.

@@ -30,7 +30,7 @@ class Section:
 
 
 def sections(results: Results) -> Iterator[Section]:
-    """All tables. Local.
+    """All tables.
 
     Args:
         results: Of the study, complete or not.
@@ -189,13 +189,13 @@ def _bytes(value: float | None) -> str:
 
 
 def table_console() -> Console:
-    """The terminal; a file gets lines that are wide enough for the tables. Local."""
+    """The terminal; a file gets lines that are wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, _WIDE))
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print all tables, warnings and failures. Local."""
+    """Print all tables, warnings and failures."""
     for section in sections(results):
         table = Table(title=section.title, box=SIMPLE, padding=(0, 1), title_justify="left", title_style="bold")
         for name in section.head:
@@ -210,7 +210,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def endings(results: Results) -> list[str]:
-    """Warnings, failures, and how much is done. Local."""
+    """Warnings, failures, and how much is done."""
     texts = [f"Warning: {text}" for text in results["warnings"]]
     texts += [
         f"{failure['task']} failed with code {failure['code']}, see {failure['log']}" for failure in results["failures"]
@@ -223,7 +223,7 @@ def endings(results: Results) -> list[str]:
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
-    """Write results.md, results.csv (a line a method) and runs.csv (a line a run). Local.
+    """Write results.md, results.csv (a line a method) and runs.csv (a line a run).
 
     Args:
         results: Of the study.

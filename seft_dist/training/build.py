@@ -49,7 +49,7 @@ class Run:
         return self.engine.lr_scheduler if self.engine is not None else None
 
     def accumulate(self, batches: list[Batch]) -> tuple[Tensor, int]:
-        """Forward and backward over the micro-batches of one optimizer step. **Collective.**
+        """Forward and backward over the micro-batches of one optimizer step. Collective.
 
         Every token of the step that is learnt weighs the same, whichever rank and micro-batch it falls into.
 
@@ -84,7 +84,7 @@ class Run:
         return self.called(**inputs).logits.float().mean()
 
     def update(self, step: int) -> float:
-        """Let the optimizer do its step. **Collective.**
+        """Let the optimizer do its step. Collective.
 
         Returns:
             The learning rate it used.
@@ -103,7 +103,7 @@ class Run:
 
 
 def lr_factor(optim: AdamConfig, step: int, steps: int) -> float:
-    """Learning rate of a step as a share of the peak. Local.
+    """Learning rate of a step as a share of the peak.
 
     It is above 0 in every step, so that each update moves what the last evolution has grown.
 
@@ -122,7 +122,7 @@ def lr_factor(optim: AdamConfig, step: int, steps: int) -> float:
 
 
 def chosen_backend(config: TrainConfig, world_size: int) -> str:
-    """Resolve backend "auto". Local.
+    """Resolve backend "auto".
 
     Raises:
         ValueError: "single" on several ranks.
@@ -142,7 +142,7 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
 
 
 def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
-    """Refuse, before a model is loaded, what a comparison method would miss in the end. Local.
+    """Refuse, before a model is loaded, what a comparison method would miss in the end.
 
     Raises:
         ValueError: A package is not installed, or the model cannot be pruned again.
@@ -154,7 +154,7 @@ def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> No
 
 
 def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> Run:
-    """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. **Collective.**
+    """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. Collective.
 
     Args:
         config: The run.
@@ -220,7 +220,7 @@ def _say(sizes: list[GatherSize], ranks: Ranks) -> None:
 
 
 def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> BatchStream:
-    """Read and tokenise the data. **Collective.**
+    """Read and tokenise the data. Collective.
 
     Args:
         config: The run; ``data.date`` is settled.

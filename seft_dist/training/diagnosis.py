@@ -21,7 +21,7 @@ _FIRST_TOKENS = 64
 def write_diagnosis(
     error: BaseException, output: Path, ranks: Ranks, method: Method, samples: list[list[int]], micro: list[Batch]
 ) -> Path | None:
-    """Write what is known on this rank about an error in the training loop, and say where. Local: other ranks may be gone.
+    """Write what is known on this rank about an error in the training loop, and say where: other ranks may be gone.
 
     Args:
         error: What stops the run.

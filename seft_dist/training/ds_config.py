@@ -49,7 +49,7 @@ class DsConfig:
 
 
 def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
-    """Read the ds_config and fill in what the run's own options say. Local.
+    """Read the ds_config and fill in what the run's own options say.
 
     Args:
         config: The run; its global batch is known.

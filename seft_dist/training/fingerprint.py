@@ -32,7 +32,7 @@ _OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM
 
 
 def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
-    """Fingerprint of a model as it was loaded: every weight, and config.json. **Collective.**
+    """Fingerprint of a model as it was loaded: every weight, and config.json. Collective.
 
     The targets' part is what the method has seen in its shards; the ranks take turns in reading the rest from the
     files. It does not matter which weights are targets. The type in which weights are held matters only where it
@@ -79,7 +79,7 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
 
 
 def data_fingerprint(data: BatchStream, ranks: Ranks) -> str:
-    """Fingerprint of the tokenised sequences: lengths, tokens and labels, in their order. **Collective.**
+    """Fingerprint of the tokenised sequences: lengths, tokens and labels, in their order. Collective.
 
     Each rank hashes its share.
 
@@ -99,7 +99,7 @@ def data_fingerprint(data: BatchStream, ranks: Ranks) -> str:
 
 
 def topology_hashes(method: Method) -> dict[str, list[str]]:
-    """Hashes of each target's support, mask and weights as they are now. **Collective.**
+    """Hashes of each target's support, mask and weights as they are now. Collective.
 
     Returns:
         Name to [support, mask, weight], 16 hexadecimal digits each.
@@ -114,13 +114,13 @@ def topology_hashes(method: Method) -> dict[str, list[str]]:
 
 
 def has_dropout(settings: dict[str, Any]) -> bool:
-    """Whether a model draws random numbers in training, by its config.json. Local."""
+    """Whether a model draws random numbers in training, by its config.json."""
     rates = {key: value for key, value in settings.items() if "drop" in key and not key.startswith(_OTHER_HEADS)}
     return any(isinstance(value, (int, float)) and value > 0 for value in rates.values())
 
 
 def as_hex(value: int) -> str:
-    """A 64-bit hash as 16 hexadecimal digits. Local."""
+    """A 64-bit hash as 16 hexadecimal digits."""
     return f"{value & (1 << 64) - 1:016x}"
 
 
@@ -131,7 +131,7 @@ def _weight_names(method: Method) -> dict[str, int]:
 
 
 def _shared_out(items: Sequence[int], digest: Callable[[int], bytes], ranks: Ranks) -> list[bytes]:
-    """Digests of all items, each made by one rank."""
+    """Digests of all items, each made by one rank. Collective."""
     own = [digest(item) for item in items[ranks.rank :: ranks.world_size]]
     if ranks.world_size == 1:
         return own

@@ -63,7 +63,7 @@ class _Kind(TypedDict):
 
 
 class Manifest:
-    """The manifest of the run that this process takes part in; does nothing but on the rank that writes. Local."""
+    """The manifest of the run that this process takes part in; does nothing but on the rank that writes."""
 
     def __init__(self, folder: Path, content: dict[str, Any] | None) -> None:
         """Args:
@@ -112,7 +112,7 @@ def open_manifest(
     ds: DsConfig | None,
     done: int,
 ) -> Manifest:
-    """Write down the start of a run, or of its going on. **Collective.**
+    """Write down the start of a run, or of its going on. Collective.
 
     Args:
         config: The run, resolved; its folder exists.
@@ -170,7 +170,7 @@ def _layout(config: TrainConfig, ranks: Ranks, backend: str, ds: DsConfig | None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest. Local.
+    """Read a manifest.
 
     Args:
         path: The file, or the folder of a run.
@@ -192,7 +192,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The attempts of which some step is part of the run: not those that were started over from an earlier step. Local."""
+    """The attempts of which some step is part of the run: not those that were started over from an earlier step."""
     lasting: list[dict[str, Any]] = []
     for attempt in manifest["attempts"]:
         lasting = [earlier for earlier in lasting if earlier["first_step"] < attempt["first_step"]]
@@ -228,7 +228,7 @@ def _code(folder: Path) -> dict[str, Any]:
 
 
 def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
-    """The machines, each with its number of ranks."""
+    """The machines, each with its number of ranks. Collective."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}
     mine["kernels"] = describe(ranks.device)

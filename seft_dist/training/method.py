@@ -77,37 +77,37 @@ class Method(Protocol):
         """Share of the targets' weights that it may be compared with."""
 
     def attach(self) -> None:
-        """Look at the weights. **Collective.**"""
+        """Look at the weights. Collective."""
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Say before a backward pass whether it is the last one of a step. Local."""
+        """Say before a backward pass whether it is the last one of a step."""
 
     def moves(self, step: int) -> bool:
         """Tell whether masks or supports change in a step."""
 
     def step(self) -> Any:
-        """Update. **Collective.**"""
+        """Update. Collective."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients. Local."""
+        """Forget the gradients."""
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target. **Collective.**"""
+        """Counts of every target. Collective."""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each target the positions of its support and of its mask, in this rank's interval."""
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """This rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names. Local."""
+        """This rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names."""
 
     def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
         """Make the object that writes the checkpoints."""
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; its ``extra``. **Collective.**"""
+        """Go on from a checkpoint; its ``extra``. Collective."""
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
-        """Make the weights those of a plain model; entries for result.json. **Collective.**"""
+        """Make the weights those of a plain model; entries for result.json. Collective."""
 
 
 class TrainedSeft(SeftOptimizer):

@@ -34,7 +34,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Refuse trackers that are not installed. Local.
+    """Refuse trackers that are not installed.
 
     Raises:
         ValueError: Naming the package.
@@ -59,7 +59,7 @@ class _State(TypedDict, total=False):
 
 
 class Metrics:
-    """Counts steps on every rank and writes them down on rank 0. Local."""
+    """Counts steps on every rank and writes them down on rank 0."""
 
     def __init__(
         self, config: TrainConfig, *, writes: bool, start: int = 0, state: dict[str, Any] | None = None
@@ -179,7 +179,7 @@ class Metrics:
 
 
 def summary(result: dict[str, Any]) -> None:
-    """Print a run's result as a table. Local, for rank 0."""
+    """Print a run's result as a table. For rank 0."""
     table = Table(title="Run", show_header=False)
     for name, value in _flat(result, numbers_only=False).items():
         table.add_row(name, f"{value:,.6g}" if isinstance(value, float) else str(value))
@@ -187,12 +187,12 @@ def summary(result: dict[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line about the run. Local, for rank 0."""
+    """Print a line about the run. For rank 0."""
     print(line, file=sys.stderr, flush=True)
 
 
 def stopped(config: TrainConfig, signal: str, step: int) -> None:
-    """Say that a signal has stopped the run. Local, for rank 0."""
+    """Say that a signal has stopped the run. For rank 0."""
     say(
         f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "
         "goes on from there"

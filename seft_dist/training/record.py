@@ -28,7 +28,7 @@ class Record:
         backend: str,
         ds: DsConfig | None,
     ) -> None:
-        """Write down the start of the run, or of its going on. **Collective.**
+        """Write down the start of the run, or of its going on. Collective.
 
         Args:
             config: The run, resolved; its folder exists.
@@ -58,7 +58,7 @@ class Record:
             self._trace = Trace(Path(config.output), method, writes=ranks.is_main)
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
-        """Record one optimizer step, after it was done. **Collective** with a trace, else local.
+        """Record one optimizer step, after it was done. Collective with a trace, else local.
 
         Args:
             step: Counted from 1.
@@ -72,7 +72,7 @@ class Record:
             self._trace.step(step, micro, loss=loss, tokens=tokens, lr=lr)
 
     def finish(self, loss: float | None) -> None:
-        """Record the end of a run that has done all its steps. **Collective.**
+        """Record the end of a run that has done all its steps. Collective.
 
         Args:
             loss: Of the last record of the metrics; None: there was no step.
@@ -80,11 +80,11 @@ class Record:
         self._manifest.finish(self._method.num_steps, loss, topology_hashes(self._method))
 
     def sync(self) -> None:
-        """Force what was recorded to disk. Local."""
+        """Force what was recorded to disk."""
         if self._trace is not None:
             self._trace.sync()
 
     def close(self) -> None:
-        """End the files. Local."""
+        """End the files."""
         if self._trace is not None:
             self._trace.close()

@@ -47,7 +47,7 @@ _FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a result: an empty or damaged one, as a full disk leaves it, is none. Local."""
+    """Whether a run's folder holds a result: an empty or damaged one, as a full disk leaves it, is none."""
     try:
         return bool(read_json(folder / RESULT, dict[str, Any]))
     except (OSError, ValueError):
@@ -55,7 +55,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Refuse a folder that this run must not write to. Local, on rank 0.
+    """Refuse a folder that this run must not write to. On rank 0.
 
     Raises:
         ValueError: It holds a finished run, or something else, or a file where the run needs a folder.
@@ -89,7 +89,7 @@ def _left_by_a_start(path: Path) -> bool:
 
 
 def open_run_folder(config: TrainConfig) -> None:
-    """Save the configuration in the run's folder, and clear away what a killed attempt has left. Local, on rank 0.
+    """Save the configuration in the run's folder, and clear away what a killed attempt has left. On rank 0.
 
     Raises:
         ValueError: It cannot be written.
@@ -109,7 +109,7 @@ def open_run_folder(config: TrainConfig) -> None:
 
 
 def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Fill in the global batch: that of the run which goes on, else batch_size for each rank. Local.
+    """Fill in the global batch: that of the run which goes on, else batch_size for each rank.
 
     Args:
         config: The run.
@@ -131,7 +131,7 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
-    """Fill in the day that a chat template sees as today, if it looks at it. **Collective.**
+    """Fill in the day that a chat template sees as today, if it looks at it. Collective.
 
     It is that of the run which goes on, else this day; so a run has the same tokens on every day it goes on.
 
@@ -177,7 +177,7 @@ class Origin:
 
 
 def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the optimizer. Local.
+    """What a checkpoint holds beside the optimizer.
 
     Args:
         config: The run.
@@ -188,7 +188,7 @@ def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict
 
 
 def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) -> dict[str, Any] | None:
-    """Go on from the newest checkpoint that is whole, if there is one. **Collective.**
+    """Go on from the newest checkpoint that is whole, if there is one. Collective.
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
 

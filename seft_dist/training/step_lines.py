@@ -10,7 +10,7 @@ from seft_dist.files.writing import put_aside, write_text
 
 
 class StepLines:
-    """Such a file, open for the steps to come. Local, on rank 0."""
+    """Such a file, open for the steps to come. On rank 0."""
 
     def __init__(self, path: Path, done: int) -> None:
         """Keep the lines of the steps done, and remove later ones, of an attempt that was stopped.
@@ -35,7 +35,7 @@ class StepLines:
 
     @staticmethod
     def read(path: Path) -> dict[int, dict[str, Any]]:
-        """The lines that can be read, by step. Local."""
+        """The lines that can be read, by step."""
         return {step: record for step, (_, record) in _read(path)[0].items()}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class StepLines:
 
 
 def as_ranges(steps: Iterable[int]) -> str:
-    """Name steps in few words, e.g. "1-5, 8". Local."""
+    """Name steps in few words, e.g. "1-5, 8"."""
     ranges: list[list[int]] = []
     for step in sorted(steps):
         if ranges and step == ranges[-1][1] + 1:

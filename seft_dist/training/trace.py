@@ -60,7 +60,7 @@ class Trace:
 
     @torch.no_grad()
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
-        """Record one optimizer step, after it was done. **Collective**; two small sums.
+        """Record one optimizer step, after it was done. Collective; two small sums.
 
         Args:
             step: Counted from 1.
@@ -122,18 +122,18 @@ class Trace:
         return torch.stack(rows)
 
     def sync(self) -> None:
-        """Force what was written to disk. Local."""
+        """Force what was written to disk."""
         if self._lines is not None:
             self._lines.sync()
 
     def close(self) -> None:
-        """End the file. Local."""
+        """End the file."""
         if self._lines is not None:
             self._lines.close()
 
 
 def hash_of_batch(batch: Batch) -> Tensor:
-    """Hash of the sequences of a batch, int64 [] on the CPU; their order and padding do not show. Local.
+    """Hash of the sequences of a batch, int64 [] on the CPU; their order and padding do not show.
 
     A sequence without any label to learn adds nothing: a rank for which a step has none left gets such a one.
     """
@@ -146,7 +146,7 @@ def hash_of_batch(batch: Batch) -> Tensor:
 
 
 def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a run's trace, floats as floats; none if there is no trace. Local.
+    """The steps of a run's trace, floats as floats; none if there is no trace.
 
     Raises:
         ValueError: A line cannot be read.

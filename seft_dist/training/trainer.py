@@ -47,7 +47,7 @@ from seft_dist.training.writer_lock import only_writer
 
 
 def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, Any]:
-    """Fine-tune a pruned model as configured and write the run's folder. **Collective.**
+    """Fine-tune a pruned model as configured and write the run's folder. Collective.
 
     SIGUSR1, SIGTERM, SIGINT or SIGHUP to any rank makes all of them save after the step they are in (the next logged
     one), and return.
@@ -119,7 +119,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str,
 
 
 def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: Record, request: StopRequest) -> int:
-    """The training loop. **Collective.**
+    """The training loop. Collective.
 
     Args:
         run: What is trained.
@@ -204,7 +204,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 
 
 def _agreed_stop(ranks: Ranks, request: StopRequest) -> int:
-    """The largest stop signal that any rank has got, 0 for none. **Collective.**"""
+    """The largest stop signal that any rank has got, 0 for none. Collective."""
     number = torch.tensor(request.number)
     if ranks.world_size > 1:
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -241,7 +241,7 @@ class Agreed:
 
 
 def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: BackgroundSaver) -> Agreed:
-    """Exchange what must be known before the optimizer changes the weights again. **Collective.**
+    """Exchange what must be known before the optimizer changes the weights again. Collective.
 
     This waits for the device: nothing else does in a step that is neither logged, saved nor of an evolution's window.
 
@@ -283,7 +283,7 @@ def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: Backgrou
 
 
 def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dict[str, Any]:
-    """Check every layer's sparsity, export, and write the result. **Collective.**
+    """Check every layer's sparsity, export, and write the result. Collective.
 
     Returns:
         What result.json holds.
@@ -334,7 +334,7 @@ def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dic
 
 
 def _peak_memory(ranks: Ranks) -> int:
-    """Find the peak memory, in bytes, of the rank that used most. **Collective.**"""
+    """Find the peak memory, in bytes, of the rank that used most. Collective."""
     peak = torch.tensor(facts.peak_memory(ranks.device))
     if ranks.world_size > 1:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)

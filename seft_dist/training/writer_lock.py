@@ -31,7 +31,7 @@ class TakenError(ValueError):
 
 @contextmanager
 def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Be the only run that writes to a folder while the context lasts. Local, on rank 0.
+    """Be the only run that writes to a folder while the context lasts. On rank 0.
 
     Makes the folder, and removes it at the end if nothing was written there.
 

@@ -27,7 +27,7 @@ class DamagedError(ValueError):
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, the newest last. Local.
+    """The complete checkpoints in a folder, the newest last.
 
     Only names that ``Saver`` gives count: a copy with another name, e.g. step-00000040-good, is the user's.
     """
@@ -38,13 +38,13 @@ def complete(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder, None if there is none. Local."""
+    """The newest complete checkpoint in a folder, None if there is none."""
     found = complete(folder)
     return found[-1] if found else None
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Remove older checkpoints, and what a killed attempt has left of others. Local.
+    """Remove older checkpoints, and what a killed attempt has left of others.
 
     Args:
         folder: Holds the checkpoints of a run.
@@ -77,12 +77,12 @@ def _named(folder: Path, kind: str) -> dict[int, Path]:
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """Name of the file with what one rank owned. Local."""
+    """Name of the file with what one rank owned."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with a checksum of itself, and force it and the folder to disk. Local.
+    """Write the manifest, with a checksum of itself, and force it and the folder to disk.
 
     Raises:
         OSError: It cannot be written.
@@ -92,7 +92,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read and check a checkpoint's manifest. Local.
+    """Read and check a checkpoint's manifest.
 
     Raises:
         DamagedError: It is missing, altered, or does not hold what a manifest holds.
@@ -120,7 +120,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def check_sum(file: Path, expected: str) -> None:
-    """Check a file of a checkpoint. Local.
+    """Check a file of a checkpoint.
 
     Raises:
         DamagedError: It is missing or altered.
@@ -137,14 +137,14 @@ def check_sum(file: Path, expected: str) -> None:
 
 
 def sync(file: Path) -> bytes:
-    """Force a file to disk; its SHA-256. Local."""
+    """Force a file to disk; its SHA-256."""
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
         return sha256_of(handle).digest()
 
 
 def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
-    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. **Collective**.
+    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. Collective.
 
     Args:
         backend: Whose ranks act.
@@ -165,7 +165,7 @@ def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint such that it is never taken for a complete one half way. Local."""
+    """Remove a checkpoint such that it is never taken for a complete one half way."""
     going = checkpoint.with_name(f"removed-{checkpoint.name.rpartition('-')[2]}")
     shutil.rmtree(going, ignore_errors=True)
     with contextlib.suppress(OSError):  # one that cannot be removed does no harm

@@ -35,7 +35,7 @@ _FREE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 
 
 def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
-    """Go on from a checkpoint, on any number of ranks and any backend. **Collective.**
+    """Go on from a checkpoint, on any number of ranks and any backend. Collective.
 
     Args:
         seft: A new optimizer on the pruned model that the checkpointed run started from.
@@ -72,7 +72,7 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
 def open_checkpoint(
     checkpoint: Path, backend: Backend, fingerprints: list[int], check_method: Callable[[Manifest], None]
 ) -> Manifest:
-    """See that a checkpoint is whole, and of this model and method. **Collective.**
+    """See that a checkpoint is whole, and of this model and method. Collective.
 
     Args:
         checkpoint: Its folder.

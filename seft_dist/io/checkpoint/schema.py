@@ -47,7 +47,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 def check_manifest(content: dict[str, Any], name: str) -> Manifest:
-    """Check what checkpoint.json holds. Local.
+    """Check what checkpoint.json holds.
 
     Args:
         content: Without its checksum; it may have further entries.

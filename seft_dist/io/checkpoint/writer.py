@@ -31,7 +31,7 @@ KEEP = 2
 
 
 def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = KEEP) -> Path:
-    """Write a checkpoint of the optimizer and wait until it is on disk. **Collective.**
+    """Write a checkpoint of the optimizer and wait until it is on disk. Collective.
 
     Args:
         seft: An attached optimizer, between two steps.
@@ -92,11 +92,11 @@ class BackgroundSaver(ABC):
 
     @property
     def written(self) -> bool:
-        """True if a save has begun and this rank's part of it is on disk, or has failed. Local."""
+        """True if a save has begun and this rank's part of it is on disk, or has failed."""
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, extra: dict[str, Any]) -> None:
-        """Copy the state and begin to write it; finishes an earlier save first. **Collective.**
+        """Copy the state and begin to write it; finishes an earlier save first. Collective.
 
         Args:
             extra: What the caller wants back from ``load``; JSON.
@@ -119,7 +119,7 @@ class BackgroundSaver(ABC):
 
     @abstractmethod
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """Collect the state that is to be saved. **Collective.**
+        """Collect the state that is to be saved. Collective.
 
         Returns:
             ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU memory, None
@@ -127,7 +127,7 @@ class BackgroundSaver(ABC):
         """
 
     def finish(self) -> Path | None:
-        """Wait for the save that has begun, and make it the newest checkpoint. **Collective.**
+        """Wait for the save that has begun, and make it the newest checkpoint. Collective.
 
         Returns:
             The checkpoint; None if no save had begun.
@@ -229,7 +229,7 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
 
 
 def describe_targets(backend: Backend, targets: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:
-    """The targets as a manifest lists them. Local.
+    """The targets as a manifest lists them.
 
     Args:
         backend: Holds the weights.
