@@ -125,7 +125,7 @@ def measure(
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """One line of the table of docs/exports.md."""
+    """One line of the tables of docs/exports.md."""
     cells = [row["what"]]
     for title in SHAPES:
         for clock in ("cpu", "wall"):

@@ -48,7 +48,7 @@ class TrainConfig:
     offload: bool = False
     """FSDP only: keep the weight shards in CPU memory (DeepSpeed: use ds_configs/zero3_offload.json)."""
     packing: Packing = "none"
-    """What zeros cost, with the same results bit for bit (docs/performance.md). "gather": FSDP ranks send each other bits and
+    """What zeros cost, with the same results bit for bit (docs/packing.md). "gather": FSDP ranks send each other bits and
     non-zero values; the weights at rest stay dense. "resident": the targets stay packed at rest as well, on FSDP ranks or in
     one process, and are dense one at a time while they are computed with."""
     seed: int = 0
