@@ -58,7 +58,7 @@ def worker(options: argparse.Namespace) -> None:
     backend = seft.backend
     backend.prepare_write()
     held = sum(map(torch.Tensor.nelement, seft.sparse_state.masks))
-    for i, holder in enumerate(backend.modules):
+    for i, holder in enumerate(backend.holders):
         packed = packed_of(holder.weight)
         held += packed.values.nbytes if packed else backend.own(i).nbytes  # the packed weight's bits are the mask
     ids = torch.randint(0, source.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(rank))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.io.tables import kind_of
-from seft_dist.modules.targets import as_rows
 from seft_dist.pruning.magnitude import magnitude_scores
 from seft_dist.pruning.masks import Ranking, choose
 from seft_dist.pruning.methods import open_calibration
@@ -72,7 +71,7 @@ def measure(
         for names, hessian in hessians.close(ALONE):
             for name in names:
                 for ranking in rankings:
-                    found.append((name, ranking, errors(as_rows(linears[name]).float(), hessian, ranking)))
+                    found.append((name, ranking, errors(linears[name].as_rows().float(), hessian, ranking)))
 
     for _ in calibration.walk(visit, changes=False, progress=False):
         yield from found

@@ -102,7 +102,7 @@ def snapshot(model: nn.Module, seft: SeftOptimizer) -> dict[str, Any]:
     seft.backend.prepare_write()
     for i, name in enumerate(seft.target_names):
         parts = sorted({part[name][0]: part[name] for part in every if len(part[name][1])}.values(), key=lambda p: p[0])
-        weight = seft.backend.full(seft.backend.modules[i].weight).float().view(-1).clone()
+        weight = seft.backend.full(seft.backend.holders[i].weight).float().view(-1).clone()
         out[name] = {
             "mask": torch.cat([part[1] for part in parts]),
             "support": torch.cat([part[2] for part in parts]),

@@ -114,7 +114,7 @@ class DenseSeft:
         self.closest = math.inf
         model.requires_grad_(False)
         targets = find_targets(model, config.targets)
-        self.layers = {name: Layer.of(module, config) for name, module in targets.items()}
+        self.layers = {name: Layer.of(target.module, config) for name, target in targets.items()}
         for layer in self.layers.values():
             layer.module.weight.requires_grad_(True)
             layer.module.register_forward_hook(self._observe(layer))

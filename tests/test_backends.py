@@ -143,7 +143,7 @@ def test_zero3_leaves_no_weight_gathered() -> None:
         for t in range(4):
             backward(engine(**batch(t, rank)).loss)
             step()
-        return [vars(module.weight)["ds_status"].name for module in seft.backend.modules]
+        return [vars(module.weight)["ds_status"].name for module in seft.backend.holders]
 
     for states in run_ranks(on_rank, 2):
         assert set(states) == {"NOT_AVAILABLE"}
@@ -170,7 +170,7 @@ def test_zero3_persistent_copies_see_the_write() -> None:
         engine, seft, backward, _ = build("zero3", CONFIG)
         for t in range(3):
             backward(engine(**batch(t, rank)).loss)
-            held = any(vars(module.weight)["ds_status"].name == "AVAILABLE" for module in seft.backend.modules)
+            held = any(vars(module.weight)["ds_status"].name == "AVAILABLE" for module in seft.backend.holders)
             seft.step()
             for i, entries in enumerate(seft.sparse_state.layers()):
                 seen = seft.backend.read(i, entries.indices.long())

@@ -16,7 +16,7 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
-from seft_dist.modules.targets import as_rows, find_targets
+from seft_dist.modules.targets import find_targets
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.pruning.prune import prepare, prune, prune_folder
@@ -38,6 +38,7 @@ def test_sampled_gradients_are_those_of_autograd(family: str) -> None:
         twin(**batch(step)).loss.backward()
     for (name, wanted), slot in zip(find_targets(twin).items(), seft._slots, strict=True):
         assert slot.support is not None and slot.grad is not None and len(slot.support)
+        assert wanted.weight.grad is not None
         expected = wanted.weight.grad.reshape(-1)[slot.support.positions()]
         torch.testing.assert_close(slot.grad, expected, rtol=1e-4, atol=1e-6, msg=name)
     assert all(p.grad is None for name, p in model.named_parameters() if not name.endswith("seft_anchor"))
@@ -198,10 +199,10 @@ def test_pruning_counts_in_every_row_of_every_expert(family: str, method: str, t
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     for (name, target), before in zip(find_targets(pruned).items(), find_targets(dense).values(), strict=True):
-        rows = as_rows(target)
+        rows = target.as_rows()
         if method == "wanda":
             assert (rows == 0).sum(1).unique().tolist() == [rows.shape[1] // 2], name
-            assert torch.equal(rows[rows != 0], as_rows(before)[rows != 0]), name
+            assert torch.equal(rows[rows != 0], before.as_rows()[rows != 0]), name
         else:
             assert (rows == 0).float().mean() == pytest.approx(0.5, abs=0.01), name
 

@@ -28,7 +28,8 @@ from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import reader
 from seft_dist.io.checkpoint.schema import check_manifest
 from seft_dist.modules.targets import find_targets
-from seft_dist.optim import linear, optimizer
+from seft_dist.optim import install as installing
+from seft_dist.optim import optimizer, slot
 from seft_dist.optim.delta import Support
 from seft_dist.optim.packing import pack_weights
 from seft_dist.planning.architectures import Shapes, Weight, find_architecture
@@ -99,7 +100,7 @@ class Rows(nn.Module):
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """New optimizers see their weight as the end of a large one."""
-    install = linear.install
+    install = installing.install
 
     def installed(target: Any) -> Any:
         anchor, slot = install(target)
@@ -114,7 +115,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
     monkeypatch.setattr(optimizer, "install", installed)
     monkeypatch.setattr(optimizer, "find_backend", lambda model, targets, group: FarBackend(targets, Group(None)))
-    monkeypatch.setattr(linear, "dense_grad", dense)
+    monkeypatch.setattr(slot, "dense_grad", dense)
     monkeypatch.setattr(reader, "Partition", Tail)
     yield monkeypatch
 

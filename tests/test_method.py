@@ -138,7 +138,7 @@ def assert_same(seft: SeftOptimizer, dense: DenseSeft, rel: float) -> None:
             found, wanted = getattr(layer.columns, mine), getattr(oracle, theirs).flatten()[support]
             off = (found - wanted).abs() - rel * wanted.abs()
             assert (off <= rel * scales[theirs]).all(), f"{layer.name}: {mine} off by {off.max():.1e}"
-        weight = seft.backend.full(seft.backend.modules[seft.target_names.index(layer.name)].weight)
+        weight = seft.backend.full(seft.backend.holders[seft.target_names.index(layer.name)].weight)
         torch.testing.assert_close(weight, oracle.module.weight.detach(), rtol=rel, atol=rel * scales["weight"])
         assert not weight.flatten()[~mask].any()
 

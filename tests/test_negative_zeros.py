@@ -35,7 +35,7 @@ def bits(seft: SeftOptimizer) -> list[Tensor]:
     """Of every whole target. Collective."""
     seft.backend.prepare_write()
     kinds = {2: torch.int16, 4: torch.int32}
-    whole = [seft.backend.full(target.weight).clone() for target in seft.backend.modules]
+    whole = [seft.backend.full(target.weight).clone() for target in seft.backend.holders]
     assert not any(map(negative_zeros, whole))
     return [weight.view(kinds[weight.element_size()]) for weight in whole]
 

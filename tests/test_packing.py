@@ -18,6 +18,7 @@ from seft_dist.config.inputs import ModelConfig
 from seft_dist.io import checkpoint
 from seft_dist.io.models import checkpoint_activations, load_model
 from seft_dist.io.source import open_source
+from seft_dist.modules.kinds import LinearWeight
 from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
 from tests.layouts import shard_fsdp
@@ -73,7 +74,7 @@ def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONF
             with torch.no_grad():
                 seen.append(model(**batch(99)).loss.item())
     seft.backend.prepare_write()
-    weights = [seft.backend.full(holder.weight).clone() for holder in seft.backend.modules]
+    weights = [seft.backend.full(holder.weight).clone() for holder in seft.backend.holders]
     held = bytes_held(seft) if packing == "resident" else None
     return {"seen": seen, "weights": weights, "held": held, "wire": sum(wire)}
 
@@ -96,8 +97,8 @@ def bytes_held(seft: SeftOptimizer) -> tuple[int, int]:
     """Bytes of all memory behind the packed weights and the masks, each counted once; and dense bf16 of the own rows."""
     backend = seft.backend
     assert isinstance(backend, PackedBackend)
-    parts = [packed_of(holder.weight) for holder in backend.modules]
-    assert all(holder.weight.device.type == "meta" for holder in backend.modules)
+    parts = [packed_of(holder.weight) for holder in backend.holders]
+    assert all(holder.weight.device.type == "meta" for holder in backend.holders)
     tensors: list[Tensor] = [tensor for part in parts if part for tensor in (part.bits, part.values)]
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*tensors, *seft.sparse_state.masks]
@@ -136,7 +137,7 @@ def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: f
     mask = some(share)
     dense = torch.randn(rows * columns, generator=generator) * mask * some(0.9)  # an active weight may be 0
     weight.put(dense, pack(mask))
-    backend = PackedBackend({"linear": holder})
+    backend = PackedBackend({"linear": LinearWeight(holder)})
     positions = (mask & some(0.5)).nonzero().view(-1)
     places = backend.places(0, positions)
     assert torch.equal(backend.load(0, places), dense[positions])
@@ -226,7 +227,7 @@ def test_checkpoints_go_from_packed_to_dense_and_back(tmp_path: Path) -> None:
             seft.zero_grad()
         if last > first:
             checkpoint.save(seft, tmp_path, {})
-        return [seft.backend.full(holder.weight).clone() for holder in seft.backend.modules]
+        return [seft.backend.full(holder.weight).clone() for holder in seft.backend.holders]
 
     plan = [("resident", 2, 0, 3), ("none", 1, 3, 5), ("resident", 3, 5, 8)]
     for packing, world_size, first, last in plan:

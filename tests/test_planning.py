@@ -59,7 +59,7 @@ def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, 
     """The same meter around real tensors of the whole model."""
     from seft_dist.io.models import checkpoint_activations
     from seft_dist.modules.targets import find_targets
-    from seft_dist.optim.linear import install
+    from seft_dist.optim.install import install
 
     model = small(7).to(dtype).train()
     kinds = Shapes.of(model.config, "all-linear").kinds

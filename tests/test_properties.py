@@ -35,7 +35,7 @@ def make_model(sparsity: float = 0.55, dtype: torch.dtype = torch.float32, seed:
 def view(seft: SeftOptimizer) -> dict[str, dict[str, Tensor]]:
     """Copies of mask, support, delta columns and weight of every target, flat."""
     out = {}
-    modules = dict(zip(seft.target_names, seft.backend.modules, strict=True))
+    modules = dict(zip(seft.target_names, seft.backend.holders, strict=True))
     for layer in seft.deltas():
         columns = {
             field.name: getattr(layer.columns, field.name).clone() for field in dataclasses.fields(layer.columns)

@@ -17,6 +17,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
+from seft_dist.modules.kinds import LinearWeight
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.calibrate import Calibration, Visit, find_layers, sample_sequences
 from seft_dist.pruning.masks import Ranking, choose
@@ -175,7 +176,9 @@ def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
     norms: dict[str, torch.Tensor] = {}
 
     def visit(name: str, layer: nn.Module, run: Any) -> None:
-        listening = {f"{name}.{n}": InputNorm(m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        listening = {
+            f"{name}.{n}": InputNorm(LinearWeight(m)) for n, m in layer.named_modules() if isinstance(m, nn.Linear)
+        }
         run()
         norms.update({key: norm.close(key, Group(None)) for key, norm in listening.items()})
 
@@ -245,8 +248,8 @@ def test_selection_is_exact_with_ties_zeros_and_dead_inputs(data: Any) -> None:
 def test_a_linear_that_sees_no_token_or_a_broken_one() -> None:
     linear = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="no calibration token reached expert"):
-        InputNorm(linear).close("expert", Group(None))
-    norm = InputNorm(linear)
+        InputNorm(LinearWeight(linear)).close("expert", Group(None))
+    norm = InputNorm(LinearWeight(linear))
     linear(torch.tensor([[1.0, float("inf"), 0.0]]))
     with pytest.raises(ValueError, match="inputs of it are not finite"):
         norm.close("it", Group(None))

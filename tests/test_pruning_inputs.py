@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
+from seft_dist.modules.kinds import LinearWeight, Target
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.owl import owl_sparsities, read_sparsities
 from seft_dist.pruning.prune import prune_folder
@@ -63,7 +64,8 @@ def test_a_hessian_of_too_little_text_needs_more_dampening_or_is_refused(caplog:
 def test_hessians_are_shared_where_inputs_are() -> None:
     torch.manual_seed(0)
     linears = {name: nn.Linear(6, 3, bias=False) for name in ("q", "k", "o")}
-    hessians = Hessians(linears)
+    targets: dict[str, Target] = {name: LinearWeight(linear) for name, linear in linears.items()}
+    hessians = Hessians(targets)
     inputs = [torch.randn(2, 5, 6) for _ in range(3)]
     for x in inputs:
         linears["q"](x)
@@ -74,10 +76,10 @@ def test_hessians_are_shared_where_inputs_are() -> None:
     sequences = [sequence for x in inputs for sequence in x]
     torch.testing.assert_close(found["q", "k"], reference.hessian_of(sequences), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[("o",)], reference.hessian_of([s + 1 for s in sequences]), rtol=1e-5, atol=1e-5)
-    silent = Hessians(linears)
+    silent = Hessians(targets)
     with pytest.raises(ValueError, match="no calibration token reached q"):
         list(silent.close(Group(None)))
-    broken = Hessians({"q": linears["q"]})
+    broken = Hessians({"q": targets["q"]})
     linears["q"](torch.full((1, 2, 6), float("inf")))
     with pytest.raises(ValueError, match="inputs of q are not finite"):
         list(broken.close(Group(None)))

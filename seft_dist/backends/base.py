@@ -26,11 +26,14 @@ from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 
 
 class Holder(Protocol):
-    """Whatever has a weight: a linear, or one fused weight of a module of experts."""
+    """What a backend needs to know of a target: ``seft_dist.modules.kinds.Target`` is one."""
 
     @property
     def weight(self) -> Tensor:
-        """The parameter as it is held now; while sharded, maybe only a part of it."""
+        """The parameter as it is held now; while it is sharded, maybe only a part of it."""
+
+    def weight_name(self, name: str) -> str:
+        """Return the name of the parameter in the model, given the target's name."""
 
 
 class Backend(ABC):
@@ -45,7 +48,7 @@ class Backend(ABC):
         replicas: The ranks that own the same intervals as this one (HSDP); one rank otherwise.
         """
         self.names = list(targets)
-        self.modules = list(targets.values())
+        self.holders = list(targets.values())
         self.owners = owners
         self.replicas = replicas
         # Taken once: while a layer is computed, its weight is gathered and no longer tells.

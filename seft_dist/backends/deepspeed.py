@@ -104,7 +104,7 @@ class Zero3Backend(DenseBackend):
         super().__init__(targets, owners, replicas=Group(None))
 
     def _weight(self, i: int) -> Any:
-        return self.modules[i].weight  # with DeepSpeed's ds_* attributes
+        return self.holders[i].weight  # with DeepSpeed's ds_* attributes
 
     def _shape(self, i: int) -> tuple[int, int]:
         return self._matrix(self._weight(i).ds_shape)
@@ -126,7 +126,7 @@ class Zero3Backend(DenseBackend):
                 weight.partition(param_list=[weight])
 
     def read(self, i: int, positions: Tensor) -> Tensor:
-        return self.full(self.modules[i].weight).view(-1)[positions]
+        return self.full(self.holders[i].weight).view(-1)[positions]
 
     def full(self, parameter: Tensor) -> Tensor:
         if not is_zero3(parameter):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.gather import GatherSize, PackedAllGather
 from seft_dist.backends.group import Group
@@ -64,7 +65,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         assert isinstance(unit, FSDPModule)
         gather = PackedAllGather(name)
         unit.set_custom_all_gather(gather)  # type: ignore[arg-type]  # has the two methods, needs no base class
-        vars(unit)["seft_gather"] = gather  # FsdpBackend finds it there
+        attachment_of(unit).gather = gather  # FsdpBackend looks there
         gathers.append(gather)
     owners = _owners(next(iter(members.values()))[0].device_mesh)
     shards = [[parameter.to_local().detach() for parameter in parameters] for parameters in members.values()]
@@ -142,9 +143,9 @@ class FsdpBackend(DenseBackend):
         """Of units that are sent packed: what sends, the values of other parameters, and those of each target."""
         found = []
         for name, parameters in _members(self._model).items():
-            gather = vars(self._model.get_submodule(name)).get("seft_gather")
+            unit = self._model.get_submodule(name)
+            gather = attachment_of(unit).gather
             if gather is not None and gather.capacity is not None:
-                unit = self._model.get_submodule(name)
                 targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]
                 inside = {i: _stored(self.own(i)) for i in targets}
                 found.append((gather, _most_values(parameters) - sum(inside.values()), inside))
@@ -171,7 +172,7 @@ class FsdpBackend(DenseBackend):
             _agree(self.owners, [gather for gather, _, _ in self._gathers], counts)
 
     def _weight(self, i: int) -> DTensor:
-        weight = self.modules[i].weight
+        weight = self.holders[i].weight
         assert isinstance(weight, DTensor), f"{self.names[i]} is gathered"
         return weight
 
@@ -196,7 +197,7 @@ class FsdpBackend(DenseBackend):
     def read(self, i: int, positions: Tensor) -> Tensor:
         unit = self._unit[self.names[i]]
         unit.unshard()
-        values = self.modules[i].weight.detach().view(-1)[positions.to(self.modules[i].weight.device)].clone()
+        values = self.holders[i].weight.detach().view(-1)[positions.to(self.holders[i].weight.device)].clone()
         unit.reshard()
         return values
 

@@ -30,13 +30,13 @@ class ReplicatedBackend(DenseBackend):
         return self.owners.size > 1
 
     def _shape(self, i: int) -> tuple[int, int]:
-        return self._matrix(self.modules[i].weight.shape)
+        return self._matrix(self.holders[i].weight.shape)
 
     def _partition(self, i: int) -> Partition:
-        return Partition.even(self.modules[i].weight.numel(), self.owners.size)
+        return Partition.even(self.holders[i].weight.numel(), self.owners.size)
 
     def local(self, i: int) -> Tensor:
-        return self.modules[i].weight.detach().view(-1)
+        return self.holders[i].weight.detach().view(-1)
 
     def prepare_write(self) -> None:
         pass  # forward reads the very tensor that is written

@@ -57,7 +57,7 @@ class Adapted(Baseline):
             a = nn.init.kaiming_uniform_(torch.empty(shapes[0]), a=5**0.5)
             pair = [nn.Parameter(values.to(self.backend.device)) for values in (a, torch.zeros(shapes[1]))]
             found |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
-            target.forward = _forward(target, pair[0], pair[1], self)
+            target.module.forward = _forward(target.module, pair[0], pair[1], self)
         return found
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Adapted(Baseline):
                 keep_active_(merged, held != 0, held.dtype)
                 merged.masked_fill_(held == 0, 0.0)  # without a sign
                 held.copy_(cast_weight(merged, held.dtype)[0])
-                del target.forward
+                target.unbind_forward()
         return {}
 
 

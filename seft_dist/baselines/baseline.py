@@ -20,7 +20,7 @@ from seft_dist.config import TrainConfig
 from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.source import Source
-from seft_dist.modules.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
+from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
 from seft_dist.optim.state import LayerSparsity
 from seft_dist.sparsity.zeros import num_zeros
@@ -81,10 +81,9 @@ class Baseline(ABC):
         """Non-zero weights of each target as it was loaded: how many there shall be in the end."""
         check_criteria(self.targets, config.seft)
         for name, target in self.targets.items():
-            kind = "fused experts" if isinstance(target, ExpertWeight) else "Conv1D" if is_conv1d(target) else "Linear"
-            if kind not in self.takes:
+            if target.kind not in self.takes:
                 raise ValueError(
-                    f"method={self.name} is not supported for {name}, a weight of {kind}: needs {' or '.join(self.takes)}; "
+                    f"method={self.name} is not supported for {name}, a weight of {target.kind}: needs {' or '.join(self.takes)}; "
                     "choose seft.targets without it, or another method (docs/baselines.md)"
                 )
 

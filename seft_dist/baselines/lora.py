@@ -17,7 +17,7 @@ from seft_dist.baselines.baseline import Baseline, Ending
 from seft_dist.baselines.repruning import prune_again
 from seft_dist.export.folders import new_folder
 from seft_dist.io.weight_files import write_safetensors
-from seft_dist.modules.targets import Target
+from seft_dist.modules.kinds import Target
 from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"
@@ -86,7 +86,7 @@ class Lora(Baseline):
                 merged = held.float() + delta[start : start + held.numel()]
                 held.copy_(cast_weight(merged, held.dtype)[0])
                 parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, target)
+                setattr(self.model.get_submodule(parent), child, target.module)
         del self.model.peft_config
 
 

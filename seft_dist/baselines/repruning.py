@@ -17,7 +17,6 @@ from seft_dist.config.pattern import pattern_sizes
 from seft_dist.data.sequences import Sample
 from seft_dist.export.export import export_model
 from seft_dist.io.source import Source, open_source
-from seft_dist.modules.targets import from_rows, matrix
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.methods import Pruner, open_calibration
 from seft_dist.pruning.stream import StreamedModel
@@ -82,7 +81,7 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
         PruneConfig(model=ModelConfig(path=str(folder)), data=config.data, pattern=config.seft.pattern, output="-"),
         merged,
         targets,
-        {name: matrix(target) for name, target in targets.items()},
+        {name: target.matrix_shape for name, target in targets.items()},
         dict.fromkeys(targets, 0.0),
         _calibration_text(config, ending.sequences),
         None,
@@ -91,7 +90,7 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
         zeros,
     )
     for name, weight in pruner.pruned():
-        yield name, from_rows(targets[name], weight)
+        yield name, targets[name].from_rows(weight)
     ranks.sum(torch.zeros(1))  # everybody has read it
     if ending.is_main:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from seft_dist.backends.shards import stored_part
 from seft_dist.baselines.baseline import Baseline, is_vector
 from seft_dist.kernels.bits import pack, unpack
-from seft_dist.modules.targets import is_conv1d, weight_name
+from seft_dist.modules.kinds import is_conv1d
 
 
 class NoRepair(Baseline):
@@ -36,7 +36,7 @@ class MaskedFull(Baseline):
     """
 
     def install(self) -> dict[str, nn.Parameter]:
-        names = {weight_name(name, target): target.weight for name, target in self.targets.items()}
+        names = {target.weight_name(name): target.weight for name, target in self.targets.items()}
         # One bit for each stored weight
         self._masks = [pack(stored_part(parameter)[0] != 0) for parameter in names.values()]
         return names

@@ -13,7 +13,8 @@ from seft_dist.config.pattern import pattern_sizes
 from seft_dist.io.models import load_model, outline
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
-from seft_dist.modules.targets import ALL_LINEAR, find_targets, is_conv1d, weight_name
+from seft_dist.modules.kinds import LinearWeight
+from seft_dist.modules.targets import ALL_LINEAR, find_targets
 from seft_dist.sparsity import groups
 from seft_dist.sparsity.zeros import num_zeros
 
@@ -59,8 +60,8 @@ def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str
     """
     model, stored = outline(source)
     for name, target in find_targets(model, targets).items():
-        weight = source.weights.read(stored[weight_name(name, target)]).view(target.weight.shape)
-        yield name, weight.T if is_conv1d(target) else weight.view(-1, weight.shape[-1])
+        weight = source.weights.read(stored[target.weight_name(name)]).view(target.weight.shape)
+        yield name, target.rows_view(weight)
 
 
 def count_groups(source: Source, pattern: str = "2:4", targets: str = ALL_LINEAR) -> list[GroupCount]:
@@ -157,7 +158,7 @@ def load_semi_structured(
     found = find_targets(model, targets)
     for count in counts:
         linear = found[count.name]
-        if not count.fits_kernel or not isinstance(linear, nn.Linear):
+        if not count.fits_kernel or not isinstance(linear, LinearWeight):
             log.warning("%s of shape %s stays dense: torch's 2:4 kernels do not take it", count.name, count.shape)
             continue
         sparse = torch.sparse.to_sparse_semi_structured(linear.weight.detach())

@@ -18,7 +18,7 @@ from torch import Tensor
 from seft_dist.backends import Backend
 from seft_dist.backends.group import Sum
 from seft_dist.optim.delta import Support
-from seft_dist.optim.linear import Slot
+from seft_dist.optim.slot import Slot
 
 BUCKET_BYTES = 25 << 20
 """Of gradients; a bucket is closed when it has that many. What DistributedDataParallel takes by default."""
@@ -66,7 +66,7 @@ class Exchange:
         self._sums: list[Sum] = []
         self._supports: list[Support] = []
         for i, slot in enumerate(slots):
-            slot.recorded = self._told(i)
+            slot.on_record(self._recorder(i))
 
     @property
     def num_sent(self) -> int:
@@ -114,7 +114,7 @@ class Exchange:
             if not all(self._expected[layer] for layer in layers):
                 self._waits_for[bucket] = -1
 
-    def _told(self, i: int) -> Callable[[], None]:
+    def _recorder(self, i: int) -> Callable[[], None]:
         def recorded() -> None:
             self._seen[i] += 1
             if not self._overlaps:
@@ -136,15 +136,13 @@ class Exchange:
         """Let the next bucket go. Collective, without waiting."""
         layers = self._buckets[self.num_sent]
         ranks = range(self.group.size)
-        parts = [self._gradient(i).split(self._supports[i].sizes) for i in layers]
+        parts = [self._take_gradient(i).split(self._supports[i].sizes) for i in layers]
         sizes = [sum(part[rank].numel() for part in parts) for rank in ranks]
         flat = torch.cat([part[rank] for rank in ranks for part in parts])
         self._sums.append(self.group.start_sum_to_owners(flat, sizes))
-        for i in layers:
-            self.slots[i].grad = None
 
-    def _gradient(self, i: int) -> Tensor:
-        grad = self.slots[i].grad
+    def _take_gradient(self, i: int) -> Tensor:
+        grad = self.slots[i].take_grad()
         return grad if grad is not None else torch.zeros(len(self._supports[i]), device=self.backend.device)
 
     @torch.no_grad()

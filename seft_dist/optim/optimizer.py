@@ -19,7 +19,7 @@ from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution, EvolutionReport
 from seft_dist.optim.exchange import Exchange
-from seft_dist.optim.linear import install, uninstall
+from seft_dist.optim.install import install, uninstall
 from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
@@ -83,8 +83,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
         model.requires_grad_(False)
-        installed = {name: install(module) for name, module in self._targets.items()}
-        self._slots = [slot for _, slot in installed.values()]
+        installed = [install(target) for target in self._targets.values()]
+        self._slots = [slot for _, slot in installed]
+        self._windows: list[Window | None] = [None] * len(installed)
         self._backend: Backend | None = None
         self._state: State | None = None
         self._needs = Needs.of(self.config)
@@ -94,7 +95,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._settles_late = False
         self._unsettled: Verdict | None = None
         super().__init__(
-            [anchor for anchor, _ in installed.values()],
+            [anchor for anchor, _ in installed],
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
         )
         self._attach_hook = model.register_forward_pre_hook(self._attach_before_forward, prepend=True)
@@ -165,17 +166,17 @@ class SeftOptimizer(torch.optim.Optimizer):
         """Tell the slots what the coming step's backward must record."""
         coming = self.num_steps + 1
         first = self._is_first(coming)
-        for i, slot in enumerate(self._slots):
-            slot.armed = True
-            slot.forget()
-            if not (first or in_window(self.config, coming)):
-                slot.window = None
-            elif slot.window is None:
-                slot.window = self.new_window(i)
-        supports = sampled(self._windows(), self.sparse_state.supports)
-        for slot, support in zip(self._slots, supports, strict=True):
-            slot.support = None if first else support
+        if first or in_window(self.config, coming):
+            self._windows = [self.new_window(i) if window is None else window for i, window in enumerate(self._windows)]
+        else:
+            self._close_windows()
+        supports = sampled(self._windows, self.sparse_state.supports)
+        for slot, support, window in zip(self._slots, supports, self._windows, strict=True):
+            slot.prepare(None if first else support, window)
         self.exchange.prepare(supports)
+
+    def _close_windows(self) -> None:
+        self._windows = [None] * len(self._slots)
 
     def new_window(self, i: int) -> Window:
         """An empty window of target i for the coming step."""
@@ -205,8 +206,9 @@ class SeftOptimizer(torch.optim.Optimizer):
             self._exchange.forget()
         for slot in self._slots:
             slot.forget()
-            if slot.window is not None:
-                slot.window.discard()
+        for window in self._windows:
+            if window is not None:
+                window.discard()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -229,8 +231,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
         step = self.num_steps + 1
-        grad = take_kept(self._windows(), self.exchange.finish(), self.sparse_state.layers())
-        windows = [window for window in self._windows() if window is not None]
+        grad = take_kept(self._windows, self.exchange.finish(), self.sparse_state.layers())
+        windows = [window for window in self._windows if window is not None]
         verdict = self._judge(step, grad)
         if windows or not self._settles_late:
             verdict.refuse(self.target_names)
@@ -250,8 +252,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             elif in_window(self.config, step) and windows[0].narrows:
                 Evolution(self.backend, self.config, self.sparse_state, windows, step).keep_candidates()
         if is_evolution(self.config, step) or not in_window(self.config, step):
-            for slot in self._slots:
-                slot.window = None
+            self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
             warn_without_gradient(self.backend, self.config, self.sparse_state, verdict, self._is_first(step))
@@ -275,11 +276,8 @@ class SeftOptimizer(torch.optim.Optimizer):
             self._prepare_step()
             verdict.refuse(self.target_names)
 
-    def _windows(self) -> list[Window | None]:
-        return [slot.window for slot in self._slots]
-
     def _judge(self, step: int, grad: Tensor) -> Verdict:
-        return judge(self.backend, step, grad.split(self.sparse_state.lengths), self._windows())
+        return judge(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
         evolution = Evolution(self.backend, self.config, self.sparse_state, windows, step)
@@ -342,7 +340,7 @@ class SeftOptimizer(torch.optim.Optimizer):
                 columns=entries,
                 committed=committed,
                 committed_values=backend.load(i, backend.places(i, committed)),
-                window=self._slots[i].window,
+                window=self._windows[i],
             )
 
     def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
@@ -360,9 +358,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.attach()
         backend, state, given = self.backend, self.sparse_state, list(layers)
         take_over(given, backend, self.config, state, num_steps)
-        for slot, layer in zip(self._slots, given, strict=True):
-            slot.window = layer.window
-        share_positions(backend, self._windows())
+        self._windows = [layer.window for layer in given]
+        share_positions(backend, self._windows)
         state.verify(backend, self.config)
         self.num_steps = num_steps
         self._prepare_step()
@@ -393,5 +390,5 @@ class SeftOptimizer(torch.optim.Optimizer):
     def detach(self) -> None:
         """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards."""
         self._attach_hook.remove()
-        for module in self._targets.values():
-            uninstall(module)
+        for target in self._targets.values():
+            uninstall(target)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from seft_dist.backends.group import Group
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import is_sharded, whole_shape
-from seft_dist.modules.targets import ALL_LINEAR, ExpertWeight, Target, find_targets
-from seft_dist.optim.linear import bind_forward
+from seft_dist.modules.kinds import Target
+from seft_dist.modules.targets import ALL_LINEAR, find_targets
+from seft_dist.optim.linear import SAMPLED_FORWARDS
 
 _BLOCK = re.compile(r"((?:.*?\.)?\d+)(?:\.|$)")
 
@@ -53,8 +54,8 @@ def pack_weights(
         outlines = shards.add_unit([(whole_shape(target.weight), target.weight.dtype) for target in members])
         for target, parameter in zip(members, outlines, strict=True):
             dense = target.weight.detach()
-            _replace(target, parameter)
-            bind_forward(target)
+            target.weight = parameter
+            target.bind_forward(SAMPLED_FORWARDS)
             weight = packed_of(parameter)
             assert weight is not None
             if dense.device.type != "meta":
@@ -75,9 +76,8 @@ def unpack_weights(model: nn.Module, targets: str = ALL_LINEAR) -> None:
     for target in find_targets(model, targets).values():
         weight = packed_of(target.weight)
         if weight is not None:
-            _replace(target, nn.Parameter(weight.dense().clone(), requires_grad=False))
-            module = target.module if isinstance(target, ExpertWeight) else target
-            module.__dict__.pop("forward", None)
+            target.weight = nn.Parameter(weight.dense().clone(), requires_grad=False)
+            target.unbind_forward()
 
 
 def _groups(mesh: Any) -> tuple[Group, Group]:
@@ -97,10 +97,3 @@ def _units(found: dict[str, Target]) -> Iterable[list[Target]]:
         block = _BLOCK.match(name)
         units.setdefault(block[1] if block else name, []).append(target)
     return units.values()
-
-
-def _replace(target: Target, parameter: Tensor) -> None:
-    if isinstance(target, ExpertWeight):
-        setattr(target.module, target.key, parameter)
-    else:
-        target.weight = parameter

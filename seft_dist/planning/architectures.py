@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
 from seft_dist.io.settings import Settings, check_usual_sizes, first_line
-from seft_dist.modules.targets import find_targets, matrix, weight_name
+from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.partition import position_dtype
 
 _LLAMA2: dict[str, Any] = {
@@ -175,7 +175,7 @@ class Shapes:
             raise ValueError(
                 f"transformers cannot build a {config.model_type} with such a config.json ({first_line(error)})"
             ) from error
-        found = {weight_name(name, target): matrix(target) for name, target in find_targets(model, targets).items()}
+        found = {t.weight_name(name): t.matrix_shape for name, t in find_targets(model, targets).items()}
         layers = decoder_layers(model)
         owner = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}
         weights = [

@@ -22,8 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from seft_dist.config import SeftConfig
 from seft_dist.io.models import checkpoint_activations, decoder_layers
-from seft_dist.modules.targets import find_targets, first_projection, is_experts
-from seft_dist.optim.linear import install
+from seft_dist.modules.experts import first_projection, is_experts
+from seft_dist.modules.targets import find_targets
+from seft_dist.optim.install import install
 
 # transformers builds no mask for attention of other people's: the causal kernel is called, as in a run on full blocks.
 _ATTENTION = "seft_plan"

@@ -23,7 +23,7 @@ from seft_dist.kernels.sampled import dense_grad, sampled_grad_
 from seft_dist.kernels.scatter import scatter_
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.delta import Columns, Support
-from seft_dist.optim.linear import install
+from seft_dist.optim.install import install
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.architectures import Shapes
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
-from seft_dist.modules.targets import ExpertWeight, Target, as_rows, from_rows, is_conv1d
+from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.calibrate import Calibration, find_layers
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.magnitude import magnitude_scores
@@ -93,8 +93,7 @@ class Pruner:
     def _from_mask(self) -> Iterator[tuple[str, Tensor]]:
         assert self._kept is not None
         for name in self._shapes:  # every rank reads it all: there is nothing to compute that could be shared
-            kept = self._kept.read(name)
-            kept = kept.T if is_conv1d(self._linears[name]) else kept.view(-1, kept.shape[-1])
+            kept = self._linears[name].rows_view(self._kept.read(name))
             yield name, self._stream.read_rows(name).masked_fill_(~kept, 0.0)
 
     def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
@@ -132,7 +131,7 @@ class Pruner:
                 prune(linears, run)
 
         for layer_name in calibration.walk(visit, progress=self._progress):
-            yield from ((name, as_rows(linear)) for name, linear in self._inside(layer_name).items())
+            yield from ((name, linear.as_rows()) for name, linear in self._inside(layer_name).items())
 
     def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
         norms = {name: InputNorm(linear) for name, linear in linears.items()}
@@ -140,10 +139,10 @@ class Pruner:
         for name, linear in linears.items():
             norm = norms[name].close(name, self._ranks)
             first, last = self._own(name)
-            own = as_rows(linear)[first:last]
+            own = linear.as_rows()[first:last]
             count = self._zeros(name, first, last) if self._zeros is not None else None
             gone = choose(wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count)
-            linear.weight.data = from_rows(linear, gather_rows(own.masked_fill(gone, 0.0), self._ranks))
+            linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(gone, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
         experts = {name: ExpertHessians(t) for name, t in linears.items() if isinstance(t, ExpertWeight)}
@@ -152,8 +151,8 @@ class Pruner:
         for names, hessian in hessians.close(self._ranks):
             factor, dead = inverse_factor(hessian, self._config.dampening, names[0])
             for name in names:
-                linears[name].weight.data = from_rows(
-                    linears[name], self._compensated(name, as_rows(linears[name]), factor, dead)
+                linears[name].weight.data = linears[name].from_rows(
+                    self._compensated(name, linears[name].as_rows(), factor, dead)
                 )
         for name, listening in experts.items():
             weight = linears[name].weight.detach()
@@ -185,7 +184,7 @@ class Pruner:
 
         def take(layer_name: str, norms: dict[str, Tensor]) -> None:
             if norms:
-                scores = [wanda_scores(as_rows(self._linears[name]), norm) for name, norm in norms.items()]
+                scores = [wanda_scores(self._linears[name].as_rows(), norm) for name, norm in norms.items()]
                 outliers[layer_name] = outlier_share(scores, self._config.owl_threshold)
                 sizes[layer_name] = sum(score.numel() for score in scores)
 

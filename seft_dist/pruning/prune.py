@@ -23,7 +23,7 @@ from seft_dist.export.export import export_model
 from seft_dist.export.folders import refuse_existing
 from seft_dist.files.writing import write_json
 from seft_dist.io.source import locate, open_source
-from seft_dist.modules.targets import Target, from_rows, matrix, weight_name
+from seft_dist.modules.kinds import Target
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
 from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.masks import Ranking
@@ -68,7 +68,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
         refuse_existing(Path(config.output).expanduser(), "output")
     stream = StreamedModel(open_source(config.model), device or torch.device("cpu"))
     targets = stream.find_targets(config.targets)
-    shapes = {name: matrix(target) for name, target in targets.items()}
+    shapes = {name: target.matrix_shape for name, target in targets.items()}
     for name, (_, columns) in shapes.items():
         Ranking(config.ranking, config.share).check(name, columns)
     sparsities = dict.fromkeys(shapes, config.share)
@@ -141,7 +141,7 @@ class _Pulled:
     def __init__(self, stream: StreamedModel, pruned: Iterator[tuple[str, Tensor]], targets: dict[str, Target]) -> None:
         self.counts: dict[str, ZeroCount] = {}
         self._stream, self._pruned, self._targets = stream, pruned, targets
-        self._names = {weight_name(name, target): name for name, target in targets.items()}
+        self._names = {target.weight_name(name): name for name, target in targets.items()}
         self._waiting: dict[str, Tensor] = {}
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class _Pulled:
         while target not in self._waiting:
             found, weight = next(self._pruned)
             self.counts[found] = ZeroCount(found, weight.numel(), num_zeros(weight))
-            self._waiting[found] = from_rows(self._targets[found], weight)
+            self._waiting[found] = self._targets[found].from_rows(weight)
         return self._waiting.pop(target)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from seft_dist.backends.group import Group
-from seft_dist.modules.targets import ExpertWeight, Target, as_rows
-from seft_dist.optim.linear import watch_experts
+from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.masks import TILE, Ranking, choose, num_pruned
 from seft_dist.pruning.wanda import no_tokens, not_finite, unused_experts
+from seft_dist.pruning.watch import watch_inputs
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Hessians:
         self._sequences = dict.fromkeys(range(len(linears)), 0)
         self._last: tuple[int, Tensor | None] = (-1, None)
         self._handles: list[RemovableHandle] = [
-            linear.register_forward_pre_hook(self._listener(number, name))
+            linear.module.register_forward_pre_hook(self._listener(number, name))
             for number, (name, linear) in enumerate(linears.items())
         ]
 
@@ -94,7 +94,7 @@ class Hessians:
                 raise ValueError(no_tokens(name))
         for number, name in enumerate(names):
             if leaders[number] == number:
-                weight = as_rows(self._linears[name])
+                weight = self._linears[name].as_rows()
                 total = self._sums.pop(number, None)
                 if total is None:
                     total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
@@ -116,7 +116,7 @@ class ExpertHessians:
         experts, _, columns = target.weight.shape
         self._sums = torch.zeros(experts, columns, columns, dtype=torch.float64, device=target.weight.device)
         self._tokens = torch.zeros(experts, dtype=torch.int64)
-        self._end = watch_experts(target, self._add)
+        self._end = watch_inputs(target, self._add)
 
     def _add(self, inputs: Tensor, ends: list[int]) -> None:
         for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from seft_dist.io.models import named_state, outline
 from seft_dist.io.source import Source
-from seft_dist.modules.targets import Target, find_targets, is_conv1d, weight_name
+from seft_dist.modules.kinds import Target
+from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.casts import cast_weight
 
 
@@ -54,8 +55,8 @@ class StreamedModel:
             [stop - start, in], in the model's type, on the CPU.
         """
         target = self._targets[name]
-        whole = weight_name(name, target)
-        if is_conv1d(target):
+        whole = target.weight_name(name)
+        if target.is_stored_transposed:
             return self.read(whole).T[start:stop].contiguous()
         width = target.weight.shape[-1]
         end = None if stop is None else stop * width

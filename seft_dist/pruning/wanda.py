@@ -4,14 +4,13 @@ Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Lar
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seft_dist.backends.group import Group
-from seft_dist.modules.targets import ExpertWeight, Target, as_rows
-from seft_dist.optim.linear import watch_experts
+from seft_dist.modules.kinds import Target
+from seft_dist.pruning.watch import watch_inputs
 
 log = logging.getLogger(__name__)
 
@@ -23,20 +22,12 @@ class InputNorm:
     """
 
     def __init__(self, target: Target) -> None:
-        self._rows, self._columns = as_rows(target).shape
-        self._experts = len(target.weight) if isinstance(target, ExpertWeight) else 1
+        self._rows, self._columns = target.matrix_shape
+        self._experts = target.num_experts
         self._terms: list[Tensor] = []
         self._tokens = torch.zeros(self._experts, dtype=torch.int64)
         self._empty = torch.zeros(0, dtype=torch.float64, device=target.weight.device)
-        self._end: Callable[[], None]
-        if isinstance(target, ExpertWeight):
-            self._end = watch_experts(target, self._count)
-        else:
-            self._end = target.register_forward_pre_hook(self._listen).remove
-
-    def _listen(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs = args[0].detach().reshape(-1, self._columns)
-        self._count(inputs, [len(inputs)])
+        self._end = watch_inputs(target, self._count)
 
     def _count(self, inputs: Tensor, ends: list[int]) -> None:
         sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]

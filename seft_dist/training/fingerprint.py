@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
-from seft_dist.modules.targets import weight_name
 from seft_dist.optim.state import fingerprint
 from seft_dist.session.distributed import Ranks, together
 from seft_dist.sparsity.casts import cast_weight
@@ -126,8 +125,8 @@ def as_hex(value: int) -> str:
 
 def _weight_names(method: Method) -> dict[str, int]:
     """Names of the targets' parameters, each with the target's number."""
-    modules = zip(method.target_names, method.backend.modules, strict=True)
-    return {weight_name(name, module): i for i, (name, module) in enumerate(modules)}
+    holders = zip(method.target_names, method.backend.holders, strict=True)
+    return {holder.weight_name(name): i for i, (name, holder) in enumerate(holders)}
 
 
 def _shared_out(items: Sequence[int], digest: Callable[[int], bytes], ranks: Ranks) -> list[bytes]:

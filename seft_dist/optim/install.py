@@ -1,0 +1,64 @@
+"""Making a target record its weight gradient, and giving the module back as it was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from seft_dist.backends.attachment import attachment_of
+from seft_dist.backends.packed import packed_of
+from seft_dist.modules.kinds import Target
+from seft_dist.optim.linear import ANCHOR, SAMPLED_FORWARDS
+from seft_dist.optim.slot import Slot
+
+
+def install(target: Target) -> tuple[nn.Parameter, Slot]:
+    """Make a target record its weight gradient in a slot.
+
+    Returns:
+        The anchor, a one-element trainable parameter that gives sharding engines something to train (it stays out of the
+        state dict and has no effect on the output), and the slot.
+    """
+    module, name = target.module, target.attribute_name(ANCHOR)
+    if hasattr(module, name):
+        raise ValueError("the model already has a SeftOptimizer: call detach() on it first")
+    slot, weight, attachment = Slot(), target.weight, attachment_of(module)
+    packed = packed_of(weight)
+    device = weight.device if packed is None else packed.bits.device
+    anchor = nn.Parameter(torch.zeros(1, dtype=weight.dtype, device=device))
+    module.register_parameter(name, anchor)
+    attachment.hooks += [
+        module.register_state_dict_post_hook(_hide_anchor(name)),
+        module.register_load_state_dict_pre_hook(_expect_no_anchor(name)),
+    ]
+    attachment.slots[target.key] = slot
+    target.bind_forward(SAMPLED_FORWARDS)
+    return anchor, slot
+
+
+def uninstall(target: Target) -> None:
+    """Undo ``install``. The fused weights of one module share it: the first of them takes the hooks and slots of all."""
+    attachment = attachment_of(target.module)
+    for hook in attachment.hooks:
+        hook.remove()
+    attachment.hooks.clear()
+    attachment.slots.clear()
+    target.unbind_forward()
+    delattr(target.module, target.attribute_name(ANCHOR))
+    if packed_of(target.weight) is not None:
+        target.bind_forward(SAMPLED_FORWARDS)
+
+
+def _hide_anchor(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state.pop(prefix + name, None)
+
+    return hook
+
+
+def _expect_no_anchor(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.setdefault(prefix + name, getattr(module, name).detach())
+
+    return hook

@@ -1,0 +1,94 @@
+"""Where the backward pass of one target leaves its weight gradient, until the gradient goes to the ranks that own it."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from seft_dist.kernels.sampled import dense_grad, sampled_grad_
+from seft_dist.modules.experts import expert_slices, experts_dense_grad
+from seft_dist.optim.delta import Support
+from seft_dist.optim.window import Window
+
+
+class Slot:
+    """The positions to sample in one target's weight gradient, and the gradient that was sampled there.
+
+    The optimizer calls ``prepare`` before a step, backward calls ``record``, the exchange calls ``take_grad``.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        """True once the slot was prepared: backward records from then on."""
+        self.touched = False
+        """True if a backward pass has recorded since the last step."""
+        self.support: Support | None = None
+        """Positions to sample: those of the deltas, and in a window of candidates the candidates' too. None before the
+        first support is chosen."""
+        self.grad: Tensor | None = None
+        """fp32 [k], this rank's gradient since the last step; None: nothing was recorded, or it has been taken."""
+        self.window: Window | None = None
+        """Where the dense gradient goes; None outside an evolution's window."""
+        self._on_record: Callable[[], None] = _nothing
+
+    def prepare(self, support: Support | None, window: Window | None) -> None:
+        """Drop what is left of the last step, and set what the coming step's backward passes record."""
+        self.armed = True
+        self.forget()
+        self.support, self.window = support, window
+
+    def on_record(self, callback: Callable[[], None]) -> None:
+        """Set what is called after each record, e.g. to send the gradient to its owners."""
+        self._on_record = callback
+
+    def forget(self) -> None:
+        """Drop the gradient since the last step."""
+        self.grad, self.touched = None, False
+
+    def take_grad(self) -> Tensor | None:
+        """Hand the gradient over, fp32 [k], and keep nothing of it; None if there is none."""
+        grad, self.grad = self.grad, None
+        return grad
+
+    def record(self, x: Tensor, grad: Tensor, ends: list[int] | None = None) -> None:
+        """Add the weight gradient of one backward pass. Collective inside a window.
+
+        Args:
+            x: [T, in], the linear's input.
+            grad: [T, out], gradient of its output.
+            ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
+        """
+        self.touched = True
+        dense, began = None, time.perf_counter()
+        if self.window is not None and self.window.needs_dense:
+            dense = dense_grad(x, grad) if ends is None else experts_dense_grad(x, grad, ends)
+        if self.support is not None:
+            self._sample(self.support, x, grad, ends, dense)
+        if self.window is not None:
+            self.window.observe(x, grad)
+            if dense is not None:
+                self.window.add(dense)  # last: the sum over ranks may be made in place
+                self.window.seconds += time.perf_counter() - began
+        self._on_record()
+
+    def _sample(self, support: Support, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:
+        before = self.grad
+        if dense is not None:
+            sampled = dense.view(-1)[support.positions()]
+            self.grad = sampled if before is None else before.add_(sampled)
+            return
+        if before is None:
+            self.grad = torch.empty(support.col.shape, device=grad.device)  # the first of a step writes, the others add
+        assert self.grad is not None
+        tokens, blocks, outs = [slice(0, len(x))], [support], [self.grad]
+        if ends is not None:
+            tokens, blocks = expert_slices(ends), support.blocks(len(ends))
+            outs = list(self.grad.split([len(block) for block in blocks]))
+        for rows, block, out in zip(tokens, blocks, outs, strict=True):
+            operands = x[rows], grad[rows]
+            sampled_grad_(out, block.shape, block.crow, block.col, *operands, before is not None, block.bounds)
+
+
+def _nothing() -> None:
+    pass
