@@ -83,7 +83,7 @@ def train(part: Part) -> dict[str, Any]:
         phases = None if report is None else {key: phase.seconds for key, phase in report.phases.items()}
         found["steps"].append({"seconds": seconds, "loss": loss, "peak": peak(device), "evolution": phases})
         print(found["steps"][-1], flush=True)
-    seft.settle()
+    seft.check_last_step()
     usual = [row["seconds"] for row in found["steps"] if row["evolution"] is None]
     found["seconds"] = statistics.median(usual)
     found["evolution_step"] = found["steps"][-1]["seconds"]

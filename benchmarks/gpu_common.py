@@ -296,7 +296,7 @@ def packed_llama(name: str, device: torch.device) -> Any:
         assert packed is not None
         own = torch.empty(len(packed.interval), dtype=packed.dtype, device=device).normal_(std=0.02)
         packed.put(prune_(own))
-    shards.settle()
+    shards.sync_mask_counts()
     return model
 
 

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from seft_dist.backends.deepspeed import ds_optimizer_args
     from seft_dist.backends.fsdp import pack_gathers
     from seft_dist.config import SeftConfig
-    from seft_dist.optim.evolution import EvolutionReport
     from seft_dist.optim.optimizer import SeftOptimizer
     from seft_dist.optim.packing import pack_weights, unpack_weights
+    from seft_dist.optim.report import EvolutionReport
 
 __all__ = [
     "EvolutionReport",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EvolutionReport": "seft_dist.optim.evolution",
+    "EvolutionReport": "seft_dist.optim.report",
     "SeftConfig": "seft_dist.config",
     "SeftOptimizer": "seft_dist.optim.optimizer",
     "ds_optimizer_args": "seft_dist.backends.deepspeed",

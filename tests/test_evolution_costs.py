@@ -12,7 +12,8 @@ from torch import Tensor
 from seft_dist import SeftConfig
 from seft_dist.backends.group import Group
 from seft_dist.optim.collectives import select
-from seft_dist.optim.evolution import Evolution, EvolutionReport
+from seft_dist.optim.evolution import Evolution
+from seft_dist.optim.report import EvolutionReport
 from seft_dist.sparsity.bitmask import popcount
 from seft_dist.sparsity.selection import BINS, DIGITS, keys
 from tests.layouts import build

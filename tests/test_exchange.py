@@ -92,7 +92,7 @@ def one_process(late: bool, config: SeftConfig) -> tuple[Any, SeftOptimizer]:
     model = prune_(tiny_llama())
     seft = SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
     seft.attach()
-    seft._settles_late = late
+    seft._checks_late = late
     return model, seft
 
 

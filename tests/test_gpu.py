@@ -204,7 +204,7 @@ def test_an_ordinary_step_does_not_wait(
     config = SeftConfig(density=0.05, interval=4, steps=STEPS)
     model, seft = build(device, dtype=torch.bfloat16, resident=resident, config=config)
     seft.attach()
-    seft._settles_late = True
+    seft._checks_late = True
     for t in range(7):
         loss = model(**data_of(t, device)).loss
         if t in (1, 5):  # not the first one, whose write is checked, and no step that evolves

@@ -147,7 +147,7 @@ def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: f
     moved = some(share)
     with backend.writing():
         backend.remask(0, pack(moved), (mask & ~moved).nonzero().view(-1))
-        backend.settle()
+        backend.sync_mask_counts()
     assert torch.equal(weight.dense().view(-1), dense * moved)
     assert weight.values.numel() == int(moved.sum())
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from seft_dist import SeftConfig
 from seft_dist.backends.group import Group
 from seft_dist.io import checkpoint
-from seft_dist.optim.groups import Groups
-from seft_dist.sparsity.groups import counts
+from seft_dist.optim.nm_groups import NMGroups
+from seft_dist.sparsity.nm_pattern import counts
 from tests.layouts import LAYOUTS, build, snapshot, train_on
 from tests.models import batch, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
@@ -68,7 +68,7 @@ def cut_layers(layout: str, world_size: int, pattern: str) -> list[str]:
         called, seft, *_ = build(layout, config(pattern), model(pattern))
         called(**batch(0, size=1))
         seft.attach()
-        return [seft.target_names[i] for i in Groups(seft.backend, pattern).cut]
+        return [seft.target_names[i] for i in NMGroups(seft.backend, pattern).cut]
 
     return run_ranks(on_rank, world_size)[0]
 
@@ -179,7 +179,7 @@ def test_bytes_of_cut_groups_do_not_grow_with_the_weights() -> None:
         assert isinstance(group, Group)
         before = group.bytes_sent
         marks: Tensor = torch.ones(len(seft.backend.interval(0)), dtype=torch.bool)
-        Groups(seft.backend, "2:4").exchange(lambda _: marks.int())
+        NMGroups(seft.backend, "2:4").exchange(lambda _: marks.int())
         return group.bytes_sent - before
 
     few, many = (run_ranks(on_rank, 3, rows) for rows in (101, 10001))

@@ -14,9 +14,9 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.backends.group import Group
 from seft_dist.config import TrainConfig
 from seft_dist.config.pattern import pattern_sizes
-from seft_dist.optim.groups import GroupRanking, Groups
+from seft_dist.optim.nm_groups import GroupRanking, NMGroups
 from seft_dist.session.cli import parse
-from seft_dist.sparsity import groups
+from seft_dist.sparsity import nm_pattern
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 from seft_dist.sparsity.selection import INELIGIBLE, keys
@@ -124,7 +124,9 @@ def assert_kept(case: Case, first: list[list[Tensor]], before: list[list[Tensor]
     """No group broken, nothing lost; the number of positions that moved."""
     moved = 0
     for (mask0, _, _), (mask1, _, _), (mask, support, weight) in zip(first, before, after, strict=True):
-        assert torch.equal(groups.counts(mask, case.size), groups.counts(mask0, case.size)), "a group lost its number"
+        assert torch.equal(nm_pattern.counts(mask, case.size), nm_pattern.counts(mask0, case.size)), (
+            "a group lost its number"
+        )
         assert mask[support.long()].all()
         assert not weight[~mask].any()
         moved += int((mask & ~mask1).sum())
@@ -201,7 +203,7 @@ def test_ranks_choose_what_one_process_chooses(world_size: int) -> None:
 
 
 def fake_backend(partitions: list[Partition], group: Group) -> Any:
-    """What Groups asks of a backend, for any division."""
+    """What NMGroups asks of a backend, for any division."""
 
     class Fake:
         owners = group
@@ -230,10 +232,10 @@ def test_cut_groups_are_completed(pattern: str, world_size: int) -> None:
         backend = fake_backend(partitions, group)
         values = [torch.arange(partition.numel, dtype=torch.int32) * 3 + i for i, partition in enumerate(partitions)]
         mine = [values[i][backend.interval(i).start : backend.interval(i).stop] for i in range(len(values))]
-        whole_groups = Groups(backend, pattern)
+        whole_groups = NMGroups(backend, pattern)
         edges = whole_groups.exchange(lambda i: mine[i])
         for i, own in enumerate(mine):
-            touched = groups.extent(backend.interval(i), size)
+            touched = nm_pattern.extent(backend.interval(i), size)
             whole = whole_groups.whole(i, own, edges)
             assert torch.equal(whole, values[i][touched.start : touched.stop]), (i, rank)
             assert torch.equal(whole_groups.own(i, whole), own)
@@ -254,7 +256,7 @@ def test_best_of_groups(scores: list[float], eligible: list[bool], size: int, da
     limits = data.draw(st.lists(st.integers(0, size), min_size=count, max_size=count))
     largest = data.draw(st.booleans())
     key = keys(torch.tensor(scores), largest, torch.tensor(eligible))
-    found = groups.best(key, torch.tensor(limits), size)
+    found = nm_pattern.best(key, torch.tensor(limits), size)
     wanted = []
     for group, limit in enumerate(limits):
         inside = [p for p in range(group * size, (group + 1) * size) if eligible[p]]
@@ -268,7 +270,7 @@ def test_close_calls_are_counted() -> None:
     key = keys(scores, largest=True)
     limits = torch.tensor([1, 1, 2])
     backend = fake_backend([Partition.even(12, 1)], Group(None))
-    ranking = GroupRanking(Groups(backend, "2:4"), lambda _: key.clone(), lambda _: limits)
+    ranking = GroupRanking(NMGroups(backend, "2:4"), lambda _: key.clone(), lambda _: limits)
     chosen = (ranking(0) != INELIGIBLE).nonzero().view(-1)
     assert chosen.tolist() == [0, 4, 8, 10]
     error = torch.full((12,), 2.0**-20)

@@ -106,6 +106,22 @@ def test_hooks_see_the_input_itself() -> None:
     assert not kept_whole(gated(x, torch.randn(8)))
 
 
+def test_torch_has_the_nodes_that_are_followed() -> None:
+    assert inputs.unknown_nodes() == []
+
+
+@pytest.mark.parametrize("renamed", ["_PRODUCT", "_SELECTION"])
+def test_one_warning_where_torch_names_a_node_otherwise(renamed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, renamed, "OtherBackward0")
+    seft = SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.05, interval=2, steps=8))
+    with pytest.warns(UserWarning, match="no autograd nodes .*OtherBackward0.* needs more memory") as given:
+        seft.attach()
+        seft.attach()
+    assert len(given) == 1
+    if renamed == "_PRODUCT":
+        assert kept_whole(gated(torch.randn(4, 8, requires_grad=True), torch.randn(8)))
+
+
 def storages(output: Tensor) -> dict[int, int]:
     """Every storage that a graph keeps for backward, and its bytes."""
     found: dict[int, int] = {}

@@ -113,7 +113,7 @@ def states(config: SeftConfig, noise: float) -> list[tuple[list[tuple[Tensor, Te
     model = Given(noise, pattern=config.pattern is not None)
     seft, found = SeftOptimizer(model, config, lr=1e-1), []
     seft.attach()
-    seft.sparse_state.near_ties = [0, 0]
+    seft.counts_near_ties = True
     for _ in range(STEPS):
         model().backward()
         seft.step()
@@ -124,8 +124,8 @@ def states(config: SeftConfig, noise: float) -> list[tuple[list[tuple[Tensor, Te
                 support = torch.zeros(ROWS * COLUMNS, dtype=torch.bool)
                 support[layer.columns.indices.long()] = True
                 pairs.append((unpack(layer.mask, ROWS * COLUMNS), support))
-            found.append((pairs, seft.sparse_state.near_ties))
-            seft.sparse_state.near_ties = [0, 0]
+            assert seft.evolution.near_ties is not None
+            found.append((pairs, seft.evolution.near_ties))
     return found
 
 
@@ -165,11 +165,11 @@ def test_gradients_that_cancel_are_near_whatever_their_score() -> None:
         model[0].weight = nn.Parameter(linear.weight.detach().clone())
         seft = SeftOptimizer(model, config, lr=1e-3)
         seft.attach()
-        seft.sparse_state.near_ties = [0]
+        seft.counts_near_ties = True
         (model(x[order]) * gradient[order]).sum().backward()
         seft.step()
         assert seft.evolution is not None and 4 <= seft.evolution.pruned <= 11
         (layer,) = seft.deltas()
         gone = ~unpack(layer.mask, 16 * 24).view(16, 24)[:, :12]
         assert not gone[:3].any() and not gone[4:].any()
-        assert seft.sparse_state.near_ties == [12]
+        assert seft.evolution.near_ties == [12]

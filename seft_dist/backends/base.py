@@ -136,7 +136,7 @@ class Backend(ABC):
 
     @abstractmethod
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. ``settle`` once after all.
+        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. ``sync_mask_counts`` once after all.
 
         Args:
             i: Which target.
@@ -146,7 +146,7 @@ class Backend(ABC):
 
     @abstractmethod
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
-        """Put a whole own interval; inside ``writing()``. Collective if replicated; ``settle`` once after all.
+        """Put a whole own interval; inside ``writing()``. Collective if replicated; ``sync_mask_counts`` once after all.
 
         Args:
             i: Which target.
@@ -155,7 +155,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def settle(self) -> None:
+    def sync_mask_counts(self) -> None:
         """Agree on what depends on the masks, after ``remask`` or ``put_own``. Collective where anything does."""
 
     @abstractmethod
@@ -240,5 +240,5 @@ class DenseBackend(Backend):
         else:
             self.own(i).copy_(values)
 
-    def settle(self) -> None:
+    def sync_mask_counts(self) -> None:
         pass  # zeros take as much room as other values

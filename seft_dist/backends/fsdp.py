@@ -166,7 +166,7 @@ class FsdpBackend(DenseBackend):
                 outside = self.own(i).masked_fill(unpack(mask, len(self.interval(i))), 0)
                 inside[i] = popcount(mask) + _stored(outside)
 
-    def settle(self) -> None:
+    def sync_mask_counts(self) -> None:
         if self._gathers:
             counts = [others + sum(inside.values()) for _, others, inside in self._gathers]
             _agree(self.owners, [gather for gather, _, _ in self._gathers], counts)

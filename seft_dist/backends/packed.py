@@ -53,7 +53,7 @@ class PackedWeight:
         return self.bits.nbytes + self.values.nbytes
 
     def put(self, own: Tensor, bits: Tensor | None = None) -> None:
-        """Replace the own rows; ``PackedShards.settle`` once after all.
+        """Replace the own rows; ``PackedShards.sync_mask_counts`` once after all.
 
         Args:
             own: [len(interval)], flat.
@@ -159,7 +159,7 @@ class PackedShards:
         self.parameters.update(parameters)
         return parameters
 
-    def settle(self) -> None:
+    def sync_mask_counts(self) -> None:
         """Tell all ranks how many values each has of each weight; forget what is gathered. Collective."""
         self.invalidate()
         counts = [weight.values.numel() for unit in self._units for weight in unit]
@@ -204,7 +204,7 @@ class PackedShards:
         return _aligned(self._offsets[id(last)][1] + -(-last.partition.chunk // 8))
 
     def unit_bytes(self, unit: int) -> int:
-        """Bytes that each rank sends of a unit: those of the rank with most values, after ``settle``."""
+        """Bytes that each rank sends of a unit: those of the rank with most values, after ``sync_mask_counts``."""
         weights = self._units[unit]
         return self._end_of_bits(unit) + max(
             sum(_aligned(counts[self._offsets[id(weight)][0]] * weight.dtype.itemsize) for weight in weights)
@@ -232,7 +232,7 @@ class PackedShards:
         return coming[1]
 
     def _start(self, unit: int) -> tuple[Tensor, dist.Work]:
-        assert self._counts, "settle() comes first"
+        assert self._counts, "sync_mask_counts() comes first"
         size = self.unit_bytes(unit)
         own = torch.zeros(size, dtype=torch.uint8, device=self.device)
         for weight in self._units[unit]:
@@ -307,8 +307,8 @@ class PackedBackend(Backend):
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
         self._weights[i].put(values, mask)
 
-    def settle(self) -> None:
-        self._shards.settle()
+    def sync_mask_counts(self) -> None:
+        self._shards.sync_mask_counts()
 
     def prepare_write(self) -> None:
         pass  # what is gathered is a copy that publish_write forgets

@@ -15,7 +15,7 @@ from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.modules.kinds import LinearWeight
 from seft_dist.modules.targets import ALL_LINEAR, find_targets
-from seft_dist.sparsity import groups
+from seft_dist.sparsity import nm_pattern
 from seft_dist.sparsity.zeros import num_zeros
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _count(name: str, weight: Tensor, most: int, size: int) -> GroupCount:
     zeros = num_zeros(weight)
     if columns % size:
         return GroupCount(name, (rows, columns), 0, 0, zeros, None)
-    found = groups.counts(active.reshape(-1), size)
+    found = nm_pattern.counts(active.reshape(-1), size)
     broken = (found > most).nonzero().view(-1)
     first = None
     if broken.numel():

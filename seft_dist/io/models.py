@@ -263,4 +263,4 @@ def _fill(model: PreTrainedModel, names: dict[str, str], source: Source, shards:
             source.dtype,
         )
     if shards is not None:
-        shards.settle()
+        shards.sync_mask_counts()

@@ -9,8 +9,10 @@ from seft_dist.backends import Backend
 _MESSAGE_BYTES = 1000
 
 
-def everywhere(backend: Backend, act: Callable[[], object], kinds: Sequence[type[Exception]] = (ValueError,)) -> None:
-    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. Collective.
+def raise_on_all_ranks(
+    backend: Backend, act: Callable[[], object], kinds: Sequence[type[Exception]] = (ValueError,)
+) -> None:
+    """Act on every rank; if it failed anywhere, raise raise_on_all_ranks, with the words of the first that failed. Collective.
 
     Args:
         backend: Whose ranks act.

@@ -8,7 +8,6 @@ mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +20,8 @@ from seft_dist.kernels import bits
 from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import near_ties, next_to_border, select
 from seft_dist.optim.delta import Columns
-from seft_dist.optim.groups import GroupRanking, Groups
+from seft_dist.optim.nm_groups import GroupRanking, NMGroups
+from seft_dist.optim.report import EvolutionReport, Phase, WindowRecord
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.state import State
 from seft_dist.optim.window import Window, share_positions
@@ -36,55 +36,31 @@ Errors = Callable[[Rounding, int], Tensor]
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What one part of an evolution cost this rank."""
-
-    seconds: float
-    """On a GPU, until its work was queued."""
-    bytes_sent: int
-
-
-@dataclass(frozen=True)
-class EvolutionReport:
-    """What one evolution did, over all ranks and targets."""
-
-    step: int
-    first: bool
-    """Whether this was the first support."""
-    dropped: int
-    grown: int
-    reactivated: int
-    """Grown entries that were pruned positions."""
-    pruned: int
-    """Active positions that left the mask."""
-    support: int
-    """Deltas afterwards."""
-    replaced: float
-    """Grown entries as a share of the support."""
-    seconds: float
-    """From drop to verify."""
-    bytes_sent: int
-    """By this rank, from drop to verify."""
-    phases: dict[str, Phase]
-    """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt, commit
-    (everybody learns the new positions) and verify; docs/evolution.md says what each sends."""
-    digest: str
-    """Of all masks and supports; the same for every layout."""
-
-
 class Evolution:
     """The working state of one evolution. Lists have one item for each target; offsets count from the own interval's start."""
 
-    def __init__(self, backend: Backend, config: SeftConfig, state: State, windows: list[Window], step: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: SeftConfig,
+        state: State,
+        windows: list[Window],
+        record: WindowRecord,
+        *,
+        step: int,
+        counts_near_ties: bool = False,
+    ) -> None:
         """Args:
         backend: Must be inside its ``writing()`` context.
         config: The method.
         state: Changed by ``run``.
-        windows: Folded statistics of each target.
+        windows: Statistics of each target, up to and including this step.
+        record: What the windows have cost so far; ``keep_candidates`` adds to it, ``run`` reports it.
         step: Optimizer step, counted from 1.
+        counts_near_ties: True to count near-ties for the report.
         """
         self.backend, self.config, self.state, self.windows, self.step = backend, config, state, windows, step
+        self.record = record
         self.intervals = [backend.interval(i) for i in range(len(windows))]
         self.entries = list(state.layers())
         self.sizes = [len(support) for support in state.supports]
@@ -95,10 +71,13 @@ class Evolution:
         self._norms: dict[int, Tensor] = {}
         self._phases: dict[str, Phase] = {}
         self._rounding: Rounding | None = None
-        """While near-ties are counted."""
-        self._counted_before = 0
-        self.groups = Groups(backend, config.pattern) if config.pattern else None
-        """Of an N:M pattern."""
+        """Errors of the scores, while near-ties are counted."""
+        self._near_ties: list[int] | None = None
+        if counts_near_ties:
+            self._near_ties = record.near_ties or [0] * len(windows)
+        self._counted_before = sum(record.near_ties)
+        self.groups = NMGroups(backend, config.pattern) if config.pattern else None
+        """NMGroups of an N:M pattern, if there is one."""
 
     def run(self, fraction: float, betas: tuple[float, float], first: bool) -> EvolutionReport:
         """Move the support and the mask. Collective.
@@ -111,8 +90,8 @@ class Evolution:
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
         """
-        windows = self.windows
-        self._phase("window", self._settle)
+        record = self.record
+        self._phase("window", self._prepare)
         self._phase("drop", lambda: self.drop(fraction))
         self._phase("grow", self.grow)
         self._phase("adapt", self.adapt)
@@ -121,10 +100,8 @@ class Evolution:
         dropped, grown, pruned, reactivated = counts
         spent = list(self._phases.values())[1:]
         before = self._phases["window"]
-        self._phases["window"] = Phase(
-            before.seconds + sum(window.seconds for window in windows),
-            before.bytes_sent + sum(window.bytes_sent for window in windows),
-        )
+        self._phases["window"] = Phase(before.seconds + record.seconds, before.bytes_sent + record.bytes_sent)
+        record.near_ties = []
         support = sum(map(len, self.state.supports))
         return EvolutionReport(
             step=self.step,
@@ -139,17 +116,17 @@ class Evolution:
             bytes_sent=sum(phase.bytes_sent for phase in spent),
             phases=self._phases,
             digest=digest,
+            near_ties=self._near_ties,
         )
 
-    def _settle(self) -> None:
+    def _prepare(self) -> None:
         for window in self.windows:
-            window.settle()
-        self._begin_counting()
+            window.reduce_factors()
+        self._estimate_rounding()
 
-    def _begin_counting(self) -> None:
-        if self.state.near_ties is not None:
+    def _estimate_rounding(self) -> None:
+        if self._near_ties is not None:
             self._rounding = Rounding(self.backend, self.config, self.windows, self.entries)
-            self._counted_before = sum(self.state.near_ties)
 
     def _phase(self, name: str, act: Callable[[], _T]) -> _T:
         began, sent = time.perf_counter(), self.backend.bytes_sent
@@ -182,8 +159,8 @@ class Evolution:
         return chosen
 
     def _count(self, near: list[int]) -> None:
-        assert self.state.near_ties is not None
-        self.state.near_ties = [before + now for before, now in zip(self.state.near_ties, near, strict=True)]
+        assert self._near_ties is not None
+        self._near_ties = [before + now for before, now in zip(self._near_ties, near, strict=True)]
 
     def drop(self, fraction: float) -> None:
         """The entries with the smallest score leave the support. Collective."""
@@ -251,7 +228,7 @@ class Evolution:
     def keep_candidates(self) -> None:
         """Of a window's gradient keep the support's, the best to grow and the best to prune. Collective."""
         began, sent = time.perf_counter(), self.backend.bytes_sent
-        self._begin_counting()
+        self._estimate_rounding()
         wanted = self._num_candidates()
         none = [self._offsets(i)[:0] for i in range(len(self.windows))]
         self.dropped, self.grown, prune = none, none, none
@@ -263,11 +240,11 @@ class Evolution:
 
             prune = self._select(spare, wanted if self.config.scope == "layer" else [sum(wanted)], self._adapt_errors)
         for i, window in enumerate(self.windows):
-            window.keep(torch.cat([self._offsets(i), grow[i], prune[i]]).unique())
+            window.narrow_to(torch.cat([self._offsets(i), grow[i], prune[i]]).unique())
         share_positions(self.backend, self.windows)
-        # The first one's, on behalf of all.
-        self.windows[0].seconds += time.perf_counter() - began
-        self.windows[0].bytes_sent += self.backend.bytes_sent - sent
+        self.record.seconds += time.perf_counter() - began
+        self.record.bytes_sent += self.backend.bytes_sent - sent
+        self.record.near_ties = self._near_ties or []
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
         """In each group only the best compete to grow, as many as it has active positions. Collective with a pattern.
@@ -326,11 +303,11 @@ class Evolution:
         removed = self._select(self._adapt_key, wanted, self._adapt_errors)
         if self._rounding is not None and self.config.scope == "global":
             # A near-tie of one layer in Grow moves the border for all of them.
-            by = sum(self.state.near_ties or ()) - self._counted_before
+            by = sum(self._near_ties or ()) - self._counted_before
             self._count(next_to_border(self.backend.owners, self._adapt_key, len(self.windows), wanted[0], by))
         return removed
 
-    def _best_of_groups(self, groups: Groups) -> list[Tensor]:
+    def _best_of_groups(self, groups: NMGroups) -> list[Tensor]:
         """Each group gives up as many as it got back."""
 
         def reactivated(i: int) -> Tensor:
@@ -367,7 +344,7 @@ class Evolution:
         """Give the grown positions entries, and every rank all positions. Collective."""
         for i, removed in enumerate(self.removed):
             self.backend.remask(i, self.state.masks[i], removed)
-        self.backend.settle()
+        self.backend.sync_mask_counts()
         for i, offsets in enumerate(self.grown):
             positions = (offsets + self.intervals[i].start).to(self.backend.position_dtype)
             new = Columns.grown(positions, self.backend.load(i, self.backend.places(i, positions)).float())
@@ -376,7 +353,7 @@ class Evolution:
             self.entries[i] = Columns.cat([self.entries[i], new]).sorted()
         self.state.set_entries(self.backend, self.entries)
         if self.backend.replicates:
-            self._tell_replicas()
+            self._write_to_replicas()
 
     def _seed(self, new: Columns, offsets: Tensor, window: Window, betas: tuple[float, float]) -> None:
         age = window.num_steps
@@ -385,7 +362,7 @@ class Evolution:
         new.exp_avg_sq = (1 - betas[1] ** age) / age * window.squares[offsets].float()
         new.age = torch.full_like(new.age, age)
 
-    def _tell_replicas(self) -> None:
+    def _write_to_replicas(self) -> None:
         """Write what changed outside the own interval. Collective."""
         changed = [torch.cat(moved) for moved in zip(self.dropped, self.removed, strict=True)]
         owners = self.backend.owners

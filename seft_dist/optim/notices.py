@@ -2,10 +2,13 @@
 
 import warnings
 
+import torch
+
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.optim.gradient_check import GradientCheck
+from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State
-from seft_dist.optim.verdict import Verdict
 from seft_dist.sparsity.schedule import first_evolution
 
 _LEVEL = 4  # of the caller of what calls the optimizer's method, roughly: hooks lie in between
@@ -33,14 +36,31 @@ def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
     )
 
 
-def warn_without_gradient(backend: Backend, config: SeftConfig, state: State, verdict: Verdict, first: bool) -> None:
+def warn_without_recomputation(backend: Backend) -> None:
+    """Warn if torch records operations in a way that is not known here, so that more inputs are kept than need be.
+
+    Args:
+        backend: Knows the ranks.
+    """
+    unknown = unknown_nodes() if _is_main(backend) else []
+    if unknown:
+        warnings.warn(
+            f"torch {torch.__version__} has no autograd nodes {', '.join(unknown)} as they are expected here, so inputs of "
+            "linears that could be computed again for backward are kept: training is right, but needs more memory",
+            stacklevel=_LEVEL,
+        )
+
+
+def warn_without_gradient(
+    backend: Backend, config: SeftConfig, state: State, check: GradientCheck, first: bool
+) -> None:
     """Say so if there is nothing to learn from, in all layers or in some. Waits for the device.
 
     Args:
         backend: Knows the ranks.
         config: The method.
         state: After the step's update.
-        verdict: About the gradient that the deltas were updated with.
+        check: Result for the gradient that the deltas were updated with.
         first: Whether the first support was chosen in this step.
     """
     if not _is_main(backend):
@@ -51,15 +71,15 @@ def warn_without_gradient(backend: Backend, config: SeftConfig, state: State, ve
         for name, support, budget in zip(backend.names, state.supports, state.budgets, strict=True)
         if budget and not len(support)
     ]
-    if len(without) == sum(map(bool, state.budgets)) or (not estimated and float(verdict.norm) == 0):
+    if len(without) == sum(map(bool, state.budgets)) or (not estimated and float(check.norm) == 0):
         warnings.warn(
-            f"step {verdict.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels (all "
+            f"step {check.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels (all "
             "masked?), at whether the loss depends on the targets, and for weights or activations that are all 0",
             stacklevel=_LEVEL,
         )
     elif without:
         warnings.warn(
-            f"step {verdict.step}: the gradient of {len(without)} of {len(backend.names)} targets is exactly 0 (e.g. "
+            f"step {check.step}: the gradient of {len(without)} of {len(backend.names)} targets is exactly 0 (e.g. "
             f"{without[0]}): they get no deltas until an evolution finds one. Look for inputs or outputs that are dead",
             stacklevel=_LEVEL,
         )

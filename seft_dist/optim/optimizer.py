@@ -17,15 +17,23 @@ from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.delta import least_size
-from seft_dist.optim.evolution import Evolution, EvolutionReport
+from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
+from seft_dist.optim.gradient_check import GradientCheck, check_gradient
 from seft_dist.optim.install import install, uninstall
-from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient
+from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient, warn_without_recomputation
+from seft_dist.optim.report import EvolutionReport, WindowRecord
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
-from seft_dist.optim.verdict import Verdict, judge
-from seft_dist.optim.window import Needs, Window, sampled, share_positions, take_kept
+from seft_dist.optim.window import (
+    Needs,
+    Window,
+    gradient_at_entries,
+    sampled_positions,
+    share_positions,
+    split_candidate_gradients,
+)
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
 _NOT_IN_STATE_DICT = (
@@ -79,6 +87,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self.evolution: EvolutionReport | None = None
+        """Report of the last step's evolution; None if it had none."""
+        self.counts_near_ties = False
+        """Set it to let evolutions count near-ties (``EvolutionReport.near_ties``), which takes further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
@@ -86,14 +97,16 @@ class SeftOptimizer(torch.optim.Optimizer):
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
         self._windows: list[Window | None] = [None] * len(installed)
+        self._record = WindowRecord()
         self._backend: Backend | None = None
         self._state: State | None = None
         self._needs = Needs.of(self.config)
         self._write_checked = False
         self._exchange: Exchange | None = None
         self._grad_norm = torch.zeros(())
-        self._settles_late = False
-        self._unsettled: Verdict | None = None
+        self._checks_late = False
+        """True where ``step`` does not wait for the device to know whether the gradient is finite."""
+        self._last_check: GradientCheck | None = None
         super().__init__(
             [anchor for anchor, _ in installed],
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -151,11 +164,12 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._state = first_state(backend, self.config)
         self._backend = backend
         self._exchange = Exchange(backend, self._slots)
-        self._settles_late = backend.device.type != "cpu"
+        self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
         warn_without_evolution(backend, self.config)
+        warn_without_recomputation(backend)
         self._prepare_step()
 
     def _attach_before_forward(self, *_: Any) -> None:
@@ -170,19 +184,19 @@ class SeftOptimizer(torch.optim.Optimizer):
             self._windows = [self.new_window(i) if window is None else window for i, window in enumerate(self._windows)]
         else:
             self._close_windows()
-        supports = sampled(self._windows, self.sparse_state.supports)
+        supports = sampled_positions(self._windows, self.sparse_state.supports)
         for slot, support, window in zip(self._slots, supports, self._windows, strict=True):
             slot.prepare(None if first else support, window)
         self.exchange.prepare(supports)
 
     def _close_windows(self) -> None:
-        self._windows = [None] * len(self._slots)
+        self._windows, self._record = [None] * len(self._slots), WindowRecord()
 
     def new_window(self, i: int) -> Window:
         """An empty window of target i for the coming step."""
         # The first support's gradient is read from its window, whatever the criteria need.
         first = self._is_first(self.num_steps + 1)
-        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs)
+        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._record)
 
     def _is_first(self, step: int) -> bool:
         return is_first_support(self.config, step)
@@ -208,7 +222,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             slot.forget()
         for window in self._windows:
             if window is not None:
-                window.discard()
+                window.discard_step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -219,7 +233,7 @@ class SeftOptimizer(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: A gradient is not finite; names the layer, nothing was changed. ``zero_grad()`` and go on,
-                or stop. On a GPU, outside of windows, it is raised by the next call (see ``settle``).
+                or stop. On a GPU, outside of windows, it is raised by the next call (see ``check_last_step``).
             RuntimeError: A write is not seen by the model, or ranks disagree on masks or supports.
         """
         loss = None
@@ -227,121 +241,95 @@ class SeftOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.evolution = None
-        self.settle()
+        self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
+        # The order of what follows is part of the method:
+        #   1. Gradients arrive at their owners, and are checked before anything is changed by them.
+        #   2. Windows count the step, so that an evolution at its end sees its gradient.
+        #   3. The first support is chosen by the gradient of the very step that then trains it.
+        #   4. Deltas are updated and written into the weights.
+        #   5. The evolution comes after the update: Drop compares deltas as the next forward pass will see them.
+        #   6. The slots learn the positions of the coming step last, when the support no longer moves.
         step = self.num_steps + 1
-        grad = take_kept(self._windows, self.exchange.finish(), self.sparse_state.layers())
+        grad = split_candidate_gradients(self._windows, self.exchange.finish(), self.sparse_state.layers())
         windows = [window for window in self._windows if window is not None]
-        verdict = self._judge(step, grad)
-        if windows or not self._settles_late:
-            verdict.refuse(self.target_names)
+        check = self._check_gradient(step, grad)
+        if windows or not self._checks_late:
+            check.raise_if_nonfinite(self.target_names)
         else:
-            self._unsettled = verdict
+            self._last_check = check
         for window in windows:
-            window.fold()
+            window.accumulate_step()
         with self.backend.writing():
             if self._is_first(step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
-                grad = self._grad_of_first_support(windows)
-                verdict = self._judge(step, grad)
-            self._update(grad, verdict)
+                grad = gradient_at_entries(windows, self.sparse_state.layers())
+                check = self._check_gradient(step, grad)
+            self._update(grad, check)
             self.num_steps = step
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
             elif in_window(self.config, step) and windows[0].narrows:
-                Evolution(self.backend, self.config, self.sparse_state, windows, step).keep_candidates()
+                self._evolution(windows, step).keep_candidates()
         if is_evolution(self.config, step) or not in_window(self.config, step):
             self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
-            warn_without_gradient(self.backend, self.config, self.sparse_state, verdict, self._is_first(step))
+            warn_without_gradient(self.backend, self.config, self.sparse_state, check, self._is_first(step))
             self._write_checked = True
         self._prepare_step()
         return loss
 
-    def settle(self) -> None:
-        """Wait for what the last step found out about its gradient.
+    def check_last_step(self) -> None:
+        """Wait until it is known whether the last step's gradient was finite, and raise if it was not.
 
-        On a CPU, and in every step of a window, ``step()`` has done so. Else the device decides whether it updates, and the
-        host learns of it here: at the latest when the next step begins.
+        On a CPU, and in every step of a window, ``step()`` has done so itself. Otherwise the device decides whether it updates,
+        and the host learns of it here: at the latest when the next step begins.
 
         Raises:
             FloatingPointError: The last step's gradient was not finite; it changed nothing and does not count.
         """
-        verdict, self._unsettled = self._unsettled, None
-        if verdict is not None and not verdict.ok:
+        check, self._last_check = self._last_check, None
+        if check is not None and not check.passed:
             self.num_steps -= 1
             self.zero_grad()
             self._prepare_step()
-            verdict.refuse(self.target_names)
+            check.raise_if_nonfinite(self.target_names)
 
-    def _judge(self, step: int, grad: Tensor) -> Verdict:
-        return judge(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
+    def _check_gradient(self, step: int, grad: Tensor) -> GradientCheck:
+        return check_gradient(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
+
+    def _evolution(self, windows: list[Window], step: int) -> Evolution:
+        inputs = (self.backend, self.config, self.sparse_state, windows, self._record)
+        return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
-        evolution = Evolution(self.backend, self.config, self.sparse_state, windows, step)
-        return evolution.run(fraction, self.param_groups[0]["betas"], first)
+        return self._evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
 
-    def _grad_of_first_support(self, windows: list[Window]) -> Tensor:
-        """The very first step's gradient at the support that was chosen by it, fp32 [own]."""
-        parts = []
-        for i, entries in enumerate(self.sparse_state.layers()):
-            parts.append(windows[i].at(entries.indices.long() - self.backend.interval(i).start))
-        return torch.cat(parts)
-
-    def _update(self, grad: Tensor, verdict: Verdict) -> None:
-        self._grad_norm = verdict.norm
+    def _update(self, grad: Tensor, check: GradientCheck) -> None:
+        self._grad_norm = check.norm
         scale, group = torch.ones((), device=grad.device), self.param_groups[0]
         if self.max_grad_norm is not None:
-            scale = (self.max_grad_norm / (verdict.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
+            scale = (self.max_grad_norm / (check.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
         rule = AdamW(
             *(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], self.config.decay == "weight"),
             oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
         )
         least = least_size(self.backend.dtypes[0])
-        self._write(self.sparse_state.columns.update_(grad, scale, verdict.is_finite, rule, least))
-
-    def _write(self, weight: Tensor) -> None:
-        """Put base + delta, cast, at the support. Collective for replicated weights, else local."""
-        backend, state = self.backend, self.sparse_state
-        new, places = weight.to(backend.dtypes[0]), state.places
-        if backend.replicates:
-            pieces = [
-                part.split([support.sizes[rank] for support in state.supports])
-                for rank, part in enumerate(backend.owners.gather(new))
-            ]
-            new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
-            places = [
-                backend.places(i, support.positions().to(backend.position_dtype))
-                for i, support in enumerate(state.supports)
-            ]
-        backend.store_all(places, new)
+        weight = self.sparse_state.columns.update_(grad, scale, check.is_finite, rule, least)
+        self.sparse_state.write_weights(self.backend, weight)
 
     def sparsity(self) -> list[LayerSparsity]:
         """Counts of every target: wanted, active, zeros, deltas. Collective."""
-        self.settle()
+        self.check_last_step()
         return self.sparse_state.sparsity(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
-        """This rank's masks and deltas, target by target."""
-        self.settle()
-        backend, state = self.backend, self.sparse_state
-        backend.prepare_write()
-        for i, entries in enumerate(state.layers()):
-            interval = backend.interval(i)
-            committed = state.committed[i]
-            yield LayerDelta(
-                name=backend.names[i],
-                shape=backend.shapes[i],
-                interval=interval,
-                mask=state.masks[i],
-                target=state.targets[i],
-                columns=entries,
-                committed=committed,
-                committed_values=backend.load(i, backend.places(i, committed)),
-                window=self._windows[i],
-            )
+        """Return this rank's masks and deltas, target by target."""
+        self.check_last_step()
+        self.backend.prepare_write()
+        return self.sparse_state.layer_deltas(self.backend, self._windows)
 
     def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
         """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. Collective.

@@ -61,7 +61,7 @@ def pack_weights(
             if dense.device.type != "meta":
                 weight.put(dense.reshape(-1)[weight.interval.start : weight.interval.stop])
     if first.device.type != "meta":
-        shards.settle()
+        shards.sync_mask_counts()
     return shards
 
 

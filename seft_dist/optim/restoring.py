@@ -12,7 +12,7 @@ from torch import Tensor
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.bits import holds, popcount, unpack
-from seft_dist.optim.agreement import everywhere
+from seft_dist.optim.agreement import raise_on_all_ranks
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.state import LayerDelta, State
 from seft_dist.optim.window import Needs
@@ -216,7 +216,7 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
     Raises:
         ValueError: Names the target, what was found and what is needed; every rank raises the same, nothing was changed.
     """
-    everywhere(backend, lambda: check_layers(layers, backend, config, state, num_steps))
+    raise_on_all_ranks(backend, lambda: check_layers(layers, backend, config, state, num_steps))
     _check_counts(layers, backend, config, state)
     with backend.writing():
         for i, layer in enumerate(layers):
@@ -226,5 +226,5 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
             own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
             backend.put_own(i, own, layer.mask)
             state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
-        backend.settle()
+        backend.sync_mask_counts()
         state.set_entries(backend, [layer.columns for layer in layers])

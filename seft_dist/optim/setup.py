@@ -11,7 +11,7 @@ from seft_dist.kernels.bits import pack
 from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import disagreeing, select
 from seft_dist.optim.delta import Columns, Support
-from seft_dist.optim.groups import Groups, place
+from seft_dist.optim.nm_groups import NMGroups, describe_group
 from seft_dist.optim.state import State, fingerprint
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
@@ -119,7 +119,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
     for i, mask in enumerate(masks):
         backend.remask(i, mask, none.long())
-    backend.settle()
+    backend.sync_mask_counts()
     columns, nothing = Columns.empty(backend.device, backend.position_dtype), [none] * count
     return State(columns, [0] * count, nothing, masks, targets, budgets, supports, nothing, prints, group_prints)
 
@@ -135,11 +135,11 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
                 f"{name}: {width} inputs are no multiple of {size}, so its rows have no {config.pattern} pattern; leave "
                 "the layer out (targets), or set no pattern"
             )
-    groups = Groups(backend, config.pattern)
+    groups = NMGroups(backend, config.pattern)
     for name, (_, width), (group, found) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
         if found > most:
             raise ValueError(
-                f"{name}: {place(group, size, width)} hold {found} non-zero weights, pattern {config.pattern} allows "
+                f"{name}: {describe_group(group, size, width)} hold {found} non-zero weights, pattern {config.pattern} allows "
                 f"{most}; prune the model to {config.pattern} first, leave the layer out (targets), or set no pattern"
             )
     return groups.fingerprints(masks)

@@ -69,7 +69,7 @@ class Slot:
             self.window.observe(x, grad)
             if dense is not None:
                 self.window.add(dense)  # last: the sum over ranks may be made in place
-                self.window.seconds += time.perf_counter() - began
+                self.window.record.seconds += time.perf_counter() - began
         self._on_record()
 
     def _sample(self, support: Support, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 """The topology and the deltas of a run as one rank holds them, and the promises they must keep."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.delta import Columns, Support, gather_supports
-from seft_dist.optim.groups import Groups
+from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import hashes, scores
 from seft_dist.sparsity.partition import Interval
@@ -79,10 +79,7 @@ class State:
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
     group_prints: list[int] = field(default_factory=list)
-    """Of an N:M pattern: hash of each whole weight's active positions by group at the start (``Groups.fingerprints``)."""
-    near_ties: list[int] | None = None
-    """None: not counted. Else, of each layer, the candidates that a selection took or left by so little that rounding of
-    their terms could have decided (``collectives.near_ties``), added up until somebody sets it back."""
+    """Of an N:M pattern: hash of each whole weight's active positions by group at the start (``NMGroups.fingerprints``)."""
 
     def layers(self) -> Iterator[Columns]:
         """Own entries of each layer (views)."""
@@ -97,6 +94,49 @@ class State:
         self.lengths = [len(layer) for layer in entries]
         self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
         self.supports = gather_supports(backend.owners, self.columns.indices, self.lengths, backend.shapes)
+
+    def write_weights(self, backend: Backend, weight: Tensor) -> None:
+        """Put the weights of the support into the model, cast to its type. Collective for replicated weights.
+
+        Where ranks hold whole weights, each writes what all of them own, not only its own part.
+
+        Args:
+            backend: Holds the weights; must be inside its ``writing()`` context.
+            weight: fp32 [own], base + delta, layers one after another.
+        """
+        new, places = weight.to(backend.dtypes[0]), self.places
+        if backend.replicates:
+            pieces = [
+                part.split([support.sizes[rank] for support in self.supports])
+                for rank, part in enumerate(backend.owners.gather(new))
+            ]
+            new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
+            places = [
+                backend.places(i, support.positions().to(backend.position_dtype))
+                for i, support in enumerate(self.supports)
+            ]
+        backend.store_all(places, new)
+
+    def layer_deltas(self, backend: Backend, windows: Sequence[Window | None]) -> Iterator[LayerDelta]:
+        """Yield what this rank owns of each target.
+
+        Args:
+            backend: Holds the weights.
+            windows: Window of each target.
+        """
+        for i, entries in enumerate(self.layers()):
+            committed = self.committed[i]
+            yield LayerDelta(
+                name=backend.names[i],
+                shape=backend.shapes[i],
+                interval=backend.interval(i),
+                mask=self.masks[i],
+                target=self.targets[i],
+                columns=entries,
+                committed=committed,
+                committed_values=backend.load(i, backend.places(i, committed)),
+                window=windows[i],
+            )
 
     def active(self, backend: Backend) -> list[int]:
         """Active positions of each whole weight. Collective."""
@@ -120,7 +160,7 @@ class State:
             where = backend.names[off] if config.scope == "layer" else "the model"
             raise RuntimeError(f"{where}: mask has {active[off]} active positions, needs exactly {wanted[off]}")
         if config.pattern:
-            Groups(backend, config.pattern).check(self.masks, self.group_prints)
+            NMGroups(backend, config.pattern).check(self.masks, self.group_prints)
         for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")

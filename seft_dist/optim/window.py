@@ -4,7 +4,7 @@
     candidates     . g . g . . g .     so in the window's first step; then only at the support and at candidates
     factored       row sums, column sums of squares: |g| is estimated from them, no dense gradient is computed
 
-A step's contribution counts only once the step succeeded: ``fold`` adds it, ``discard`` forgets it.
+A step's contribution counts only once the step succeeded: ``accumulate_step`` adds it, ``discard_step`` forgets it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from seft_dist.backends.base import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.optim.delta import Columns, Support, gather_supports
+from seft_dist.optim.report import WindowRecord
 from seft_dist.sparsity import scores
 
 
@@ -77,14 +78,17 @@ class Window:
     The dense gradient itself exists during ``add`` only; docs/evolution.md says what is kept of it and what it costs.
     """
 
-    def __init__(self, backend: Backend, i: int, needs: Needs) -> None:
+    def __init__(self, backend: Backend, i: int, needs: Needs, record: WindowRecord) -> None:
+        """Args:
+        backend: Knows which part of the weight this rank owns.
+        i: Number of the target.
+        needs: Statistics to accumulate.
+        record: Gets what they cost; one object for the windows of all targets.
+        """
         self._backend, self._i, self._needs = backend, i, needs
+        self.record = record
         self.num_steps = 0
         """Steps folded in."""
-        self.seconds = 0.0
-        """For dense gradients and the choice of candidates."""
-        self.bytes_sent = 0
-        """By this rank, likewise."""
         self.total: Tensor | None = None
         """[own], or of candidates [kept]: sum over steps of the gradient averaged over ranks."""
         self.squares: Tensor | None = None
@@ -128,10 +132,10 @@ class Window:
         """
         sent = self._backend.bytes_sent
         own = self._backend.reduce_dense(self._i, dense).to(self._backend.device)
-        self.bytes_sent += self._backend.bytes_sent - sent
+        self.record.bytes_sent += self._backend.bytes_sent - sent
         self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
-    def add_kept(self, grad: Tensor) -> None:
+    def add_candidates(self, grad: Tensor) -> None:
         """Take one step's gradient at ``positions``, averaged over ranks, fp32 [kept]."""
         self._step = grad
 
@@ -155,11 +159,11 @@ class Window:
         extremes = [extreme.float() for part in pending if part.numel() for extreme in part.aminmax()]
         return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
 
-    def discard(self) -> None:
-        """Forget what was added since the last ``fold``."""
+    def discard_step(self) -> None:
+        """Forget what was added since the last ``accumulate_step``."""
         self._step, self._step_sums = None, {}
 
-    def fold(self) -> None:
+    def accumulate_step(self) -> None:
         """Count the pending step. Collective for momentum, else local."""
         self.num_steps += 1
         for name, squared in self._step_sums.items():
@@ -174,15 +178,15 @@ class Window:
                 squared = step.float().square()
                 self.squares = (squared if self.squares is None else squared.add_(self.squares)).to(step.dtype)
             if self._needs.momentum:
-                self._fold_momentum(step.float())
+                self._accumulate_momentum(step.float())
             self.total = step if self.total is None else self.total.add_(step)
-        self.discard()
+        self.discard_step()
 
     @property
     def _numel(self) -> int:
         return len(self._backend.interval(self._i))
 
-    def _fold_momentum(self, step: Tensor) -> None:
+    def _accumulate_momentum(self, step: Tensor) -> None:
         (rows, cols), start = self._backend.shapes[self._i], self._backend.interval(self._i).start
         if self.rows is None or self.cols is None:
             self.rows, self.cols = torch.zeros(rows, device=step.device), torch.zeros(cols, device=step.device)
@@ -192,7 +196,7 @@ class Window:
             accumulator.zero_().scatter_reduce_(0, index, estimate, "amax")
             self._backend.owners.max(accumulator)
 
-    def keep(self, offsets: Tensor) -> None:
+    def narrow_to(self, offsets: Tensor) -> None:
         """Forget the gradient everywhere else.
 
         Args:
@@ -202,7 +206,7 @@ class Window:
         self.total = self.total[offsets]
         self.positions = (offsets + self._backend.interval(self._i).start).to(self._backend.position_dtype)
 
-    def settle(self) -> None:
+    def reduce_factors(self) -> None:
         """Bring the row and column sums of all ranks together. Collective if factored, else nothing is sent."""
         if "outputs" in self.sums:
             self._factors = self.summed("outputs"), self.summed("norms")
@@ -219,9 +223,11 @@ class Window:
             return self.total.float()
         return self.total.new_zeros(self._numel).index_put_((self._offsets,), self.total)
 
-    def at(self, offsets: Tensor) -> Tensor:
-        """The accumulated gradient at some own offsets, fp32; 0 if only its size is estimated."""
-        return self.gradient()[offsets] if self._factors is None else torch.zeros(offsets.shape, device=offsets.device)
+    def gradient_at(self, positions: Tensor) -> Tensor:
+        """Return the accumulated gradient at some own positions, fp32; 0 if only its size is estimated."""
+        if self._factors is not None:
+            return torch.zeros(positions.shape, device=positions.device)
+        return self.gradient()[positions.long() - self._backend.interval(self._i).start]
 
     def known(self) -> Tensor | None:
         """Where the gradient of the own interval is known, uint8, packed; None: everywhere."""
@@ -258,7 +264,7 @@ def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
             window.sampled = support
 
 
-def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[Support]:
+def sampled_positions(windows: Sequence[Window | None], supports: list[Support]) -> list[Support]:
     """Where backward samples each weight: at the deltas, and where a window keeps candidates, at those too.
 
     Args:
@@ -271,7 +277,17 @@ def sampled(windows: Sequence[Window | None], supports: list[Support]) -> list[S
     ]
 
 
-def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[Columns]) -> Tensor:
+def gradient_at_entries(windows: Sequence[Window], entries: Iterable[Columns]) -> Tensor:
+    """Return the accumulated gradient at the own deltas, fp32 [own], layers one after another.
+
+    Args:
+        windows: Window of each weight.
+        entries: The own deltas of each weight.
+    """
+    return torch.cat([window.gradient_at(own.indices) for window, own in zip(windows, entries, strict=True)])
+
+
+def split_candidate_gradients(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[Columns]) -> Tensor:
     """Give the windows what was sampled for them.
 
     Args:
@@ -291,7 +307,7 @@ def take_kept(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[
         part = grad[begin : begin + length]
         begin += length
         if window is not None and positions is not None:
-            window.add_kept(part)
+            window.add_candidates(part)
             part = part[torch.searchsorted(positions, own.indices)]
         parts.append(part)
     return torch.cat(parts)

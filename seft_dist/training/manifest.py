@@ -34,7 +34,7 @@ from seft_dist.config import TrainConfig
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import put_aside, write_bytes, write_text
 from seft_dist.kernels.describe import describe
-from seft_dist.optim.evolution import EvolutionReport
+from seft_dist.optim.report import EvolutionReport
 from seft_dist.session import facts
 from seft_dist.session.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig

@@ -12,8 +12,8 @@ from seft_dist.baselines.baseline import Baseline, Ending
 from seft_dist.baselines.lora import Lora, LoraMerged
 from seft_dist.baselines.weights import MaskedFull, NoRepair, NormsAndBiases
 from seft_dist.io import checkpoint
-from seft_dist.optim.evolution import EvolutionReport
 from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.optim.report import EvolutionReport
 from seft_dist.optim.state import LayerSparsity
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import is_evolution, is_first_support

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
 from seft_dist.files.reading import check_kind
-from seft_dist.optim.evolution import EvolutionReport
+from seft_dist.optim.report import EvolutionReport
 from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "metrics.jsonl"
@@ -158,7 +158,8 @@ class Metrics:
         }
         self._bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
         if evolution is not None:
-            record["evolution"] = {key: value for key, value in dataclasses.asdict(evolution).items() if key != "step"}
+            report = dataclasses.asdict(evolution)
+            record["evolution"] = {key: value for key, value in report.items() if key not in ("step", "near_ties")}
         self._lines.add(record)
         for tracker in self._trackers:
             tracker.log(_flat(record, numbers_only=True), step=step)

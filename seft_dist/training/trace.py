@@ -49,7 +49,7 @@ class Trace:
         """
         self._seft = seft
         self._masks: list[tuple[Tensor, Tensor]] | None = None
-        self._seft.sparse_state.near_ties = [0] * len(seft.target_names)
+        self._seft.counts_near_ties = True
         self._lines = StepLines(folder / FILE, seft.num_steps) if writes else None
         if self._lines is not None:
             if self._lines.put_aside is not None:
@@ -75,9 +75,8 @@ class Trace:
             dist.all_reduce(batch)
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()
-        near = seft.sparse_state.near_ties
-        if moved:  # those of a window's candidates are counted in an earlier step, and told with the evolution
-            seft.sparse_state.near_ties = [0] * len(table)
+        # In the first step of an attempt there may be no evolution that could have had near-ties.
+        near = (seft.evolution and seft.evolution.near_ties) or [0] * len(table)
         if self._lines is None:
             return
         record: dict[str, Any] = {
@@ -96,7 +95,7 @@ class Trace:
             middle = 4 + 2 * BUCKETS
             record["topology"] = {
                 name: [row[4 + BUCKETS : middle], row[middle:], ties]
-                for name, row, ties in zip(seft.target_names, table, near or (), strict=True)
+                for name, row, ties in zip(seft.target_names, table, near, strict=True)
             }
         self._lines.add(record)
 

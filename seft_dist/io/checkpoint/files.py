@@ -161,7 +161,7 @@ def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
-    agreement.everywhere(backend, read_or_write, (DamagedError, ValueError, OSError))
+    agreement.raise_on_all_ranks(backend, read_or_write, (DamagedError, ValueError, OSError))
 
 
 def remove(checkpoint: Path) -> None:

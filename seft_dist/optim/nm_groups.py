@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config.pattern import pattern_sizes
-from seft_dist.sparsity import groups
+from seft_dist.sparsity import nm_pattern
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.partition import Interval
 from seft_dist.sparsity.selection import INELIGIBLE
@@ -25,7 +25,7 @@ Edges = dict[int, tuple[Tensor, Tensor]]
 """Of each layer with cut groups: others' values left and right of the own interval that complete its groups."""
 
 
-class Groups:
+class NMGroups:
     """The groups of every target. Lists have one item for each target."""
 
     def __init__(self, backend: Backend, pattern: str) -> None:
@@ -67,14 +67,14 @@ class Groups:
         missing = {}
         for i in self.cut:
             own = self.backend.interval(i)
-            whole = groups.extent(own, self.size)
+            whole = nm_pattern.extent(own, self.size)
             missing[i] = (Interval(whole.start, own.start), Interval(own.stop, whole.stop))
         return missing
 
     def _sent(self, i: int, rank: int) -> tuple[Interval, Interval]:
         """The positions of cut groups at both ends of a rank's interval (one of a rank inside one group is sent once)."""
         own = self.backend.partitions[i].interval(rank)
-        head = Interval(own.start, min(own.stop, groups.extent(Interval(own.start, own.start), self.size).stop))
+        head = Interval(own.start, min(own.stop, nm_pattern.extent(Interval(own.start, own.start), self.size).stop))
         return head, Interval(max(head.stop, own.stop // self.size * self.size), own.stop)
 
     def _find(self, received: list[Tensor], at: int, wanted: Interval) -> Tensor:
@@ -130,7 +130,7 @@ class Groups:
             Function of the layer, giving int64 [groups that the own interval touches].
         """
         edges = self.exchange(lambda i: marks(i).to(torch.uint8))
-        return lambda i: groups.counts(self.whole(i, marks(i).to(torch.uint8), edges).bool(), self.size)
+        return lambda i: nm_pattern.counts(self.whole(i, marks(i).to(torch.uint8), edges).bool(), self.size)
 
     def fingerprints(self, masks: list[Tensor]) -> list[int]:
         """Hash of the active positions of every group of each whole weight, the same for every layout. Collective.
@@ -139,7 +139,7 @@ class Groups:
             masks: uint8, packed mask of the own interval.
         """
         own = [
-            groups.fingerprint(unpack(masks[i], len(interval)), interval.start, self.size)
+            nm_pattern.fingerprint(unpack(masks[i], len(interval)), interval.start, self.size)
             for i, interval in enumerate(map(self.backend.interval, range(len(masks))))
         ]
         return self.backend.owners.sum(torch.stack(own).cpu()).tolist()
@@ -156,7 +156,7 @@ class Groups:
             found = active(i)
             if len(found):
                 most = int(found.argmax())
-                rows[i, 0] = groups.extent(self.backend.interval(i), self.size).start // self.size + most
+                rows[i, 0] = nm_pattern.extent(self.backend.interval(i), self.size).start // self.size + most
                 rows[i, 1] = found[most]
         every = self.backend.owners.stack(rows)
         ranks = every[:, :, 1].argmax(0)
@@ -176,8 +176,9 @@ class Groups:
             self.backend.names, self.backend.shapes, self.fullest(masks), strict=True
         ):
             if found > self.most:
+                where = describe_group(group, self.size, shape[1])
                 raise RuntimeError(
-                    f"{name}: {place(group, self.size, shape[1])} hold {found} active positions, needs at most {self.most}; "
+                    f"{name}: {where} hold {found} active positions, needs at most {self.most}; "
                     "the run stops, its last checkpoint is intact"
                 )
         for name, before, now in zip(self.backend.names, prints, self.fingerprints(masks), strict=True):
@@ -191,7 +192,7 @@ class Groups:
 class GroupRanking:
     """Keys of the best of each group; all other positions are ineligible. Called as keys are, with a layer's number."""
 
-    def __init__(self, whole_groups: Groups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:
+    def __init__(self, whole_groups: NMGroups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:
         """Collective, everything else is local.
 
         Args:
@@ -206,7 +207,7 @@ class GroupRanking:
         """int32 [n], of the own interval."""
         own = self._keys(i)
         whole = self._groups.whole(i, own, self._edges)
-        best = groups.best(whole, self._limits(i), self._groups.size)
+        best = nm_pattern.best(whole, self._limits(i), self._groups.size)
         return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
 
     def close_calls(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
@@ -228,13 +229,13 @@ class GroupRanking:
         for i in range(len(chosen)):
             key = whole_groups.whole(i, self._keys(i), self._edges)
             error = whole_groups.whole(i, errors(i), edges)
-            close = groups.close_calls(key, self._limits(i), size, error)
+            close = nm_pattern.close_calls(key, self._limits(i), size, error)
             close &= (taken_of(i) > 0).repeat_interleave(size)
             found[i] = torch.count_nonzero(whole_groups.own(i, close))
         return whole_groups.backend.owners.sum(found).tolist()
 
 
-def place(group: int, size: int, width: int) -> str:
+def describe_group(group: int, size: int, width: int) -> str:
     """A group in words, e.g. "row 3, inputs 8 to 11".
 
     Args:
