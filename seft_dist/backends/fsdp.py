@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.gather import GatherSize, PackedAllGather
-from seft_dist.backends.group import Group
+from seft_dist.backends.group import Group, shard_groups
 from seft_dist.kernels.bits import popcount, unpack
 from seft_dist.sparsity.partition import Partition
 
@@ -67,7 +67,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         unit.set_custom_all_gather(gather)  # type: ignore[arg-type]  # has the two methods, needs no base class
         attachment_of(unit).gather = gather  # FsdpBackend looks there
         gathers.append(gather)
-    owners = _owners(next(iter(members.values()))[0].device_mesh)
+    owners, _ = shard_groups(next(iter(members.values()))[0].device_mesh)
     shards = [[parameter.to_local().detach() for parameter in parameters] for parameters in members.values()]
     _agree(owners, gathers, [sum(map(_stored, of_unit)) for of_unit in shards])
     sizes = []
@@ -90,7 +90,8 @@ def _members(model: nn.Module) -> dict[str, list[DTensor]]:
 
 def _padded(parameter: DTensor) -> int:
     """Values of a rank's shard as FSDP2 sends it."""
-    return Partition.rows((parameter.shape[0], prod(parameter.shape[1:])), _owners(parameter.device_mesh).size).chunk
+    mesh = parameter.device_mesh
+    return Partition.rows((parameter.shape[0], prod(parameter.shape[1:])), mesh.size(mesh.ndim - 1)).chunk
 
 
 def _most_values(parameters: list[DTensor]) -> int:
@@ -102,11 +103,6 @@ def _most_values(parameters: list[DTensor]) -> int:
 def _stored(shard: Tensor) -> int:
     """Values with any bit set: -0.0 is one."""
     return int(torch.count_nonzero(shard.view(torch.int16 if shard.element_size() == 2 else torch.int32)))
-
-
-def _owners(mesh: DeviceMesh) -> Group:
-    axis = mesh.ndim - 1
-    return Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
 
 
 def _agree(owners: Group, gathers: list[PackedAllGather], counts: list[int]) -> None:
@@ -133,8 +129,7 @@ class FsdpBackend(DenseBackend):
         if len(meshes) > 1:
             raise ValueError(f"targets are sharded over {len(meshes)} different device meshes: needs one mesh for all")
         mesh = meshes.pop()
-        owners = _owners(mesh)
-        replicas = Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)
+        owners, replicas = shard_groups(mesh)
         self._unit = {name: _unit_of(model, name) for name in targets}
         super().__init__(targets, owners, replicas)
         self._gathers = self._packed_gathers()
@@ -205,7 +200,7 @@ class FsdpBackend(DenseBackend):
         return whole_value(parameter)
 
 
-def _mesh_of(name: str, weight: Tensor):  # type: ignore[no-untyped-def]  # DeviceMesh
+def _mesh_of(name: str, weight: Tensor) -> DeviceMesh:
     if not isinstance(weight, DTensor):
         raise ValueError(
             f"{name}.weight is not sharded although parts of the model are: call fully_shard(model) on the root"

@@ -7,6 +7,7 @@ whatever algorithm the communication library chooses.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def all_gather_single(
@@ -141,6 +142,17 @@ class Group:
     def sum_to_owners(self, tensor: Tensor, sizes: list[int]) -> Tensor:
         """``start_sum_to_owners``, waited for."""
         return self.start_sum_to_owners(tensor, sizes).wait()
+
+
+def shard_groups(mesh: DeviceMesh) -> tuple[Group, Group]:
+    """Return the ranks that divide weights among themselves (owners), and those that hold the same part (replicas).
+
+    Args:
+        mesh: [shards], or [replicas, shards] for hybrid sharding (HSDP).
+    """
+    axis = mesh.ndim - 1
+    owners = Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
+    return owners, Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)
 
 
 class Sum:

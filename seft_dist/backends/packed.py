@@ -5,14 +5,14 @@
     values a b c | d ..          values e f   | ..           a 0 b c 0 e f 0                (one weight, decoded)
 
 Each rank keeps whole rows, as FSDP2 cuts them, so that the results are FSDP2's bit for bit. The weights of one unit (a decoder
-layer) are gathered in one collective, packed; only the unit in use stays gathered, and the one that followed it last time
-is asked for ahead. The parameter itself stays in the module as an outline on the meta device: shape and type, no values.
-Whoever uses it by mistake gets an error, not zeros.
+layer) are gathered in one collective, packed; beside the unit in use, the one that is expected next is on its way
+(``PackedShards``). In the module a placeholder on the meta device takes the parameter's place: shape and type, no values.
+Code that uses it by mistake gets an error, not zeros.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,15 +29,26 @@ _ALIGNMENT = 16  # bytes: where a weight's bits or values begin in a gathered bu
 
 
 class PackedWeight:
-    """The own rows of one weight, as bits and values, and the way to the whole of it."""
+    """One weight: this rank's rows as bits and values, and how to get the whole of it."""
 
-    def __init__(self, shards: "PackedShards", unit: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shards: "PackedShards",
+        unit: int,
+        number: int,
+        bits_at: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
         """Args:
         shards: All packed weights of the model.
         unit: Number of the unit it is gathered with.
+        number: Its number among all packed weights of the model.
+        bits_at: Byte at which its bits begin in every rank's message of the unit.
         shape: Whole shape; rows are counted along the first dimension.
         dtype: The model's type.
         """
+        self.number, self.bits_at = number, bits_at
         self.shape, self.dtype = tuple(shape), dtype
         self.partition = Partition.rows((shape[0], prod(shape[1:])), shards.owners.size)
         self.interval = self.partition.interval(shards.owners.rank)
@@ -49,7 +60,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank keeps of it."""
+        """Bytes that this rank keeps of the weight."""
         return self.bits.nbytes + self.values.nbytes
 
     def put(self, own: Tensor, bits: Tensor | None = None) -> None:
@@ -65,19 +76,19 @@ class PackedWeight:
         self.values = encode(own, self.bits)
 
     def own(self) -> Tensor:
-        """The own rows, flat, a new tensor."""
+        """Return the own rows, flat, as a new tensor."""
         out = torch.empty(len(self.interval), dtype=self.dtype, device=self.bits.device)
         return decode(self.bits, self.values, out)
 
     def dense(self) -> Tensor:
-        """The whole weight, in memory that the next call for any weight uses again. Collective.
+        """Return the whole weight, in memory that the next call for any weight uses again. Collective.
 
         All ranks must ask for the weights of a model in the same order.
         """
         return self.shards.decode(self._unit, self)
 
     def places(self, positions: Tensor) -> Tensor:
-        """Index into ``values`` of flat positions in the mask, int32; int64 of 2^31 own positions or more."""
+        """Return the index in ``values`` of flat positions in the mask: int32, from 2^31 own positions on int64."""
         kind = position_dtype(len(self.interval))
         if not positions.numel():
             return positions.to(kind)
@@ -91,20 +102,69 @@ class PackedWeight:
         return before[byte] + table[at & ((1 << bit) - 1)]
 
 
+class MetaPlaceholder(nn.Parameter):
+    """The parameter that stands in a module in a packed weight's place: shape and type, on the meta device, no values."""
+
+    packed: PackedWeight
+
+
+def meta_placeholder(weight: PackedWeight) -> MetaPlaceholder:
+    """Make the parameter that stands in a module in a packed weight's place."""
+    placeholder = MetaPlaceholder(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
+    placeholder.packed = weight
+    return placeholder
+
+
 def packed_of(parameter: Tensor) -> PackedWeight | None:
-    """The packed weight behind a parameter's outline; None for an ordinary parameter."""
-    return getattr(parameter, "seft_packed", None)
+    """Return the packed weight behind a placeholder; None for an ordinary parameter."""
+    return getattr(parameter, "packed", None) if isinstance(parameter, MetaPlaceholder) else None
 
 
-def outline(weight: PackedWeight) -> nn.Parameter:
-    """What stands in a module in a packed weight's place: shape and type without values."""
-    parameter: Any = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
-    parameter.seft_packed = weight
-    return parameter
+@dataclass(frozen=True)
+class _Unit:
+    """Weights that are gathered together."""
+
+    weights: list[PackedWeight]
+    values_at: int
+    """Byte of a message at which the values begin, behind the bits of all weights."""
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """The all-gather of one unit, on its way or complete."""
+
+    unit: int
+    messages: Tensor
+    """uint8 [ranks * bytes of a message], messages in rank order."""
+    work: dist.Work
+    """What to wait for before the messages are read."""
+
+
+@dataclass(frozen=True)
+class _Recent:
+    """The two units that were asked for last, the later one second; None: none since the weights changed."""
+
+    before: int | None = None
+    last: int | None = None
 
 
 class PackedShards:
-    """All packed weights of a model: who owns what, what is gathered now."""
+    """All packed weights of a model: who owns which rows, and which unit is gathered.
+
+    A rank's message of a unit, every part aligned to 16 bytes:
+
+        bits of weight 0 | bits of weight 1 | ..   values of weight 0 | values of weight 1 | ..   unused
+        at the same bytes on every rank            at bytes that each rank's numbers of values decide
+
+    So the bits' places follow from shapes alone, and the values' from ``_counts``, which all ranks know. Messages are as long
+    as the longest of them, since an all-gather of different lengths does not exist everywhere.
+
+    Prefetch. While a unit computes, the next one is already on its way. Which one that is, is learnt and not configured: after
+    units (4, 5) came 6, after (6, 5) came 4. A pair is needed because forward and backward pass a unit in opposite directions,
+    and it covers activation checkpointing, which walks forward inside of backward. At most two units are in memory,
+    the one in use and the one on its way. A wrong guess costs one gather; results do not depend on it. Every rank takes the
+    same decisions, since all of them ask in the same order: this is why ``_followers`` may never be changed by one rank alone.
+    """
 
     def __init__(self, owners: Group, replicas: Group, device: torch.device) -> None:
         """Args:
@@ -114,136 +174,139 @@ class PackedShards:
         """
         self.owners, self.replicas, self.device = owners, replicas, device
         self.parameters: set[nn.Parameter] = set()
-        """The outlines, for ``fully_shard(..., ignored_params=shards.parameters)``."""
+        """The placeholders, for ``fully_shard(..., ignored_params=shards.parameters)``."""
         self.bytes_gathered = 0
         """Bytes this rank has sent to gather weights, as a ring would."""
-        self._units: list[list[PackedWeight]] = []
+        self._units: list[_Unit] = []
         self._counts: list[list[int]] = []
-        self._offsets: dict[int, tuple[int, int]] = {}
+        """Number of values of each rank and each weight, by ``PackedWeight.number``."""
         self._scratch: dict[torch.dtype, Tensor] = {}
+        """Memory for one dense weight of each type."""
+        self._followers: dict[_Recent, int] = {}
+        """The unit that was asked for after two others, the last time."""
         self._forget_gathered()
-        self._followers: dict[tuple[int | None, int | None], int] = {}
 
     def _forget_gathered(self) -> None:
-        self._gathered: tuple[int, Tensor] | None = None
-        self._coming: tuple[int, Tensor, dist.Work] | None = None
-        self._recent: tuple[int | None, int | None] = (None, None)
+        self._gathered: _Gather | None = None
+        self._coming: _Gather | None = None
+        self._recent = _Recent()
+
+    @property
+    def _weights(self) -> list[PackedWeight]:
+        return [weight for unit in self._units for weight in unit.weights]
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank keeps of all packed weights."""
-        return sum(weight.nbytes for unit in self._units for weight in unit)
+        return sum(weight.nbytes for weight in self._weights)
 
     @property
     def numel(self) -> int:
         """Weights of the whole model that are packed, zeros included."""
-        return sum(prod(weight.shape) for unit in self._units for weight in unit)
+        return sum(prod(weight.shape) for weight in self._weights)
 
-    def add_unit(self, outlines: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[nn.Parameter]:
+    def add_unit(self, kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[MetaPlaceholder]:
         """Add weights that are gathered together; they have no values yet.
 
         Args:
-            outlines: Whole shape and type of each.
+            kinds: Whole shape and type of each.
 
         Returns:
-            What stands in their place in the modules.
+            The parameters that stand in their place in the modules.
         """
-        weights = [PackedWeight(self, len(self._units), shape, dtype) for shape, dtype in outlines]
-        offset = 0
-        for weight in weights:
-            size = -(-weight.partition.chunk // 8)
-            self._offsets[id(weight)] = (len(self._offsets), offset)
-            offset = _aligned(offset + size)
-        self._units.append(weights)
-        parameters = [outline(weight) for weight in weights]
-        self.parameters.update(parameters)
-        return parameters
+        weights: list[PackedWeight] = []
+        offset, number = 0, len(self._weights)
+        for shape, dtype in kinds:
+            weight = PackedWeight(self, len(self._units), number + len(weights), offset, shape, dtype)
+            weights.append(weight)
+            offset = _aligned(offset + -(-weight.partition.chunk // 8))
+        self._units.append(_Unit(weights, offset))
+        placeholders = [meta_placeholder(weight) for weight in weights]
+        self.parameters.update(placeholders)
+        return placeholders
 
     def sync_mask_counts(self) -> None:
-        """Tell all ranks how many values each has of each weight; forget what is gathered. Collective."""
+        """Let all ranks know how many values each has of each weight; forget what is gathered. Collective."""
         self.invalidate()
-        counts = [weight.values.numel() for unit in self._units for weight in unit]
+        counts = [weight.values.numel() for weight in self._weights]
         self._counts = self.owners.stack(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def invalidate(self) -> None:
         """Forget what is gathered, because values have changed. All ranks together, but nothing is sent."""
         if self._coming is not None:
-            self._coming[2].wait()
+            self._coming.work.wait()
         self._forget_gathered()
 
     def decode(self, unit: int, weight: PackedWeight) -> Tensor:
-        """The whole of a unit's weight, in memory that the next call uses again. Collective."""
+        """Return the whole of a unit's weight, in memory that the next call uses again. Collective."""
         numel = prod(weight.shape)
         scratch = self._scratch.get(weight.dtype)
         if scratch is None:
-            largest = max(prod(w.shape) for unit_ in self._units for w in unit_ if w.dtype == weight.dtype)
+            largest = max(prod(other.shape) for other in self._weights if other.dtype == weight.dtype)
             scratch = self._scratch[weight.dtype] = torch.empty(largest, dtype=weight.dtype, device=self.device)
         out = scratch[:numel]
         if self.owners.size == 1:
             return decode(weight.bits, weight.values, out).view(weight.shape)
-        rows = self._fetch(unit).view(self.owners.size, -1)
-        for rank, row in enumerate(rows):
+        messages = self._fetch(unit).view(self.owners.size, -1)
+        for rank, message in enumerate(messages):
             interval = weight.partition.interval(rank)
             if len(interval):
-                decode(*self._slices(unit, weight, rank, row), out[interval.start : interval.stop])
+                decode(*self._slices(unit, weight, rank, message), out[interval.start : interval.stop])
         return out.view(weight.shape)
 
-    def _slices(self, unit: int, weight: PackedWeight, rank: int, row: Tensor) -> tuple[Tensor, Tensor]:
-        """One weight's bits and values in what a rank sent of a unit."""
-        number, at_bits = self._offsets[id(weight)]
-        bits = row[at_bits : at_bits + -(-len(weight.partition.interval(rank)) // 8)]
-        at = self._end_of_bits(unit)
-        for other in self._units[unit]:
+    def _slices(self, unit: int, weight: PackedWeight, rank: int, message: Tensor) -> tuple[Tensor, Tensor]:
+        """View one weight's bits and values in a rank's message of a unit."""
+        bits_end = weight.bits_at + -(-len(weight.partition.interval(rank)) // 8)
+        counts, at = self._counts[rank], self._units[unit].values_at
+        for other in self._units[unit].weights:
             if other is weight:
                 break
-            at += _aligned(self._counts[rank][self._offsets[id(other)][0]] * other.dtype.itemsize)
-        return bits, row[at : at + self._counts[rank][number] * weight.dtype.itemsize].view(weight.dtype)
-
-    def _end_of_bits(self, unit: int) -> int:
-        last = self._units[unit][-1]
-        return _aligned(self._offsets[id(last)][1] + -(-last.partition.chunk // 8))
+            at += _aligned(counts[other.number] * other.dtype.itemsize)
+        values_end = at + counts[weight.number] * weight.dtype.itemsize
+        return message[weight.bits_at : bits_end], message[at:values_end].view(weight.dtype)
 
     def unit_bytes(self, unit: int) -> int:
         """Bytes that each rank sends of a unit: those of the rank with most values, after ``sync_mask_counts``."""
-        weights = self._units[unit]
-        return self._end_of_bits(unit) + max(
-            sum(_aligned(counts[self._offsets[id(weight)][0]] * weight.dtype.itemsize) for weight in weights)
+        weights, values_at = self._units[unit].weights, self._units[unit].values_at
+        return values_at + max(
+            sum(_aligned(counts[weight.number] * weight.dtype.itemsize) for weight in weights)
             for counts in self._counts
         )
 
     def _fetch(self, unit: int) -> Tensor:
-        """Every rank's bytes of a unit; asks for the unit that came next the last time. Collective."""
-        if unit == self._recent[1]:
+        """Return every rank's message of a unit, and start to gather the unit that is expected next. Collective."""
+        if unit == self._recent.last:
             assert self._gathered is not None
-            return self._gathered[1]
+            return self._gathered.messages
         self._followers[self._recent] = unit
-        self._recent = (self._recent[1], unit)
+        self._recent = _Recent(self._recent.last, unit)
         self._gathered = None  # its memory can be used again
         coming, self._coming = self._coming, None
         if coming is not None:
-            coming[2].wait()
-        if coming is None or coming[0] != unit:
-            coming = (unit, *self._start(unit))
-            coming[2].wait()
-        self._gathered = (unit, coming[1])
+            coming.work.wait()  # also of a wrong guess: its memory must not be freed under the collective
+        if coming is None or coming.unit != unit:
+            coming = self._start(unit)
+            coming.work.wait()
+        self._gathered = coming
         following = self._followers.get(self._recent)
         if following is not None and following != unit:
-            self._coming = (following, *self._start(following))
-        return coming[1]
+            self._coming = self._start(following)
+        return coming.messages
 
-    def _start(self, unit: int) -> tuple[Tensor, dist.Work]:
+    def _start(self, unit: int) -> _Gather:
+        """Start to gather a unit. Collective, without waiting."""
         assert self._counts, "sync_mask_counts() comes first"
         size = self.unit_bytes(unit)
         own = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        for weight in self._units[unit]:
+        for weight in self._units[unit].weights:
             bits, values = self._slices(unit, weight, self.owners.rank, own)
             bits.copy_(weight.bits)
             values.copy_(weight.values)
-        every = torch.empty(self.owners.size * size, dtype=torch.uint8, device=self.device)
-        work = all_gather_single(every, own, group=self.owners.group, async_op=True)
+        messages = torch.empty(self.owners.size * size, dtype=torch.uint8, device=self.device)
+        work = all_gather_single(messages, own, group=self.owners.group, async_op=True)
         assert work is not None
         self.bytes_gathered += size * (self.owners.size - 1)
-        return every, work
+        return _Gather(unit, messages, work)
 
 
 def _aligned(size: int) -> int:
@@ -257,7 +320,7 @@ class PackedBackend(Backend):
 
     def __init__(self, targets: Mapping[str, Holder]) -> None:
         """Args:
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
 
         Raises:
             ValueError: A target is not packed although others are.

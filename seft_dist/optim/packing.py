@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from seft_dist.backends.group import Group
+from seft_dist.backends.group import Group, shard_groups
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import is_sharded, whole_shape
 from seft_dist.modules.kinds import Target
@@ -44,20 +44,19 @@ def pack_weights(
     Raises:
         ValueError: A target is sharded or packed already, or no target is found.
     """
-    found = find_targets(model, targets)
-    for name, target in found.items():
+    chosen = find_targets(model, targets)
+    for name, target in chosen.items():
         if is_sharded(target.weight) or packed_of(target.weight) is not None:
             raise ValueError(f"{name} is sharded or packed already: call pack_weights on a plain model")
-    first = next(iter(found.values())).weight
+    first = next(iter(chosen.values())).weight
     shards = PackedShards(*_groups(mesh), device or first.device)
-    for members in _units(found):
-        outlines = shards.add_unit([(whole_shape(target.weight), target.weight.dtype) for target in members])
-        for target, parameter in zip(members, outlines, strict=True):
+    for members in _units(chosen):
+        placeholders = shards.add_unit([(whole_shape(target.weight), target.weight.dtype) for target in members])
+        for target, placeholder in zip(members, placeholders, strict=True):
             dense = target.weight.detach()
-            target.weight = parameter
+            target.weight = placeholder
             target.bind_forward(SAMPLED_FORWARDS)
-            weight = packed_of(parameter)
-            assert weight is not None
+            weight = placeholder.packed
             if dense.device.type != "meta":
                 weight.put(dense.reshape(-1)[weight.interval.start : weight.interval.stop])
     if first.device.type != "meta":
@@ -81,19 +80,17 @@ def unpack_weights(model: nn.Module, targets: str = ALL_LINEAR) -> None:
 
 
 def _groups(mesh: Any) -> tuple[Group, Group]:
-    """Owners and replicas."""
+    """Return owners and replicas."""
     if mesh is None:
         many = dist.is_initialized() and dist.get_world_size() > 1
         return Group(dist.group.WORLD if many else None), Group(None)
-    axis = mesh.ndim - 1
-    owners = Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
-    return owners, Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)
+    return shard_groups(mesh)
 
 
-def _units(found: dict[str, Target]) -> Iterable[list[Target]]:
-    """Targets that are gathered together: those of one numbered block, e.g. a decoder layer."""
+def _units(targets: dict[str, Target]) -> Iterable[list[Target]]:
+    """Return the targets that are gathered together: those of one numbered block, e.g. a decoder layer."""
     units: dict[str, list[Target]] = {}
-    for name, target in found.items():
+    for name, target in targets.items():
         block = _BLOCK.match(name)
         units.setdefault(block[1] if block else name, []).append(target)
     return units.values()
