@@ -1,4 +1,4 @@
-"""What one rank finds wrong, all ranks raise: none of them goes on alone into a collective that never ends."""
+"""Raising an error on all ranks if one of them has it, so that no rank goes on alone into a collective that never ends."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,15 +12,15 @@ _MESSAGE_BYTES = 1000
 def raise_on_all_ranks(
     backend: Backend, act: Callable[[], object], kinds: Sequence[type[Exception]] = (ValueError,)
 ) -> None:
-    """Act on every rank; if it failed anywhere, raise raise_on_all_ranks, with the words of the first that failed. Collective.
+    """Call a function on every rank, and raise on all of them if it failed on any. Collective.
 
     Args:
-        backend: Whose ranks act.
-        act: Must not enter collectives.
-        kinds: What it may raise, the most serious last; an error counts as the first of them that it is.
+        backend: Knows the ranks.
+        act: The function; it must not enter collectives.
+        kinds: Exceptions that it may raise, the most serious last; an error counts as the first of them that it is.
 
     Raises:
-        Exception: Of the most serious kind that a rank raised.
+        Exception: The most serious kind that a rank raised, with the message of the first rank that raised it.
     """
     error: Exception | None = None
     try:
@@ -28,14 +28,14 @@ def raise_on_all_ranks(
     except tuple(kinds) as caught:
         error = caught
     kind = 0 if error is None else 1 + next(i for i, each in enumerate(kinds) if isinstance(error, each))
-    found = backend.replicas.stack(backend.owners.stack(torch.tensor([kind]))).view(-1)
-    if not found.any():
+    failures = backend.replicas.stack(backend.owners.stack(torch.tensor([kind]))).view(-1)
+    if not failures.any():
         return
     words = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     text = str(error or "").encode()[:_MESSAGE_BYTES]
     words[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     table = backend.replicas.stack(backend.owners.stack(words)).view(-1, _MESSAGE_BYTES)
-    worst = int(found.argmax())
+    worst = int(failures.argmax())
     message = bytes(table[worst].tolist()).rstrip(b"\0").decode(errors="replace")
     where = "" if error is not None else f"rank {worst}: "
-    raise kinds[int(found[worst]) - 1](f"{where}{message}") from error
+    raise kinds[int(failures[worst]) - 1](f"{where}{message}") from error

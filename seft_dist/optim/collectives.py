@@ -64,8 +64,8 @@ def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[in
         counts.zero_()
         for layer, problem in enumerate(problems):
             counts[problem] += histogram(kept[layer], digit, int(prefixes[problem])).cpu()
-        found, left = descend(group.sum(counts), left)
-        prefixes = prefixes << bits | found
+        next_digit, left = descend(group.sum(counts), left)
+        prefixes = prefixes << bits | next_digit
     thresholds = [threshold_key(int(prefix)) for prefix in prefixes]
     ties = torch.tensor([int((kept[layer] == thresholds[problem]).sum()) for layer, problem in enumerate(problems)])
     allowed = _share_ties(group.stack(ties), group.rank, problems, left.tolist())
@@ -75,7 +75,14 @@ def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[in
 
 
 def _share_ties(ties: Tensor, rank: int, problems: list[int], left: list[int]) -> list[int]:
-    """How many ties this rank takes in each layer; ``ties`` is int64 [ranks, layers]."""
+    """Return how many ties this rank takes in each layer.
+
+    Args:
+        ties: int64 [ranks, layers], ties that each rank has.
+        rank: This rank.
+        problems: The problem that each layer belongs to.
+        left: Ties that are wanted of each problem.
+    """
     allowed = []
     left = list(left)
     for layer, problem in enumerate(problems):
@@ -121,10 +128,10 @@ def near_ties(
         keys: This rank's keys of a layer; called twice for each layer.
         problems: The problem that each layer belongs to.
         chosen: What ``select`` returned.
-        errors: Of a layer, fp32 [n]: how far rounding can move each score. Candidates with error 0 are not counted.
+        errors: Returns how far rounding can move each score of a layer, fp32 [n]. Candidates with error 0 are not counted.
 
     Returns:
-        Of each layer, over all ranks, the candidates within their error of the border; 0 where all were selected, or none.
+        Number of candidates of each layer, over all ranks, within their error of the border; 0 where all were selected, or none.
     """
     nothing = 1 << 32
     # Largest first, so that one reduction finds both: minus the last selected key, and the first that is not.
@@ -140,14 +147,14 @@ def near_ties(
     contested = (borders > -nothing).all(0)[problems].tolist()
     ends = borders.masked_fill(borders == -nothing, 0) * torch.tensor([[-1], [1]])
     middles = values_of(ends.to(torch.int32)).double().mean(0)[problems].tolist()
-    found = torch.zeros(len(problems), dtype=torch.int64)
+    counts = torch.zeros(len(problems), dtype=torch.int64)
     for layer in range(len(problems)):
         if contested[layer]:
             error = errors(layer)
             # the ineligible are NaN, near to nothing
             near = ((values_of(keys(layer)) - middles[layer]).abs() <= error) & (error > 0)
-            found[layer] = torch.count_nonzero(near)
-    return group.sum(found).tolist()
+            counts[layer] = torch.count_nonzero(near)
+    return group.sum(counts).tolist()
 
 
 def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wanted: int, by: int) -> list[int]:
@@ -161,7 +168,7 @@ def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wan
         by: How many more or fewer that could be.
 
     Returns:
-        Of each layer, over all ranks, the candidates at most ``by`` places from the border.
+        Number of candidates of each layer, over all ranks, that are at most ``by`` candidates away from the border.
     """
     if not by:
         return [0] * layers
@@ -170,7 +177,7 @@ def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wan
 
 
 def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:
-    """Where ranks hold different values that should be equal. Collective.
+    """Find the values that should be equal on all ranks and are not. Collective.
 
     Args:
         group: The ranks to compare.

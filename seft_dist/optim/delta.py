@@ -1,4 +1,4 @@
-"""The deltas a rank owns, as columns, and where all ranks' deltas are.
+"""The deltas that a rank owns, as columns, and the positions of all ranks' deltas.
 
 layer        0            1                  layers lie one after another in every column;
 indices   3 7 20 41    0 5 6                 inside a layer, entries are sorted by position
@@ -36,11 +36,11 @@ class Columns:
 
     @classmethod
     def empty(cls, device: torch.device, positions: torch.dtype) -> "Columns":
-        """No entries.
+        """Make columns without entries.
 
         Args:
-            device: Where they would be.
-            positions: Type of ``indices``.
+            device: Device of the columns.
+            positions: Dtype of ``indices``.
         """
         kinds = {"indices": positions, "age": torch.int32}
         return cls(
@@ -49,7 +49,7 @@ class Columns:
 
     @classmethod
     def grown(cls, indices: Tensor, base: Tensor) -> "Columns":
-        """New entries: delta, moments and age 0.
+        """Make new entries, with delta, moments and age 0.
 
         Args:
             indices: ``Backend.position_dtype`` [k], flat positions.
@@ -63,46 +63,46 @@ class Columns:
         return self.indices.numel()
 
     def take(self, which: Tensor | slice) -> "Columns":
-        """The entries that an index, a mask or a slice names."""
+        """Select entries by an index, a mask or a slice."""
         return Columns(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
     @staticmethod
     def cat(parts: list["Columns"]) -> "Columns":
-        """Entries of several, in their order."""
+        """Concatenate the entries of several columns."""
         return Columns(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Columns)})
 
     def sorted(self) -> "Columns":
-        """The entries by position."""
+        """Sort the entries by position."""
         return self.take(self.indices.argsort())
 
     def weight(self) -> Tensor:
-        """base + delta, fp32 [k]."""
+        """Return base + delta, fp32 [k]."""
         return self.base + self.values
 
     def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, least: float = 0.0) -> Tensor:
-        """One step of AdamW (``AdamW.update_``), after which no weight is 0.
+        """Take one step of AdamW, after which no weight is 0.
 
         Args:
-            grad: As of ``AdamW.update_``.
-            scale: Likewise.
-            ok: Likewise.
-            rule: The step's.
+            grad: fp32 [k].
+            scale: fp32 [], factor of the gradient (clipping).
+            ok: bool [] on the device; False leaves every bit as it is.
+            rule: AdamW with the rates of this step.
             least: Smallest size of a weight afterwards, see ``least_size``.
 
         Returns:
-            fp32 [k], ``weight()`` after it.
+            fp32 [k], ``weight()`` after the step.
         """
         moments = [self.exp_avg, self.exp_avg_sq]
         weight = rule.update_(grad, scale, ok, self.base, self.values, moments, self.age)
         return self._keep_from_zero_(weight, ok, least)
 
     def _keep_from_zero_(self, weight: Tensor, ok: Tensor, least: float) -> Tensor:
-        """Move each delta by so little that its weight is at least ``least`` in size; ``weight`` afterwards."""
+        """Move deltas by so little that each weight is at least ``least`` in size, and return the weights."""
         lost = (weight.abs() < least) & ok
         if lost.is_cpu and not lost.numpy().any():  # elsewhere asking would wait for the device
             return weight
         moved = torch.copysign(torch.full_like(weight, least), weight) - self.base
-        # Of a base so large that the difference is rounded to -base, the delta's neighbour is taken.
+        # Where the base is so large that the difference is rounded to -base, the next number beside the delta is taken.
         beside = torch.nextafter(self.values, torch.zeros_like(self.values))
         moved = torch.where(self.base.abs() < 2.0**24 * least, moved, beside)
         self.values.copy_(torch.where(lost, moved, self.values))
@@ -110,14 +110,14 @@ class Columns:
 
 
 def least_size(dtype: torch.dtype) -> float:
-    """Smallest size of an active weight after an update: it stays non-zero in its type, and cast to bf16.
+    """Return the smallest size of an active weight after an update: it stays non-zero in its type, and cast to bf16.
 
     Args:
-        dtype: Of the model's weights.
+        dtype: Dtype of the model's weights.
     """
-    of = torch.finfo(dtype)
-    # of fp32 and bf16 the same, 1.2e-38: the smallest normal number, which no hardware flushes to 0
-    return max(torch.finfo(torch.bfloat16).smallest_normal, of.smallest_normal * of.eps)
+    info = torch.finfo(dtype)
+    # The same for fp32 and bf16, 1.2e-38: the smallest normal number, which no hardware flushes to 0.
+    return max(torch.finfo(torch.bfloat16).smallest_normal, info.smallest_normal * info.eps)
 
 
 class Support:
@@ -133,7 +133,7 @@ class Support:
         """
         self.shape = shape
         self.sizes = [part.numel() for part in parts]
-        """Entries of each owner."""
+        """Number of entries of each owner."""
         positions = torch.cat(parts)
         _check_inside(positions, shape)
         rows = torch.bincount(positions // shape[1], minlength=shape[0])
@@ -142,14 +142,14 @@ class Support:
         self.col = (positions % shape[1]).to(torch.int32)
         """int32 [len], input feature of each entry."""
         self.bounds = row_bounds(shape, self.crow)
-        """Where blocks of rows begin, on the host: so that no step has to wait for the device to say so."""
+        """Index at which each block of rows begins, on the host: otherwise every step would wait for the device for it."""
         self._blocks: list[Support] = []
 
     def __len__(self) -> int:
         return self.col.numel()
 
     def blocks(self, count: int) -> list["Support"]:
-        """The entries of each of ``count`` equal blocks of rows, numbered from the block's first row on (views)."""
+        """Divide the entries into ``count`` equal blocks of rows (views), each with rows numbered from its first on."""
         if len(self._blocks) != count:  # the first of an evolution's steps waits for the device
             rows, crow = self.shape[0] // count, self.crow.cpu()
             bounds = crow[::rows].tolist()
@@ -165,7 +165,7 @@ class Support:
         return self._blocks
 
     def positions(self) -> Tensor:
-        """Flat positions, int64 [len], increasing."""
+        """Return the flat positions, int64 [len], increasing."""
         rows = torch.arange(self.shape[0], device=self.col.device)
         return rows.repeat_interleave(self.crow.diff()) * self.shape[1] + self.col
 
@@ -180,17 +180,17 @@ def _check_inside(positions: Tensor, shape: tuple[int, int]) -> None:
 
 
 def gather_supports(group: Group, indices: Tensor, lengths: list[int], shapes: list[tuple[int, int]]) -> list[Support]:
-    """Tell every rank all positions of all layers. Collective.
+    """Let every rank know all positions of all layers. Collective.
 
     Args:
         group: The owners.
         indices: int32 or int64, on every rank the same: this rank's positions, sorted in each layer, layers one after
             another.
-        lengths: How many of them each layer has.
+        lengths: Number of this rank's positions in each layer.
         shapes: [out, in] of each layer.
 
     Returns:
-        Each layer's positions.
+        All ranks' positions of each layer.
     """
     table = group.stack(torch.tensor(lengths)).tolist()
     parts = [positions.split(table[rank]) for rank, positions in enumerate(group.gather(indices))]

@@ -1,4 +1,4 @@
-"""One evolution: drop, grow, adapt. Every rank decides about its own interval; only the ranking is shared.
+"""One evolution: drop, grow, adapt. Every rank decides about its own interval, and only the ranking is shared.
 
 mask     1 1 1 0 0 1 0 1      S: positions with a delta
 S          x       x          drop    the smallest |delta| leaves S            (here position 1)
@@ -31,13 +31,16 @@ from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
 Errors = Callable[[Rounding, int], Tensor]
-"""How far rounding can move each score of a layer, fp32, one for each key; called while near-ties are counted."""
+"""Returns how far rounding can move each score of a layer, fp32, one for each key; called while near-ties are counted."""
 
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
 
 class Evolution:
-    """The working state of one evolution. Lists have one item for each target; offsets count from the own interval's start."""
+    """The working state of one evolution.
+
+    Lists have one item for each target. Offsets count from the start of the own interval.
+    """
 
     def __init__(
         self,
@@ -84,8 +87,8 @@ class Evolution:
 
         Args:
             fraction: Share of the support that is dropped, 0 to 1.
-            betas: Of Adam, for seeded moments.
-            first: Whether this is the first support.
+            betas: Adam's decay rates, for seeded moments.
+            first: True if this is the choice of the first support.
 
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
@@ -163,7 +166,7 @@ class Evolution:
         self._near_ties = [before + now for before, now in zip(self._near_ties, near, strict=True)]
 
     def drop(self, fraction: float) -> None:
-        """The entries with the smallest score leave the support. Collective."""
+        """Take the entries with the smallest score out of the support. Collective."""
         chosen = self._select(self._drop_key, [share(fraction, size) for size in self.sizes], self._drop_errors)
         for i, which in enumerate(chosen):
             offsets, base = self._offsets(i)[which], self.entries[i].base[which]
@@ -197,7 +200,7 @@ class Evolution:
         return rounding.of_drop(i, self._offsets(i), self.entries[i])
 
     def grow(self) -> None:
-        """The positions with the largest score above 0 enter the support, pruned ones too. Collective."""
+        """Put the positions with the largest score above 0 into the support, pruned ones too. Collective."""
         wanted = [max(0, budget - size) for budget, size in zip(self.state.budgets, self.sizes, strict=True)]
         if self.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
             wanted = [min(pair) for pair in zip(wanted, self._num_candidates(), strict=True)]
@@ -208,7 +211,14 @@ class Evolution:
             self.state.masks[i] = self._mark(i, self.state.masks[i], offsets, True)
 
     def _best_free(self, wanted: list[int]) -> tuple[Callable[[int], Tensor], list[Tensor]]:
-        """The ranking of those who may grow, and the best of them, not too many of them pruned. Collective."""
+        """Rank the positions that may grow, and choose the best, not too many pruned ones among them. Collective.
+
+        Args:
+            wanted: How many of each target may grow.
+
+        Returns:
+            The ranking, and the own offsets that were chosen.
+        """
         caps = [share(self.config.reactivation, count) for count in wanted]
         any_free = self._inside_groups(lambda i: self._grow_key(i, self._free(i)))
         if caps == wanted:
@@ -226,7 +236,7 @@ class Evolution:
         return [share(self.config.window_candidates, budget) for budget in self.state.budgets]
 
     def keep_candidates(self) -> None:
-        """Of a window's gradient keep the support's, the best to grow and the best to prune. Collective."""
+        """Narrow the windows to the support, the best positions to grow and the best to prune. Collective."""
         began, sent = time.perf_counter(), self.backend.bytes_sent
         self._estimate_rounding()
         wanted = self._num_candidates()
@@ -247,9 +257,9 @@ class Evolution:
         self.record.near_ties = self._near_ties or []
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """In each group only the best compete to grow, as many as it has active positions. Collective with a pattern.
+        """Let only the best of each group compete to grow, as many as it has active positions. Collective with a pattern.
 
-        What is reactivated costs its group an active position that did not grow: so there are always enough of them.
+        Each reactivated position costs its group an active position that did not grow, so there are always enough of those.
         """
         return GroupRanking(self.groups, key, self.groups.counter(self._mask)) if self.groups else key
 
@@ -258,7 +268,7 @@ class Evolution:
             self._count(ranking.close_calls(chosen, partial(errors, self._rounding)))
 
     def _free(self, i: int) -> Tensor:
-        """Bits of the positions that may enter the support."""
+        """Return the positions that may enter the support, uint8, packed."""
         free = self.windows[i].known()
         if free is None:
             free = torch.full_like(self.state.masks[i], 255)
@@ -277,11 +287,11 @@ class Evolution:
             positions = torch.arange(start, start + numel, device=self.backend.device)
             score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
             return keys(score, largest=True, eligible=eligible)
-        # A score of 0 says nothing for a position: it would cost an active weight, and the next update would not move it.
+        # Nothing speaks for a position with score 0: it would cost an active weight, and the next update would not move it.
         return key.masked_fill_(key == 0, INELIGIBLE)
 
     def adapt(self) -> None:
-        """The active positions with the smallest score leave the mask until it has its size again. Collective."""
+        """Take the active positions with the smallest score out of the mask until it has its size again. Collective."""
         self.removed = [offsets[:0] for offsets in self.grown]
         if self.config.adapt == "none":
             return
@@ -308,7 +318,7 @@ class Evolution:
         return removed
 
     def _best_of_groups(self, groups: NMGroups) -> list[Tensor]:
-        """Each group gives up as many as it got back."""
+        """Choose in each group as many positions as were reactivated in it. Collective."""
 
         def reactivated(i: int) -> Tensor:
             marks = torch.zeros(len(self.intervals[i]), dtype=torch.bool, device=self.backend.device)
@@ -341,7 +351,11 @@ class Evolution:
         return keys(weight, largest=False, eligible=eligible, absolute=True)
 
     def commit(self, betas: tuple[float, float]) -> None:
-        """Give the grown positions entries, and every rank all positions. Collective."""
+        """Give the grown positions entries, and every rank all positions. Collective.
+
+        The order matters: a backend that stores active positions only has to know the new mask before it can find a grown
+        position, and entries must be in place before the replicas' weights are written.
+        """
         for i, removed in enumerate(self.removed):
             self.backend.remask(i, self.state.masks[i], removed)
         self.backend.sync_mask_counts()
@@ -363,7 +377,7 @@ class Evolution:
         new.age = torch.full_like(new.age, age)
 
     def _write_to_replicas(self) -> None:
-        """Write what changed outside the own interval. Collective."""
+        """Write what other ranks changed in their intervals into this rank's whole weights. Collective."""
         changed = [torch.cat(moved) for moved in zip(self.dropped, self.removed, strict=True)]
         owners = self.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()

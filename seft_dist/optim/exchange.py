@@ -5,9 +5,17 @@
     on its way                                  0 ------------->            while layers 2, 1, 0 are still computed
                                                              1 -------->    step() waits for both
 
-A bucket leaves as soon as all its layers have recorded as often as in the backward pass before. Buckets leave in order, on
-every rank in the same one, over a group of their own: the engine's collectives cannot come in between. What has not left
-by then leaves in ``finish``, so the result does not depend on when anything left.
+Inside a bucket, gradients are sorted by the rank that they go to, so that one all-to-all call moves all of them:
+
+    to rank 0:  layer 5, layer 4, layer 3      to rank 1:  layer 5, layer 4, layer 3      ...
+
+Nobody announces that a layer has recorded for the last time in a backward pass (a module may be used several times, or not at
+all), so the pass before it is taken as the measure: a bucket leaves as soon as its layers have recorded as often as then. What
+has not left by the end of the pass leaves in ``finish``. The sums are the same whenever a bucket leaves.
+
+Buckets leave in their order, which is the same on every rank although layers may record in different orders there. They use a
+process group of their own: FSDP2 and DeepSpeed start collectives during backward too, and over one group two ranks could
+match the call of one with the call of the other.
 """
 
 from collections.abc import Callable
@@ -21,17 +29,17 @@ from seft_dist.optim.delta import Support
 from seft_dist.optim.slot import Slot
 
 BUCKET_BYTES = 25 << 20
-"""Of gradients; a bucket is closed when it has that many. What DistributedDataParallel takes by default."""
+"""Size at which a bucket of gradients is closed: the default of DistributedDataParallel."""
 _LEAST_BUCKETS = 4
-"""Small models have buckets of a quarter of their gradients: else nothing would leave before the end."""
+"""Least number of buckets. With a single one, nothing of a small model could leave before the end."""
 
 
 def buckets_of(sizes: list[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
-    """Layers in backward order, cut where a bucket has enough bytes.
+    """Divide layers in backward order into buckets, cut where a bucket has enough bytes.
 
     Args:
-        sizes: Deltas of each layer, in forward order.
-        bucket_bytes: Of fp32 gradients.
+        sizes: Number of deltas of each layer, in forward order.
+        bucket_bytes: Bytes of fp32 gradients at which a bucket is closed.
     """
     enough = min(bucket_bytes, max(1, -(-4 * sum(sizes) // _LEAST_BUCKETS)))
     buckets: list[list[int]] = [[]]
@@ -49,21 +57,28 @@ class Exchange:
     """Brings this rank's gradients at all ranks' deltas to their owners. Lists have one item for each target."""
 
     def __init__(self, backend: Backend, slots: list[Slot]) -> None:
-        """Collective on several ranks.
+        """Make a process group, and listen to the slots. Collective on several ranks.
 
         Args:
-            backend: Says who owns what.
-            slots: Where backward puts the gradients; they tell this object when one is there.
+            backend: Knows which rank owns which positions.
+            slots: Where backward puts the gradients; each calls this object when it has recorded one.
         """
         self.backend, self.slots = backend, slots
         self.group = backend.owners.twin()
         self._overlaps = False
+        """True while buckets may leave during the backward pass."""
         self._expected = [0] * len(slots)
+        """Records of each layer in the last backward pass of the step before."""
         self._seen = [0] * len(slots)
+        """Records of each layer in this backward pass."""
         self._buckets: list[list[int]] = []
+        """Layers of each bucket."""
         self._bucket_of: list[int] = []
+        """Bucket of each layer."""
         self._waits_for: list[int] = []
+        """Records that each bucket still waits for; -1: it leaves in ``finish``."""
         self._sums: list[Sum] = []
+        """Sums of the buckets that have left."""
         self._supports: list[Support] = []
         for i, slot in enumerate(slots):
             slot.on_record(self._recorder(i))
@@ -74,10 +89,10 @@ class Exchange:
         return len(self._sums)
 
     def prepare(self, supports: list[Support]) -> None:
-        """Expect the gradients of a step.
+        """Get ready for the gradients of a step.
 
         Args:
-            supports: Where they are.
+            supports: Positions of each target's gradient.
         """
         if len(supports) != len(self._supports) or any(
             a is not b for a, b in zip(supports, self._supports, strict=True)
@@ -92,7 +107,7 @@ class Exchange:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was recorded since the last step. What has left is waited for."""
+        """Forget what was recorded since the last step. Waits for the buckets that have left."""
         for total in self._sums:
             total.wait()
         self._sums = []
@@ -100,10 +115,10 @@ class Exchange:
         self._seen = [0] * len(self.slots)
 
     def set_last(self, is_last: bool) -> None:
-        """Say whether the coming backward pass is the last one of the step, on every rank.
+        """Set whether the coming backward pass is the last one of the step; the same on every rank.
 
         Args:
-            is_last: True: gradients may leave while it runs.
+            is_last: True to let gradients leave while it runs.
         """
         # Whatever the step had before is in the slots already and leaves with this pass.
         self._overlaps = is_last and self.group.size > 1
@@ -133,7 +148,7 @@ class Exchange:
         return recorded
 
     def _send(self) -> None:
-        """Let the next bucket go. Collective, without waiting."""
+        """Start to send the next bucket. Collective, without waiting."""
         layers = self._buckets[self.num_sent]
         ranks = range(self.group.size)
         parts = [self._take_gradient(i).split(self._supports[i].sizes) for i in layers]
@@ -147,10 +162,10 @@ class Exchange:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Wait for all gradients. Collective.
+        """Send what has not left, and wait for all gradients. Collective.
 
         Returns:
-            fp32 [own], own entries' gradient averaged over all ranks, layers in forward order.
+            fp32 [own], gradient of the own entries averaged over all ranks, layers in forward order.
         """
         while self.num_sent < len(self._buckets):
             self._send()

@@ -1,11 +1,19 @@
 """N:M patterns over ranks: groups that a border between two ranks cuts are completed on each side.
 
-M = 4, chunks of 6      rank 0: 0 1 2 3 4 5|           left  right
-                        rank 1:            |6 7 8 9 10 11      rank 0:   -    6 7
-                                                               rank 1:  4 5    -
+M = 4, chunks of 6 positions:
 
-Each rank that touches a group sees all of it, so all of them come to the same result and keep their own part of it. Only
-values of cut groups travel: at most 2 (M - 1) of a rank and layer, whatever the size of the model.
+    group              0         1             2
+    position     0 1 2 3   4 5 | 6 7   8 9 10 11
+    rank         0 owns 0 .. 5 | 1 owns 6 .. 11
+
+    edges of rank 0: left nothing, right 6 7      rank 0 ranks groups 0 and 1, and keeps 0 .. 5 of the result
+    edges of rank 1: left 4 5, right nothing      rank 1 ranks groups 1 and 2, and keeps 6 .. 11
+
+Each rank that touches a group sees all of it, so that all of them come to the same result. Ranking on one of the ranks and
+sending the result back would take two exchanges instead of one. Only values of cut groups travel: at most 2 (M - 1) of a rank
+and layer, whatever the size of the model. Where every chunk holds whole groups (FSDP2 keeps whole rows), nothing is sent.
+
+All ranks must enter an exchange with the same layers in the same order, also those ranks that own nothing of them.
 """
 
 from collections.abc import Callable
@@ -22,7 +30,7 @@ from seft_dist.sparsity.partition import Interval
 from seft_dist.sparsity.selection import INELIGIBLE
 
 Edges = dict[int, tuple[Tensor, Tensor]]
-"""Of each layer with cut groups: others' values left and right of the own interval that complete its groups."""
+"""A layer with cut groups to the other ranks' values left and right of the own interval that complete its groups."""
 
 
 class NMGroups:
@@ -44,26 +52,28 @@ class NMGroups:
         self._offsets: dict[int, list[int]] = {}
 
     def exchange(self, values: Callable[[int], Tensor]) -> Edges:
-        """Complete the cut groups. Collective, unless no layer has any.
+        """Get the values of other ranks that complete the cut groups. Collective, unless no layer has any.
 
         Args:
             values: This rank's values of a layer, [n] in the order of its interval; called once for each layer in ``cut``.
         """
         if not self.cut:
             return {}
+        # One message for all layers. A rank sends the ends of its intervals to everybody, because a group can span more than
+        # two ranks; what is not needed by a rank is dropped there.
         sent = []
         for i in self.cut:
             own, start = values(i), self.backend.interval(i).start
             sent += [own[part.start - start : part.stop - start] for part in self._sent(i, self.backend.owners.rank)]
         received = self.backend.owners.gather(torch.cat(sent))
         return {
-            i: (self._find(received, at, left), self._find(received, at, right))
+            i: (self._pick(received, at, left), self._pick(received, at, right))
             for at, (i, (left, right)) in enumerate(self._missing.items())
         }
 
     @cached_property
     def _missing(self) -> dict[int, tuple[Interval, Interval]]:
-        """What completes the own interval of each cut layer."""
+        """Positions left and right that complete the own interval of each cut layer."""
         missing = {}
         for i in self.cut:
             own = self.backend.interval(i)
@@ -72,13 +82,24 @@ class NMGroups:
         return missing
 
     def _sent(self, i: int, rank: int) -> tuple[Interval, Interval]:
-        """The positions of cut groups at both ends of a rank's interval (one of a rank inside one group is sent once)."""
+        """Return the positions of cut groups at both ends of a rank's interval.
+
+        An interval inside one group is all head: its positions are sent once.
+        """
         own = self.backend.partitions[i].interval(rank)
         head = Interval(own.start, min(own.stop, nm_pattern.extent(Interval(own.start, own.start), self.size).stop))
         return head, Interval(max(head.stop, own.stop // self.size * self.size), own.stop)
 
-    def _find(self, received: list[Tensor], at: int, wanted: Interval) -> Tensor:
-        """Values of positions next to the own interval; a group can span many ranks where intervals are short."""
+    def _pick(self, received: list[Tensor], at: int, wanted: Interval) -> Tensor:
+        """Pick the values of positions next to the own interval out of all ranks' messages.
+
+        The positions can belong to several ranks where intervals are shorter than a group.
+
+        Args:
+            received: Message of each rank.
+            at: Index of the layer in ``cut``.
+            wanted: The positions.
+        """
         i = self.cut[at]
         pieces = [received[0][:0]]
         chunk, position = self.backend.partitions[i].chunk, wanted.start
@@ -93,7 +114,7 @@ class NMGroups:
         return torch.cat(pieces)
 
     def _begin(self, rank: int) -> list[int]:
-        """Where each cut layer's values begin in what a rank sent."""
+        """Return the index in a rank's message at which each cut layer's values begin."""
         if rank not in self._offsets:
             begins, offset = [], 0
             for i in self.cut:
@@ -103,12 +124,12 @@ class NMGroups:
         return self._offsets[rank]
 
     def whole(self, i: int, own: Tensor, edges: Edges) -> Tensor:
-        """Own values with what completes the first and the last group.
+        """Add what completes the first and the last group to the own values.
 
         Args:
-            i: Which target.
-            own: [n], of the own interval.
-            edges: From ``exchange`` of the same values.
+            i: Number of the target.
+            own: [n], values of the own interval.
+            edges: What ``exchange`` returned for the same values.
         """
         if i not in edges or not any(map(len, edges[i])):
             return own
@@ -116,27 +137,29 @@ class NMGroups:
         return torch.cat([left, own, right])
 
     def own(self, i: int, whole: Tensor) -> Tensor:
-        """The own interval's part of what ``whole`` gave, a view."""
+        """Return the part of the own interval, a view; the inverse of ``whole``."""
         left = self._missing[i][0] if i in self._missing else ()
         return whole[len(left) : len(left) + len(self.backend.interval(i))]
 
     def counter(self, marks: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """How many positions of each group are marked. Collective; what it returns is local.
+        """Count the marked positions of each group. Collective; the function that it returns is not.
 
         Args:
-            marks: bool [n] of a layer's own interval.
+            marks: Returns bool [n] for the own interval of a layer.
 
         Returns:
-            Function of the layer, giving int64 [groups that the own interval touches].
+            A function that returns the counts of a layer, int64 [groups that the own interval touches].
         """
         edges = self.exchange(lambda i: marks(i).to(torch.uint8))
         return lambda i: nm_pattern.counts(self.whole(i, marks(i).to(torch.uint8), edges).bool(), self.size)
 
     def fingerprints(self, masks: list[Tensor]) -> list[int]:
-        """Hash of the active positions of every group of each whole weight, the same for every layout. Collective.
+        """Hash the number of active positions of every group of each whole weight. Collective.
+
+        The hash is the same for every layout.
 
         Args:
-            masks: uint8, packed mask of the own interval.
+            masks: Packed mask of the own interval of each target, uint8.
         """
         own = [
             nm_pattern.fingerprint(unpack(masks[i], len(interval)), interval.start, self.size)
@@ -145,7 +168,7 @@ class NMGroups:
         return self.backend.owners.sum(torch.stack(own).cpu()).tolist()
 
     def fullest(self, masks: list[Tensor]) -> list[tuple[int, int]]:
-        """The group with the most active positions of each whole weight, and how many it has. Collective.
+        """Return the group with the most active positions of each whole weight, and how many it has. Collective.
 
         Args:
             masks: As for ``fingerprints``.
@@ -153,32 +176,32 @@ class NMGroups:
         active = self.counter(lambda i: unpack(masks[i], len(self.backend.interval(i))))
         rows = torch.full((len(masks), 2), -1)
         for i in range(len(masks)):
-            found = active(i)
-            if len(found):
-                most = int(found.argmax())
+            counts = active(i)
+            if len(counts):
+                most = int(counts.argmax())
                 rows[i, 0] = nm_pattern.extent(self.backend.interval(i), self.size).start // self.size + most
-                rows[i, 1] = found[most]
+                rows[i, 1] = counts[most]
         every = self.backend.owners.stack(rows)
         ranks = every[:, :, 1].argmax(0)
         return [(int(every[rank, i, 0]), int(every[rank, i, 1])) for i, rank in enumerate(ranks.tolist())]
 
     def check(self, masks: list[Tensor], prints: list[int]) -> None:
-        """See that no group broke the pattern, and each has as many active positions as at the start. Collective.
+        """Check that no group broke the pattern, and that each has as many active positions as at the start. Collective.
 
         Args:
             masks: As for ``fingerprints``.
-            prints: What ``fingerprints`` gave at the start.
+            prints: What ``fingerprints`` returned at the start.
 
         Raises:
             RuntimeError: Names the layer; every rank raises the same.
         """
-        for name, shape, (group, found) in zip(
+        for name, shape, (group, count) in zip(
             self.backend.names, self.backend.shapes, self.fullest(masks), strict=True
         ):
-            if found > self.most:
+            if count > self.most:
                 where = describe_group(group, self.size, shape[1])
                 raise RuntimeError(
-                    f"{name}: {where} hold {found} active positions, needs at most {self.most}; "
+                    f"{name}: {where} hold {count} active positions, needs at most {self.most}; "
                     "the run stops, its last checkpoint is intact"
                 )
         for name, before, now in zip(self.backend.names, prints, self.fingerprints(masks), strict=True):
@@ -190,32 +213,36 @@ class NMGroups:
 
 
 class GroupRanking:
-    """Keys of the best of each group; all other positions are ineligible. Called as keys are, with a layer's number."""
+    """Keys in which only the best of each group are eligible.
+
+    It takes the place of a function that returns the keys of a layer. The keys are computed again in each call: one layer's
+    keys exist at a time, only those of cut groups are kept.
+    """
 
     def __init__(self, whole_groups: NMGroups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:
-        """Collective, everything else is local.
+        """Exchange the keys of cut groups. Collective.
 
         Args:
-            whole_groups: Of all layers.
-            keys: This rank's keys of a layer, int32 [n].
-            limits: How many are taken of each group of a layer, int64 [groups that the own interval touches].
+            whole_groups: Groups of all layers.
+            keys: Returns this rank's keys of a layer, int32 [n].
+            limits: Returns how many are taken of each group of a layer, int64 [groups that the own interval touches].
         """
         self._groups, self._keys, self._limits = whole_groups, keys, limits
         self._edges = whole_groups.exchange(keys)
 
     def __call__(self, i: int) -> Tensor:
-        """int32 [n], of the own interval."""
+        """Return the keys of a layer's own interval, int32 [n]."""
         own = self._keys(i)
         whole = self._groups.whole(i, own, self._edges)
         best = nm_pattern.best(whole, self._limits(i), self._groups.size)
         return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
 
     def close_calls(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
-        """Of each layer, the positions on all ranks that rounding could have put in or out of a group's best. Collective.
+        """Count the positions of each layer that rounding could have put in or out of a group's best. Collective.
 
         Args:
-            chosen: int64, own offsets that were taken in the end; groups without any are not counted.
-            errors: Of a layer, fp32 [n]: how far rounding can move each score.
+            chosen: Own offsets of each layer that were taken in the end, int64; groups without any are not counted.
+            errors: Returns how far rounding can move each score of a layer, fp32 [n].
         """
         whole_groups, size = self._groups, self._groups.size
         edges = whole_groups.exchange(errors)
@@ -225,23 +252,23 @@ class GroupRanking:
             return taken.index_fill_(0, chosen[i], True)
 
         taken_of = whole_groups.counter(marks)
-        found = torch.zeros(len(chosen), dtype=torch.int64)
+        counts = torch.zeros(len(chosen), dtype=torch.int64)
         for i in range(len(chosen)):
             key = whole_groups.whole(i, self._keys(i), self._edges)
             error = whole_groups.whole(i, errors(i), edges)
             close = nm_pattern.close_calls(key, self._limits(i), size, error)
             close &= (taken_of(i) > 0).repeat_interleave(size)
-            found[i] = torch.count_nonzero(whole_groups.own(i, close))
-        return whole_groups.backend.owners.sum(found).tolist()
+            counts[i] = torch.count_nonzero(whole_groups.own(i, close))
+        return whole_groups.backend.owners.sum(counts).tolist()
 
 
 def describe_group(group: int, size: int, width: int) -> str:
-    """A group in words, e.g. "row 3, inputs 8 to 11".
+    """Describe a group in words, e.g. "row 3, inputs 8 to 11".
 
     Args:
-        group: Its number in the flattened weight.
+        group: Number of the group in the flattened weight.
         size: M.
-        width: Inputs of a row.
+        width: Number of inputs of a row.
     """
     row, first = divmod(group * size, width)
     return f"row {row}, inputs {first} to {first + size - 1}"

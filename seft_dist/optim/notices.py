@@ -1,4 +1,4 @@
-"""Warnings of runs that would end well and have done nothing: each is given once, by one rank."""
+"""Warnings about runs that would end without an error and without a result. Each is given once, by one rank."""
 
 import warnings
 
@@ -11,7 +11,7 @@ from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State
 from seft_dist.sparsity.schedule import first_evolution
 
-_LEVEL = 4  # of the caller of what calls the optimizer's method, roughly: hooks lie in between
+_LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
 
 
 def _is_main(backend: Backend) -> bool:
@@ -19,7 +19,7 @@ def _is_main(backend: Backend) -> bool:
 
 
 def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
-    """Say so if the schedule has no evolution although it is not ``static``.
+    """Warn if the schedule has no evolution although it is not ``static``.
 
     Args:
         backend: Knows the ranks.
@@ -54,14 +54,14 @@ def warn_without_recomputation(backend: Backend) -> None:
 def warn_without_gradient(
     backend: Backend, config: SeftConfig, state: State, check: GradientCheck, first: bool
 ) -> None:
-    """Say so if there is nothing to learn from, in all layers or in some. Waits for the device.
+    """Warn if there is nothing to learn from, in all layers or in some. Waits for the device.
 
     Args:
         backend: Knows the ranks.
         config: The method.
         state: After the step's update.
         check: Result for the gradient that the deltas were updated with.
-        first: Whether the first support was chosen in this step.
+        first: True if the first support was chosen in this step.
     """
     if not _is_main(backend):
         return

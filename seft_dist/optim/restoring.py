@@ -21,39 +21,39 @@ from seft_dist.sparsity.partition import Interval
 WINDOW_OWN = ("positions", "total", "squares")
 """Window statistics with one value for each own weight or candidate."""
 WINDOW_SHARED = ("rows", "cols")
-"""The same on every rank."""
+"""Window statistics that are the same on every rank."""
 WINDOW_SUMS = ("norms", "outputs")
-"""Of each rank's own tokens."""
+"""Window statistics of each rank's own tokens."""
 COLUMNS = tuple(field.name for field in fields(Columns))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a part of one target may hold."""
+    """Bounds of what a rank's part of one target may hold."""
 
     name: str
     shape: tuple[int, int]
     """[rows, columns] of the whole weight."""
     interval: Interval
-    """The part's."""
+    """Positions of the part."""
     dtype: torch.dtype
-    """Of the model's weights."""
+    """Dtype of the model's weights."""
     positions: torch.dtype
-    """Type of the positions in the model's weights."""
+    """Dtype of the positions in the model's weights."""
     config: SeftConfig
     steps: int
     """Optimizer steps done."""
     window_steps: int
-    """Steps of a window that has begun; 0: none has."""
+    """Number of steps in a window that has begun; 0: none has."""
 
-    def expect(self, holds: bool, found: str, needed: str) -> None:
+    def expect(self, holds: bool, actual: str, needed: str) -> None:
         """Raise a ValueError that names the target unless a condition holds."""
         if not holds:
-            raise ValueError(f"{self.name}: {found}; needs {needed}: this is no state that training has written")
+            raise ValueError(f"{self.name}: {actual}; needs {needed}: this is no state that training has written")
 
 
 def parts_of(layer: LayerDelta) -> dict[str, Tensor | None]:
-    """The tensors of a target's part by the names that they have in checkpoints."""
+    """Return the tensors of a target's part by the names that they have in checkpoints."""
     parts: dict[str, Tensor | None] = {key: getattr(layer.columns, key) for key in COLUMNS}
     parts |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
     if layer.window is not None:
@@ -63,14 +63,14 @@ def parts_of(layer: LayerDelta) -> dict[str, Tensor | None]:
 
 
 def check_part(parts: Mapping[str, Tensor | None], limits: Limits) -> None:
-    """See that a part of a target is one that training could have left.
+    """Check that training could have left a part of a target as it is.
 
     Args:
         parts: Tensors by their names, see ``parts_of``; window sums and shared statistics may be missing.
-        limits: What they may hold.
+        limits: Bounds of the tensors.
 
     Raises:
-        ValueError: Names the target, what was found and what is needed.
+        ValueError: Names the target, what it holds and what is needed.
     """
     start, numel = limits.interval.start, len(limits.interval)
     mask = _vector(parts, "mask", torch.uint8, -(-numel // 8), limits)
@@ -126,14 +126,14 @@ def _given(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> Tens
 
 def _vector(parts: Mapping[str, Tensor | None], key: str, dtype: torch.dtype, length: int, limits: Limits) -> Tensor:
     value = _given(parts, key, limits)
-    found = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    actual = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     needed = f"{str(dtype).removeprefix('torch.')} [{length}]"
-    limits.expect(value.dtype == dtype and value.shape == (length,), found, needed)
+    limits.expect(value.dtype == dtype and value.shape == (length,), actual, needed)
     return value
 
 
 def _positions(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> Tensor:
-    """Increasing flat positions inside the interval."""
+    """Return a vector of increasing flat positions inside the interval."""
     given = _given(parts, key, limits)
     value = _vector(parts, key, limits.positions, len(given) if given.dim() == 1 else 0, limits)
     wrong = (value[1:] <= value[:-1]).nonzero()
@@ -145,7 +145,7 @@ def _positions(parts: Mapping[str, Tensor | None], key: str, limits: Limits) -> 
 
 
 def _bounded(values: Tensor, key: str, low: float | None, high: float | None, limits: Limits) -> None:
-    """Finite, and from ``low`` to ``high``."""
+    """Check that all values are finite and from ``low`` to ``high``."""
     if not values.numel():
         return
     least, most = (float(extreme) for extreme in values.aminmax())  # both NaN if there is one
@@ -159,17 +159,17 @@ def _bounded(values: Tensor, key: str, low: float | None, high: float | None, li
 def check_layers(
     layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int
 ) -> None:
-    """See that layers are this rank's part of every target, and that they can be taken over.
+    """Check that layers are this rank's part of every target, and that they can be taken over.
 
     Args:
-        layers: In the targets' order.
-        backend: Says who owns what.
+        layers: This rank's parts, in the targets' order.
+        backend: Knows which rank owns which positions.
         config: The method.
-        state: Of the run's beginning.
+        state: State at the beginning of the run.
         num_steps: Optimizer steps done.
 
     Raises:
-        ValueError: Names the target, what was found and what is needed.
+        ValueError: Names the target, what it holds and what is needed.
     """
     if [layer.name for layer in layers] != backend.names:
         raise ValueError(f"{len(layers)} layers were given for the {len(backend.names)} targets, or in another order")
@@ -194,7 +194,7 @@ def check_layers(
 
 
 def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State) -> None:
-    """As many active positions and deltas over all ranks as there must be. Collective."""
+    """Check the numbers of active positions and deltas over all ranks. Collective."""
     counts = backend.owners.sum(torch.tensor([[popcount(layer.mask), len(layer.columns)] for layer in layers]))
     for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
         if config.adapt != "none" and active != layer.target:
@@ -204,17 +204,17 @@ def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftCo
 
 
 def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int) -> None:
-    """Put masks and deltas into the weights and the state, once all of them are seen to be right. Collective.
+    """Put masks and deltas into the weights and the state, after all of them have been checked. Collective.
 
     Args:
         layers: This rank's part of every target.
         backend: Holds the weights, as they were when the run began.
         config: The method.
-        state: Is changed.
+        state: The state to change.
         num_steps: Optimizer steps done.
 
     Raises:
-        ValueError: Names the target, what was found and what is needed; every rank raises the same, nothing was changed.
+        ValueError: Names the target, what it holds and what is needed; every rank raises the same, nothing was changed.
     """
     raise_on_all_ranks(backend, lambda: check_layers(layers, backend, config, state, num_steps))
     _check_counts(layers, backend, config, state)

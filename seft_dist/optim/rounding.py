@@ -1,4 +1,6 @@
-"""How far rounding can move the scores of an evolution, so that near-ties can be told from choices; only where they are counted.
+"""Estimates of how far rounding can move the scores of an evolution, by which near-ties differ from choices.
+
+They are made only where near-ties are counted.
 
 A gradient is a sum over tokens. Where its terms cancel it is small, but the error of the sum is that of its terms: as large
 as at a position of the same row and column whose terms do not cancel. So an error is a share of the value and of what is
@@ -15,7 +17,7 @@ from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 
 ROUNDING = 2.0**-12
-"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md says what was met)."""
+"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md has measured ones)."""
 _BF16 = 2.0**-8
 """The same where gradients are kept in bf16: two of its steps."""
 
@@ -24,12 +26,12 @@ class Rounding:
     """Errors of the scores that the criteria rank by. Lists have one item for each target."""
 
     def __init__(self, backend: Backend, config: SeftConfig, windows: list[Window], entries: list[Columns]) -> None:
-        """Find out what is typical. Collective; one sum of a few numbers for each row and column.
+        """Compute what is typical of each row and column. Collective; one sum of a few numbers for each of them.
 
         Args:
-            backend: Says who owns what.
+            backend: Knows which rank owns which positions.
             config: The criteria.
-            windows: Settled statistics of each target.
+            windows: Statistics of each target, after ``Window.reduce_factors``.
             entries: The own deltas of each target, before any is dropped.
         """
         self._backend, self._config, self._windows = backend, config, windows
@@ -47,7 +49,7 @@ class Rounding:
             self._update.append((delta, root))
 
     def _sums(self, i: int, needed: bool) -> list[Tensor]:
-        """Squares of the gradient summed over each row, how many are not 0, and the same of the columns; fp64."""
+        """Return the sum of squares and the number of non-zeros of the gradient in each row, then in each column; fp64."""
         (rows, cols), interval = self._backend.shapes[i], self._backend.interval(i)
         sums = [
             torch.zeros(size, dtype=torch.float64, device=self._backend.device) for size in (rows, rows, cols, cols)
@@ -68,7 +70,7 @@ class Rounding:
         return torch.stack([entries.values.square().sum(), root.square().sum(), (entries.age > 0).sum()]).double()
 
     def _root(self, entries: Columns) -> Tensor:
-        """The size of an entry's gradients, up to a factor that is much the same for all, fp32 [k]."""
+        """Return the size of each entry's gradients, up to a factor that is much the same for all, fp32 [k]."""
         return (entries.exp_avg_sq / entries.age.clamp(min=1)).sqrt()
 
     def _of_gradient(self, i: int) -> Tensor:
@@ -90,11 +92,11 @@ class Rounding:
         return errors
 
     def of_drop(self, i: int, offsets: Tensor, entries: Columns) -> Tensor:
-        """Errors of the scores by which a layer's own deltas are dropped, fp32 [k]; random ones have none.
+        """Return the errors of the scores by which a layer's own deltas are dropped, fp32 [k]; random ones have none.
 
         Args:
-            i: Which target.
-            offsets: int64 [k], where the deltas are.
+            i: Number of the target.
+            offsets: int64 [k], offsets of the deltas in the own interval.
             entries: The own deltas.
         """
         if self._config.drop == "random":
@@ -106,7 +108,7 @@ class Rounding:
         return errors * gradient + entries.values.abs() * self._of_gradient(i)[offsets]
 
     def of_grow(self, i: int) -> Tensor:
-        """Errors of the scores by which a layer's own positions enter the support, fp32 [n]; random ones have none."""
+        """Return the errors of the scores by which a layer's own positions enter the support, fp32 [n]; 0 for random ones."""
         interval = self._backend.interval(i)
         if self._config.grow == "random":
             return torch.zeros(len(interval), device=self._backend.device)
@@ -118,13 +120,13 @@ class Rounding:
         return 2 * root * (root + self._typical_of(i)) * self._share
 
     def of_adapt(self, i: int, weight: Tensor, norms: Tensor | None, offsets: Tensor, entries: Columns) -> Tensor:
-        """Errors of the scores by which a layer's own positions leave the mask, fp32 [n].
+        """Return the errors of the scores by which a layer's own positions leave the mask, fp32 [n].
 
         Args:
-            i: Which target.
+            i: Number of the target.
             weight: fp32 [n], the own weights before any cast.
-            norms: fp32 [in], of the inputs, for criterion "activation".
-            offsets: int64 [k], where the deltas are.
+            norms: fp32 [in], norms of the inputs, for criterion "activation".
+            offsets: int64 [k], offsets of the deltas in the own interval.
             entries: The own deltas.
         """
         errors = self._of_weights(i, weight, offsets, entries)

@@ -27,22 +27,22 @@ _CHECKED_LAYERS = 4
 _CHECKED_POSITIONS = 64
 
 
-def agree_on_config(backend: Backend, told: str) -> None:
-    """Refuse ranks that were given something else. Collective.
+def agree_on_config(backend: Backend, settings: str) -> None:
+    """Refuse ranks that were given other settings. Collective.
 
     Args:
         backend: Knows the ranks.
-        told: This rank's configuration as text.
+        settings: This rank's settings as text.
 
     Raises:
         ValueError: Naming the ranks; every rank raises the same.
     """
-    digest = int.from_bytes(hashlib.sha256(told.encode()).digest()[:7], "little")
+    digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "little")
     for ranks in (backend.owners, backend.replicas):
         wrong = disagreeing(ranks, torch.tensor([digest]))
         if wrong:
             raise ValueError(
-                f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {told}"
+                f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {settings}"
             )
 
 
@@ -56,9 +56,9 @@ def clear_negative_zeros(backend: Backend) -> None:
     Args:
         backend: Holds the weights.
     """
-    found = torch.tensor([int(has_negative_zeros(backend.memory(i)[0])) for i in range(len(backend.names))])
-    # Agreed on: where writes are published, all ranks must have written.
-    wanted = backend.replicas.max(backend.owners.max(found)).tolist()
+    flags = torch.tensor([int(has_negative_zeros(backend.memory(i)[0])) for i in range(len(backend.names))])
+    # All ranks write if one of them has to: publishing a write is collective.
+    wanted = backend.replicas.max(backend.owners.max(flags)).tolist()
     if any(wanted):
         with backend.writing():
             for i in (i for i, is_wanted in enumerate(wanted) if is_wanted):
@@ -67,14 +67,14 @@ def clear_negative_zeros(backend: Backend) -> None:
 
 
 def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
-    """Look at the weights as they are. Collective.
+    """Derive masks, counts and hashes from the weights as they are. Collective.
 
     Args:
         backend: Holds the weights.
 
     Returns:
-        For each target: this rank's part of the mask of non-zero weights, packed; how many weights of the whole are not
-        0; and a hash of the whole.
+        Three lists with one item for each target: this rank's part of the mask of non-zero weights, packed; the number of
+        non-zero weights in the whole; and a hash of the whole.
 
     Raises:
         ValueError: The weights are of several dtypes or not finite; every rank raises the same.
@@ -96,7 +96,7 @@ def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
 
 
 def first_state(backend: Backend, config: SeftConfig) -> State:
-    """Masks from the weights as they are, no deltas. Collective.
+    """Make the state of a run that begins: masks from the weights as they are, no deltas. Collective.
 
     Args:
         backend: Holds the pruned weights.
@@ -125,7 +125,11 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
 
 
 def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
-    """See that the model has the N:M pattern; gives what later tells whether it still has."""
+    """Check that the model has the N:M pattern. Collective with a pattern.
+
+    Returns:
+        A hash of each target's groups, by which ``NMGroups.check`` knows later that none has changed; empty without a pattern.
+    """
     if config.pattern is None:
         return []
     most, size = pattern_sizes(config.pattern)
@@ -136,10 +140,10 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
                 "the layer out (targets), or set no pattern"
             )
     groups = NMGroups(backend, config.pattern)
-    for name, (_, width), (group, found) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
-        if found > most:
+    for name, (_, width), (group, count) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
+        if count > most:
             raise ValueError(
-                f"{name}: {describe_group(group, size, width)} hold {found} non-zero weights, pattern {config.pattern} allows "
+                f"{name}: {describe_group(group, size, width)} hold {count} non-zero weights, pattern {config.pattern} allows "
                 f"{most}; prune the model to {config.pattern} first, leave the layer out (targets), or set no pattern"
             )
     return groups.fingerprints(masks)
@@ -182,7 +186,7 @@ def check_write(backend: Backend, state: State) -> None:
 
     Args:
         backend: Holds the weights.
-        state: What they should be.
+        state: The weights as they should be.
 
     Raises:
         RuntimeError: Naming the ranks; every rank raises the same.

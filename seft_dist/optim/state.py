@@ -38,7 +38,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """What this rank owns of one target (views, not copies)."""
+    """This rank's part of one target (views, not copies)."""
 
     name: str
     shape: tuple[int, int]
@@ -51,7 +51,7 @@ class LayerDelta:
     committed: Tensor
     """``Backend.position_dtype``, positions whose delta became part of the base once."""
     committed_values: Tensor
-    """Their weights now, in the model's dtype."""
+    """Weights at ``committed`` now, in the model's dtype."""
     window: Window | None
     """Statistics of a window that has begun; None outside one."""
 
@@ -62,9 +62,9 @@ class State:
 
     columns: Columns
     lengths: list[int]
-    """Own entries of each layer in ``columns``."""
+    """Number of own entries of each layer in ``columns``."""
     places: list[Tensor]
-    """Where the backend finds the own entries of each layer (``Backend.places``)."""
+    """Index of the own entries of each layer in the backend's memory (``Backend.places``)."""
     masks: list[Tensor]
     """uint8, packed mask of the own interval."""
     targets: list[int]
@@ -79,17 +79,22 @@ class State:
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
     group_prints: list[int] = field(default_factory=list)
-    """Of an N:M pattern: hash of each whole weight's active positions by group at the start (``NMGroups.fingerprints``)."""
+    """Hash of each whole weight's active positions by group at the start (``NMGroups.fingerprints``); empty without a pattern."""
 
     def layers(self) -> Iterator[Columns]:
-        """Own entries of each layer (views)."""
+        """Yield the own entries of each layer (views)."""
         begin = 0
         for length in self.lengths:
             yield self.columns.take(slice(begin, begin + length))
             begin += length
 
     def set_entries(self, backend: Backend, entries: list[Columns]) -> None:
-        """Replace the own entries and tell every rank their positions; the backend knows the masks. Collective."""
+        """Replace the own entries, and let every rank know their positions. Collective.
+
+        Args:
+            backend: Knows the masks already.
+            entries: Own entries of each layer.
+        """
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
         self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
@@ -139,7 +144,7 @@ class State:
             )
 
     def active(self, backend: Backend) -> list[int]:
-        """Active positions of each whole weight. Collective."""
+        """Count the active positions of each whole weight. Collective."""
         return backend.owners.sum(torch.tensor([bits.popcount(mask) for mask in self.masks])).tolist()
 
     def verify(self, backend: Backend, config: SeftConfig) -> str:
@@ -165,13 +170,13 @@ class State:
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")
         broken, mask_hash = self._local_promises(backend)
-        _refuse(
+        _raise_if_different(
             backend.owners, broken, "an active delta outside the mask, or a non-zero weight there", expect_zero=True
         )
         support_hash = torch.stack([_hash(support.positions()) for support in self.supports]).cpu()
         for group in (backend.owners, backend.replicas):
-            _refuse(group, list(zip(backend.names, support_hash.tolist(), strict=True)), "another support")
-        _refuse(backend.replicas, list(zip(backend.names, mask_hash.tolist(), strict=True)), "another mask")
+            _raise_if_different(group, list(zip(backend.names, support_hash.tolist(), strict=True)), "another support")
+        _raise_if_different(backend.replicas, list(zip(backend.names, mask_hash.tolist(), strict=True)), "another mask")
         whole = torch.cat([support_hash, backend.owners.sum(mask_hash)])
         return hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
 
@@ -185,7 +190,7 @@ class State:
         return broken, torch.stack(hashes).cpu()
 
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
-        """Counts of every target. Collective."""
+        """Count what is active, zero and trained in every target. Collective."""
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = backend.owners.sum(
             torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
@@ -200,7 +205,7 @@ class State:
 
 
 def fingerprint(weight: Tensor, start: int) -> Tensor:
-    """Hash of the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's (wrapping).
+    """Hash the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's hash (wrapping).
 
     Args:
         weight: [n], in the model's dtype.
@@ -216,11 +221,12 @@ def fingerprint(weight: Tensor, start: int) -> Tensor:
 
 
 def _hash(positions: Tensor) -> Tensor:
-    """Order-free hash of a set of positions, int64 [] (wrapping)."""
+    """Hash a set of positions, whatever their order, int64 [] (wrapping)."""
     return scores.mix(positions.to(torch.int64)).sum()
 
 
-def _refuse(group: Group, values: list[tuple[str, int]], what: str, expect_zero: bool = False) -> None:
+def _raise_if_different(group: Group, values: list[tuple[str, int]], what: str, expect_zero: bool = False) -> None:
+    """Raise the same error on all ranks if some hold other values than most ranks, or than 0. Collective."""
     names = [name for name, _ in values]
     numbers = torch.tensor([number for _, number in values])
     wrong = disagreeing(group, numbers)

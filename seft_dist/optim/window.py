@@ -1,10 +1,11 @@
-"""What an evolution needs to know of the steps before it: statistics of one weight, as this rank's own shard.
+"""Statistics of the steps before an evolution, for one weight and this rank's interval of it.
 
     full, bf16     g g g g g g g g     the gradient summed over steps, at every own position
     candidates     . g . g . . g .     so in the window's first step; then only at the support and at candidates
     factored       row sums, column sums of squares: |g| is estimated from them, no dense gradient is computed
 
-A step's contribution counts only once the step succeeded: ``accumulate_step`` adds it, ``discard_step`` forgets it.
+A step's contribution stays pending until the step is known to be finite: ``accumulate_step`` counts it, ``discard_step`` drops
+it.
 """
 
 import dataclasses
@@ -24,26 +25,26 @@ from seft_dist.sparsity import scores
 
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics a configuration's criteria read, and how they are kept."""
+    """The statistics that a configuration's criteria read, and how they are kept."""
 
     gradient: bool
-    """The gradient of every position, or an estimate of it."""
+    """True if the gradient of every position is read, or an estimate of it."""
     norms: bool
-    """Norms of the inputs."""
+    """True if norms of the inputs are read."""
     squares: bool
-    """Squares of the gradient."""
+    """True if squares of the gradient are read."""
     momentum: bool
-    """SM3's row and column accumulators."""
+    """True if SM3's row and column accumulators are read."""
     factored: bool
-    """The gradient is estimated from row and column sums."""
+    """True if the gradient is estimated from row and column sums."""
     candidates: bool
-    """After the window's first step only candidates' is kept."""
+    """True if only the gradient of candidates is kept after the window's first step."""
     dtype: torch.dtype
-    """Of sums of dense gradients."""
+    """Dtype in which dense gradients are accumulated."""
 
     @classmethod
     def of(cls, config: SeftConfig) -> "Needs":
-        """Derive them."""
+        """Derive the needs of a configuration."""
         seeded, momentum = config.moments == "seeded", config.grow == "momentum"
         gradient = (
             seeded
@@ -57,12 +58,12 @@ class Needs:
         return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
 
     def of_first_support(self) -> "Needs":
-        """It is read from its gradient, whatever the criteria need."""
+        """Return the needs with the gradient among them: the first support is chosen by it, whatever the criteria read."""
         return dataclasses.replace(self, gradient=True)
 
     @property
     def dense(self) -> bool:
-        """Whether the dense gradient must be computed."""
+        """True if the dense gradient must be computed."""
         return self.gradient and not self.factored
 
     @property
@@ -88,19 +89,19 @@ class Window:
         self._backend, self._i, self._needs = backend, i, needs
         self.record = record
         self.num_steps = 0
-        """Steps folded in."""
+        """Number of accumulated steps."""
         self.total: Tensor | None = None
-        """[own], or of candidates [kept]: sum over steps of the gradient averaged over ranks."""
+        """[own], or [kept] with candidates: sum over steps of the gradient averaged over ranks."""
         self.squares: Tensor | None = None
-        """[own], sum over steps of its square (seeded moments)."""
+        """[own], sum over steps of the squared gradient (seeded moments)."""
         self.positions: Tensor | None = None
-        """``Backend.position_dtype`` [kept], increasing: the own positions that ``total`` is of; None: all."""
+        """``Backend.position_dtype`` [kept], increasing: the own positions whose gradient is in ``total``; None: all."""
         self.sampled: Support | None = None
-        """All ranks' ``positions``, which backward samples; None: backward gives the dense gradient."""
+        """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None
         """fp32 [in], sum of squares of the linear's input, this rank's tokens only (activation, factored)."""
         self.outputs: Tensor | None = None
-        """fp32 [out], sum of squares of the gradient of its output, likewise (factored)."""
+        """fp32 [out], sum of squares of the gradient of the linear's output, this rank's tokens only (factored)."""
         self.rows: Tensor | None = None
         """fp32 [out], row accumulator (momentum); the same on every rank."""
         self.cols: Tensor | None = None
@@ -111,7 +112,7 @@ class Window:
 
     @property
     def needs_dense(self) -> bool:
-        """Whether ``add`` must be called."""
+        """True if backward must compute the dense gradient and call ``add``."""
         return self._needs.dense and self.sampled is None
 
     @property
@@ -121,7 +122,7 @@ class Window:
 
     @property
     def narrows(self) -> bool:
-        """Whether candidates are to be chosen now."""
+        """True if candidates are to be chosen now."""
         return self._needs.candidates and self.positions is None and self.num_steps == 1
 
     def add(self, dense: Tensor) -> None:
@@ -136,11 +137,11 @@ class Window:
         self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
     def add_candidates(self, grad: Tensor) -> None:
-        """Take one step's gradient at ``positions``, averaged over ranks, fp32 [kept]."""
+        """Set one step's gradient at ``positions``, fp32 [kept], averaged over ranks."""
         self._step = grad
 
     def observe(self, x: Tensor, grad: Tensor) -> None:
-        """Count one backward's tokens.
+        """Add one backward pass's tokens to the sums over tokens.
 
         Args:
             x: [T, in], the linear's input.
@@ -153,18 +154,18 @@ class Window:
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared
 
     def is_finite(self) -> Tensor:
-        """Whether the pending step may be folded, bool []."""
+        """Return whether the pending step is finite, bool [] on the device."""
         pending = [*self._step_sums.values(), *([] if self._step is None else [self._step])]
-        # Extremes show what is not finite, and are found much faster than each value is tested.
+        # A value that is not finite shows in the extremes, which take much less time than a test of each value.
         extremes = [extreme.float() for part in pending if part.numel() for extreme in part.aminmax()]
         return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
 
     def discard_step(self) -> None:
-        """Forget what was added since the last ``accumulate_step``."""
+        """Drop what was added since the last ``accumulate_step``."""
         self._step, self._step_sums = None, {}
 
     def accumulate_step(self) -> None:
-        """Count the pending step. Collective for momentum, else local."""
+        """Count the pending step. Collective for momentum."""
         self.num_steps += 1
         for name, squared in self._step_sums.items():
             before = getattr(self, name)
@@ -197,24 +198,24 @@ class Window:
             self._backend.owners.max(accumulator)
 
     def narrow_to(self, offsets: Tensor) -> None:
-        """Forget the gradient everywhere else.
+        """Keep the gradient at some positions, and drop it everywhere else.
 
         Args:
-            offsets: int64 [kept], increasing, from the own interval's start.
+            offsets: int64 [kept], increasing, counted from the start of the own interval.
         """
         assert self.total is not None and self.positions is None
         self.total = self.total[offsets]
         self.positions = (offsets + self._backend.interval(self._i).start).to(self._backend.position_dtype)
 
     def reduce_factors(self) -> None:
-        """Bring the row and column sums of all ranks together. Collective if factored, else nothing is sent."""
+        """Add up the row and column sums of all ranks. Collective if factored; otherwise nothing is sent."""
         if "outputs" in self.sums:
             self._factors = self.summed("outputs"), self.summed("norms")
 
     def gradient(self) -> Tensor:
-        """The accumulated gradient of the own interval, fp32 [own], or an estimate of its size; a new tensor or ``total``.
+        """Return the accumulated gradient of the own interval, fp32 [own], or an estimate of its size.
 
-        0 where only candidates are known and this is none.
+        It is 0 outside of candidates where only these are known. The result may be ``total`` itself.
         """
         if self._factors is not None:
             return scores.factored(*self._factors, self._backend.interval(self._i).start, self._numel)
@@ -230,7 +231,7 @@ class Window:
         return self.gradient()[positions.long() - self._backend.interval(self._i).start]
 
     def known(self) -> Tensor | None:
-        """Where the gradient of the own interval is known, uint8, packed; None: everywhere."""
+        """Return where the gradient of the own interval is known, uint8, packed; None: everywhere."""
         if self.positions is None:
             return None
         nowhere = torch.zeros(-(-self._numel // 8), dtype=torch.uint8, device=self.positions.device)
@@ -242,7 +243,7 @@ class Window:
         return self.positions.long() - self._backend.interval(self._i).start
 
     def summed(self, name: str) -> Tensor:
-        """One of ``sums`` over the window and all ranks, fp32. Collective."""
+        """Add up one of ``sums`` over all ranks, fp32. Collective."""
         own: Tensor | None = getattr(self, name)
         length = self._backend.shapes[self._i][name == "norms"]
         squared = own.clone() if own is not None else torch.zeros(length, device=self._backend.device)
@@ -250,11 +251,11 @@ class Window:
 
 
 def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
-    """Tell every rank which positions of each weight backward shall sample. Collective if windows keep candidates.
+    """Let every rank know which positions of each weight backward samples. Collective if windows keep candidates.
 
     Args:
-        backend: Says who owns what.
-        windows: Of each weight; None outside a window.
+        backend: Knows which rank owns which positions.
+        windows: Window of each weight; None outside a window.
     """
     keeping = [window for window in windows if window is not None and window.positions is not None]
     own = [window.positions for window in keeping if window.positions is not None]
@@ -265,11 +266,11 @@ def share_positions(backend: Backend, windows: Sequence[Window | None]) -> None:
 
 
 def sampled_positions(windows: Sequence[Window | None], supports: list[Support]) -> list[Support]:
-    """Where backward samples each weight: at the deltas, and where a window keeps candidates, at those too.
+    """Return the positions at which backward samples each weight: the deltas', and a window's candidates.
 
     Args:
-        windows: Of each weight.
-        supports: The deltas of each weight.
+        windows: Window of each weight.
+        supports: Positions of the deltas of each weight.
     """
     return [
         support if window is None or window.sampled is None else window.sampled
@@ -288,11 +289,11 @@ def gradient_at_entries(windows: Sequence[Window], entries: Iterable[Columns]) -
 
 
 def split_candidate_gradients(windows: Sequence[Window | None], grad: Tensor, entries: Iterable[Columns]) -> Tensor:
-    """Give the windows what was sampled for them.
+    """Hand the windows the gradient at their candidates, and return the gradient at the deltas.
 
     Args:
-        windows: Of each weight.
-        grad: fp32, at the own part of ``sampled``, layers one after another.
+        windows: Window of each weight.
+        grad: fp32, gradient at the own part of ``sampled_positions``, layers one after another.
         entries: The own deltas of each weight.
 
     Returns:
