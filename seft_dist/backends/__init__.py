@@ -1,4 +1,4 @@
-"""Which backend holds a model's weights, found by looking at them."""
+"""Backends, one for each way in which a model's weights are held, and the choice of the one that fits a model."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def find_backend(model: nn.Module, targets: Mapping[str, Holder], group: dist.Pr
 
     Args:
         model: The root module that is trained.
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
         group: Data-parallel ranks of replicated weights; None: all ranks of the default group if there is one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the method asks of whatever holds the weights.
+"""The interface between the method and whatever holds the weights.
 
     world_size 2, weight [4, 3]         FSDP2 / ZeRO-3                 replicated (DDP, ZeRO-0/1/2)
     position  0 .. 5 | 6 .. 11          rank 0 stores and owns 0..5    both store 0..11, rank 0 owns 0..5
@@ -6,9 +6,9 @@
 Every weight is seen as a matrix [rows, columns]: a linear's [out, in], a Conv1D's [in, out], and the fused weight of E
 experts as [E * out, in], one expert below the other.
 
-A backend knows nothing of deltas. It answers: which interval of a weight does this rank own, which does it store, what is
-in it, put these values there, make that visible to the next forward, bring a dense gradient to the owners. In between,
-it is told how the masks change: a backend may store active positions only.
+A backend knows nothing of deltas. It knows which interval of a weight this rank owns and which it stores, reads and writes
+values there, makes writes visible to the next forward pass, and brings a dense gradient to the owners. It is given every new
+mask, because a backend may store active positions only.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ class Backend(ABC):
 
     def __init__(self, targets: Mapping[str, Holder], owners: Group, replicas: Group) -> None:
         """Args:
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
         owners: The ranks that divide each weight among themselves.
         replicas: The ranks that own the same intervals as this one (HSDP); one rank otherwise.
         """
@@ -51,7 +51,7 @@ class Backend(ABC):
         self.holders = list(targets.values())
         self.owners = owners
         self.replicas = replicas
-        # Taken once: while a layer is computed, its weight is gathered and no longer tells.
+        # Read once: while a layer is computed, its weight is gathered and no longer shows how it is sharded.
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
@@ -59,13 +59,13 @@ class Backend(ABC):
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         kinds = [self._kind(i) for i in range(len(self.names))]
         self.device = kinds[0][1]
-        """Where the shards are."""
+        """Device of the shards."""
         self.dtypes = [dtype for dtype, _ in kinds]
-        """The model's type of each weight."""
+        """Dtype of each weight."""
 
     @property
     def world_size(self) -> int:
-        """Data-parallel ranks: whose gradients are averaged."""
+        """Number of data-parallel ranks, over which gradients are averaged."""
         return self.owners.size * self.replicas.size
 
     @property
@@ -75,47 +75,49 @@ class Backend(ABC):
 
     @property
     def replicates(self) -> bool:
-        """Whether a rank stores more than it owns, so that everybody must apply everybody's writes."""
+        """True if a rank stores more than it owns, so that every rank must apply the writes of all ranks."""
         return False
 
     def _matrix(self, shape: Sequence[int]) -> tuple[int, int]:
-        """A weight's shape as rows and columns."""
+        """Return a weight's shape as rows and columns."""
         return prod(shape[:-1]), shape[-1]
 
     @abstractmethod
     def _shape(self, i: int) -> tuple[int, int]:
-        """Whole shape [rows, columns] of weight i."""
+        """Return the whole shape [rows, columns] of weight i."""
 
     @abstractmethod
     def _partition(self, i: int) -> Partition:
-        """How weight i is divided."""
+        """Return how weight i is divided among its owners."""
 
     def _kind(self, i: int) -> tuple[torch.dtype, torch.device]:
-        """Type and place of weight i's shard."""
+        """Return dtype and device of weight i's shard."""
         return self.own(i).dtype, self.own(i).device
 
     @abstractmethod
     def own(self, i: int) -> Tensor:
-        """The owned interval of weight i, flat, in the model's dtype: to read, maybe a copy."""
+        """Return the owned interval of weight i, flat, in the model's dtype: only to be read, since it may be a copy."""
 
     @abstractmethod
     def places(self, i: int, positions: Tensor) -> Tensor:
-        """Where ``load``, ``store`` and ``store_all`` find positions; holds until the weight's mask changes.
+        """Translate positions into the places that ``load``, ``store`` and ``store_all`` take.
+
+        A place is an index into ``memory(i)``. Places hold until the weight's mask changes.
 
         Args:
-            i: Which target.
+            i: Number of the target.
             positions: int32 or int64, flat positions inside ``stored(i)`` and in the mask.
 
         Returns:
-            Of the positions' shape; may be the positions themselves.
+            Places, of the positions' shape; may be the positions themselves.
         """
 
     @abstractmethod
     def memory(self, i: int) -> tuple[Tensor, int]:
-        """What the places of weight i point into, flat, in the model's dtype, and the place of its first value."""
+        """Return the memory that places of weight i index, flat, in the model's dtype, and the place of its first value."""
 
     def load(self, i: int, places: Tensor) -> Tensor:
-        """The weights at some places, in the model's dtype."""
+        """Return the weights at some places, in the model's dtype."""
         memory, start = self.memory(i)
         return memory[places.long() - start]
 
@@ -128,39 +130,43 @@ class Backend(ABC):
         """Put values into every weight, as ``store``.
 
         Args:
-            places: Of each weight.
-            values: In the model's dtype, one weight's after another.
+            places: Places in each weight.
+            values: Values in the model's dtype, one weight's after another.
         """
         memories, starts = zip(*map(self.memory, range(len(places))), strict=True)
         scatter_(memories, starts, places, values)
 
     @abstractmethod
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        """Weight i has a new mask, and 0 where positions left it; inside ``writing()``. ``sync_mask_counts`` once after all.
+        """Set a new mask of weight i, and 0 where positions left it; inside ``writing()``.
+
+        Call ``sync_mask_counts`` once after all weights.
 
         Args:
-            i: Which target.
+            i: Number of the target.
             mask: uint8, packed mask of the own interval; not to be changed afterwards.
             removed: int64, offsets in the own interval that left the mask.
         """
 
     @abstractmethod
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
-        """Put a whole own interval; inside ``writing()``. Collective if replicated; ``sync_mask_counts`` once after all.
+        """Replace the whole own interval of weight i; inside ``writing()``. Collective if replicated.
+
+        Call ``sync_mask_counts`` once after all weights.
 
         Args:
-            i: Which target.
+            i: Number of the target.
             values: [len(interval(i))], in the model's dtype, 0 outside the mask.
             mask: uint8, packed; not to be changed afterwards.
         """
 
     @abstractmethod
     def sync_mask_counts(self) -> None:
-        """Agree on what depends on the masks, after ``remask`` or ``put_own``. Collective where anything does."""
+        """Agree on the sizes that depend on the masks, after ``remask`` or ``put_own``. Collective where there are any."""
 
     @abstractmethod
     def prepare_write(self) -> None:
-        """Drop gathered copies that would hide a write to the shards."""
+        """Drop gathered copies, which would hide a write to the shards."""
 
     @abstractmethod
     def publish_write(self) -> None:
@@ -168,10 +174,10 @@ class Backend(ABC):
 
     @abstractmethod
     def read(self, i: int, positions: Tensor) -> Tensor:
-        """Weights as the next forward will see them. Collective.
+        """Return weights as the next forward pass will see them. Collective.
 
         Args:
-            i: Which target.
+            i: Number of the target.
             positions: int64, flat positions; each rank may ask for others.
 
         Returns:
@@ -180,19 +186,19 @@ class Backend(ABC):
 
     @abstractmethod
     def full(self, parameter: Tensor) -> Tensor:
-        """The whole value of any parameter of the model, for one-at-a-time export. Collective."""
+        """Return the whole value of any parameter of the model, e.g. to export one after the other. Collective."""
 
     def interval(self, i: int) -> Interval:
-        """The interval of weight i that this rank owns."""
+        """Return the interval of weight i that this rank owns."""
         return self.partitions[i].interval(self.owners.rank)
 
     def stored(self, i: int) -> Interval:
-        """The interval of weight i whose values this rank holds and must be told."""
+        """Return the interval of weight i whose values this rank holds, and in which it must apply all writes."""
         return Interval(0, prod(self.shapes[i])) if self.replicates else self.interval(i)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Weights are written inside this context only."""
+        """Open the context in which alone weights may be written."""
         self.prepare_write()
         with torch.no_grad():
             yield
@@ -202,7 +208,7 @@ class Backend(ABC):
         """Average the dense gradient of weight i over all ranks; each keeps its own interval. Collective.
 
         Args:
-            i: Which target.
+            i: Number of the target.
             grad: fp32 [rows, columns], this rank's; may be overwritten.
 
         Returns:
@@ -218,7 +224,7 @@ class DenseBackend(Backend):
 
     @abstractmethod
     def local(self, i: int) -> Tensor:
-        """The stored interval of weight i, flat, in the model's dtype: the very memory."""
+        """Return the stored interval of weight i, flat, in the model's dtype: the memory itself, to be written."""
 
     def own(self, i: int) -> Tensor:
         interval = self.interval(i)

@@ -1,4 +1,4 @@
-"""Weights sharded by DeepSpeed ZeRO-3, and what a ds_config says about the optimizer.
+"""Weights sharded by DeepSpeed ZeRO-3, and the optimizer's settings in a ds_config.
 
 ZeRO-3 cuts each flattened weight into equal chunks; the last is padded with uninitialised memory that nobody reads. The
 shard of a frozen weight is ``p.ds_tensor`` (on the CPU with offload_param) and a write to it is seen by the next gather,
@@ -80,7 +80,7 @@ class _DsConfig(TypedDict, total=False):
 
 
 def is_zero3(weight: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds this weight."""
+    """Return whether DeepSpeed ZeRO-3 holds a weight."""
     return hasattr(weight, "ds_id")
 
 
@@ -91,7 +91,7 @@ class Zero3Backend(DenseBackend):
 
     def __init__(self, targets: Mapping[str, Holder]) -> None:
         """Args:
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
 
         Raises:
             ValueError: A target is not held by ZeRO-3, or in a form whose shard cannot be written safely.
@@ -191,10 +191,10 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
         "zero_optimization.offload_param.device=nvme": zero.get("offload_param", {}).get("device") == "nvme",
         "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
     }
-    found = [key for key, present in refused.items() if present]
-    if found:
+    requested = [key for key, present in refused.items() if present]
+    if requested:
         raise ValueError(
-            f"ds_config asks for {', '.join(found)}, which would scale gradients or hide updates of the deltas: "
+            f"ds_config asks for {', '.join(requested)}, which would scale gradients or hide updates of the deltas: "
             "remove it (bf16 instead of fp16; offload_param to cpu instead of nvme)"
         )
     return content
@@ -218,7 +218,7 @@ def ds_optimizer_args(ds_config: str | dict[str, Any], optim: AdamConfig | None 
 
     Args:
         ds_config: Path of a JSON file, or its content.
-        optim: What holds where the ds_config says nothing or "auto"; None: AdamConfig's defaults.
+        optim: Settings that hold where the ds_config has none or "auto"; None: AdamConfig's defaults.
 
     Returns:
         lr, betas, eps, weight_decay, max_grad_norm.

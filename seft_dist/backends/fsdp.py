@@ -4,6 +4,7 @@ A fused weight of experts is cut between experts, so that a rank may own none.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -31,12 +32,12 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_fsdp(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied anywhere in the model."""
+    """Return whether ``fully_shard`` was applied anywhere in the model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def whole_value(parameter: Tensor) -> Tensor:
-    """The whole value of a parameter, sharded or not. Collective if sharded."""
+    """Return the whole value of a parameter, sharded or not. Collective if sharded."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
@@ -50,7 +51,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         model: The root on which ``fully_shard`` was called.
 
     Returns:
-        What each unit sends.
+        Bytes that each unit sends.
 
     Raises:
         ValueError: The model is not sharded by FSDP2.
@@ -79,7 +80,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
 
 
 def _members(model: nn.Module) -> dict[str, list[DTensor]]:
-    """The parameters that each unit gathers."""
+    """Return the parameters that each unit gathers, by the unit's name."""
     units = {module: name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     members: dict[str, list[DTensor]] = {}
     for name, parameter in model.named_parameters():
@@ -89,25 +90,36 @@ def _members(model: nn.Module) -> dict[str, list[DTensor]]:
 
 
 def _padded(parameter: DTensor) -> int:
-    """Values of a rank's shard as FSDP2 sends it."""
+    """Return the number of values in a rank's shard as FSDP2 sends it, padding included."""
     mesh = parameter.device_mesh
     return Partition.rows((parameter.shape[0], prod(parameter.shape[1:])), mesh.size(mesh.ndim - 1)).chunk
 
 
 def _most_values(parameters: list[DTensor]) -> int:
-    """Non-zero values of this rank's shards; all of those that may change."""
+    """Count the non-zero values of this rank's frozen shards, and all values of trained ones, which may change."""
     local = [(parameter.requires_grad, parameter.to_local().detach()) for parameter in parameters]
     return sum(shard.numel() if trained else _stored(shard) for trained, shard in local)
 
 
 def _stored(shard: Tensor) -> int:
-    """Values with any bit set: -0.0 is one."""
+    """Count the values with any bit set; -0.0 is one of them."""
     return int(torch.count_nonzero(shard.view(torch.int16 if shard.element_size() == 2 else torch.int32)))
 
 
 def _agree(owners: Group, gathers: list[PackedAllGather], counts: list[int]) -> None:
     for gather, most in zip(gathers, owners.max(torch.tensor(counts)).tolist(), strict=True):
         gather.capacity = most
+
+
+@dataclass(frozen=True)
+class _PackedUnit:
+    """A unit whose parameters are sent packed, and how many values this rank has of them."""
+
+    gather: PackedAllGather
+    other_values: int
+    """Values of parameters that are no targets."""
+    values_of: dict[int, int]
+    """Number of a target to the values of its weight."""
 
 
 class FsdpBackend(DenseBackend):
@@ -118,7 +130,7 @@ class FsdpBackend(DenseBackend):
     def __init__(self, model: nn.Module, targets: Mapping[str, Holder]) -> None:
         """Args:
         model: The root on which ``fully_shard`` was called.
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
 
         Raises:
             ValueError: A target is not sharded, or not by rows over one mesh.
@@ -132,19 +144,19 @@ class FsdpBackend(DenseBackend):
         owners, replicas = shard_groups(mesh)
         self._unit = {name: _unit_of(model, name) for name in targets}
         super().__init__(targets, owners, replicas)
-        self._gathers = self._packed_gathers()
+        self._packed_units = self._find_packed_units()
 
-    def _packed_gathers(self) -> list[tuple[PackedAllGather, int, dict[int, int]]]:
-        """Of units that are sent packed: what sends, the values of other parameters, and those of each target."""
-        found = []
+    def _find_packed_units(self) -> list[_PackedUnit]:
+        """Return the units that are sent packed."""
+        units = []
         for name, parameters in _members(self._model).items():
             unit = self._model.get_submodule(name)
             gather = attachment_of(unit).gather
             if gather is not None and gather.capacity is not None:
                 targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]
                 inside = {i: _stored(self.own(i)) for i in targets}
-                found.append((gather, _most_values(parameters) - sum(inside.values()), inside))
-        return found
+                units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
+        return units
 
     def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
         super().remask(i, mask, removed)
@@ -155,16 +167,16 @@ class FsdpBackend(DenseBackend):
         self._count(i, mask)
 
     def _count(self, i: int, mask: Tensor) -> None:
-        for _, _, inside in self._gathers:
-            if i in inside:
+        for unit in self._packed_units:
+            if i in unit.values_of:
                 # An active position may be 0 now and not after the next update; -0.0 may lie outside the mask.
                 outside = self.own(i).masked_fill(unpack(mask, len(self.interval(i))), 0)
-                inside[i] = popcount(mask) + _stored(outside)
+                unit.values_of[i] = popcount(mask) + _stored(outside)
 
     def sync_mask_counts(self) -> None:
-        if self._gathers:
-            counts = [others + sum(inside.values()) for _, others, inside in self._gathers]
-            _agree(self.owners, [gather for gather, _, _ in self._gathers], counts)
+        if self._packed_units:
+            counts = [unit.other_values + sum(unit.values_of.values()) for unit in self._packed_units]
+            _agree(self.owners, [unit.gather for unit in self._packed_units], counts)
 
     def _weight(self, i: int) -> DTensor:
         weight = self.holders[i].weight

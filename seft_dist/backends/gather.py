@@ -20,33 +20,33 @@ from seft_dist.kernels.packing import decode, encode
 
 _WORTH = 0.9
 """Share of the dense bytes above which packing is not worth its time."""
-_HEAD = 8  # bytes: how many values follow
+_HEAD = 8  # bytes of the number of values, with which a message begins
 _WORDS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
 class GatherSize:
-    """What one FSDP unit's all-gather sends."""
+    """Bytes that one FSDP unit's all-gather sends."""
 
     unit: str
     """Name of the module; empty for the root."""
     dense: int
-    """Bytes of a rank without packing."""
+    """Bytes that a rank sends without packing."""
     packed: int
-    """Bytes of a rank when packed."""
+    """Bytes that a rank sends when packed."""
 
     @property
     def pays(self) -> bool:
-        """Whether the unit is sent packed."""
+        """True if the unit is sent packed."""
         return self.packed < _WORTH * self.dense
 
 
 class PackedAllGather:
-    """For ``FSDPModule.set_custom_all_gather``: the all-gather of one unit. FSDP2 calls it by these very keywords."""
+    """The all-gather of one unit, for ``FSDPModule.set_custom_all_gather``. FSDP2 calls its methods with these keywords."""
 
     def __init__(self, name: str) -> None:
         """Args:
-        name: Of the unit.
+        name: Name of the unit.
         """
         self.name = name
         self.capacity: int | None = None
@@ -55,11 +55,11 @@ class PackedAllGather:
         """Bytes this rank has sent, as a ring would."""
 
     def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for FSDP2's gathered weights."""
+        """Return memory for FSDP2's gathered weights."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def size(self, numel: int, itemsize: int) -> GatherSize:
-        """What a shard of ``numel`` values takes."""
+        """Return the bytes that a shard of ``numel`` values takes."""
         dense = numel * itemsize
         if self.capacity is None or itemsize not in _WORDS:
             return GatherSize(self.name, dense, dense)
@@ -105,10 +105,10 @@ class PackedAllGather:
         for rank, row in enumerate(received.view(ranks, -1)):
             if rank != own:
                 count = int(row[:_HEAD].view(torch.int64))
-                found = row[begin : begin + count * words.element_size()].view(words.dtype)
-                decode(row[_HEAD : _HEAD + bits.numel()], found, out[rank])
+                their_values = row[begin : begin + count * words.element_size()].view(words.dtype)
+                decode(row[_HEAD : _HEAD + bits.numel()], their_values, out[rank])
 
 
 def _begin_of_values(numel: int) -> int:
-    """Where the values begin in a message: behind the bits, aligned."""
+    """Return the byte at which the values begin in a message: behind the bits, aligned."""
     return _HEAD + -(-numel // 64) * 8

@@ -39,7 +39,7 @@ class Group:
     def __init__(self, group: dist.ProcessGroup | None, counted_with: "Group | None" = None) -> None:
         """Args:
         group: The ranks.
-        counted_with: Its bytes are counted together with this one's.
+        counted_with: A group with which this one shares the count of bytes.
         """
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -113,7 +113,7 @@ class Group:
         return [row[:length] for row, length in zip(self.stack(padded), lengths, strict=True)]
 
     def twin(self) -> "Group":
-        """The same ranks with a queue of their own, so that its calls may cross those of this group."""
+        """Make a group of the same ranks with a queue of its own, whose calls may come between those of this group."""
         if self.group is None:
             return self
         ranks = dist.get_process_group_ranks(self.group)
@@ -140,7 +140,7 @@ class Group:
         return Sum(staged, terms, self.size, tensor.device, work)
 
     def sum_to_owners(self, tensor: Tensor, sizes: list[int]) -> Tensor:
-        """``start_sum_to_owners``, waited for."""
+        """Add a vector up over the ranks as ``start_sum_to_owners`` does, and wait for it."""
         return self.start_sum_to_owners(tensor, sizes).wait()
 
 
@@ -163,7 +163,7 @@ class Sum:
         self._terms, self._count, self._device, self._work = terms, count, device, work
 
     def wait(self) -> Tensor:
-        """The sum, on the device of what was sent. On CUDA the stream waits, not the host."""
+        """Return the sum, on the device of what was sent. On CUDA the stream waits, not the host."""
         if self._work is None:
             return self._terms
         self._work.wait()

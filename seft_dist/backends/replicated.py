@@ -15,11 +15,11 @@ from seft_dist.sparsity.partition import Partition
 
 
 class ReplicatedBackend(DenseBackend):
-    """Plain tensors; every rank applies everybody's writes."""
+    """Plain tensors; every rank applies the writes of all ranks."""
 
     def __init__(self, targets: Mapping[str, Holder], owners: Group) -> None:
         """Args:
-        targets: Name to what has the weight.
+        targets: Holders of the weights by name.
         owners: All data-parallel ranks.
         """
         self.name = "single" if owners.size == 1 else "ddp"

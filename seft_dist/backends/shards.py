@@ -16,18 +16,18 @@ from seft_dist.sparsity.partition import Partition
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where only a shard is present."""
+    """Return the shape of the whole parameter, also where only a shard is present."""
     held: Any = parameter
     return tuple(held.ds_shape if is_zero3(held) else held.shape)
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP2 or ZeRO-3 holds a parameter."""
+    """Return whether FSDP2 or ZeRO-3 holds a parameter."""
     return isinstance(parameter, DTensor) or is_zero3(parameter)
 
 
 def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
-    """The stored part of a parameter, to be written before training begins.
+    """Return the stored part of a parameter, to be written before training begins.
 
     Args:
         parameter: Plain, sharded by FSDP2 (``fully_shard``) or partitioned by ZeRO-3; of any shape.
@@ -58,7 +58,7 @@ def shard_fsdp(
     Args:
         model: The root; its parameters may be on the meta device.
         layers: Modules that are gathered one after the other, if they have matrices that are not ignored.
-        mesh: Of the ranks.
+        mesh: Mesh of the ranks.
         offload: Keep the shards in CPU memory.
         ignored: Parameters that are not FSDP2's.
     """
@@ -71,11 +71,11 @@ def shard_fsdp(
 
 
 def fsdp_mesh(device: torch.device, replicas: int) -> DeviceMesh:
-    """All ranks of the default group, as one shard group or as replicas of one (HSDP). Collective.
+    """Make a mesh of all ranks of the default group, as one shard group or as replicas of one (HSDP). Collective.
 
     Args:
-        device: Where this rank computes.
-        replicas: Groups of ranks that each hold a whole sharded copy; 1: one copy.
+        device: Device with which this rank computes.
+        replicas: Number of groups of ranks that each hold a whole sharded copy; 1: one copy.
 
     Raises:
         ValueError: The ranks do not divide into that many replicas.
@@ -92,7 +92,7 @@ def fsdp_mesh(device: torch.device, replicas: int) -> DeviceMesh:
 
 @contextmanager
 def zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Modules constructed inside are partitioned by ZeRO-3, parameter by parameter, without values. Collective.
+    """Partition modules that are constructed inside by ZeRO-3, parameter by parameter, without values. Collective.
 
     Args:
         ds_config: The content of the ds_config, batch sizes filled in.

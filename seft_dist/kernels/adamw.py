@@ -15,7 +15,7 @@ from seft_dist.kernels.build import library
 
 @dataclass(frozen=True)
 class AdamW:
-    """The rule of one step.
+    """The rule of one step: rates, and what decays.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
@@ -25,9 +25,9 @@ class AdamW:
     eps: float
     weight_decay: float
     decay_weight: bool
-    """Whether decay shrinks base + value (AdamW on the weight) or only the value."""
+    """True if decay shrinks base + value (AdamW on the weight), False if only the value."""
     oldest: int
-    """No entry's age is above this before the step."""
+    """Largest age that an entry may have before the step."""
 
     def update_(
         self, grad: Tensor, scale: Tensor, ok: Tensor, base: Tensor, values: Tensor, moments: list[Tensor], age: Tensor
@@ -37,17 +37,17 @@ class AdamW:
         Args:
             grad: fp32 [k].
             scale: fp32 [], the gradient is multiplied with it (clipping).
-            ok: bool [], on the device: whether to update at all; False leaves every bit as it is.
+            ok: bool [], on the device; False leaves every bit as it is.
             base: fp32 [k], what the values are added to.
             values: fp32 [k].
-            moments: First and second, each fp32 [k].
-            age: int32 [k], updates so far.
+            moments: First and second moments, each fp32 [k].
+            age: int32 [k], number of updates so far.
 
         Returns:
-            fp32 [k], base + values after it.
+            fp32 [k], base + values after the step.
 
         Raises:
-            ValueError: An age is below 0 or above ``oldest``; looked at on a CPU only. Nothing was changed.
+            ValueError: An age is below 0 or above ``oldest``; checked on a CPU only. Nothing was changed.
         """
         if age.is_cpu and age.numel():  # it indexes a table
             low, high = int(age.numpy().min()), int(age.numpy().max())  # no wait: on a CPU only
@@ -64,7 +64,7 @@ class AdamW:
         expect(
             all(each.dtype == torch.float32 for each in columns[:-1]) and age.dtype == torch.int32, "fp32, int32 ages"
         )
-        weight, (step_size, correction) = torch.empty_like(values), self._of_ages(values.device)
+        weight, (step_size, correction) = torch.empty_like(values), self._rates_by_age(values.device)
         beta1, beta2 = self.betas
         functions.adamw(
             *(len(values), float(scale), *[column.data_ptr() for column in columns]),
@@ -73,7 +73,7 @@ class AdamW:
         )
         return weight
 
-    def _of_ages(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rates_by_age(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Ages take few values: the powers are tabulated in fp64 and looked up.
         ages = torch.arange(self.oldest + 2, dtype=torch.float64, device=device)
         beta1, beta2 = self.betas
@@ -90,6 +90,6 @@ class AdamW:
             values.sub_(shrunk * torch.where(ok, self.lr * self.weight_decay, 0.0))
         mean.lerp_(grad, torch.where(ok, 1 - beta1, 0.0))
         square.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1 - beta2)
-        step_size, correction = self._of_ages(grad.device)
+        step_size, correction = self._rates_by_age(grad.device)
         step_size, correction = torch.where(ok, step_size, 0.0)[age], torch.where(ok, correction, 1.0)[age]
         values.sub_(mean.mul(step_size).div_(square.sqrt().div_(correction).add_(self.eps)))

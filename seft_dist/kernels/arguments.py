@@ -1,4 +1,4 @@
-"""What a compiled loop must be able to rely on: it indexes memory and checks nothing itself."""
+"""Checks of a compiled loop's arguments: the loop indexes memory and checks nothing itself."""
 
 
 def expect(holds: bool, what: str) -> None:
@@ -8,7 +8,7 @@ def expect(holds: bool, what: str) -> None:
 
     Args:
         holds: The condition.
-        what: What is needed, for the message.
+        what: The condition in words, for the message.
 
     Raises:
         ValueError: It does not hold.

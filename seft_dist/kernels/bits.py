@@ -1,4 +1,4 @@
-"""Masks as bits: what ``sparsity.bitmask`` does and a little more, in C++ where it can be had, else in torch."""
+"""Masks as bits: the functions of ``sparsity.bitmask`` and a few more, in C++ if there is a compiler, else in torch."""
 
 import ctypes
 
@@ -46,23 +46,23 @@ def popcount(bits: Tensor) -> int:
 
 
 def holds(bits: Tensor, offsets: Tensor) -> Tensor:
-    """Whether bits are set, bool [k].
+    """Return whether bits are set, bool [k].
 
     Args:
-        bits: uint8.
-        offsets: int64 [k].
+        bits: uint8, a packed mask.
+        offsets: int64 [k], positions in the mask.
     """
     return (bits[offsets >> 3] >> (offsets & 7) & 1).bool()
 
 
 def with_bits(bits: Tensor, numel: int, offsets: Tensor, value: bool) -> Tensor:
-    """A copy in which some bits have a value.
+    """Copy a mask, with some bits set to a value.
 
     Args:
         bits: uint8 [ceil(numel / 8)].
         numel: Number of positions.
         offsets: int64 [k], positions below numel.
-        value: Of their bits in the copy.
+        value: Value of their bits in the copy.
 
     Returns:
         Like ``bits``.
@@ -83,7 +83,7 @@ def with_bits(bits: Tensor, numel: int, offsets: Tensor, value: bool) -> Tensor:
 
 
 def hash_of_bits(bits: Tensor, numel: int, start: int) -> Tensor:
-    """``hash_of_set`` of the set positions, int64 [].
+    """Hash the set positions as ``hash_of_set`` does, int64 [].
 
     Args:
         bits: uint8 [ceil(numel / 8)].
@@ -100,11 +100,11 @@ def hash_of_bits(bits: Tensor, numel: int, start: int) -> Tensor:
 
 
 def count_outside(bits: Tensor, dense: Tensor) -> int:
-    """How many values are not 0 where no bit is set.
+    """Count the values that are not 0 where no bit is set.
 
     Args:
         bits: uint8 [ceil(n / 8)].
-        dense: [n], of a floating type.
+        dense: [n], floating numbers.
     """
     functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
     if functions is None:

@@ -1,12 +1,12 @@
 """The C++ library of this room: compiled when first used, kept in the folder of torch's extensions; and the Triton kernels.
 
-It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name tells the
-source, the processor and the compiler; one process of a machine builds it under a lock that ends with the process that holds
-it, the others wait, and a library appears whole or not at all.
+It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name depends on the
+source, the processor and the compiler. One process of a machine builds it under a lock that ends with the process that holds
+it, while the others wait; a library appears whole or not at all.
 
-The environment decides as for every extension of torch: TORCH_EXTENSIONS_DIR names the folder, CXX the compiler. CXX may hold
-options, which come after ours: CXX="g++ -march=x86-64" builds for any x86-64 processor, so that two of them compute the same
-bits; CXX="g++ -fsanitize=address" looks for accesses outside of arrays.
+The environment is read as for every extension of torch: TORCH_EXTENSIONS_DIR names the folder, CXX the compiler. CXX
+may contain options, which come after ours: CXX="g++ -march=x86-64" builds for any x86-64 processor, so that two of them compute
+the same bits; CXX="g++ -fsanitize=address" checks for accesses outside of arrays.
 """
 
 import ctypes
@@ -64,12 +64,12 @@ SIGNATURES = {
 
 
 class BuildError(Exception):
-    """The library cannot be built here; says what is missing."""
+    """The library cannot be built here; the message names what is missing."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, with one warning, where they cannot be had. Builds at the first call."""
+    """Return the compiled functions, or None, with one warning, where they cannot be built. Builds at the first call."""
     try:
         loaded = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
@@ -83,7 +83,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The kernels for CUDA, or None where Triton is not installed."""
+    """Return the kernels for CUDA, or None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("seft_dist.kernels.triton_kernels")
@@ -93,7 +93,7 @@ def build() -> Path:
     """Compile the library unless it is there. Waits while another process of this machine builds it.
 
     Returns:
-        The library.
+        File of the library.
 
     Raises:
         BuildError: There is no compiler, or it failed.
@@ -122,7 +122,7 @@ def build() -> Path:
 
 
 def compiler_command() -> list[str]:
-    """The C++ compiler and what it is told beside our own options, from CXX.
+    """Return the C++ compiler and the user's options for it, from CXX.
 
     Raises:
         BuildError: CXX is empty or cannot be split into words.
@@ -165,8 +165,9 @@ def _run(command: list[str], folder: Path) -> str:
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} did not end in {_SECONDS} seconds") from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["nothing"]
-        raise BuildError(f"{command[0]} failed with exit code {done.returncode}; it said: {said[0]}")
+        output = done.stderr.splitlines()
+        first = next((line for line in output if "error" in line), output[0] if output else "nothing")
+        raise BuildError(f"{command[0]} failed with exit code {done.returncode}; it said: {first}")
     return done.stdout
 
 
@@ -178,7 +179,7 @@ def _key_of_source(options: list[str]) -> str:
 
 
 def _cpu() -> str:
-    """What -march=native looks at."""
+    """Describe the processor by the facts on which -march=native depends."""
     kind = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

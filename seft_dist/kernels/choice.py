@@ -1,7 +1,7 @@
-"""Which form of the sampled gradient is used: on a CPU by density, on CUDA by times measured on the card, else by counting.
+"""The choice between the forms of the sampled gradient: by density on a CPU, by times on CUDA.
 
-The table of times is made by ``benchmarks/gpu.py --parts sampled`` and holds for cards of the name that it was made on. Without
-one for the card at hand, operations and bytes are counted and divided by what an H100 can do; those rates are assumed.
+The times are measured on a card by ``benchmarks/gpu.py --parts sampled``, and hold for cards of the same name. Without a table
+for the card at hand, operations and bytes are counted and divided by the rates of an H100, which are assumed.
 """
 
 import functools
@@ -20,7 +20,7 @@ from seft_dist.sparsity.partition import position_dtype
 Form = Literal["c++", "sampled_addmm", "dense", "triton"]
 
 TABLE = Path(__file__).with_name("sampled_times.json")
-"""Card's name to its times; there may be none."""
+"""File with the times of each card by its name; there may be none."""
 _DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1}
 """Density from which on a dense product is faster on a CPU."""
 _FLOPS = {2: 500e12, 4: 45e12}
@@ -29,7 +29,7 @@ _CACHE, _MEMORY = 5e12, 3e12
 """Bytes a second from an H100's second cache, where gathered operands lie, and from its memory. Assumed."""
 
 Launch = tuple[int, int, int]
-"""Of the Triton kernel: entries of a row and tokens that a program takes at a time, and its warps."""
+"""Settings of the Triton kernel: entries of a row and tokens that a program takes at a time, and its warps."""
 DEFAULT_LAUNCH: Launch = (16, 128, 4)
 
 
@@ -38,16 +38,16 @@ class Measured:
     """Seconds of each form for one weight, density and number of tokens."""
 
     dtype: str
-    """Of the operands, as torch writes it, e.g. "bfloat16"."""
+    """Dtype of the operands as torch writes it, e.g. "bfloat16"."""
     tokens: int
     rows: int
     columns: int
     density: float
     seconds: dict[str, float]
-    """Form to seconds."""
+    """Seconds of each form."""
 
     def distance(self, tokens: int, numel: int, density: float) -> float:
-        """How far another problem is, in powers of e of tokens, weights and density."""
+        """Return how far another problem is away, in powers of e of tokens, weights and density."""
         pairs = ((self.tokens, tokens), (self.rows * self.columns, numel), (self.density, density))
         return sum(abs(math.log(mine / theirs)) for mine, theirs in pairs)
 
@@ -59,14 +59,14 @@ def choose(
     tokens: int = 2048,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Form:
-    """The form that is fastest; never waits for the device.
+    """Choose the fastest form. Never waits for the device.
 
     Args:
         shape: [out, in].
         entries: Positions to sample, at least one.
-        device: Where the operands are.
+        device: Device of the operands.
         tokens: Rows of the operands.
-        dtype: Of the operands.
+        dtype: Dtype of the operands.
     """
     density = entries / (shape[0] * shape[1])
     if device.type == "cuda":
@@ -85,7 +85,7 @@ def _is_one_type(entries: int) -> bool:
 
 
 def card_name(device: torch.device) -> str:
-    """Name of a CUDA device, as its driver says it."""
+    """Return the name of a CUDA device as its driver gives it."""
     return _name_of(device.index) if torch.cuda.is_available() else "unknown"
 
 
@@ -112,7 +112,7 @@ def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int
 
 
 def estimate(shape: tuple[int, int], entries: int, tokens: int, itemsize: int) -> dict[str, float]:
-    """Seconds of the forms on CUDA, by counting.
+    """Estimate the seconds of the forms on CUDA, by counting.
 
     A dense product of T tokens for N weights takes 2 T N operations, and its result is written and read back in fp32. The
     Triton kernel reads T numbers of the input for each entry and T of the output's gradient for each row, from the cache;
@@ -133,21 +133,21 @@ def estimate(shape: tuple[int, int], entries: int, tokens: int, itemsize: int) -
 
 
 def measured_launch(device: torch.device) -> Launch:
-    """How the Triton kernel is started on a card: as was fastest when its table was made, else ``DEFAULT_LAUNCH``."""
+    """Return the launch that was fastest when a card's table was made, else ``DEFAULT_LAUNCH``."""
     return measured_times(card_name(device))[1] if device.type == "cuda" else DEFAULT_LAUNCH
 
 
 @functools.cache
 def measured_times(card: str) -> tuple[list[Measured], Launch]:
-    """The times of a card and its best launch; none and the default where no table has them.
+    """Return the times of a card and its best launch; no times and the default where no table has them.
 
     A table that cannot be used is named in a warning and otherwise left alone: results do not depend on it.
     """
     if not TABLE.is_file():
         return [], DEFAULT_LAUNCH
     try:
-        found = json.loads(TABLE.read_text(encoding="utf-8")).get(card)
-        return ([], DEFAULT_LAUNCH) if found is None else _check(found)
+        content = json.loads(TABLE.read_text(encoding="utf-8")).get(card)
+        return ([], DEFAULT_LAUNCH) if content is None else _check(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
             f"{TABLE} cannot be used ({type(error).__name__}: {error}), forms of the sampled gradient are chosen by counting; make "
@@ -157,12 +157,12 @@ def measured_times(card: str) -> tuple[list[Measured], Launch]:
         return [], DEFAULT_LAUNCH
 
 
-def _check(found: Any) -> tuple[list[Measured], Launch]:
-    launch = tuple(map(int, found["launch"]))
+def _check(content: Any) -> tuple[list[Measured], Launch]:
+    launch = tuple(map(int, content["launch"]))
     if len(launch) != 3 or any(value < 1 or value & value - 1 for value in launch):
-        raise ValueError(f"launch is {found['launch']}, needs three powers of 2")
+        raise ValueError(f"launch is {content['launch']}, needs three powers of 2")
     rows = []
-    for row in found["rows"]:
+    for row in content["rows"]:
         one = Measured(**row)
         numbers = [one.tokens, one.rows, one.columns, one.density, *one.seconds.values()]
         if not all(isinstance(value, int | float) and 0 < value < math.inf for value in numbers):

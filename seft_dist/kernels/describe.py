@@ -1,4 +1,4 @@
-"""Which kernels run here, in a line."""
+"""A line of text that names the kernels in use."""
 
 import torch
 
@@ -6,10 +6,10 @@ from seft_dist.kernels.build import compiler_command, library, triton_kernels
 
 
 def describe(device: torch.device) -> str:
-    """Say which kernels are used, e.g. "C++ (compiler 12.2.0, 16 lanes)". Builds the C++ ones at the first call.
+    """Name the kernels in use, e.g. "C++ (compiler 12.2.0, 16 lanes)". Builds the C++ ones at the first call.
 
     Args:
-        device: Of the weights.
+        device: Device of the weights.
     """
     if device.type == "cuda":
         return "Triton (never tested on a GPU)" if triton_kernels() is not None else "torch (no Triton)"

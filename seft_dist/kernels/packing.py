@@ -16,14 +16,14 @@ from seft_dist.sparsity.bitmask import unpack
 
 
 def encode(dense: Tensor, bits: Tensor) -> Tensor:
-    """The values at the set bits.
+    """Select the values at the set bits.
 
     Args:
-        dense: [n], of any type.
+        dense: [n], any dtype.
         bits: uint8 [ceil(n / 8)], unused ones 0.
 
     Returns:
-        [set bits], of the same type.
+        [set bits], same dtype.
     """
     _check(bits, dense)
     if dense.is_cuda and dense.numel() and (kernels := triton_kernels()) is not None:  # never run on a GPU

@@ -1,4 +1,4 @@
-"""The passes of a selection over all positions: as in ``sparsity.selection``, in C++ where it can be had."""
+"""The passes of a selection over all positions, as in ``sparsity.selection``, in C++ if there is a compiler."""
 
 import ctypes
 
@@ -21,11 +21,11 @@ def keys(
     times: Tensor | None = None,
     absolute: bool = False,
 ) -> Tensor:
-    """Keys of scores, or of |scores x times|, or of |scores|; see ``selection.keys``.
+    """Compute the keys of scores, or of |scores x times|, or of |scores|; see ``selection.keys``.
 
     Args:
         scores: fp32 [n], finite.
-        largest: Whether large or small ones are selected.
+        largest: True if large scores are selected, False if small ones.
         eligible: uint8 [ceil(n / 8)], bits of who competes; None for all.
         times: fp32 [n]; makes the score the absolute value of the product.
         absolute: Makes the score the absolute value.
@@ -80,45 +80,45 @@ def first_histogram(key: Tensor) -> Tensor:
 
 
 def survivors(key: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Keys that can still be selected once the first digit of the last selected one is known.
+    """Find the keys that can still be selected once the first digit of the last selected one is known.
 
     Args:
         key: int32 [n].
         first: That digit.
 
     Returns:
-        Their indices, int64, increasing, and the keys themselves.
+        Indices of these keys, int64, increasing, and the keys.
     """
     functions = library() if key.is_cpu else None
     if functions is None:
         indices = selection.survivors(key, first)
         return indices, key[indices]
     expect(key.dtype == torch.int32 and key.is_contiguous(), "keys as contiguous int32")
-    lowest, threads, found = first_threshold(first), torch.get_num_threads(), ctypes.c_int64()
-    what = (key.data_ptr(), key.numel(), lowest, ctypes.byref(found))
+    lowest, threads, count = first_threshold(first), torch.get_num_threads(), ctypes.c_int64()
+    what = (key.data_ptr(), key.numel(), lowest, ctypes.byref(count))
     functions.keys_from(*what, None, None, threads)
-    indices = torch.empty(found.value, dtype=torch.int64)
-    kept = torch.empty(found.value, dtype=torch.int32)
+    indices = torch.empty(count.value, dtype=torch.int64)
+    kept = torch.empty(count.value, dtype=torch.int32)
     if functions.keys_from(*what, indices.data_ptr(), kept.data_ptr(), threads):
         raise AssertionError("keys changed while they were read")
     return indices, kept
 
 
 def top_k(key: Tensor, k: int) -> Tensor:
-    """Indices of the k largest keys, smaller indices first among ties. Waits for the device.
+    """Return the indices of the k largest keys, smaller indices first among ties. Waits for the device.
 
     Args:
         key: int32 [n]; ineligible ones are never selected.
-        k: How many, at most; fewer are returned if fewer compete.
+        k: Largest number of keys; fewer are returned if fewer compete.
 
     Returns:
         int64, increasing.
     """
     counts = first_histogram(key).cpu().unsqueeze(0)
-    found, wanted = descend(counts, torch.tensor([k]).minimum(counts.sum(1)))
-    left, key = survivors(key, int(found))
-    prefix = int(found)
+    digits, wanted = descend(counts, torch.tensor([k]).minimum(counts.sum(1)))
+    left, key = survivors(key, int(digits))
+    prefix = int(digits)
     for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
-        found, wanted = descend(histogram(key, digit, prefix).cpu().unsqueeze(0), wanted)
-        prefix = prefix << bits | int(found)
+        digits, wanted = descend(histogram(key, digit, prefix).cpu().unsqueeze(0), wanted)
+        prefix = prefix << bits | int(digits)
     return left[take(key, threshold_key(prefix), int(wanted))]

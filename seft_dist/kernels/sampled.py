@@ -19,23 +19,23 @@ from seft_dist.kernels.choice import Form, choose, measured_launch
 _BLOCK = 64
 """Tokens that the C++ form transposes at a time: of common shapes they fit into a core's second cache."""
 _DENSE_NUMBERS = 1 << 24
-"""Most numbers of a dense product that exist at a time."""
+"""Largest number of values of a dense product that exist at a time."""
 
 Bounds = Sequence[int] | None
-"""Of ``row_bounds``; None: not known on the host."""
+"""Result of ``row_bounds``; None: not known on the host."""
 
 
 def block_rows(columns: int) -> int:
-    """Rows of a weight whose dense product the dense form makes at a time."""
+    """Return the number of rows of a weight whose dense product the dense form makes at a time."""
     return max(1, _DENSE_NUMBERS // columns)
 
 
 def row_bounds(shape: tuple[int, int], crow: Tensor) -> list[int]:
-    """Where each block of rows of the dense form begins among the positions, and their number; waits for the device.
+    """Return the index at which each block of rows begins among the positions, and their number. Waits for the device.
 
     Args:
         shape: [out, in] of the weight.
-        crow: int [out + 1], where each row's positions begin.
+        crow: int [out + 1], index at which each row's positions begin.
     """
     return [*crow[: -1 : block_rows(shape[1])].tolist(), int(crow[-1])]
 
@@ -50,16 +50,16 @@ def sampled_grad_(
     accumulate: bool = True,
     bounds: Bounds = None,
 ) -> None:
-    """The weight gradient at some positions into ``out``, accumulated in fp32.
+    """Compute the weight gradient at some positions into ``out``, accumulated in fp32.
 
     Args:
         out: fp32 [k], contiguous.
         shape: [out, in] of the weight.
-        crow: int32 or int64 [out + 1], contiguous, where each row's positions begin.
+        crow: int32 or int64 [out + 1], contiguous, index at which each row's positions begin.
         col: int32 [k], contiguous, column of each position; inside a row they increase.
         x: [T, in], the linear's input; fp32, bf16 or fp16, like ``grad``.
         grad: [T, out], gradient of its output.
-        accumulate: Whether to add to what ``out`` has.
+        accumulate: True to add to ``out``, False to replace it.
         bounds: ``row_bounds`` of the positions; without them the dense form waits for the device.
     """
     entries, tokens = out.shape[0], x.shape[0]
@@ -71,7 +71,7 @@ def sampled_grad_(
 
 
 def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
-    """The whole weight gradient, fp32 [out, in].
+    """Compute the whole weight gradient, fp32 [out, in].
 
     Products of 16-bit numbers are exact in fp32, so on CUDA tensor cores may make them: the sums are in fp32 either way.
 
@@ -86,7 +86,7 @@ def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
 
 @functools.cache
 def _has_fp32_output(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies 16-bit matrices into an fp32 one on this device."""
+    """Return whether torch multiplies 16-bit matrices into an fp32 one on this device."""
     ones = torch.ones(16, 16, dtype=dtype, device=device)
     try:
         return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
@@ -169,7 +169,7 @@ def _dense(
 
 
 def _from_zero(adding: Callable[..., None]) -> Callable[..., None]:
-    """A form that can only add, as one that can also begin."""
+    """Make a form that can also replace from one that can only add."""
 
     def form(
         out: Tensor,
@@ -194,4 +194,4 @@ FORMS: dict[Form, Callable[..., None]] = {
     "dense": _from_zero(_dense),
     "triton": _from_zero(_triton),
 }
-"""Arguments as of ``sampled_grad_``, at least one token and one position."""
+"""The forms by name. They take the arguments of ``sampled_grad_``, with at least one token and one position."""

@@ -1,4 +1,4 @@
-"""Values put at some places of many tensors in one call: what an ordinary step writes into the weights."""
+"""Writing values to places in many tensors in one call, as an ordinary step does into the weights."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ from seft_dist.kernels.build import library
 
 
 def scatter_(outs: Sequence[Tensor], starts: Sequence[int], places: Sequence[Tensor], values: Tensor) -> None:
-    """outs[i][places[i] - starts[i]] = the i-th part of the values.
+    """Set outs[i][places[i] - starts[i]] to the i-th part of the values.
 
     Args:
-        outs: Each [n_i], contiguous, of the values' type.
-        starts: What each tensor's first element is called in its places.
-        places: Each int32 or int64 [k_i], without repeats, inside its tensor.
+        outs: Tensors [n_i], contiguous, of the values' dtype.
+        starts: Place of each tensor's first element.
+        places: int32 or int64 [k_i] for each tensor, inside it, without repeats.
         values: [sum of k_i], one tensor's after another.
 
     Raises:
-        ValueError: A place is outside its tensor (of the compiled form; those that are inside were written).
+        ValueError: A place is outside its tensor; the compiled form has written the others then.
     """
     sizes = [place.shape[0] for place in places]
     expect(values.shape == (sum(sizes),), f"{sum(sizes)} values")

@@ -11,9 +11,9 @@ from torch import Tensor
 from seft_dist.kernels.choice import DEFAULT_LAUNCH, Launch
 
 _MOST_PARTS = 8
-"""Programs that share a row of the sampled gradient, at most."""
+"""Largest number of programs that share a row of the sampled gradient."""
 _POSITIONS = 1024
-"""Positions of a program that packs or unpacks."""
+"""Number of positions that one program packs or unpacks."""
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def sampled_grad_(
     grad: Tensor,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
-    """As ``sampled.sampled_grad_``; at least one token and one position."""
+    """Compute what ``sampled.sampled_grad_`` does, for at least one token and one position; adds to ``out``."""
     entries, block, warps = launch
     # Transposed, so that an entry is a product of two contiguous rows.
     operands = grad.T.contiguous(), x.T.contiguous()
@@ -91,7 +91,7 @@ def _ends(bits: Tensor, numel: int) -> Tensor:
 
 
 def encode(dense: Tensor, bits: Tensor) -> Tensor:
-    """As ``packing.encode``, at least one position. Waits for the device."""
+    """Compute what ``packing.encode`` does, for at least one position. Waits for the device."""
     ends = _ends(bits, dense.numel())
     values = dense.new_empty(int(ends[-1]))
     _encode[(len(ends),)](bits, ends, dense, values, dense.numel(), block=_POSITIONS)
@@ -99,7 +99,7 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
 
 
 def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
-    """As ``packing.decode``, at least one position."""
+    """Compute what ``packing.decode`` does, for at least one position."""
     ends = _ends(bits, out.numel())
     _decode[(len(ends),)](bits, ends, values, values.numel(), out, out.numel(), block=_POSITIONS)
     return out

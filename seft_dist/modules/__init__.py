@@ -1,1 +1,1 @@
-"""Which modules of a model are trained sparsely, whatever library they are from."""
+"""The weights of a model that are trained sparsely, whatever library their modules are from."""

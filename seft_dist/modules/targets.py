@@ -1,4 +1,4 @@
-"""Which weights of a model get deltas, and which never do.
+"""The choice of the weights of a model that get deltas.
 
 Linears, GPT-2's Conv1D and fused experts do (``seft_dist.modules.kinds``). Embeddings, the output head, norms, biases and
 routers are left alone: choosing experts is not the weights' damage to repair, and a changed choice would move every token's
@@ -69,8 +69,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     """Return the names in which a regular expression matches somewhere.
 
-    Python's own engine may search some patterns, such as (a|a)+$, for longer than anybody waits, and cannot be stopped;
-    the one of ``regex`` has a limit, and unlike engines of linear time it knows all that Python's does.
+    Python's own engine may search some patterns, such as (a|a)+$, for hours, and cannot be stopped; the one of ``regex``
+    has a time limit, and unlike engines of linear time it supports the same syntax.
     """
     if len(pattern) > _LONGEST_PATTERN:
         raise ValueError(
@@ -103,7 +103,7 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that choose experts: those beside the experts whose kind or name says so, with all they contain."""
+    """Return the modules that choose experts: neighbours of the experts with such a type or name, and all they contain."""
     routers: set[nn.Module] = set()
     for parent in model.modules():
         children = dict(parent.named_children())

@@ -7,7 +7,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unsigned_zeros(values: Tensor) -> Tensor:
-    """Replace -0.0 by +0.0; every other bit stays, also those of NaN.
+    """Replace -0.0 by +0.0; every other bit stays, also in NaN.
 
     Products of weights and masks leave -0.0 behind. It compares equal to 0, but has bits: kernels for sparse weights and
     packed files would carry it along as a value.
@@ -22,7 +22,7 @@ def unsigned_zeros(values: Tensor) -> Tensor:
 
 
 def has_negative_zeros(values: Tensor) -> bool:
-    """Tell whether there is a -0.0, in one pass and without a copy.
+    """Return whether there is a -0.0, in one pass and without a copy.
 
     Args:
         values: Any shape, type and device.

@@ -11,16 +11,16 @@ from torch import Tensor
 from seft_dist.sparsity.scores import mix
 
 BUCKETS = 8
-"""Numbers in a sketch. The distance it gives is off by a quarter, typically."""
+"""Length of a sketch. Distances between such sketches are off by a quarter, typically."""
 SCALE = 2.0**40
-"""Units of a sketch: values are rounded to 1 / SCALE, about 1e-12, so that their sums are exact."""
+"""Number of units in 1: values are rounded to 1 / SCALE, about 1e-12, so that their sums are exact."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ON_CPU, _ON_DEVICE = 1 << 14, 1 << 22  # a piece's intermediate results stay in the cache: 14 times faster on a CPU
 
 
 def hash_of_set(positions: Tensor) -> Tensor:
-    """Hash of a set of positions, int64 [].
+    """Hash a set of positions, int64 [].
 
     Args:
         positions: [k], integers, in any order.
@@ -29,22 +29,22 @@ def hash_of_set(positions: Tensor) -> Tensor:
 
 
 def hash_of_entries(positions: Tensor, values: Tensor) -> Tensor:
-    """Hash of the bits of values at positions, int64 [].
+    """Hash the bits of values together with their positions, int64 [].
 
     Args:
         positions: [k], integers, in any order.
-        values: [k], of any type; 0 and -0 differ.
+        values: [k], any dtype; 0 and -0 differ.
     """
     parts = zip(pieces(positions), pieces(values.view(_BITS[values.element_size()])), strict=True)
     return _sum(mix(mix(where.to(torch.int64)) + what).sum() for where, what in parts)
 
 
 def hash_of_weight(weight: Tensor, start: int) -> Tensor:
-    """Hash of an interval's bits, int64 []; positions with the value 0 add nothing.
+    """Hash the bits of an interval's weights, int64 []; positions with the value 0 add nothing.
 
     Args:
-        weight: [n], of any type.
-        start: Flat position of the first.
+        weight: [n], any dtype.
+        start: Flat position of the interval's first weight.
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for piece in pieces(weight.view(_BITS[weight.element_size()])):
@@ -55,14 +55,14 @@ def hash_of_weight(weight: Tensor, start: int) -> Tensor:
 
 
 def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
-    """A few sums with random signs, from two of which ``distance`` tells how far two vectors are apart.
+    """Sum values with random signs a few times; ``distance`` estimates from two such sketches how far two vectors are apart.
 
     Args:
         positions: [k], integers, in any order.
         values: fp32 [k]; None: 1 at each position (then the sketch is of a set, in whole numbers).
 
     Returns:
-        int64 [BUCKETS]; with values in units of 1 / SCALE.
+        int64 [BUCKETS]; if values are given, in units of 1 / SCALE.
 
     Source: the count sketch (Charikar, Chen, Farach-Colton, ICALP 2002).
     """
@@ -78,15 +78,15 @@ def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
 
 
 def distance(first: list[int], second: list[int]) -> float:
-    """Estimate of the L2 distance of two vectors from their sketches, in the sketches' units.
+    """Estimate the L2 distance of two vectors from their sketches, in the sketches' units.
 
-    Of two sets, its square estimates the number of positions that are in one of them only.
+    For sketches of sets, its square estimates the number of positions that are in one of the two sets only.
     """
     return float(sum((a - b) ** 2 for a, b in zip(first, second, strict=True))) ** 0.5
 
 
 def pieces(values: Tensor) -> Iterator[Tensor]:
-    """Parts of a tensor [n] whose intermediate results stay in the cache."""
+    """Divide a tensor [n] into parts whose intermediate results stay in the cache."""
     return iter(values.split(_ON_CPU if values.device.type == "cpu" else _ON_DEVICE))
 
 

@@ -1,4 +1,4 @@
-"""Groups of M consecutive positions, of an N:M pattern: ranking inside each, and what is active in each.
+"""Groups of M consecutive positions in an N:M pattern: ranking inside each group, and counting active positions.
 
 A row's length is a multiple of M, so group g of a flattened weight is positions g M .. g M + M - 1.
 """
@@ -12,17 +12,17 @@ from seft_dist.sparsity.selection import INELIGIBLE, values_of
 
 
 def extent(interval: Interval, size: int) -> Interval:
-    """The positions of all groups that an interval touches.
+    """Return the positions of all groups that an interval touches.
 
     Args:
-        interval: Of a flattened weight.
+        interval: Positions of a flattened weight.
         size: M.
     """
     return Interval(interval.start // size * size, -(-interval.stop // size) * size)
 
 
 def counts(mask: Tensor, size: int) -> Tensor:
-    """True positions in each group, int64 [n / size].
+    """Count the True positions in each group, int64 [n / size].
 
     Args:
         mask: bool [n], whole groups.
@@ -32,11 +32,11 @@ def counts(mask: Tensor, size: int) -> Tensor:
 
 
 def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
-    """The largest keys of each group, smaller positions first among ties.
+    """Mark the largest keys of each group, smaller positions first among ties.
 
     Args:
         key: int32 [n], whole groups; ineligible ones are never among them.
-        limits: int64 [n / size], how many of each group; fewer are given if fewer compete.
+        limits: int64 [n / size], number of keys of each group; fewer are marked if fewer compete.
         size: M.
 
     Returns:
@@ -47,11 +47,11 @@ def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
 
 
 def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tensor:
-    """The positions that rounding could have put on the other side of what ``best`` takes of their group.
+    """Mark the positions that rounding could have moved into or out of those that ``best`` marks in their group.
 
     Args:
-        key: As for ``best``.
-        limits: As for ``best``.
+        key: int32 [n], whole groups.
+        limits: int64 [n / size], number of keys of each group.
         size: M.
         errors: fp32 [n], how far rounding can move each score; positions with error 0 do not move.
 
@@ -61,7 +61,7 @@ def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tenso
     ranks, across = _ranks(key, size), key.view(-1, size).T.contiguous()
 
     def at(rank: Tensor) -> Tensor:
-        """The value at a place of each group; NaN where it has none, or it does not compete."""
+        """Return the value of each group at a place of its ranking; NaN where nothing competes for it."""
         here = ranks == rank
         return values_of(across.masked_fill(~here, 0).sum(0, dtype=torch.int32)).masked_fill(~here.any(0), torch.nan)
 
@@ -73,7 +73,7 @@ def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tenso
 
 
 def _ranks(key: Tensor, size: int) -> Tensor:
-    """Place of each key in its group, 0 for the first, int8 [size, groups]; size^2 / 2 comparisons, no sort."""
+    """Return the place of each key in its group, 0 for the first, int8 [size, groups]; size^2 / 2 comparisons, no sort."""
     across = key.view(-1, size).T.contiguous()
     ranks = torch.zeros(across.shape, dtype=torch.int8, device=key.device)
     for later in range(1, size):
@@ -85,11 +85,11 @@ def _ranks(key: Tensor, size: int) -> Tensor:
 
 
 def fingerprint(mask: Tensor, start: int, size: int) -> Tensor:
-    """Hash of the number of active positions of every group, int64 []; the sum over intervals is the whole weight's.
+    """Hash the number of active positions of every group, int64 []; the sum over intervals is the whole weight's hash.
 
     Args:
-        mask: bool [n], of an interval, which may begin and end inside groups.
-        start: Flat position of the first.
+        mask: bool [n], mask of an interval, which may begin and end inside groups.
+        start: Flat position of the interval's first weight.
         size: M.
     """
     return scores.mix((mask.nonzero().view(-1) + start) // size).sum()

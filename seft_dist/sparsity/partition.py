@@ -1,4 +1,4 @@
-"""Who owns which part of a weight: two integers.
+"""The division of a weight among ranks, described by two integers.
 
 Every supported way of sharding cuts a flattened weight of N positions into equal chunks, one for each rank in rank order;
 the last ranks may get a short chunk or none. The order of ranks is therefore the order of positions.
@@ -14,7 +14,7 @@ _END_OF_INT32 = 1 << 31
 
 
 def position_dtype(numel: int) -> torch.dtype:
-    """Type of positions in, and of counts of, something with ``numel`` entries: int32, from 2^31 entries on int64."""
+    """Return the dtype for positions in something with ``numel`` entries: int32, from 2^31 entries on int64."""
     return torch.int32 if numel < _END_OF_INT32 else torch.int64
 
 
@@ -45,19 +45,19 @@ class Partition:
 
     @classmethod
     def even(cls, numel: int, world_size: int) -> "Partition":
-        """Equal flat chunks of ceil(numel / world_size) positions (ZeRO-3, replicated weights)."""
+        """Divide into equal flat chunks of ceil(numel / world_size) positions (ZeRO-3, replicated weights)."""
         return cls(numel, -(-numel // world_size), world_size)
 
     @classmethod
     def rows(cls, shape: tuple[int, int], world_size: int) -> "Partition":
-        """Whole rows, ceil(rows / world_size) for each rank (FSDP2's Shard(0))."""
+        """Divide into whole rows, ceil(rows / world_size) for each rank (FSDP2's Shard(0))."""
         rows, columns = shape
         return cls(rows * columns, -(-rows // world_size) * columns, world_size)
 
     def interval(self, rank: int) -> Interval:
-        """The positions that a rank owns; empty behind the end."""
+        """Return the positions that a rank owns; empty behind the end."""
         return Interval(min(rank * self.chunk, self.numel), min((rank + 1) * self.chunk, self.numel))
 
     def sizes(self) -> list[int]:
-        """Number of positions of each rank, in rank order."""
+        """Return the number of positions of each rank, in rank order."""
         return [len(self.interval(rank)) for rank in range(self.world_size)]

@@ -1,4 +1,4 @@
-"""When evolutions happen and how much moves: pure functions of the configuration and the step t, counted from 1."""
+"""The schedule of evolutions: pure functions of the configuration and the step t, counted from 1."""
 
 import math
 
@@ -6,31 +6,31 @@ from seft_dist.config import SeftConfig
 
 
 def is_evolution(config: SeftConfig, step: int) -> bool:
-    """Whether step t ends with an evolution (the first support is not one of them)."""
+    """Return whether step t ends with an evolution. The choice of the first support does not count as one."""
     if config.static or step % config.interval or step < config.begin:
         return False
     return config.last_step is None or step <= config.last_step
 
 
 def first_evolution(config: SeftConfig) -> int | None:
-    """Step of the first evolution (the first support aside); None if there will be none."""
+    """Return the step of the first evolution (the first support aside); None if there will be none."""
     step = max(1, -(-config.begin // config.interval)) * config.interval
     return step if is_evolution(config, step) else None
 
 
 def is_first_support(config: SeftConfig, step: int) -> bool:
-    """Whether step t begins with choosing the first support from its gradient."""
+    """Return whether the first support is chosen by the gradient of step t."""
     return step == 1 and config.init == "gradient"
 
 
 def in_window(config: SeftConfig, step: int) -> bool:
-    """Whether the dense gradient of step t is accumulated for the evolution that follows it."""
+    """Return whether the dense gradient of step t is accumulated for the evolution that follows it."""
     coming = -(-step // config.interval) * config.interval
     return is_evolution(config, coming) and step > coming - config.window
 
 
 def drop_fraction(config: SeftConfig, step: int) -> float:
-    """Share of the support that is dropped in an evolution at step t, 0 to 1."""
+    """Return the share of the support that is dropped in an evolution at step t, 0 to 1."""
     initial, total = config.drop_fraction, config.steps
     if config.drop_schedule == "constant" or total is None:
         return initial
@@ -40,5 +40,5 @@ def drop_fraction(config: SeftConfig, step: int) -> float:
 
 
 def share(fraction: float, count: int) -> int:
-    """``fraction`` of ``count`` entries, rounded half up."""
+    """Return the number of entries that are a fraction of ``count``, rounded half up."""
     return math.floor(fraction * count + 0.5)

@@ -12,12 +12,12 @@ _MASK64 = (1 << 64) - 1
 
 
 def drop_magnitude(delta: Tensor) -> Tensor:
-    """|delta| of each entry, fp32 [k]."""
+    """Return |delta| of each entry, fp32 [k]."""
     return delta.abs()
 
 
 def drop_movement(delta: Tensor, grad: Tensor) -> Tensor:
-    """-delta x accumulated gradient: small where the gradient pulls the delta back to 0.
+    """Return -delta x accumulated gradient, fp32 [k]: small where the gradient pulls the delta back to 0.
 
     Args:
         delta: fp32 [k].
@@ -29,17 +29,17 @@ def drop_movement(delta: Tensor, grad: Tensor) -> Tensor:
 
 
 def grow_gradient(grad: Tensor) -> Tensor:
-    """|accumulated gradient| of each position, fp32 [n]."""
+    """Return |accumulated gradient| of each position, fp32 [n]."""
     return grad.abs()
 
 
 def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
-    """|weight x accumulated gradient| of each position, fp32 [n]."""
+    """Return |weight x accumulated gradient| of each position, fp32 [n]."""
     return (weight * grad).abs()
 
 
 def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
-    """|weight| x L2 norm of its input (Wanda's score, arXiv 2306.11695).
+    """Return |weight| x L2 norm of its input, fp32 [n] (Wanda's score, arXiv 2306.11695).
 
     Args:
         weight: fp32 [n], the interval's weights.
@@ -51,7 +51,7 @@ def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
 
 
 def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """min(row, column) second-moment estimate of each position, fp32 [numel].
+    """Return the second-moment estimate min(row, column) of each position, fp32 [numel].
 
     Args:
         rows: fp32 [out], SM3's row accumulator.
@@ -65,7 +65,7 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
 
 def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """sqrt(row x column): the size of a weight gradient whose terms have random signs, up to a common factor, fp32 [numel].
+    """Return sqrt(row x column), the size of a weight gradient whose terms have random signs up to a factor, fp32 [numel].
 
     Args:
         rows: fp32 [out], sum over tokens of the squared gradient of each output.
@@ -77,14 +77,17 @@ def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
 
 def _interval(join: Callable[[Tensor, Tensor], Tensor], rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """join(row, column) at ``numel`` flat positions from ``start`` on, fp32 [numel]; rows it does not touch are left out."""
+    """Return join(row, column) at ``numel`` flat positions from ``start`` on, fp32 [numel].
+
+    Only the rows that these positions touch are computed.
+    """
     width = cols.numel()
     first, last = start // width, -(-(start + numel) // width)
     return join(rows[first:last].unsqueeze(1), cols).view(-1)[start - first * width :][:numel]
 
 
 def uniform(positions: Tensor, *keys: int) -> Tensor:
-    """Pseudo-random numbers that depend on position and keys only, so on no layout.
+    """Draw pseudo-random numbers that depend on position and keys only, so not on the layout.
 
     Args:
         positions: int64, flat positions of a weight.

@@ -17,12 +17,12 @@ INELIGIBLE = -(1 << 31)
 
 
 def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tensor:
-    """Order-preserving integer keys: the largest key is selected first.
+    """Compute integer keys in the order of the scores: the largest key is selected first.
 
     Args:
         scores: fp32 [n], finite; -0.0 and 0.0 are equal.
-        largest: Whether large or small scores are selected.
-        eligible: bool [n], who competes; None for all.
+        largest: True if large scores are selected, False if small ones.
+        eligible: bool [n], True for positions that compete; None for all.
 
     Returns:
         int32 [n].
@@ -36,7 +36,7 @@ def keys(scores: Tensor, largest: bool, eligible: Tensor | None = None) -> Tenso
 
 
 def values_of(key: Tensor) -> Tensor:
-    """The numbers that keys stand for: scores, or minus them where small ones are selected.
+    """Return the numbers that keys stand for: scores, or minus the scores where small ones are selected.
 
     Args:
         key: int32 of any shape.
@@ -65,7 +65,7 @@ def first_histogram(key: Tensor) -> Tensor:
 
 
 def survivors(key: Tensor, first: int) -> Tensor:
-    """Indices of the keys that can still be selected once the first digit of the last selected one is known.
+    """Return the indices of the keys that can still be selected once the first digit of the last selected one is known.
 
     Args:
         key: int32 [n].
@@ -78,7 +78,7 @@ def survivors(key: Tensor, first: int) -> Tensor:
 
 
 def first_threshold(first: int) -> int:
-    """The smallest key of a competitor whose first digit is at least ``first``."""
+    """Return the smallest eligible key whose first digit is at least ``first``."""
     return max((first - BINS // 2) << DIGITS[0][0], INELIGIBLE + 1)
 
 
@@ -86,8 +86,8 @@ def histogram(key: Tensor, digit: int, prefix: int) -> Tensor:
     """Count the values of a later digit among the keys whose more significant digits are ``prefix``.
 
     Args:
-        key: int32 [n], of survivors.
-        digit: Which of ``DIGITS``, not the first.
+        key: int32 [n], keys of the survivors.
+        digit: Index in ``DIGITS``, not that of the first.
         prefix: The digits before it, as one number.
 
     Returns:
@@ -116,17 +116,17 @@ def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def threshold_key(prefix: int) -> int:
-    """The key that all digits together spell."""
+    """Return the key that all digits together make."""
     return prefix - (1 << 31)
 
 
 def take(key: Tensor, threshold: int, ties: int) -> Tensor:
-    """Indices of the keys above the threshold and of the first ``ties`` keys equal to it.
+    """Return the indices of the keys above the threshold and of the first ``ties`` keys equal to it.
 
     Args:
         key: int32 [n].
         threshold: Key of the last selected entry over all ranks.
-        ties: How many entries equal to it this rank may take.
+        ties: Number of entries equal to it that this rank may take.
 
     Returns:
         int64, increasing.

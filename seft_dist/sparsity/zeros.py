@@ -1,6 +1,6 @@
-"""Exact zeros are counted, and values that are not finite found, in one pass over a weight and without a copy.
+"""Counting exact zeros, and checking that values are finite, in one pass over a weight and without a copy.
 
-``(weight == 0).sum()`` and ``weight.isfinite().all()`` say the same, but take 20 to 50 times as long on a CPU.
+``(weight == 0).sum()`` and ``weight.isfinite().all()`` have the same result, but take 20 to 50 times as long on a CPU.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ZeroCount:
-    """Zeros of one weight."""
+    """Number of zeros of one weight."""
 
     name: str
     """Module name of the linear."""
     numel: int
-    """Weights it has."""
+    """Number of weights."""
     zeros: int
-    """Weights that are exactly 0."""
+    """Number of weights that are exactly 0."""
 
     @property
     def sparsity(self) -> float:
@@ -38,7 +38,7 @@ def num_zeros(weight: Tensor) -> int:
 
 
 def all_finite(weight: Tensor) -> bool:
-    """Tell whether no value of a tensor is infinite or NaN.
+    """Return whether no value of a tensor is infinite or NaN.
 
     Args:
         weight: Any shape and device, floating numbers.
@@ -63,5 +63,5 @@ def count_zeros(targets: Mapping[str, _HasWeight]) -> list[ZeroCount]:
 
 
 def total_sparsity(counts: list[ZeroCount]) -> float:
-    """Share of zeros over all weights."""
+    """Return the share of zeros over all weights."""
     return sum(count.zeros for count in counts) / sum(count.numel for count in counts)
