@@ -1,4 +1,4 @@
-"""The one place where this package keeps something of its own on the modules of somebody else's model.
+"""The one place where this package keeps something of its own on the modules of another library's model.
 
 Most modules have no attachment. It is an ordinary attribute, not an entry of a dictionary elsewhere, so that it is copied and
 freed together with its module.
@@ -25,9 +25,9 @@ class Attachment:
     hooks: list[RemovableHandle] = field(default_factory=list)
     """Hooks that ``seft_dist.optim.install`` registered on the module."""
     watchers: dict[str, Callable[[Tensor, list[int]], None]] = field(default_factory=dict)
-    """A fused parameter's name to what pruning calls with the inputs of its experts (``seft_dist.pruning.watch``)."""
+    """A fused parameter's name to the function that gets the inputs of its experts (``seft_dist.pruning.watch``)."""
     gather: PackedAllGather | None = None
-    """What FSDP2 gathers this module's parameters with, if they are sent packed."""
+    """All-gather of this module's parameters, if FSDP2 sends them packed."""
 
 
 def attachment_of(module: nn.Module) -> Attachment:

@@ -26,7 +26,7 @@ from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 
 
 class Holder(Protocol):
-    """What a backend needs to know of a target: ``seft_dist.modules.kinds.Target`` is one."""
+    """The part of a target that backends use; ``seft_dist.modules.kinds.Target`` is one."""
 
     @property
     def weight(self) -> Tensor:

@@ -137,7 +137,7 @@ class _Gather:
     messages: Tensor
     """uint8 [ranks * bytes of a message], messages in rank order."""
     work: dist.Work
-    """What to wait for before the messages are read."""
+    """Handle to wait for before the messages are read."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from seft_dist.kernels.ranking import keys
 from seft_dist.optim.collectives import near_ties, next_to_border, select
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.nm_groups import GroupRanking, NMGroups
-from seft_dist.optim.report import EvolutionReport, Phase, WindowRecord
+from seft_dist.optim.report import EvolutionReport, Phase, ReportDraft
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.state import State
 from seft_dist.optim.window import Window, share_positions
@@ -48,7 +48,7 @@ class Evolution:
         config: SeftConfig,
         state: State,
         windows: list[Window],
-        record: WindowRecord,
+        draft: ReportDraft,
         *,
         step: int,
         counts_near_ties: bool = False,
@@ -58,12 +58,12 @@ class Evolution:
         config: The method.
         state: Changed by ``run``.
         windows: Statistics of each target, up to and including this step.
-        record: What the windows have cost so far; ``keep_candidates`` adds to it, ``run`` reports it.
+        draft: Costs of the windows so far; ``keep_candidates`` adds to it, ``run`` reports it.
         step: Optimizer step, counted from 1.
         counts_near_ties: True to count near-ties for the report.
         """
         self.backend, self.config, self.state, self.windows, self.step = backend, config, state, windows, step
-        self.record = record
+        self.draft = draft
         self.intervals = [backend.interval(i) for i in range(len(windows))]
         self.entries = list(state.layers())
         self.sizes = [len(support) for support in state.supports]
@@ -77,8 +77,8 @@ class Evolution:
         """Errors of the scores, while near-ties are counted."""
         self._near_ties: list[int] | None = None
         if counts_near_ties:
-            self._near_ties = record.near_ties or [0] * len(windows)
-        self._counted_before = sum(record.near_ties)
+            self._near_ties = draft.near_ties or [0] * len(windows)
+        self._counted_before = sum(draft.near_ties)
         self.groups = NMGroups(backend, config.pattern) if config.pattern else None
         """NMGroups of an N:M pattern, if there is one."""
 
@@ -93,7 +93,7 @@ class Evolution:
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
         """
-        record = self.record
+        draft = self.draft
         self._phase("window", self._prepare)
         self._phase("drop", lambda: self.drop(fraction))
         self._phase("grow", self.grow)
@@ -103,8 +103,8 @@ class Evolution:
         dropped, grown, pruned, reactivated = counts
         spent = list(self._phases.values())[1:]
         before = self._phases["window"]
-        self._phases["window"] = Phase(before.seconds + record.seconds, before.bytes_sent + record.bytes_sent)
-        record.near_ties = []
+        self._phases["window"] = Phase(before.seconds + draft.seconds, before.bytes_sent + draft.bytes_sent)
+        draft.near_ties = []
         support = sum(map(len, self.state.supports))
         return EvolutionReport(
             step=self.step,
@@ -252,9 +252,9 @@ class Evolution:
         for i, window in enumerate(self.windows):
             window.narrow_to(torch.cat([self._offsets(i), grow[i], prune[i]]).unique())
         share_positions(self.backend, self.windows)
-        self.record.seconds += time.perf_counter() - began
-        self.record.bytes_sent += self.backend.bytes_sent - sent
-        self.record.near_ties = self._near_ties or []
+        self.draft.seconds += time.perf_counter() - began
+        self.draft.bytes_sent += self.backend.bytes_sent - sent
+        self.draft.near_ties = self._near_ties or []
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
         """Let only the best of each group compete to grow, as many as it has active positions. Collective with a pattern.

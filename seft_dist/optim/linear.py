@@ -22,10 +22,10 @@ from seft_dist.optim.recompute_inputs import keep
 from seft_dist.optim.slot import Slot
 
 ANCHOR = "seft_anchor"
-"""Name of the anchor in a linear's module; docstring of ``seft_dist.optim.install.install`` says what it is for."""
+"""Name of the anchor in a linear's module; ``seft_dist.optim.install`` makes it."""
 
 HeldWeight = Tensor | PackedWeight
-"""What a forward multiplies with: the parameter, or the packed weight behind its placeholder."""
+"""A weight to multiply with: the parameter, or the packed weight behind its placeholder."""
 
 
 def _held_weight(module: nn.Module, key: str = "weight") -> HeldWeight:
@@ -43,8 +43,8 @@ def _save(ctx: Any, x: Tensor, weight: HeldWeight, anchor: Tensor | None, slot: 
     kept: list[Tensor] = []
     if slot is not None:  # else nobody asks for the input
         ctx.input, kept = keep(x)
-    # The weight itself is saved, no copy: engines free it after forward and gather it again for backward. Of a packed one
-    # only the way to it is kept.
+    # The weight itself is saved, not a copy: engines free it after forward and gather it again for backward. A packed weight
+    # is decoded again for backward.
     ctx.packed = None if isinstance(weight, Tensor) else weight
     ctx.save_for_backward(*kept, *([weight] if isinstance(weight, Tensor) else []))
     ctx.anchor = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)

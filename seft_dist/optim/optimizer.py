@@ -22,7 +22,7 @@ from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.gradient_check import GradientCheck, check_gradient
 from seft_dist.optim.install import install, uninstall
 from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient, warn_without_recomputation
-from seft_dist.optim.report import EvolutionReport, WindowRecord
+from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
@@ -67,7 +67,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Patches the target linears; reads no weight yet.
+        """Patch the target linears. No weight is read yet.
 
         Args:
             model: The pruned model, before or after ``fully_shard``, before DDP or ``deepspeed.initialize``.
@@ -81,7 +81,7 @@ class SeftOptimizer(torch.optim.Optimizer):
                 name their own group.
 
         Raises:
-            ValueError: The targets' pattern matches nothing, or something that cannot carry deltas.
+            ValueError: The pattern of the targets matches nothing, or a module that cannot carry deltas.
         """
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
@@ -97,7 +97,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
         self._windows: list[Window | None] = [None] * len(installed)
-        self._record = WindowRecord()
+        self._draft = ReportDraft()
         self._backend: Backend | None = None
         self._state: State | None = None
         self._needs = Needs.of(self.config)
@@ -115,19 +115,19 @@ class SeftOptimizer(torch.optim.Optimizer):
 
     @property
     def target_names(self) -> list[str]:
-        """Module names of the targets, in order."""
+        """Names of the targets, in order."""
         return list(self._targets)
 
     @property
     def backend(self) -> Backend:
-        """What holds the weights; known once attached."""
+        """Backend that holds the weights; known once attached."""
         if self._backend is None:
             raise ValueError("the optimizer is not attached yet: run a forward pass with gradients, or call attach()")
         return self._backend
 
     @property
     def exchange(self) -> Exchange:
-        """Where the gradients go in the coming step; known once attached."""
+        """Exchange that brings gradients to their owners; known once attached."""
         assert self._exchange is not None, "not attached"
         return self._exchange
 
@@ -143,9 +143,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         return float(self._grad_norm)
 
     def attach(self) -> None:
-        """Find out who owns what, and check that the model fits the configuration. Collective, idempotent.
+        """Divide the weights among their owners, and check that the model fits the configuration. Collective, idempotent.
 
-        Happens by itself at the first forward pass with gradients.
+        The first forward pass with gradients does this by itself.
 
         Raises:
             ValueError: The model is dense, a layer cannot hold the density, weights are not finite or cannot be written
@@ -177,7 +177,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             self.attach()
 
     def _prepare_step(self) -> None:
-        """Tell the slots what the coming step's backward must record."""
+        """Set what the coming step's backward passes record."""
         coming = self.num_steps + 1
         first = self._is_first(coming)
         if first or in_window(self.config, coming):
@@ -190,22 +190,21 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.exchange.prepare(supports)
 
     def _close_windows(self) -> None:
-        self._windows, self._record = [None] * len(self._slots), WindowRecord()
+        self._windows, self._draft = [None] * len(self._slots), ReportDraft()
 
     def new_window(self, i: int) -> Window:
-        """An empty window of target i for the coming step."""
-        # The first support's gradient is read from its window, whatever the criteria need.
+        """Make an empty window of target i for the coming step."""
         first = self._is_first(self.num_steps + 1)
-        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._record)
+        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._draft)
 
     def _is_first(self, step: int) -> bool:
         return is_first_support(self.config, step)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Say before a backward pass whether it is the last one before ``step()``. The same on every rank.
+        """Set before a backward pass whether it is the last one before ``step()``. The same on every rank.
 
-        Told so, gradients leave for their owners while it still runs; otherwise all of them leave in ``step()``. With
-        gradient accumulation, say True before the last micro-batch only.
+        During the last one, gradients leave for their owners while it still runs; without this call all of them leave in
+        ``step()``. With gradient accumulation, pass True before the last micro-batch only.
 
         Args:
             is_last_backward: As for FSDP2's method of this name; holds for one step.
@@ -214,7 +213,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             self._exchange.set_last(is_last_backward)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients since the last step, also those of a window."""
+        """Drop the gradients since the last step, also those in a window."""
         super().zero_grad(set_to_none)
         if self._exchange is not None:
             self._exchange.forget()
@@ -301,7 +300,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         return check_gradient(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
 
     def _evolution(self, windows: list[Window], step: int) -> Evolution:
-        inputs = (self.backend, self.config, self.sparse_state, windows, self._record)
+        inputs = (self.backend, self.config, self.sparse_state, windows, self._draft)
         return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
@@ -321,7 +320,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.sparse_state.write_weights(self.backend, weight)
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target: wanted, active, zeros, deltas. Collective."""
+        """Count what is wanted, active, zero and trained in every target. Collective."""
         self.check_last_step()
         return self.sparse_state.sparsity(self.backend)
 
@@ -339,9 +338,9 @@ class SeftOptimizer(torch.optim.Optimizer):
             layers: This rank's part of every target, in order.
 
         Raises:
-            ValueError: What was given is no state of this run: out of bounds, out of order, not finite, of other shapes or
-                counts. Names the target; every rank raises it, nothing was changed.
-            RuntimeError: What was given breaks a promise about masks or supports.
+            ValueError: The layers are no state of this run: out of bounds, out of order, not finite, of other shapes or counts.
+                Names the target; every rank raises it, nothing was changed.
+            RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()
         backend, state, given = self.backend, self.sparse_state, list(layers)
@@ -353,9 +352,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._prepare_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
+        """Return the param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
 
-        A rank's part of them is of no use on another number of ranks, and many savers keep rank 0's dict alone.
+        One rank's part of them is of no use on another number of ranks, and many savers keep the dict of rank 0 alone.
         """
         if self.num_steps:
             warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
@@ -365,7 +364,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         """Take over the param group.
 
         Raises:
-            ValueError: It is of another step than the masks and deltas that are here.
+            ValueError: The dict is of another step than the masks and deltas of this optimizer.
         """
         steps = state_dict.get("seft_steps", 0)
         if steps != self.num_steps:
@@ -376,7 +375,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
     def detach(self) -> None:
-        """Give the model back as plain modules, with the trained weights; the optimizer is of no use afterwards."""
+        """Turn the model back into plain modules with the trained weights. The optimizer is of no use afterwards."""
         self._attach_hook.remove()
         for target in self._targets.values():
             uninstall(target)

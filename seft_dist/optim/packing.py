@@ -1,4 +1,4 @@
-"""A model's targets packed at rest, and back: the way in and out of ``backends/packed.py``.
+"""Packing a model's targets at rest, and unpacking them again (``backends/packed.py`` holds them in between).
 
 shards = pack_weights(model)                                     # each rank keeps its rows, zeros take a bit
 fully_shard(model, ignored_params=shards.parameters)             # the rest of the model; or nothing

@@ -1,11 +1,11 @@
-"""What evolutions do and what they cost, as the optimizer reports it."""
+"""Reports of what evolutions did and what they cost."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What one part of an evolution cost this rank."""
+    """Costs of one part of an evolution on this rank."""
 
     seconds: float
     """On a GPU, until its work was queued."""
@@ -14,7 +14,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class EvolutionReport:
-    """What one evolution did, over all ranks and targets."""
+    """Results and costs of one evolution, over all ranks and targets."""
 
     step: int
     first: bool
@@ -35,7 +35,7 @@ class EvolutionReport:
     """Bytes sent by this rank, from drop to verify."""
     phases: dict[str, Phase]
     """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt, commit
-    (everybody learns the new positions) and verify; docs/evolution.md says what each sends."""
+    (all ranks learn the new positions) and verify; docs/evolution.md lists what each sends."""
     digest: str
     """Digest of all masks and supports; the same for every layout."""
     near_ties: list[int] | None = None
@@ -44,8 +44,8 @@ class EvolutionReport:
 
 
 @dataclass
-class WindowRecord:
-    """What the coming evolution will report of the steps before it: one object for the windows of all targets."""
+class ReportDraft:
+    """The part of the coming evolution's report that is known before it: one object for the windows of all targets."""
 
     seconds: float = 0.0
     """Time for dense gradients and the choice of candidates."""

@@ -1,4 +1,4 @@
-"""Where the backward pass of one target leaves its weight gradient, until the gradient goes to the ranks that own it."""
+"""Slots, in which the backward pass of a target leaves its weight gradient until it goes to the ranks that own it."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Slot:
         self.grad: Tensor | None = None
         """fp32 [k], this rank's gradient since the last step; None: nothing was recorded, or it has been taken."""
         self.window: Window | None = None
-        """Where the dense gradient goes; None outside an evolution's window."""
+        """Window that accumulates the dense gradient; None outside an evolution's window."""
         self._on_record: Callable[[], None] = _nothing
 
     def prepare(self, support: Support | None, window: Window | None) -> None:
@@ -69,7 +69,7 @@ class Slot:
             self.window.observe(x, grad)
             if dense is not None:
                 self.window.add(dense)  # last: the sum over ranks may be made in place
-                self.window.record.seconds += time.perf_counter() - began
+                self.window.draft.seconds += time.perf_counter() - began
         self._on_record()
 
     def _sample(self, support: Support, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from seft_dist.backends.base import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.optim.delta import Columns, Support, gather_supports
-from seft_dist.optim.report import WindowRecord
+from seft_dist.optim.report import ReportDraft
 from seft_dist.sparsity import scores
 
 
@@ -79,15 +79,15 @@ class Window:
     The dense gradient itself exists during ``add`` only; docs/evolution.md says what is kept of it and what it costs.
     """
 
-    def __init__(self, backend: Backend, i: int, needs: Needs, record: WindowRecord) -> None:
+    def __init__(self, backend: Backend, i: int, needs: Needs, draft: ReportDraft) -> None:
         """Args:
         backend: Knows which part of the weight this rank owns.
         i: Number of the target.
         needs: Statistics to accumulate.
-        record: Gets what they cost; one object for the windows of all targets.
+        draft: Gets the costs of this; one object for the windows of all targets.
         """
         self._backend, self._i, self._needs = backend, i, needs
-        self.record = record
+        self.draft = draft
         self.num_steps = 0
         """Number of accumulated steps."""
         self.total: Tensor | None = None
@@ -133,7 +133,7 @@ class Window:
         """
         sent = self._backend.bytes_sent
         own = self._backend.reduce_dense(self._i, dense).to(self._backend.device)
-        self.record.bytes_sent += self._backend.bytes_sent - sent
+        self.draft.bytes_sent += self._backend.bytes_sent - sent
         self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
     def add_candidates(self, grad: Tensor) -> None:
