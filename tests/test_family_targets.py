@@ -16,6 +16,7 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
+from seft_dist.modules.kinds import Conv1DWeight, ExpertWeight, LinearWeight, Target
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.pruning.calibrate import sample_sequences
@@ -73,6 +74,28 @@ def test_routers_embeddings_and_heads_are_left_alone() -> None:
     assert set(find_targets(family_model("qwen2_moe"), "gate")) == {
         f"model.layers.{i}.mlp.{rest}" for i in (0, 1) for rest in ("experts.gate_up_proj", "shared_expert.gate_proj")
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama2", LinearWeight), ("gpt2", Conv1DWeight), ("mixtral", ExpertWeight)]
+)
+def test_every_kind_of_weight_as_rows_and_back(family: str, kind: type[Target]) -> None:
+    model = family_model(family)
+    targets = {name: target for name, target in find_targets(model).items() if isinstance(target, kind)}
+    assert targets
+    for name, target in targets.items():
+        weight = model.get_parameter(target.weight_name(name))
+        assert weight is target.weight and tuple(target.as_rows().shape) == target.matrix_shape
+        changed = target.from_rows(target.as_rows() + 1)
+        assert changed.shape == weight.shape and torch.equal(changed, weight + 1)
+        x = torch.randn(2, weight.shape[0 if target.is_stored_transposed else -1])
+        if target.num_experts == 1:
+            torch.testing.assert_close(
+                target.module(x) - (target.module.bias if family == "gpt2" else 0), x @ target.as_rows().T
+            )
+        replacement = torch.nn.Parameter(changed, requires_grad=False)
+        target.weight = replacement
+        assert model.get_parameter(target.weight_name(name)) is replacement
 
 
 def test_what_cannot_be_handled_is_refused() -> None:
