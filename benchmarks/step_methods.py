@@ -144,7 +144,7 @@ def _wrapped(model: Any, wrap: Callable[[nn.Linear], nn.Module]) -> Any:
     model.requires_grad_(False)
     for name, target in find_targets(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrap(target))
+        setattr(model.get_submodule(parent), child, wrap(target.module))
     return model
 
 
