@@ -60,7 +60,7 @@ def test_text_that_begins_with_bos_has_one(kind: str, tokenizers: Any, tmp_path:
     last = bare[2] if kind == "plain" else [bos, *bare[2]]
     assert ids_of(found) == [*bare[0], eos, *bare[1], eos, *last, eos]
     assert bare[0][0] == bos and ids_of(found).count(bos) == (2 if kind == "plain" else 3)
-    assert found.origin.bos == ("none" if kind == "plain" else "one in front of each record")
+    assert found.provenance.bos == ("none" if kind == "plain" else "one in front of each record")
 
 
 @pytest.mark.parametrize("join", BETWEEN)
@@ -74,7 +74,7 @@ def test_joined_records_are_one_text(kind: str, join: Any, tokenizers: Any, tmp_
     ids = ids_of(found)
     assert ids == list(tokenizer(BETWEEN[join].join(lines))["input_ids"])
     assert found.num_tokens == len(ids) and len(found) == len(ids) // 16
-    assert found.origin.bos == ("none" if kind == "plain" else "one in front of the text")
+    assert found.provenance.bos == ("none" if kind == "plain" else "one in front of the text")
     begun = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "<s>" + "a word " * 50}, {"text": "two"}]))
     joined = ids_of(load_sequences(DataConfig(path=begun, seq_len=16, join=join), tokenizer))
     assert joined.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in joined
@@ -210,11 +210,11 @@ def test_fingerprints_of_text_and_tokenizer(tokenizers: Any, folders: Any, tmp_p
     paths = [write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "b.parquet"]
     datasets.Dataset.from_list(records).to_parquet(paths[1])
     found = {
-        load_sequences(DataConfig(path=str(path), seq_len=8), tokenizers["plain"]).origin.fingerprint()
+        load_sequences(DataConfig(path=str(path), seq_len=8), tokenizers["plain"]).provenance.fingerprint()
         for path in paths
     }
     part = load_sequences(DataConfig(path=str(paths[0]), seq_len=8, max_records=2), tokenizers["plain"])
-    assert len(found) == 1 and part.origin.fingerprint() not in found
+    assert len(found) == 1 and part.provenance.fingerprint() not in found
     prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers.values()]
     assert (
         prints[0] == prints[1] != prints[2]

@@ -1,1 +1,1 @@
-"""Records of users' files and of data sets, to token sequences and the batches of every rank."""
+"""From the records of files and data sets to token sequences, and from those to the batches of every rank."""

@@ -1,4 +1,4 @@
-"""Token sequences to the batches of every rank, in an order that does not depend on the number of ranks."""
+"""Batches of token sequences for every rank, in an order that does not depend on the number of ranks."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ Batch = dict[str, Tensor]
 
 
 def collate(samples: Sequence[Sample], pad: int) -> Batch:
-    """Stack sequences, padded on the right to the longest.
+    """Stack sequences into one batch, padded on the right to the longest.
 
     Args:
         samples: ``(input_ids, labels)`` pairs, 1-D int64.
-        pad: Token that fills up.
+        pad: Number of the padding token.
 
     Returns:
         ``input_ids``, ``labels`` (-100 on padding) and ``attention_mask`` (0 on padding), int64, [samples, longest].
@@ -36,10 +36,14 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
 
 
 def check_vocabulary(batch: Batch, model: Any) -> None:
-    """Check that a model has an embedding for every token of a batch, and for its position if those are learned.
+    """Check that a model has an embedding for every token of a batch and, if they are learned, for every position.
+
+    Args:
+        batch: Its ``input_ids`` are checked.
+        model: A causal LM of transformers.
 
     Raises:
-        ValueError: It has not; the tokenizer is of another model, or sequences are too long.
+        ValueError: An embedding is missing: the tokenizer belongs to another model, or sequences are too long.
     """
     words, length = model.get_input_embeddings(), batch["input_ids"].shape[-1]
     largest, size = int(batch["input_ids"].max()), int(words.num_embeddings)
@@ -49,38 +53,41 @@ def check_vocabulary(batch: Batch, model: Any) -> None:
             "tokenizer"
         )
     most = getattr(model.config, "max_position_embeddings", None) or length
+    # Rotary models state a maximum too, but have no table for it. OPT's table has two more rows than positions.
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
     if length > most and any(most <= table <= most + 2 for table in tables):
         raise ValueError(f"sequences of {length} tokens, the model has {most} learned positions: lower data.seq_len")
 
 
 def count_loss_tokens(batch: Batch) -> int:
-    """Tokens of a batch that a causal model is scored on: the first of a sequence never is."""
+    """Count the tokens of a batch that enter the loss. The first token of a sequence is never predicted."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-def num_micro(global_batch: int, batch_size: int, world_size: int) -> int:
-    """Forward passes of a rank in one optimizer step.
+def num_micro_batches(global_batch: int, batch_size: int, world_size: int) -> int:
+    """Number of micro-batches (forward and backward passes) of each rank in one optimizer step.
 
     Args:
         global_batch: Sequences of the step over all ranks.
-        batch_size: Most sequences of a rank in one forward pass.
+        batch_size: Largest number of sequences of a rank in one micro-batch.
         world_size: Number of ranks.
     """
     return -(-global_batch // (batch_size * world_size))
 
 
 class BatchStream:
-    """The batches of one rank, a function of the optimizer step: nothing to save, any step can be the first.
+    """The batches of one rank, as a pure function of the optimizer step.
 
-    The samples of all epochs form one endless line: each epoch is a permutation of the data set made from (seed,
+    There is no state to save: a resumed run asks for the step at which it continues.
+
+    The samples of all epochs form one endless sequence: each epoch is a permutation of the data set drawn from (seed,
     epoch), and a batch may end one epoch and begin the next. Optimizer step t takes the t-th piece of ``global_batch``
-    samples, whatever the world size; inside it micro-step m of rank r takes ``batch_size`` samples::
+    samples, whatever the world size. Within it, each rank takes ``batch_size`` samples for each micro-batch::
 
-        | micro 0: rank 0 | rank 1 | ... | micro 1: rank 0 | rank 1 | ... |
+        | micro-batch 0: rank 0 | rank 1 | ... | micro-batch 1: rank 0 | rank 1 | ... |
 
-    The last micro-step shares out what is left; a rank for which nothing is left gets a batch without any label to
-    learn, so that it still takes part in the collectives of forward and backward.
+    The last micro-batch divides the samples that remain. A rank that gets none of them runs a batch in which no label
+    is learned, because it has to take part in the collectives of forward and backward.
     """
 
     def __init__(
@@ -96,12 +103,12 @@ class BatchStream:
     ) -> None:
         """Args:
             sequences: The data set.
-            batch_size: Most sequences of a rank in one micro-batch.
+            batch_size: Largest number of sequences of a rank in one micro-batch.
             global_batch: Sequences of one optimizer step over all ranks. None: batch_size for each rank.
             rank: This rank.
             world_size: Number of ranks.
             seed: Seed of the order.
-            pad_id: Token that fills up short sequences.
+            pad_id: Number of the padding token.
 
         Raises:
             ValueError: The data set is smaller than one global batch.
@@ -116,7 +123,8 @@ class BatchStream:
             )
         assert 0 <= rank < world_size
         self._sequences = sequences
-        self._batch_size, self._num_micro = batch_size, num_micro(self.global_batch, batch_size, world_size)
+        self._batch_size = batch_size
+        self._num_micro_batches = num_micro_batches(self.global_batch, batch_size, world_size)
         self._rank, self._world_size = rank, world_size
         self._seed, self._pad = seed, pad_id
         self._orders: dict[int, Tensor] = {}
@@ -127,17 +135,17 @@ class BatchStream:
         return self._sequences
 
     def indices(self, step: int) -> list[list[int]]:
-        """Numbers of this rank's samples in optimizer step ``step`` (from 0), for each micro-batch."""
-        found, begin, end = [], step * self.global_batch, (step + 1) * self.global_batch
-        for _ in range(self._num_micro):
+        """Indices of this rank's samples in optimizer step ``step`` (counted from 0), one list for each micro-batch."""
+        micro_batches, begin, end = [], step * self.global_batch, (step + 1) * self.global_batch
+        for _ in range(self._num_micro_batches):
             size = min(self._batch_size * self._world_size, end - begin)
             first, stop = (begin + size * rank // self._world_size for rank in (self._rank, self._rank + 1))
-            found.append([self._sample(position) for position in range(first, stop)])
+            micro_batches.append([self._sample(position) for position in range(first, stop)])
             begin += size
-        return found
+        return micro_batches
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step ``step`` (from 0), as many on every rank."""
+        """The micro-batches of optimizer step ``step`` (counted from 0); every rank gets the same number of them."""
         return [self._batch(micro) for micro in self.indices(step)]
 
     def _batch(self, samples: list[int]) -> Batch:
@@ -147,16 +155,18 @@ class BatchStream:
         return collate([(ids, torch.full_like(labels, IGNORE))], self._pad)
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of step ``start_step`` and every later one, without end."""
+        """Yield the micro-batches of step ``start_step`` and of every later step, without end."""
         while True:
             yield self.step(start_step)
             start_step += 1
 
     def _sample(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._sequences))
+        """Index of the sample at a position of the endless sequence of all epochs."""
+        epoch, offset = divmod(position, len(self._sequences))
         if epoch not in self._orders:
             digest = hashlib.sha256(f"order {self._seed} {epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            # A batch touches at most two epochs that follow each other: older permutations are dropped
             self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
             self._orders[epoch] = torch.randperm(len(self._sequences), generator=generator)
-        return int(self._orders[epoch][place])
+        return int(self._orders[epoch][offset])

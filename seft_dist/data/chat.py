@@ -1,8 +1,8 @@
-"""Conversations to tokens, and which of the tokens are the assistant's.
+"""Encoding of conversations as tokens, with a mask of the tokens that the assistant wrote.
 
-The layout is the tokenizer's chat template (``seft_dist.data.chat_template``). What is learned is what the template marks
-with ``{% generation %}``, just as transformers' ``return_assistant_tokens_mask``; of a template without marks it is each
-turn of the assistant (``seft_dist.data.chat_spans``).
+Conversations are rendered by the tokenizer's chat template (``seft_dist.data.chat_template``). The model learns the
+text that the template marks with ``{% generation %}``, as with transformers' ``return_assistant_tokens_mask``. If the
+template has no such marks, it learns each turn of the assistant (``seft_dist.data.chat_spans``).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from seft_dist.data.chat_template import ChatTemplate, Message, Span, Tools
 
 
 class SkipError(Exception):
-    """A record that is left out and counted; the text is one of ``REASONS``."""
+    """Raised for a record that is left out and counted. Its text is one of ``REASONS``."""
 
 
 NO_ANSWER = "without an answer within data.seq_len tokens"
@@ -32,24 +32,25 @@ class EncodedChat:
     """A conversation as tokens."""
 
     ids: list[int]
+    """Numbers of the tokens."""
     scored: list[bool]
-    """For each token whether it is the assistant's."""
+    """True for each token that the assistant wrote; only these enter the loss."""
     lost_turns: int
-    """Turns of the assistant that could not be found in what the template writes: nothing of them is scored."""
+    """Turns of the assistant that could not be located in the rendered text. None of their tokens is scored."""
 
 
 def instruction_messages(prompt: Any, inner: Any, answer: Any, where: str) -> list[Message]:
-    """A prompt, an optional further input below it, and the answer, as a conversation.
+    """Make a conversation of a prompt, an optional further input below it, and the answer.
 
     Args:
         prompt: The instruction.
         inner: The further input; None or empty if there is none.
-        answer: What the model should say.
-        where: Place of the record, for messages.
+        answer: The answer that the model learns.
+        where: File and line of the record, for error messages.
 
     Raises:
         ValueError: The prompt is missing.
-        SkipError: The answer is.
+        SkipError: The answer is missing.
     """
     if prompt is None or prompt == "":
         raise ValueError(f"{where} has an empty prompt: needs text in data.prompt_field")
@@ -60,11 +61,15 @@ def instruction_messages(prompt: Any, inner: Any, answer: Any, where: str) -> li
 
 
 def record_messages(messages: Any, where: str) -> list[Message]:
-    """Check a record's list of messages, and take out the fields that hold None, as transformers does.
+    """Check a record's list of messages, and remove the fields that hold None, as transformers does.
+
+    Args:
+        messages: The record's messages.
+        where: File and line of the record, for error messages.
 
     Raises:
-        ValueError: It is not a list of {"role", "content"} with text.
-        SkipError: There are no messages; one has no content (one that calls tools needs none) or answers with blanks.
+        ValueError: The value is not a list of {"role", "content"} objects with text.
+        SkipError: There are no messages, a message that calls no tools has no content, or an answer is blank.
     """
     if messages is None or messages == []:
         raise SkipError(NO_MESSAGES)
@@ -75,27 +80,34 @@ def record_messages(messages: Any, where: str) -> list[Message]:
         if not good or not isinstance(message.get("content"), (str, type(None))):
             names = sorted(message) if isinstance(message, dict) else type(message).__name__
             raise ValueError(f'{where}: needs messages with a text "role" and a text "content", found {names}')
-    found = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    for message in found:
+    cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for message in cleaned:
         if message.get("tool_calls"):
             continue
         if "content" not in message:
             raise SkipError(NO_CONTENT)
-        if message["role"] == "assistant" and not message["content"].strip() and not _reasons(message):
+        if message["role"] == "assistant" and not message["content"].strip() and not _has_reasoning(message):
             raise SkipError(BLANK)
-    return found
+    return cleaned
 
 
-def _reasons(message: Message) -> bool:
-    """Tell whether an answer holds reasoning beside its content."""
+def _has_reasoning(message: Message) -> bool:
+    """Return whether a message holds reasoning beside its content."""
     return any(str(message.get(name, "")).strip() for name in ("reasoning_content", "reasoning", "thinking"))
 
 
 def record_tools(tools: Any, where: str) -> Tools:
-    """Check a record's list of tools; None if it has none.
+    """Check a record's list of tools.
+
+    Args:
+        tools: The record's tools.
+        where: File and line of the record, for error messages.
+
+    Returns:
+        The tools; None if the record has none.
 
     Raises:
-        ValueError: It is not a list of JSON schemas.
+        ValueError: The value is not a list of JSON schemas.
     """
     if not tools:
         return None
@@ -112,18 +124,18 @@ def encode_chat(
     tools: Tools = None,
     template: ChatTemplate | None = None,
 ) -> EncodedChat:
-    """Lay out a conversation and find the assistant's part.
+    """Render a conversation, tokenize it, and mark the tokens that the assistant wrote.
 
     Args:
-        messages: From ``record_messages``.
-        tokenizer: Fast or slow.
-        where: Place of the record, for messages.
-        tools: From ``record_tools``.
-        template: The tokenizer's, to be used for many records. None: made here, for today.
+        messages: Checked messages, from ``record_messages``.
+        tokenizer: A fast or slow tokenizer.
+        where: File and line of the record, for error messages.
+        tools: Checked tools, from ``record_tools``.
+        template: The tokenizer's chat template, to be shared by many records. None: it is made here, for today's date.
 
     Raises:
-        ValueError: The template refuses the conversation, or writes no turn of the assistant that can be found.
-        SkipError: The conversation calls tools, and the template knows of none.
+        ValueError: The template refuses the conversation, or no turn of the assistant can be located in its output.
+        SkipError: The conversation calls tools, which the template does not support.
     """
     template = template or ChatTemplate(tokenizer, None)
     if any(message.get("tool_calls") for message in messages) and not template.mentions("tool_calls", tools):
@@ -133,22 +145,31 @@ def encode_chat(
         text = template.render(messages, tools)
         spans = template.marked_spans(messages, tools)
         if spans is None:
-            found = turn_spans(messages, tools, text, template)
-            spans = [span for span in found if span is not None]
-            lost = len(found) - len(spans)
-    except (TemplateError, ValueError, TypeError) as error:  # a template may add None to text
+            turns = turn_spans(messages, tools, text, template)
+            spans = [span for span in turns if span is not None]
+            lost = len(turns) - len(spans)
+    except (TemplateError, ValueError, TypeError) as error:  # TypeError: a template may add None to text
         raise ValueError(f"{where}: the tokenizer's chat template cannot lay it out: {error}") from error
     if lost and not spans:
         raise ValueError(
             f"{where}: the tokenizer's chat template rewrites the assistant's turns, so that they cannot be found in "
             "the whole conversation; mark them in the template with {% generation %}, or use records with one turn"
         )
-    ids, scored = _tokens_of(text, spans, tokenizer)
+    ids, scored = _tokenize_spans(text, spans, tokenizer)
     return EncodedChat(ids, scored, lost)
 
 
-def _tokens_of(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Tokens, and whether each overlaps a span: the rule of transformers' assistant mask."""
+def _tokenize_spans(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Tokenize a text, and mark each token that overlaps a span, which is the rule of transformers' assistant mask.
+
+    Args:
+        text: The rendered conversation.
+        spans: Characters of the assistant's turns, in order and without overlap.
+        tokenizer: A fast or slow tokenizer.
+
+    Returns:
+        The tokens, and True for each one that overlaps a span.
+    """
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, scored, number = list(encoded["input_ids"]), [], 0
@@ -163,13 +184,15 @@ def _tokens_of(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase)
 
     ids = tokens(text)
     scored = [False] * len(ids)
-    for start, stop in spans:  # a slow tokenizer has no offsets: what two texts share is in front of the border
-        first, last = (_common_tokens(ids, tokens(text[:end])) for end in (start, stop))
+    # A slow tokenizer gives no character offsets. The text is tokenized once more up to each border of a span: the
+    # tokens that agree with those of the whole text lie in front of that border.
+    for start, stop in spans:
+        first, last = (_common_prefix_tokens(ids, tokens(text[:end])) for end in (start, stop))
         scored[first:last] = [True] * (last - first)
     return ids, scored
 
 
-def _common_tokens(first: list[int], second: list[int]) -> int:
-    """Length of the common beginning."""
+def _common_prefix_tokens(first: list[int], second: list[int]) -> int:
+    """Number of tokens in the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,7 +1,7 @@
-"""The chat template of a tokenizer: rendered on a day of one's choice, with the assistant's part where it marks that.
+"""The chat template of a tokenizer, rendered for a fixed date, with the spans that it marks as the assistant's.
 
-A tokenizer without a template gets this plain layout, one line a message, with the tokenizer's bos token in front if it
-adds one to ordinary text, and its eos token behind each of the assistant's messages::
+A tokenizer without a template gets the following plain layout of one line for each message. The tokenizer's bos token
+comes first if the tokenizer adds one to ordinary text, and its eos token follows each message of the assistant::
 
     User: What is the capital of France?
     Assistant: Paris</s>
@@ -28,12 +28,12 @@ _DIRECTIVE = re.compile(r"%[-_0^#]?[aAbBcdDeFGhHIjlkmMpPrRSTuUVwWxXyYzZ]")
 
 
 class ChatTemplate:
-    """How a tokenizer lays out conversations; the same on every day."""
+    """Renders conversations as the tokenizer's chat template does, for one fixed date."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
         """Args:
-        tokenizer: With a chat template or without.
-        date: Day that the template sees as today, YYYY-MM-DD. None: this day.
+        tokenizer: A tokenizer with a chat template or without.
+        date: Day that the template is given as today, YYYY-MM-DD. None: the current day.
         """
         self._tokenizer = tokenizer
         self._day = datetime.date.fromisoformat(date) if date is not None else datetime.date.today()
@@ -41,20 +41,20 @@ class ChatTemplate:
 
     @property
     def date(self) -> str | None:
-        """The day that conversations are laid out for, YYYY-MM-DD; None: the template does not look at it."""
+        """Day that the template is given as today, YYYY-MM-DD; None if the template does not use the date."""
         return self._day.isoformat() if uses_date(self._tokenizer) else None
 
     def mentions(self, name: str, tools: Tools = None) -> bool:
-        """Tell whether the template reads a variable or field of this name."""
+        """Return whether the template's source contains the name of a variable or field."""
         return self._tokenizer.chat_template is not None and name in self._source(tools)
 
     def render(self, messages: list[Message], tools: Tools, *, prompt: bool = False) -> str:
-        """Lay out a conversation as text.
+        """Render a conversation as text.
 
         Args:
             messages: The turns; fields that hold None are left out, as transformers does.
-            tools: JSON schemas of what the assistant may call.
-            prompt: Whether to open the assistant's next turn.
+            tools: JSON schemas of the tools that the assistant may call.
+            prompt: Add the generation prompt, which opens the assistant's next turn.
 
         Raises:
             jinja2.TemplateError: The template refuses the conversation.
@@ -72,7 +72,7 @@ class ChatTemplate:
         )
 
     def marked_spans(self, messages: list[Message], tools: Tools) -> list[Span] | None:
-        """Find what the template marks as the assistant's with ``{% generation %}``; None: it has no such marks."""
+        """Return the spans that the template marks with ``{% generation %}``; None if it has no such marks."""
         if self._tokenizer.chat_template is None or not _MARKER.search(self._source(tools)):
             return None
         _, spans = render_jinja_template(
@@ -101,16 +101,21 @@ class ChatTemplate:
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer's chat template (any of them, if it has several) writes today's date."""
-    found = tokenizer.chat_template or ""
-    return any(_TODAY in source for source in (found.values() if isinstance(found, dict) else [found]))
+    """Return whether a tokenizer's chat template (any of them, if it has several) writes today's date."""
+    template = tokenizer.chat_template or ""
+    return any(_TODAY in source for source in (template.values() if isinstance(template, dict) else [template]))
 
 
 def pin_date(source: str, day: datetime.date) -> str:
-    """Make a chat template take one day for today.
+    """Rewrite the source of a chat template so that it uses a given day as today.
 
-    Templates ask with ``strftime_now(format)``, which transformers answers by the clock. A macro of that name in front
-    takes its place; it knows the values of all directives (%d, %B, ...) that occur in the template. The time is 00:00.
+    Templates call ``strftime_now(format)``, which transformers implements with the clock. A macro of the same name in
+    front of the template hides that function; it replaces each directive (%d, %B, ...) that occurs in the template by
+    its value on the given day, at 00:00.
+
+    Args:
+        source: The template, in Jinja.
+        day: Day to use.
     """
     if _TODAY not in source:
         return source

@@ -1,7 +1,7 @@
-"""Local data files: which ones, a hash of what they hold, and their records, each with its file and line.
+"""Local data files: finding them, hashing their content, and reading their records, each with its file and line.
 
-The tokenised data is kept under the hash of the files' bytes, so a file replaced in place is read anew whatever its name,
-size and time say. That costs one reading of every file at each start of a process.
+Tokenized data is cached under the hash of the files' bytes, so a file that was replaced in place is read again even if
+its name, size and time are the same. The price is that each process reads every file once when it starts.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 MOST_LINE_BYTES = 64 << 20
 """Longest line of a .jsonl file that is read."""
 MOST_FILE_BYTES = 2 << 30
-"""Largest .txt file that is read: it is one record, held in memory as a whole."""
+"""Largest .txt file that is read. Such a file is one record and is held in memory as a whole."""
 _BOM = b"\xef\xbb\xbf"
 
 Record = dict[str, Any]
 Located = tuple[str, Record]
-"""Where a record stands, for messages, and the record."""
+"""File and line of a record, for error messages, and the record."""
 
 
 def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
@@ -31,13 +31,13 @@ def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
 
     Args:
         path: A file or a folder; it exists.
-        name: What the user wrote, for messages.
+        name: The path as the user wrote it, for error messages.
 
     Returns:
         The files in the order of their names, and their kind, a value of ``BUILDERS``.
 
     Raises:
-        ValueError: There are none, they are of several kinds, all are empty, or one is no regular file.
+        ValueError: There are no such files, they are of several kinds, all are empty, or one is not a regular file.
     """
     inside = (file for file in path.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
     files = sorted(inside) if path.is_dir() else [path]
@@ -57,7 +57,7 @@ def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
 
 
 def hash_files(files: list[Path]) -> str:
-    """Hash the bytes of files, in their order; names, sizes and times do not matter.
+    """Hash the bytes of files, in the given order; names, sizes and times are not part of the hash.
 
     Returns:
         32 hexadecimal digits.
@@ -73,14 +73,14 @@ def read_located(files: list[Path], kind: str) -> Iterator[Located]:
     """Read the records of files one after the other.
 
     Args:
-        files: From ``find_data_files``.
-        kind: Theirs.
+        files: The files, from ``find_data_files``.
+        kind: Their kind, from ``find_data_files``.
 
     Yields:
-        Each record with its file and line (files of records without lines: its number, counted from 0).
+        Each record with its file and line, or with its number, counted from 0, if the file has no lines.
 
     Raises:
-        ValueError: A file is damaged, or a record is no object; names the file and line.
+        ValueError: A file is damaged, or a record is not an object; the message names the file and line.
     """
     readers = {"text": _read_txt, "json": _read_json, "parquet": _read_parquet}
     for file in files:
@@ -91,13 +91,14 @@ def _read_txt(file: Path) -> Iterator[Located]:
     text = read_text(file, MOST_FILE_BYTES).removeprefix("\ufeff")
     if "\0" in text:
         raise ValueError(
-            f"{file} has a null byte behind {text.index(chr(0))} characters: it is no text, or damaged; needs UTF-8 text"
+            f"{file} has a null byte behind {text.index(chr(0))} characters: it is no text, or damaged; "
+            "needs UTF-8 text"
         )
     yield str(file), {"text": text}
 
 
 def _read_json(file: Path) -> Iterator[Located]:
-    """One record a line, or (.json) one list of records."""
+    """Read one record from each line or, of a .json file, the records of one list."""
     with open(file, "rb") as handle:
         lines = iter(lambda: handle.readline(MOST_LINE_BYTES + 1), b"")
         first = next((line.removeprefix(_BOM).strip() for line in lines if line.removeprefix(_BOM).strip()), b"")
@@ -106,8 +107,8 @@ def _read_json(file: Path) -> Iterator[Located]:
         return
     if file.suffix == ".json" and first.startswith(b"{") and not _is_json(first):
         raise ValueError(
-            f"{file} holds an object at the top, or its first record is damaged: needs a list of records, or one record "
-            "a line"
+            f"{file} holds an object at the top, or its first record is damaged: needs a list of records, or one "
+            "record a line"
         )
     with open(file, "rb") as handle:
         for number, line in enumerate(iter(lambda: handle.readline(MOST_LINE_BYTES + 1), b""), start=1):
@@ -116,14 +117,19 @@ def _read_json(file: Path) -> Iterator[Located]:
                 raise ValueError(f"{where} is longer than {MOST_LINE_BYTES} bytes: needs one record a line")
             line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
-                yield where, _record(_parse(line, where), where)
+                yield where, _check_object(_parse(line, where), where)
 
 
 def _read_json_list(file: Path) -> Iterator[Located]:
-    """The records of a list, one after the other, so that a large file does not have to fit into memory."""
+    """Read the records of a JSON list one after the other, so that a large file does not have to fit into memory.
+
+    ``raw_decode`` takes one record from the beginning of ``text``. If it fails, the record may be cut off by the end of
+    what was read so far, so more is read and the record is decoded again. The amount doubles each time, which keeps the
+    total work linear in the length of a record.
+    """
     decoder, number, missing = json.JSONDecoder(), 0, 1
     with open(file, encoding="utf-8-sig") as handle:
-        text = _more(handle, missing, file).lstrip().removeprefix("[")
+        text = _read_more(handle, missing, file).lstrip().removeprefix("[")
         while True:
             where = f"{file}, record {number}"
             text = text.lstrip()
@@ -137,7 +143,7 @@ def _read_json_list(file: Path) -> Iterator[Located]:
                 raise ValueError(f"{where} is nested too deeply: needs at most a few hundred levels") from error
             except json.JSONDecodeError as error:  # cut off by the end of what was read, or damaged
                 missing = max(1 << 20, len(text))
-                more = _more(handle, missing, file)
+                more = _read_more(handle, missing, file)
                 if not more or len(text) > MOST_LINE_BYTES:
                     raise ValueError(
                         f"{where} cannot be read as json ({error.msg}): it may be damaged or cut short"
@@ -145,11 +151,11 @@ def _read_json_list(file: Path) -> Iterator[Located]:
                 text += more
                 continue
             _check_characters(record, where)
-            yield where, _record(record, where)
-            text, number = text[end:] or _more(handle, 1 << 20, file), number + 1
+            yield where, _check_object(record, where)
+            text, number = text[end:] or _read_more(handle, 1 << 20, file), number + 1
 
 
-def _more(handle: TextIO, characters: int, file: Path) -> str:
+def _read_more(handle: TextIO, characters: int, file: Path) -> str:
     try:
         return handle.read(characters)
     except UnicodeDecodeError as error:
@@ -172,7 +178,7 @@ def _read_parquet(file: Path) -> Iterator[Located]:
 
 
 def without_none(value: Any) -> Any:
-    """Take out the fields that hold None: Arrow puts them where another record has a value."""
+    """Remove the fields that hold None, at every depth. Arrow adds them wherever another record has a value."""
     if isinstance(value, dict):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list) else value
@@ -184,7 +190,7 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     except RecursionError:
-        return True  # whoever reads the record says so
+        return True  # the caller's own attempt to read the record reports it
     return True
 
 
@@ -198,15 +204,15 @@ def _parse(line: bytes, where: str) -> Any:
             f"{where} is not UTF-8 text ({error.reason} at byte {error.start}): it may be damaged"
         ) from error
     except ValueError as error:
-        what = "has a null byte" if b"\0" in line else f"cannot be read as json ({error})"
-        raise ValueError(f"{where} {what}: it may be damaged or cut short") from error
+        problem = "has a null byte" if b"\0" in line else f"cannot be read as json ({error})"
+        raise ValueError(f"{where} {problem}: it may be damaged or cut short") from error
     if b"\\u" in line:
         _check_characters(content, where)
     return content
 
 
 def _check_characters(content: Any, where: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can write and no text can hold."""
+    """Raise a ValueError for half of a surrogate pair, which JSON can express but UTF-8 text cannot."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -215,12 +221,12 @@ def _check_characters(content: Any, where: str) -> None:
         ) from error
 
 
-def _record(content: Any, where: str) -> Record:
+def _check_object(content: Any, where: str) -> Record:
     if not isinstance(content, dict):
-        raise ValueError(f'{where} is a {_name(content)}: needs an object with fields, as {{"text": "..."}}')
+        raise ValueError(f'{where} is a {_json_type(content)}: needs an object with fields, as {{"text": "..."}}')
     return content
 
 
-def _name(content: Any) -> str:
+def _json_type(content: Any) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "truth value", type(None): "null"}
     return names.get(type(content), "number")

@@ -1,6 +1,6 @@
-"""A data set, from its files to token sequences that lie in a memory-mapped file of the ``datasets`` cache.
+"""Loading of a data set as token sequences, which lie in a memory-mapped file of the ``datasets`` cache.
 
-Ranks on one machine share the file's pages.
+The ranks on one machine share the pages of that file.
 """
 
 import hashlib
@@ -17,46 +17,50 @@ from transformers import PreTrainedTokenizerBase
 from seft_dist.config import DataConfig
 from seft_dist.data.chat_template import ChatTemplate
 from seft_dist.data.encode import chat_encoder, encode_joined, instruction_encoder, text_encoder
-from seft_dist.data.records import generated, read_records, select_records
-from seft_dist.data.sequences import Conversations, Origin, PackedBlocks
+from seft_dist.data.records import generate_cached, read_records, select_records
+from seft_dist.data.sequences import Conversations, PackedBlocks, Provenance
 from seft_dist.data.tokenizer import adds_bos
 
 log = logging.getLogger(__name__)
 
-_ENCODING = 2  # of this code; another number makes old caches of tokens useless
-_MUCH = 0.02  # share of a text's tokens that mark the borders of documents
+_ENCODING = 2
+"""Version of the encoding, part of the cache's key: to be raised when the same records give other tokens."""
+_MANY_BORDERS = 0.02
+"""Share of bos and eos among the tokens of a text above which a warning is logged."""
 
 
 def load_sequences(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
 ) -> PackedBlocks | Conversations:
-    """Read a data set and turn it into token sequences; every rank reads the same.
+    """Read a data set and turn it into token sequences. Every rank gets the same sequences.
 
-    Kind "text": each document with the tokenizer's own special tokens and one eos behind it, all laid end to end, or (by
-    ``join``) one text made of all records; cut into blocks of exactly ``seq_len``; what is left at the end is dropped.
-    Kinds "instruction" and "chat": one sequence a record, laid out by the tokenizer's chat template (see
-    ``seft_dist.data.chat_template`` if it has none), cut at ``seq_len``, with loss on the answers only; records without an
-    answer inside ``seq_len`` are left out and counted.
+    Records of kind "text": the documents are concatenated, each with the tokenizer's own special tokens and one eos
+    behind it, or (``join``) one text is made of all records. The result is cut into blocks of exactly ``seq_len``
+    tokens, and the incomplete block at the end is dropped.
+
+    Records of kind "instruction" and "chat": each record is one sequence, rendered by the tokenizer's chat template (or
+    by the plain layout of ``seft_dist.data.chat_template``) and truncated at ``seq_len``, with loss on the answers
+    only. Records without an answer within ``seq_len`` are left out and counted.
 
     Args:
-        config: Which records, how they are read.
-        tokenizer: From ``load_tokenizer``.
+        config: The records, and how they are read.
+        tokenizer: The model's tokenizer, from ``load_tokenizer``.
         progress: Show progress bars (rank 0).
 
     Returns:
         A sequence of ``(input_ids, labels)``, in the order of the records.
 
     Raises:
-        ValueError: No such data, unreadable, no usable columns, or too little of it.
-        OSError: A file may not be read.
+        ValueError: There is no such data, it cannot be read, has no usable columns, or is too short.
+        OSError: The permission to read a file is missing.
     """
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     records, kind = read_records(config)
     records = select_records(records, config)
     template = ChatTemplate(tokenizer, config.date)
-    origin = Origin(config, kind, records, template.date if kind != "text" else None, adds_bos(tokenizer))
+    provenance = Provenance(config, kind, records, template.date if kind != "text" else None, adds_bos(tokenizer))
     if kind == "text":
-        return _text_blocks(records, config, tokenizer, origin)
+        return _text_blocks(records, config, tokenizer, provenance)
     if config.join != "documents":
         raise ValueError(
             f"data.join={config.join}, but {config.path} holds records of kind {kind}: only text is joined"
@@ -65,34 +69,40 @@ def load_sequences(
     tokens = datasets.List(datasets.Value("int32"))
     number = datasets.Value("int32")
     features = {"input_ids": tokens, "labels": tokens, "skipped": number, "lost_turns": number}
-    return Conversations(_mapped(records, encoder, features, origin, tokenizer), origin)
+    return Conversations(_tokenize(records, encoder, features, provenance, tokenizer), provenance)
 
 
-def _text_blocks(records: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> PackedBlocks:
+def _text_blocks(
+    records: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
+) -> PackedBlocks:
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
     if config.join != "documents":
 
         def one_row() -> Iterator[dict[str, list[int]]]:
             yield {"input_ids": encode_joined(records, config, tokenizer)}
 
-        name = _fingerprint(records, origin, tokenizer)
-        return PackedBlocks(generated(one_row, features, name, "as one text", config), origin)
+        name = _fingerprint(records, provenance, tokenizer)
+        return PackedBlocks(generate_cached(one_row, features, name, "as one text", config), provenance)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no eos token, which must end each document: set eos_token in its tokenizer_config.json"
         )
-    blocks = PackedBlocks(_mapped(records, text_encoder(config, tokenizer), features, origin, tokenizer), origin)
-    borders = (1 + origin.adds_bos) * blocks.num_documents / blocks.num_tokens
-    if borders > _MUCH:
+    blocks = PackedBlocks(
+        _tokenize(records, text_encoder(config, tokenizer), features, provenance, tokenizer), provenance
+    )
+    borders = (1 + provenance.adds_bos) * blocks.num_documents / blocks.num_tokens
+    if borders > _MANY_BORDERS:
         log.warning(
-            "%s: %.0f %% of the tokens are bos and eos, around %d short records. If these are the lines of one text, as "
-            "WikiText on the hub, give --data.join blank_line (or newline)",
-            *(config.path, 100 * borders, blocks.num_documents),
+            "%s: %.0f %% of the tokens are bos and eos, around %d short records. If these are the lines of one text, "
+            "as WikiText on the hub, give --data.join blank_line (or newline)",
+            config.path,
+            100 * borders,
+            blocks.num_documents,
         )
     return blocks
 
 
-def _mapped(records: Any, encoder: Any, features: dict[str, Any], origin: Origin, tokenizer: Any) -> Any:
+def _tokenize(records: Any, encoder: Any, features: dict[str, Any], provenance: Provenance, tokenizer: Any) -> Any:
     return records.map(
         encoder,
         batched=True,
@@ -101,17 +111,17 @@ def _mapped(records: Any, encoder: Any, features: dict[str, Any], origin: Origin
         remove_columns=records.column_names,
         features=datasets.Features(features),
         # Without a name of ours, datasets would hash the tokenizer object, which changes as it is used.
-        new_fingerprint=_fingerprint(records, origin, tokenizer),
-        desc=f"Tokenising {Path(origin.config.path).name}",
+        new_fingerprint=_fingerprint(records, provenance, tokenizer),
+        desc=f"Tokenising {Path(provenance.config.path).name}",
     )
 
 
-def _fingerprint(records: Any, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for the tokenised data: the same on every rank and in every run, new if anything that matters changes."""
-    config, kind = origin.config, origin.kind
+def _fingerprint(records: Any, provenance: Provenance, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Key of the tokenized data in the cache: equal on every rank and in every run, new if any input changes."""
+    config, kind = provenance.config, provenance.kind
     digest = hashlib.sha256(f"{_ENCODING} {transformers.__version__} {records._fingerprint} {kind}".encode())
     fields = (config.text_field, config.prompt_field, config.input_field, config.answer_field, config.messages_field)
-    settings = config.join if kind == "text" else (config.seq_len, config.tools_field, origin.date)
+    settings = config.join if kind == "text" else (config.seq_len, config.tools_field, provenance.date)
     digest.update(repr((fields, settings)).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

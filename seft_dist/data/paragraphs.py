@@ -1,13 +1,13 @@
-"""Paragraphs of a text, and when two of them are the same."""
+"""Splitting of a text into paragraphs, and a form in which two of them can be compared."""
 
 import re
 
 
 def paragraphs(text: str) -> list[str]:
-    """Cut a text at its blank lines; paragraphs of blanks are left out."""
+    """Split a text at its blank lines; paragraphs that hold only white space are left out."""
     return [part for part in re.split(r"\n\s*\n", text.strip("\n")) if part.strip()]
 
 
-def words(paragraph: str) -> str:
-    """A paragraph with one blank between its words: equal for paragraphs that differ in line breaks only."""
+def normalize_whitespace(paragraph: str) -> str:
+    """Put one blank between the words of a paragraph, so that paragraphs that differ only in line breaks are equal."""
     return " ".join(paragraph.split())

@@ -1,4 +1,4 @@
-"""Records of a data set: which files or hub data set, which kind, which rows."""
+"""The records of a data set: where they are read from, how their kind is determined, and which rows are used."""
 
 import hashlib
 import itertools
@@ -12,24 +12,31 @@ import datasets
 from seft_dist.config import DataConfig
 from seft_dist.data.data_files import BUILDERS, Located, find_data_files, hash_files, read_located, without_none
 
-PLACE = "place"
-"""Column with the file and line of a record of local files."""
-_PEEKED = 100  # records whose fields decide about the kind
-_FORMAT = 1  # of the columns below; another number makes old caches of records useless
+LOCATION = "place"
+"""Name of the column with the file and line of a record of local files."""
+_NUM_SAMPLED = 100
+"""Number of records whose fields determine the kind of a data set."""
+_FORMAT = 1
+"""Version of the columns below, part of the cache's key: to be raised when the same files give other columns."""
 
 
 def read_records(config: DataConfig) -> tuple[Any, str]:
     """Read a file, a folder or a hub data set.
 
-    Local files become columns of text: lists of messages and tools are kept as JSON, just as they were written. They are
-    cached under a hash of the files' bytes.
+    Local files become columns of text: lists of messages and tools are kept as JSON, exactly as they were written,
+    since Arrow would give every message the fields of all others. The columns are cached under a hash of the files'
+    bytes.
+
+    Args:
+        config: The data.
 
     Returns:
-        A ``datasets.Dataset``, memory-mapped, with the columns of its kind; and the kind, "chat", "instruction" or "text".
+        A ``datasets.Dataset``, memory-mapped, with the columns of its kind; and the kind, "chat", "instruction" or
+        "text".
 
     Raises:
         ValueError: There is no such data, or it cannot be read.
-        OSError: A file may not be read.
+        OSError: The permission to read a file is missing.
     """
     path = Path(config.path).expanduser()
     if not path.exists():
@@ -48,35 +55,38 @@ def read_records(config: DataConfig) -> tuple[Any, str]:
         )
     files, file_kind = find_data_files(path, config.path)
     digest = hash_files(files)
-    peeked = [record for _, record in itertools.islice(read_located(files, file_kind), _PEEKED)]
-    kind = record_kind(list(dict.fromkeys(name for record in peeked for name in record)), config)
-    return _stored(files, file_kind, kind, digest, config), kind
+    sampled = [record for _, record in itertools.islice(read_located(files, file_kind), _NUM_SAMPLED)]
+    kind = record_kind(list(dict.fromkeys(name for record in sampled for name in record)), config)
+    return _read_cached(files, file_kind, kind, digest, config), kind
 
 
-def _stored(files: list[Path], file_kind: str, kind: str, digest: str, config: DataConfig) -> Any:
+def _read_cached(files: list[Path], file_kind: str, kind: str, digest: str, config: DataConfig) -> Any:
     columns = _columns(kind, config)
 
     def generate() -> Iterator[dict[str, str | None]]:
         for located in read_located(files, file_kind):
-            yield _row(located, kind, config)
+            yield _text_columns(located, kind, config)
 
-    features = {name: datasets.Value("large_string") for name in [*columns, PLACE]}
-    # the place is part of a record, so the files' names are part of the key
+    features = {name: datasets.Value("large_string") for name in [*columns, LOCATION]}
+    # A row holds its location, so the names of the files are part of the key
     key = repr((_FORMAT, digest, [str(file) for file in files], kind, columns))
-    return generated(generate, features, hashlib.sha256(key.encode()).hexdigest()[:32], f"as {file_kind}", config)
+    return generate_cached(generate, features, hashlib.sha256(key.encode()).hexdigest()[:32], f"as {file_kind}", config)
 
 
-def generated(
+def generate_cached(
     rows: Callable[[], Iterator[Any]], features: dict[str, Any], fingerprint: str, how: str, config: DataConfig
 ) -> Any:
-    """Store what a generator gives as a data set in the cache, or find it there.
+    """Return the data set of a fingerprint from the cache, or generate it and store it there.
 
     Args:
-        rows: Makes the generator.
+        rows: Makes the generator of rows.
         features: Type of each column.
-        fingerprint: Names the data set in the cache: another name for other rows.
-        how: What is done, for the message, e.g. "as jsonl".
+        fingerprint: Key of the data set in the cache; it must differ if the rows differ.
+        how: How the data is read, for the error message, e.g. "as jsonl".
         config: The data.
+
+    Returns:
+        A ``datasets.Dataset``, memory-mapped.
 
     Raises:
         OSError: A file cannot be read.
@@ -87,7 +97,7 @@ def generated(
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
-        raise ValueError(f"data.path={config.path} cannot be read {how}: {reason(error)}") from error
+        raise ValueError(f"data.path={config.path} cannot be read {how}: {cause_of(error)}") from error
 
 
 def _columns(kind: str, config: DataConfig) -> list[str]:
@@ -99,10 +109,10 @@ def _columns(kind: str, config: DataConfig) -> list[str]:
     return columns[kind]
 
 
-def _row(located: Located, kind: str, config: DataConfig) -> dict[str, str | None]:
-    """The columns of a record as text; what is missing or null is None."""
+def _text_columns(located: Located, kind: str, config: DataConfig) -> dict[str, str | None]:
+    """Convert the columns of a record to text; a value that is missing or null becomes None."""
     where, record = located
-    row: dict[str, str | None] = {PLACE: where}
+    row: dict[str, str | None] = {LOCATION: where}
     for name in _columns(kind, config):
         value = record.get(name)
         if value is None or isinstance(value, str):
@@ -123,7 +133,7 @@ def _row(located: Located, kind: str, config: DataConfig) -> dict[str, str | Non
 
 
 def chat_value(value: Any) -> Any:
-    """Messages or tools of a record, from the JSON of local files or from the columns of a hub data set."""
+    """Return the messages or tools of a record, from the JSON of local files or the columns of a hub data set."""
     return json.loads(value) if isinstance(value, str) and value else without_none(value)
 
 
@@ -133,23 +143,27 @@ def _read_hub(config: DataConfig) -> Any:
     except Exception as error:  # datasets, the hub's client and its transport have no common error type
         raise ValueError(
             f"data.path={config.path} is no file or folder here, and the hub did not give a dataset of that name "
-            f"(data.name={config.name}, data.split={config.split}): {reason(error)}"
+            f"(data.name={config.name}, data.split={config.split}): {cause_of(error)}"
         ) from error
 
 
-def reason(error: BaseException) -> str:
-    """First line of what went wrong, from the error that caused it."""
+def cause_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or of the error that caused it."""
     cause = error.__cause__ or error
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
 def select_records(records: Any, config: DataConfig) -> Any:
-    """Keep the records of training or of the hold-out, at most ``max_records``.
+    """Keep the records of the training part or of the held-out part, at most ``max_records``.
 
-    With ``holdout_every`` n the n-th, 2n-th, ... record is held out.
+    With ``holdout_every`` n, the n-th, 2n-th, ... record is held out.
+
+    Args:
+        records: A ``datasets.Dataset``.
+        config: The data.
 
     Raises:
-        ValueError: Nothing is left.
+        ValueError: No record is left.
     """
     chosen: Any = range(len(records))
     if config.holdout_every:
@@ -166,10 +180,14 @@ def select_records(records: Any, config: DataConfig) -> Any:
 
 
 def record_kind(columns: list[str], config: DataConfig) -> str:
-    """Decide how records are read: "chat", "instruction" or "text".
+    """Determine the kind of records from their columns: "chat", "instruction" or "text".
+
+    Args:
+        columns: Names of the columns.
+        config: The data; it may demand a kind.
 
     Raises:
-        ValueError: The columns fit none of them, or not the one asked for.
+        ValueError: The columns fit no kind, or not the kind demanded.
     """
     needed = {
         "chat": [config.messages_field],

@@ -1,6 +1,6 @@
 """Token sequences of a data set, read from a memory-mapped file.
 
-A sequence is a pair of 1-D int64 tensors of one length: ``input_ids`` and ``labels``, where -100 means "no loss here".
+A sequence is a pair of 1-D int64 tensors of equal length, ``input_ids`` and ``labels``. A label of -100 has no loss.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seft_dist.config import DataConfig
 from seft_dist.data.chat import REASONS
-from seft_dist.data.records import PLACE
+from seft_dist.data.records import LOCATION
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ Sample = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What sequences were made from, and how."""
+class Provenance:
+    """The records that token sequences were made from, and the settings that they were made with."""
 
     config: DataConfig
     kind: str
@@ -35,13 +35,13 @@ class Origin:
     records: Any
     """The records that were read, a ``datasets.Dataset``."""
     date: str | None
-    """Day that the chat template was shown as today; None: it does not look at it."""
+    """Day that the chat template was given as today, YYYY-MM-DD; None: the template does not use the date."""
     adds_bos: bool
-    """Whether the tokenizer puts a bos token in front of ordinary text."""
+    """The tokenizer puts a bos token in front of ordinary text."""
 
     @property
     def bos(self) -> str:
-        """Where bos tokens stand, in words."""
+        """Description of where bos tokens are, in words."""
         if self.kind != "text":
             return "as the chat template writes it"
         if not self.adds_bos:
@@ -49,13 +49,13 @@ class Origin:
         return "one in front of each record" if self.config.join == "documents" else "one in front of the text"
 
     def fingerprint(self) -> str:
-        """Hash the records that were read, before any tokenizer.
+        """Hash the records that were read, independently of the tokenizer.
 
         Returns:
-            32 hexadecimal digits; equal for equal records in equal columns, whatever files they are in.
+            32 hexadecimal digits; equal for equal records in equal columns, whichever files they are in.
         """
         digest = hashlib.sha256()
-        columns = sorted(name for name in self.records.column_names if name != PLACE)
+        columns = sorted(name for name in self.records.column_names if name != LOCATION)
         for start in range(0, len(self.records), 1000):
             some = self.records[start : start + 1000]
             for row in zip(*(some[name] for name in columns), strict=True):
@@ -64,16 +64,16 @@ class Origin:
 
 
 class PackedBlocks(Sequence[Sample]):
-    """Documents end to end, seen as blocks of ``seq_len`` tokens; nothing is copied until a block is read."""
+    """Concatenated documents as blocks of ``seq_len`` tokens. A block is copied only when it is read."""
 
-    def __init__(self, encoded: Any, origin: Origin) -> None:
-        config = origin.config
-        self.origin, self.num_documents = origin, len(encoded)
+    def __init__(self, encoded: Any, provenance: Provenance) -> None:
+        config = provenance.config
+        self.provenance, self.num_documents = provenance, len(encoded)
         chunks = encoded.data.column("input_ids").chunks if len(encoded) else []
         self._chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
         self._seq_len = config.seq_len
-        self._owner = encoded  # keeps the memory map open
+        self._encoded = encoded  # keeps the memory map open
         if len(self) == 0:
             raise ValueError(
                 f"{config.path}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
@@ -82,7 +82,7 @@ class PackedBlocks(Sequence[Sample]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole text, those behind the last full block included."""
+        """Number of tokens in the whole text, including those behind the last full block."""
         return int(self._starts[-1])
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class PackedBlocks(Sequence[Sample]):
         return ids, ids.clone()
 
     def contents(self, start: int, stop: int) -> Iterator[Any]:
-        """Lengths and tokens of the sequences start <= i < stop, as int32 arrays end to end, for a digest."""
+        """Yield the lengths and then the tokens of the sequences start <= i < stop, as int32 arrays, for a digest."""
         yield np.full(stop - start, self._seq_len, dtype=np.int32)
         start, stop = start * self._seq_len, stop * self._seq_len
         for begin, chunk in zip(self._starts, self._chunks, strict=False):
@@ -112,34 +112,35 @@ class PackedBlocks(Sequence[Sample]):
 
 
 class Conversations(Sequence[Sample]):
-    """One sequence for each record that has an answer."""
+    """Conversations as sequences, one for each record that has an answer."""
 
-    def __init__(self, encoded: Any, origin: Origin) -> None:
-        config, self.origin = origin.config, origin
+    def __init__(self, encoded: Any, provenance: Provenance) -> None:
+        config, self.provenance = provenance.config, provenance
         why = np.asarray(encoded.with_format("numpy")["skipped"][:])
         counts = {reason: int((why == number).sum()) for number, reason in enumerate(REASONS, start=1)}
-        told = "; ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        summary = "; ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         kept = np.flatnonzero(why == 0)
         if len(kept) == 0:
             raise ValueError(
                 f"{config.path}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
-                f"({told}): raise seq_len, or check the fields and data.kind"
+                f"({summary}): raise seq_len, or check the fields and data.kind"
             )
         if len(kept) < len(why):
-            log.warning("%s: %d of %d records are left out: %s", config.path, len(why) - len(kept), len(why), told)
+            log.warning("%s: %d of %d records are left out: %s", config.path, len(why) - len(kept), len(why), summary)
         lost = int(np.asarray(encoded.with_format("numpy")["lost_turns"][:]).sum())
         if lost:
             log.warning(
-                "%s: %d turns of the assistant are not learned: the chat template rewrites them, so that they cannot be "
-                "found; mark them in the template with {%% generation %%}",
-                *(config.path, lost),
+                "%s: %d turns of the assistant are not learned: the chat template rewrites them, so that they cannot "
+                "be found; mark them in the template with {%% generation %%}",
+                config.path,
+                lost,
             )
         encoded = encoded.select_columns(["input_ids", "labels"])
         self._encoded = (encoded if len(kept) == len(why) else encoded.select(kept)).with_format("numpy")
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all conversations."""
+        """Number of tokens in all conversations."""
         return sum(int(lengths.sum()) for lengths in self._lengths())
 
     def _lengths(self) -> Iterator[Any]:
@@ -155,7 +156,7 @@ class Conversations(Sequence[Sample]):
         return torch.from_numpy(row["input_ids"].astype(np.int64)), torch.from_numpy(row["labels"].astype(np.int64))
 
     def contents(self, start: int, stop: int) -> Iterator[Any]:
-        """Lengths, tokens and labels of the sequences start <= i < stop, as int32 arrays, for a digest."""
+        """Yield lengths, tokens and labels of the sequences start <= i < stop, as int32 arrays, for a digest."""
         rows = self._encoded.with_format("arrow")[start:stop]
         yield rows["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
         for name in ("input_ids", "labels"):

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, and what it does of its own accord."""
+"""Loading of a model's tokenizer, and handling of the special tokens that it adds by itself."""
 
 import hashlib
 import json
@@ -6,37 +6,35 @@ import json
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from seft_dist.config import ModelConfig
-from seft_dist.data.records import reason
+from seft_dist.data.records import cause_of
 from seft_dist.io.source import locate
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model: fast ones and slow sentencepiece ones.
+    """Load the tokenizer of a model, a fast one or a slow sentencepiece one.
+
+    Args:
+        config: The model; it may name another folder for the tokenizer.
 
     Raises:
-        ValueError: There is none in the folder, or it would need code of its own.
+        ValueError: The folder has no tokenizer, or one that needs code of its own.
     """
     folder = locate(config.tokenizer or config.path)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what transformers raises depends on the files
+    # Which of these transformers raises depends on what is wrong with the files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder} holds no tokenizer that transformers can read ({reason(error)}): needs tokenizer.json or "
+            f"{folder} holds no tokenizer that transformers can read ({cause_of(error)}): needs tokenizer.json or "
             "tokenizer.model beside tokenizer_config.json, or --model.tokenizer with a folder that has them"
         ) from error
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up short sequences.
+    """Choose the token that pads short sequences.
 
-    Any token will do, it is masked out; eos comes first because a pad token is often one that was added behind the
-    vocabulary, for which the model has no embedding.
+    Padding is masked out, so any token that the model has an embedding for will do. The eos token is preferred because
+    a pad token was often added behind the vocabulary, where the model has no embedding.
 
     Raises:
         ValueError: The tokenizer has neither an eos, a pad nor an unk token.
@@ -48,13 +46,16 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts its bos token in front of ordinary text."""
+    """Return whether a tokenizer puts its bos token in front of ordinary text."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("a", verbose=False)["input_ids"][:1]) == [bos]
 
 
-def one_bos(ids: list[int], bos: int | None) -> list[int]:
-    """Take out all but one bos token at the beginning: text that begins with it gets it from the tokenizer once more."""
+def strip_extra_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Remove all but one of the bos tokens at the beginning of a sequence.
+
+    Text that already begins with the bos token gets a second one from the tokenizer.
+    """
     extra = 0
     while bos is not None and extra + 1 < len(ids) and ids[extra] == ids[extra + 1] == bos:
         extra += 1
@@ -62,7 +63,7 @@ def one_bos(ids: list[int], bos: int | None) -> list[int]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's vocabulary and special tokens, whatever files it came from.
+    """Hash a tokenizer's vocabulary and special tokens, independently of the files that it was loaded from.
 
     Returns:
         16 hexadecimal digits.

@@ -62,7 +62,7 @@ def policy_of(
         config: The evaluation; it has data.
         dtype: Type of the model's weights.
     """
-    data, origin = config.data, sequences.origin
+    data, provenance = config.data, sequences.provenance
     assert data is not None
     digest = hashlib.sha256()
     for start in range(0, len(sequences), 1 << 14):
@@ -73,13 +73,13 @@ def policy_of(
         data=data.path,
         name=data.name,
         split=data.split,
-        kind=origin.kind,
+        kind=provenance.kind,
         holdout="all" if not data.holdout_every else held if data.holdout else f"all but {held}",
-        records=len(origin.records),
-        text=origin.fingerprint(),
-        join=data.join if origin.kind == "text" else "documents",
-        bos=origin.bos,
-        date=origin.date,
+        records=len(provenance.records),
+        text=provenance.fingerprint(),
+        join=data.join if provenance.kind == "text" else "documents",
+        bos=provenance.bos,
+        date=provenance.date,
         tokenizer=tokenizer_fingerprint(tokenizer),
         tokens=sequences.num_tokens,
         tokens_hash=digest.hexdigest()[:16],

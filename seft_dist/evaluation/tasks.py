@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
 from seft_dist.data.data_files import BUILDERS
-from seft_dist.data.records import reason
+from seft_dist.data.records import cause_of
 from seft_dist.files.reading import check_yaml, read_text
 
 Metrics = dict[str, float]
@@ -138,7 +138,7 @@ def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
             except SecurityError as error:
                 raise ValueError(_unsafe(error)) from error
             except Exception as error:  # of the datasets library, the hub's client, or of a task's own code
-                raise ValueError(_no_records(name, config.task_files.get(name), reason(error))) from error
+                raise ValueError(_no_records(name, config.task_files.get(name), cause_of(error))) from error
             groups = loaded["groups"]  # with their members inside
             found += [groups[name]] if name in groups else list(loaded["tasks"].values())
         return manager.load(found)

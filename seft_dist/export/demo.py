@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from seft_dist.data.paragraphs import paragraphs, words
+from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
 from seft_dist.files import writing
 from seft_dist.files.hashing import sha256_of
 
@@ -136,10 +136,10 @@ def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Record
         raise ValueError(f"every={every}: needs at least 2, so that something is left to train on")
     names = sorted(topics)
     train = [{"topic": name, "text": topics[name]} for i, name in enumerate(names) if i % every]
-    seen = {words(paragraph) for record in train for paragraph in paragraphs(record["text"])}
+    seen = {normalize_whitespace(paragraph) for record in train for paragraph in paragraphs(record["text"])}
     heldout = []
     for name in names[::every]:
-        kept = [paragraph for paragraph in paragraphs(topics[name]) if words(paragraph) not in seen]
+        kept = [paragraph for paragraph in paragraphs(topics[name]) if normalize_whitespace(paragraph) not in seen]
         if kept:
             heldout.append({"topic": name, "text": "\n\n".join(kept) + "\n"})
     return train, heldout

@@ -7,7 +7,9 @@ _CHUNK_BYTES = 1 << 18
 
 
 def sha256_of(file: BinaryIO) -> "hashlib._Hash":
-    """Hash what an open file holds, from where it stands to its end (``hashlib.file_digest`` needs Python 3.11).
+    """Compute the SHA-256 of an open file, from its current position to its end.
+
+    It replaces ``hashlib.file_digest``, which needs Python 3.11.
 
     Args:
         file: Opened in binary mode.

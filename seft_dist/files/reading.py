@@ -1,7 +1,7 @@
 """Reading JSON and YAML that anybody may have written: bounded in size and depth, checked against a type.
 
-Every ValueError names the file, what was found in it and what is needed. Types are whatever pydantic validates: a
-TypedDict, a dataclass, ``dict[str, str]``.
+Every ValueError names the file, its offending content and what is needed instead. A type can be anything that pydantic
+validates: a TypedDict, a dataclass, ``dict[str, str]``.
 """
 
 import functools
@@ -31,7 +31,7 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no regular file (a pipe would block for ever), too large, or not UTF-8.
+        ValueError: The path is not a regular file (a pipe would block for ever), or it is too large or not UTF-8.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -47,30 +47,30 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
 
 
 def read_json(path: Path, kind: type[T] | TypeAdapter[T], most_bytes: int = MOST_BYTES) -> T:
-    """Read a JSON file and check what it holds.
+    """Read a JSON file and validate its content.
 
     Args:
         path: The file.
-        kind: What it must hold.
+        kind: Type that the content must have.
         most_bytes: Largest size that is read.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no JSON, or does not hold a ``kind``.
+        ValueError: The file is not JSON, or its content is not of type ``kind``.
     """
     return parse_json(read_text(path, most_bytes), kind, str(path))
 
 
 def parse_json(text: str, kind: type[T] | TypeAdapter[T], name: str) -> T:
-    """Read JSON from text and check what it holds.
+    """Parse JSON and validate its content.
 
     Args:
         text: The JSON.
-        kind: What it must hold.
-        name: Of the file or field it came from, for the message.
+        kind: Type that the content must have.
+        name: Name of the file or field that the text came from, for the error message.
 
     Raises:
-        ValueError: It is no JSON, or does not hold a ``kind``.
+        ValueError: The text is not JSON, or its content is not of type ``kind``.
     """
     try:
         content = json.loads(text)
@@ -82,7 +82,15 @@ def parse_json(text: str, kind: type[T] | TypeAdapter[T], name: str) -> T:
 
 
 def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
-    """Check a value that was read against a type; numbers are not made from text or the other way round.
+    """Validate a value that was read; text is not converted to numbers, nor numbers to text.
+
+    Args:
+        content: The value, as ``json`` or ``yaml`` returned it.
+        kind: Type that it must have.
+        name: Name of the file or field that it came from, for the error message.
+
+    Returns:
+        The value, as pydantic returns it.
 
     Raises:
         ValueError: Names the first entries that do not fit, and what each of them needs to be.
@@ -101,16 +109,20 @@ def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
 
 @functools.cache
 def _adapter_of(kind: Any) -> TypeAdapter[Any]:
-    """Made once for each type: that takes longer than most files."""
+    """Return the validator of a type. Building one takes longer than reading most files, so each is built once."""
     return TypeAdapter(kind)
 
 
 def read_yaml(path: Path, most_bytes: int = 16 << 20) -> Any:
-    """Read a YAML file: plain values only, aliases within reason.
+    """Read a YAML file that holds plain values only, with a limit on what its aliases expand to.
+
+    Args:
+        path: The file.
+        most_bytes: Largest size that is read.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no YAML, has other tags than plain values, or stands for too many values.
+        ValueError: The file is not YAML, has tags other than those of plain values, or expands to too many values.
     """
     text = read_text(path, most_bytes)
     try:
@@ -125,23 +137,30 @@ def check_yaml(text: str, name: str) -> None:
 
     Args:
         text: The YAML.
-        name: Of the file, for the message.
+        name: Name of the file, for the error message.
 
     Raises:
-        ValueError: It stands for more than ``MOST_YAML_NODES`` values, or for itself.
-        yaml.YAMLError: It is no YAML.
+        ValueError: The text expands to more than ``MOST_YAML_NODES`` values, or an alias refers to what contains it.
+        yaml.YAMLError: The text is not YAML.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        count = 0 if node is None else _expanded(node, {}, name)
+        count = 0 if node is None else _count_expanded(node, {}, name)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply: needs at most a few hundred levels") from error
     if count > MOST_YAML_NODES:
         raise ValueError(f"{name} stands for {count} values once aliases are expanded: needs at most {MOST_YAML_NODES}")
 
 
-def _expanded(node: yaml.Node, known: dict[int, int | None], name: str) -> int:
-    """Values below a node, those behind aliases counted each time. ``known`` is None while a node is being counted."""
+def _count_expanded(node: yaml.Node, known: dict[int, int | None], name: str) -> int:
+    """Count the values at and below a node, those behind an alias as often as the alias occurs.
+
+    Args:
+        node: Node at which to count.
+        known: Counts by ``id`` of a node, so that a node behind many aliases is walked once. None marks a node whose
+            count has begun and not ended: meeting it again means that it contains itself.
+        name: Name of the file, for the error message.
+    """
     if id(node) in known:
         count = known[id(node)]
         if count is None:
@@ -153,7 +172,7 @@ def _expanded(node: yaml.Node, known: dict[int, int | None], name: str) -> int:
         inner = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         inner = node.value
-    known[id(node)] = count = 1 + sum(_expanded(part, known, name) for part in inner)
+    known[id(node)] = count = 1 + sum(_count_expanded(part, known, name) for part in inner)
     return count
 
 
@@ -163,4 +182,4 @@ def _short(value: Any) -> str:
 
 
 LENIENT = ConfigDict(extra="allow", strict=True)
-"""For ``@with_config(LENIENT)`` on a TypedDict: further keys are kept, those named must fit."""
+"""Setting for ``@with_config(LENIENT)`` on a TypedDict: named keys must have their type, other keys are kept."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, forced to disk, then renamed."""
+"""Writing files that are either complete or absent: write under a temporary name, sync to disk, then rename."""
 
 import json
 import os
@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 PART = ".part"
-"""Ending of a file or folder that is still being written; whoever finds one alone may remove it."""
+"""Suffix of a file or folder that is still being written. One that a killed program left behind may be removed."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: after a kill or on a full disk it holds the old text or the new one, never a part.
+    """Replace a file atomically: after a kill or on a full disk it holds the old text or the new one, never a part.
 
     Args:
         path: The file; its folder must exist.
         text: Its new content, written as UTF-8.
 
     Raises:
-        OSError: It cannot be written; what was there is still there, and the temporary file is gone.
+        OSError: The file cannot be written. Its old content is unchanged, and the temporary file is removed.
     """
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file by bytes, as ``write_text`` does."""
+    """Replace a file by these bytes, with the guarantees of ``write_text``."""
     part = path.with_name(path.name + PART)
     try:
         with open(part, "wb") as handle:
@@ -38,12 +38,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file by indented JSON, as ``write_text`` does."""
+    """Replace a file by indented JSON, with the guarantees of ``write_text``."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk, so that a rename in it survives a power failure."""
+    """Sync the entries of a folder to disk, so that a rename in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -52,7 +52,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Force every file in a folder to disk, before the folder gets the name that says it is complete."""
+    """Sync every file in a folder to disk, before the folder gets the name that marks it as complete."""
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             sync_folder(path)
@@ -61,16 +61,16 @@ def sync_files(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's content to disk."""
+    """Sync a file's content to disk."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
 
 def put_aside(path: Path) -> Path:
-    """Rename a damaged file or folder, so that it stays for whoever wants to look into it.
+    """Rename a damaged file or folder instead of deleting it, so that a user can inspect it.
 
     Returns:
-        Its new path: ``damaged-NAME``, or ``damaged-NAME-2`` and so on if there is one already.
+        The new path: ``damaged-NAME``, or ``damaged-NAME-2`` and so on if that exists already.
     """
     number, aside = 1, path.with_name(f"damaged-{path.name}")
     while aside.exists() or aside.is_symlink():

@@ -87,7 +87,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
             )
         assert config.data is not None
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.origin.date))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.provenance.date))
         sequences = sample_sequences(data, config.sequences, config.seed)
     return Plan(config, stream, targets, shapes, sparsities, sequences, kept)
 

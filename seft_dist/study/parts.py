@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seft_dist.config import DataConfig, StudyConfig
-from seft_dist.data.paragraphs import paragraphs, words
-from seft_dist.data.records import PLACE, read_records, select_records
+from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
+from seft_dist.data.records import LOCATION, read_records, select_records
 from seft_dist.session.cli import parser_of, to_dict
 from seft_dist.study.found import Part
 from seft_dist.study.options import arguments, below, flatten
@@ -130,15 +130,17 @@ def _read(part: DataConfig) -> _Content:
     digest, count, pieces = hashlib.sha256(), 0, set()
     keys: dict[bytes, str] = {}
     for row in rows:
-        text = "\n".join(f"{value}" for name, value in row.items() if name != PLACE and value is not None)
+        text = "\n".join(f"{value}" for name, value in row.items() if name != LOCATION and value is not None)
         digest.update(len(text).to_bytes(8, "little") + text.encode(errors="surrogatepass"))
-        plain = words(text)
+        plain = normalize_whitespace(text)
         number = len(plain.split(" ")) if plain else 0
         count += number
         if kind != "text" or number >= FEW_WORDS:
             keys.setdefault(_key(plain), plain[:60])
         if kind == "text":
-            pieces |= {_key(words(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS}
+            pieces |= {
+                _key(normalize_whitespace(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS
+            }
     return _Content(digest.hexdigest()[:16], kind, len(rows), count, keys, pieces)
 
 

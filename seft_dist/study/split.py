@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.data.data_files import find_data_files, hash_files, read_located
-from seft_dist.data.paragraphs import paragraphs, words
+from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
 from seft_dist.files.reading import check_kind
 from seft_dist.files.writing import write_text
 
@@ -123,8 +123,8 @@ def _drop_repeated(parts: dict[str, list[Record]], text_field: str) -> None:
                     f"data.split.repeated=drop: a record has no text in {text_field!r}; needs repeated: keep"
                 )
             pieces = paragraphs(record[text_field])
-            here.update(words(piece) for piece in pieces)
-            pieces = [piece for piece in pieces if words(piece) not in seen]
+            here.update(normalize_whitespace(piece) for piece in pieces)
+            pieces = [piece for piece in pieces if normalize_whitespace(piece) not in seen]
             if pieces:
                 kept.append(record | {text_field: "\n\n".join(pieces) + "\n"})
         seen |= here

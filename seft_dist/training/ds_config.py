@@ -8,7 +8,7 @@ import torch
 
 from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import TrainConfig
-from seft_dist.data.batches import num_micro
+from seft_dist.data.batches import num_micro_batches
 
 _OURS = ("optimizer", "gradient_clipping")
 """Keys that SeftOptimizer honours in place of the engine."""
@@ -70,7 +70,7 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
         raise ValueError(f"{config.deepspeed}: {error}") from error
     content = {key: value for key, value in content.items() if key not in _OURS}
     assert config.global_batch is not None
-    accumulate = num_micro(config.global_batch, config.batch_size, world_size)
+    accumulate = num_micro_batches(config.global_batch, config.batch_size, world_size)
     filled = {
         "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
         "gradient_accumulation_steps": ("global_batch / (batch_size x ranks), rounded up,", accumulate),
