@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from seft_dist.io.checkpoint import KEEP, complete, read_manifest
-from seft_dist.io.checkpoint.files import check_sum, rank_file
+from seft_dist.io.checkpoint.files import rank_file, verify_checksum
 from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 
 LIMIT = 400.0
@@ -62,7 +62,7 @@ def wrong_state(args: argparse.Namespace, output: Path, before: int) -> list[str
         try:
             manifest = read_manifest(path)
             for rank, digest in enumerate(manifest["sha256"]):
-                check_sum(path / rank_file(rank, manifest["world_size"]), digest)
+                verify_checksum(path / rank_file(rank, manifest["world_size"]), digest)
         except (ValueError, OSError) as error:
             problems.append(f"the newest checkpoint cannot be read: {error}")
     for name in ("metrics.jsonl", "trace.jsonl"):

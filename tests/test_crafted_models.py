@@ -17,7 +17,7 @@ from seft_dist.export.delta import read_delta
 from seft_dist.export.export import pack_model, write_model
 from seft_dist.export.folders import new_folder
 from seft_dist.io import weight_files
-from seft_dist.io.models import outline
+from seft_dist.io.models import build_meta_model
 from seft_dist.io.packed import INDEX as PACKED
 from seft_dist.io.source import Source, open_source
 from seft_dist.io.weight_files import INDEX
@@ -82,7 +82,7 @@ def test_configurations(name: str, sound: Path, tmp_path: Path) -> None:
     settings = json.loads((sound / "config.json").read_text())
     replaced(folder / "config.json", json.dumps(settings | change if isinstance(change, dict) else change))
     with pytest.raises(ValueError, match=message):
-        outline(opened(folder))
+        build_meta_model(opened(folder))
     with pytest.raises(ValueError, match=message):
         prepare(PruneConfig(model=ModelConfig(path=str(folder)), method="magnitude", output=str(tmp_path / "out")))
     assert not list(tmp_path.glob("out*"))

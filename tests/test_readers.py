@@ -12,7 +12,7 @@ from transformers import AutoConfig
 import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig, PruneConfig
 from seft_dist.export.export import pack_model, write_model
-from seft_dist.io.readers import config_for_all, tokenizer_for_all
+from seft_dist.io.readers import compatible_config, compatible_tokenizer_config
 from seft_dist.io.source import open_source
 from seft_dist.pruning.prune import prune_folder
 from tests.families import FAMILIES, family_folder
@@ -57,10 +57,10 @@ def test_other_versions_read_the_same_model(version: str, folders: list[Path], w
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "granitemoe", "phimoe", "phi3"])
 def test_the_old_entries_are_there_and_change_nothing(family: str, tmp_path: Path) -> None:
     settings = json.loads((family_folder(tmp_path / "model", family) / "config.json").read_text())
-    known = config_for_all(settings | {"sparsity_config": {"format": "dense"}, "compression_config": {}})
+    known = compatible_config(settings | {"sparsity_config": {"format": "dense"}, "compression_config": {}})
     assert "sparsity_config" not in known and "compression_config" not in known
     assert known["torch_dtype"] == known["dtype"] == "float32"
-    assert config_for_all(known) == known
+    assert compatible_config(known) == known
     if family == "gpt2":
         return
     rotary = settings["rope_parameters"]
@@ -74,15 +74,15 @@ def test_the_old_entries_are_there_and_change_nothing(family: str, tmp_path: Pat
 
 def test_a_config_of_version_4_stays_as_it_is() -> None:
     settings = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16", "x": [1]}
-    assert config_for_all(settings) == settings | {"dtype": "bfloat16"}
+    assert compatible_config(settings) == settings | {"dtype": "bfloat16"}
 
 
 def test_tokenizer_entries() -> None:
     given = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"], "eos_token": "</s>"}
-    assert tokenizer_for_all(given) == {
+    assert compatible_tokenizer_config(given) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["<a>"],
         "eos_token": "</s>",
     }
     other = {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": {"image_token": "<i>"}}
-    assert tokenizer_for_all(other) == other
+    assert compatible_tokenizer_config(other) == other

@@ -18,7 +18,7 @@ from torch import Tensor
 from seft_dist.baselines.values import MOMENTS, Part
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
 from seft_dist.io.checkpoint.files import everywhere, rank_file
-from seft_dist.io.checkpoint.schema import Manifest
+from seft_dist.io.checkpoint.schema import CheckpointManifest
 
 if TYPE_CHECKING:
     from seft_dist.baselines.baseline import Baseline
@@ -93,7 +93,7 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
     return manifest["extra"]
 
 
-def _check_method(method: "Baseline", manifest: Manifest, checkpoint: Path) -> None:
+def _check_method(method: "Baseline", manifest: CheckpointManifest, checkpoint: Path) -> None:
     ours, theirs = json.loads(json.dumps(settings_of(method))), manifest["method"]
     if "name" not in theirs:
         theirs = {"name": "seft"}

@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from seft_dist.export.folders import new_folder
-from seft_dist.io.readers import copy_beside_config, suit_all_readers
-from seft_dist.io.settings import first_line as _first
-from seft_dist.io.settings import read_settings
+from seft_dist.io.readers import copy_beside_config, make_configs_compatible
+from seft_dist.io.settings import error_summary, read_settings
 from seft_dist.io.source import SPARSE_FORMATS, locate
 from seft_dist.io.weights import MAX_SHARD_BYTES
 
@@ -42,7 +41,7 @@ def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_by
         source = locate(path)
         _save(_unpack(source, dtype), folder, dtype, max_bytes)
         copy_beside_config(source, folder)
-        suit_all_readers(folder)
+        make_configs_compatible(folder)
 
 
 def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -61,9 +60,9 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
         model = _load(**source, dtype=dtype, **unpacked)
     except Exception as error:  # readers of formats raise whatever they like
-        raise ValueError(f"{gguf} cannot be unpacked by transformers: {_first(error)}") from error
+        raise ValueError(f"{gguf} cannot be unpacked by transformers: {error_summary(error)}") from error
     _save(model, folder, dtype, max_bytes)
-    suit_all_readers(folder)
+    make_configs_compatible(folder)
 
 
 def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -72,7 +71,7 @@ def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # configurations raise whatever their own arithmetic does
         raise ValueError(
-            f"{source}: no model that transformers knows ({_first(error)}); needs a config.json of a causal LM"
+            f"{source}: no model that transformers knows ({error_summary(error)}); needs a config.json of a causal LM"
         ) from error
     found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if found is None:
@@ -95,7 +94,7 @@ def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
         return _load(source, config=config, dtype=dtype)
     except Exception as error:  # as many kinds as there are formats
         raise ValueError(
-            f"{source} ({found.get('quant_method')}) cannot be unpacked by transformers: {_first(error)}"
+            f"{source} ({found.get('quant_method')}) cannot be unpacked by transformers: {error_summary(error)}"
         ) from error
 
 
@@ -123,7 +122,7 @@ def _save(unpacked: PreTrainedModel, folder: Path, dtype: torch.dtype, max_bytes
         model.load_state_dict(unpacked.state_dict(), assign=True)
     except RuntimeError as error:
         raise ValueError(
-            f"transformers leaves this model quantized, there is no way to plain weights: {_first(error)}"
+            f"transformers leaves this model quantized, there is no way to plain weights: {error_summary(error)}"
         ) from error
     model.tie_weights()
     odd = sorted(name for name, value in model.named_parameters() if value.dtype not in (torch.float32, dtype))

@@ -212,7 +212,7 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
     output.parent.mkdir(parents=True, exist_ok=True)
     writer = DeltaWriter(repaired.dtype, name_of(base))
     for name in after:
-        pair = [source.written(name, repaired.dtype)[0] for source in (base, repaired)]
+        pair = [source.read_for_export(name, repaired.dtype)[0] for source in (base, repaired)]
         if all(tensor.dtype == repaired.dtype for tensor in pair) and (names is None or name in names):
             writer.add(name, pair[0], pair[1])
         elif pair[0].dtype != pair[1].dtype or not torch.equal(
@@ -325,7 +325,7 @@ def _convert(source: Source, delta: Delta, output: Path, start: str, end: str, k
         writer = WeightsWriter(folder)
         for name in delta.targets + sorted(source.weights.tensors.keys() - targets):
             if name not in targets:
-                writer.add(name, source.written(name, delta.dtype)[0])
+                writer.add(name, source.read_for_export(name, delta.dtype)[0])
             else:
                 weight = source.weights.read(name).view(source.weights.tensors[name].shape)
                 weight, _ = cast_weight(weight, delta.dtype)

@@ -66,7 +66,7 @@ def export_model(
         for name, value in state.items():
             if name not in asked:
                 for stored in source.weights.stored_names(name):
-                    writer.add(stored, seen.add(stored, *source.written(stored, source.dtype)))
+                    writer.add(stored, seen.add(stored, *source.read_for_export(stored, source.dtype)))
                 continue
             for stored, part in source.weights.split(name, unsigned_zeros(full(value).cpu())):
                 writer.add(stored, seen.add(stored, part))
@@ -168,7 +168,7 @@ def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None
 def _copy(source: Source, writer: WeightsWriter | PackedWriter, dtype: torch.dtype | None, output: Path) -> None:
     seen = Written()
     for name in source.weights.tensors:
-        writer.add(name, seen.add(name, *source.written(name, dtype)))
+        writer.add(name, seen.add(name, *source.read_for_export(name, dtype)))
     seen.report(output)
 
 

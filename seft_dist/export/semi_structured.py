@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seft_dist.config.pattern import pattern_sizes
-from seft_dist.io.models import load_model, outline
+from seft_dist.io.models import build_meta_model, load_model
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.modules.kinds import LinearWeight
@@ -58,7 +58,7 @@ def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str
     Raises:
         ValueError: No linear is meant, or a weight is damaged.
     """
-    model, stored = outline(source)
+    model, stored = build_meta_model(source)
     for name, target in find_targets(model, targets).items():
         weight = source.weights.read(stored[target.weight_name(name)]).view(target.weight.shape)
         yield name, target.rows_view(weight)

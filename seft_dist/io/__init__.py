@@ -1,1 +1,1 @@
-"""Models and checkpoints on disk: found, checked, loaded into shards, written."""
+"""Models and checkpoints on disk: finding and checking them, loading them into shards, and writing them."""

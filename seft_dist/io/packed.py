@@ -1,7 +1,8 @@
-"""The packed form of a pruned model: one bit for each position and the values that are there; exact, checked, streamed.
+"""The packed format of a pruned model, which stores one bit for each position, and the values that are not zero.
 
-A folder with packed-00001-of-0000N.safetensors and packed.safetensors.index.json in the place of model.safetensors;
-docs/exports.md describes every byte. "Zero" is a value whose bits are all 0, or -0.0, which is written and read as 0.0.
+A packed folder holds packed-00001-of-0000N.safetensors and packed.safetensors.index.json in place of model.safetensors;
+docs/exports.md describes every byte. Tensors are written and read one at a time, each with a checksum, and come back
+exactly. A zero is a value whose bits are all 0, or -0.0, which is written and read as 0.0.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing_extensions import TypedDict
 
 from seft_dist.files.reading import LENIENT, parse_json, read_json
 from seft_dist.files.writing import write_text
-from seft_dist.io.weight_files import named_files, write_safetensors
+from seft_dist.io.weight_files import files_of_index, write_safetensors
 from seft_dist.io.weights import DTYPES, MAX_SHARD_BYTES, TensorInfo, Weights
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.casts import unsigned_zeros
@@ -27,12 +28,13 @@ from seft_dist.sparsity.casts import unsigned_zeros
 FORMAT, VERSION = "seft_dist packed", 1
 INDEX = "packed.safetensors.index.json"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_AGAIN = "pack or download it again"
+"""Integer type for the bits of a value, by the value's size in bytes."""
+_REMEDY = "pack or download it again"
 
 
 @with_config(LENIENT)
-class Entry(TypedDict):
-    """One tensor as a file's header describes it."""
+class PackedEntry(TypedDict):
+    """Description of one tensor in the header of a packed file."""
 
     shape: list[int]
     packed: bool
@@ -41,7 +43,7 @@ class Entry(TypedDict):
 
 @with_config(LENIENT)
 class PackedIndex(TypedDict):
-    """Which tensor is in which file."""
+    """Content of ``packed.safetensors.index.json``; ``weight_map`` is the file of each tensor."""
 
     format: str
     version: int
@@ -50,30 +52,30 @@ class PackedIndex(TypedDict):
 
 @dataclass(frozen=True)
 class PackedSize:
-    """What packing has done; bytes of tensors, without the files' headers."""
+    """Sizes of a packed model, in bytes of its tensors, without the headers of the files."""
 
     dense_bytes: int
-    """Of all tensors, not packed."""
+    """Bytes of all tensors before packing."""
     packed_bytes: int
-    """Of all tensors, as written."""
+    """Bytes of all tensors as written."""
     sparse_weights: int
-    """Number of weights in the tensors for which packing paid."""
+    """Number of weights in the tensors that packing makes smaller."""
     sparse_bytes: int
-    """Of those tensors, packed."""
+    """Bytes of these tensors, packed."""
 
     @property
     def bytes_a_weight(self) -> float:
-        """Of the tensors for which packing paid; 0 if there are none."""
+        """Bytes for each weight of the tensors that packing makes smaller; 0 if there are none."""
         return self.sparse_bytes / self.sparse_weights if self.sparse_weights else 0.0
 
 
 class PackedWriter:
-    """Writes tensors, given one at a time, as a folder's packed files. On one rank."""
+    """Writes tensors, given one at a time, as the files of a packed folder. Used on one rank only."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Args:
-        folder: Exists; gets the files.
-        max_bytes: Start a new file before one would grow beyond this.
+        folder: An existing folder for the files.
+        max_bytes: Size beyond which a file does not grow: the next tensor begins a new one.
         """
         self._folder, self._max_bytes = folder, max_bytes
         self._tensors: dict[str, Tensor] = {}
@@ -84,14 +86,16 @@ class PackedWriter:
         self._dense = self._packed = self._sparse_weights = self._sparse_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor, packed if that is smaller; it must not change before the file that holds it is full.
+        """Add one tensor, packed if that is smaller.
+
+        The tensor is not copied: it must not change until ``close``.
 
         Args:
             name: Key of the tensor.
-            tensor: Its whole value, on the CPU, of any type and shape.
+            tensor: The whole tensor, on the CPU, of any dtype and shape.
 
         Raises:
-            ValueError: A name is taken.
+            ValueError: The file has a tensor of this name already.
         """
         tensor = unsigned_zeros(tensor.detach().contiguous())
         parts = _encode(tensor)
@@ -113,7 +117,7 @@ class PackedWriter:
             self._sparse_bytes += size
 
     def close(self) -> PackedSize:
-        """Write what is left, the index, and give the files their final names."""
+        """Write the remaining tensors and the index, and rename the files to their final names."""
         self._flush()
         weight_map = {}
         for i, names in enumerate(self._files):
@@ -138,37 +142,37 @@ class PackedWriter:
 
 
 class PackedWeights(Weights):
-    """The tensors of a packed folder, read as those of a plain one: a tensor at a time, each checked by its digest."""
+    """The tensors of a packed folder, with the interface of a plain one. Every tensor that is read is checked."""
 
     def __init__(self, folder: Path) -> None:
         """Open the files and read their headers.
 
         Args:
-            folder: Holds the files of ``PackedWriter``.
+            folder: Folder written by ``PackedWriter``.
 
         Raises:
-            ValueError: A file is missing, cut, of a newer version or not of this format.
+            ValueError: A file is missing, truncated, of a newer version or of another format.
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._handles: dict[Path, Any] = {}
         self._touched = 0
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, PackedEntry] = {}
         expected = _read_index(folder)
         for file in sorted(set(expected.values())):
             self._open(folder / file)
-        found = {name: info.file.name for name, info in self.tensors.items()}
-        if found != expected:
-            name = min(found.items() ^ expected.items())[0]
-            raise ValueError(f"{folder}: {INDEX} and the files do not agree about {name}; {_AGAIN}")
+        actual = {name: info.file.name for name, info in self.tensors.items()}
+        if actual != expected:
+            name = min(actual.items() ^ expected.items())[0]
+            raise ValueError(f"{folder}: {INDEX} and the files do not agree about {name}; {_REMEDY}")
 
     def _read(self, name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
-        # the whole packed tensor is read and checked
+        # The position of a value depends on all bits before it, and the checksum covers all: the tensor is read whole
         handle, entry = self._mapped(info.file, info.numel * info.dtype.itemsize), self._entries[name]
         endings = (".mask", ".values") if entry["packed"] else ("",)
         parts = {ending: handle.get_tensor(name + ending) for ending in endings}
         if _digest(name, info.shape, info.dtype, parts) != entry["sha256"]:
-            raise ValueError(f"{info.file}: {name} is damaged (its checksum is another); {_AGAIN}")
+            raise ValueError(f"{info.file}: {name} is damaged (its checksum is another); {_REMEDY}")
         if not entry["packed"]:
             return parts[""].reshape(-1)[start:stop]
         return _decode(parts[".mask"], parts[".values"], info.numel)[start:stop]
@@ -177,21 +181,21 @@ class PackedWeights(Weights):
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); {_AGAIN}") from error
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); {_REMEDY}") from error
         metadata = handle.metadata() or {}
         _check_version(metadata.get("format"), metadata.get("version"), file)
-        entries = parse_json(metadata.get("tensors", ""), dict[str, Entry], f"{file}: its list of tensors")
+        entries = parse_json(metadata.get("tensors", ""), dict[str, PackedEntry], f"{file}: its list of tensors")
         try:
             left = set(handle.keys())
             for name, entry in entries.items():
                 if name in self.tensors:
-                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}; {_AGAIN}")
+                    raise ValueError(f"{name} is in {self.tensors[name].file} and in {file}; {_REMEDY}")
                 self.tensors[name] = _info(handle, file, name, entry)
                 left -= {name + ending for ending in ((".mask", ".values") if entry["packed"] else ("",))}
         except SafetensorError as error:
-            raise ValueError(f"{file} has a header that cannot be understood ({error!r}); {_AGAIN}") from error
+            raise ValueError(f"{file} has a header that cannot be understood ({error!r}); {_REMEDY}") from error
         if left:
-            raise ValueError(f"{file} holds {min(left)}, which its header does not mention; {_AGAIN}")
+            raise ValueError(f"{file} holds {min(left)}, which its header does not mention; {_REMEDY}")
         self._entries |= entries
 
 
@@ -205,7 +209,13 @@ def open_weights(folder: Path) -> Weights:
 
 
 def _encode(tensor: Tensor) -> dict[str, Tensor]:
-    """Name endings to what is stored: mask and values, or the tensor itself where that is not larger."""
+    """Encode a tensor as mask and values, or leave it as it is where that is not larger.
+
+    Values are compared and stored as integers, so that every bit pattern comes back, those of NaN included.
+
+    Returns:
+        The tensors to store, by the ending of their names: ".mask" and ".values", or "" for the tensor itself.
+    """
     if tensor.element_size() not in _BITS:
         return {"": tensor}
     bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
@@ -230,8 +240,8 @@ def _digest(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[s
     return digest.hexdigest()
 
 
-def _info(handle: Any, file: Path, name: str, entry: Entry) -> TensorInfo:
-    """What the header says of one tensor, if the stored parts can be it."""
+def _info(handle: Any, file: Path, name: str, entry: PackedEntry) -> TensorInfo:
+    """Describe one tensor by the header, after a check that the stored parts have the shapes that it needs."""
     shape = tuple(entry["shape"])
     numel = prod(shape)
     if not entry["packed"]:
@@ -241,7 +251,7 @@ def _info(handle: Any, file: Path, name: str, entry: Entry) -> TensorInfo:
         piece, mask = handle.get_slice(f"{name}.values"), handle.get_slice(f"{name}.mask")
         fits = mask.get_dtype() == "U8" and list(mask.get_shape()) == [-(-numel // 8)] and len(piece.get_shape()) == 1
     if not fits or min(shape, default=0) < 0 or piece.get_dtype() not in DTYPES:
-        raise ValueError(f"{file}: what is stored of {name} cannot be a tensor of shape {list(shape)}; {_AGAIN}")
+        raise ValueError(f"{file}: what is stored of {name} cannot be a tensor of shape {list(shape)}; {_REMEDY}")
     return TensorInfo(file, shape, DTYPES[piece.get_dtype()])
 
 
@@ -249,14 +259,14 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         index = read_json(folder / INDEX, PackedIndex)
     except ValueError as error:
-        raise ValueError(f"{error}; {_AGAIN}") from error
+        raise ValueError(f"{error}; {_REMEDY}") from error
     _check_version(index["format"], index["version"], folder / INDEX)
-    named_files(folder, INDEX, index["weight_map"])
+    files_of_index(folder, INDEX, index["weight_map"])
     return index["weight_map"]
 
 
 def _check_version(form: Any, version: Any, file: Path) -> None:
     if form != FORMAT or not str(version).isdecimal():
-        raise ValueError(f"{file} has format {form!r}, version {version!r}; needs {FORMAT!r}: {_AGAIN}")
+        raise ValueError(f"{file} has format {form!r}, version {version!r}; needs {FORMAT!r}: {_REMEDY}")
     if int(version) > VERSION:
         raise ValueError(f"{file} has version {version} of its format, this program reads up to {VERSION}: update it")

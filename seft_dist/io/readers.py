@@ -1,7 +1,7 @@
-"""config.json and tokenizer_config.json that readers of transformers 4 and 5 take for the same model.
+"""Writing of config.json and tokenizer_config.json so that transformers 4 and 5 read them as the same model.
 
-transformers 5 writes the rotary settings as one entry, ``rope_parameters``. Version 4 does not know it and silently takes
-its defaults (base 10000, no scaling), which gives other logits; so its own entries are written beside the new one.
+transformers 5 writes the rotary settings as one entry, ``rope_parameters``. Version 4 does not know it and silently
+uses its defaults (base 10000, no scaling), which gives other logits. So the entries of version 4 are written beside it.
 """
 
 import json
@@ -33,67 +33,76 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _OTHER_TOOLS = ("sparsity_config", "compression_config")
-"""What llm-compressor leaves in config.json; it says how its own files are stored, not those written here."""
+"""Entries that llm-compressor leaves in config.json. They describe how its files are stored, not those written here."""
 _TWO_BASES = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
 }
-"""Families with one rotary base for full and one for sliding attention, and what version 4 calls them."""
+"""Families with one rotary base for full and one for sliding attention, and version 4's names of the two."""
 _DTYPES = ("dtype", "torch_dtype")
 
 
-def copy_settings(origin: Path, folder: Path, changes: dict[str, Any], tokenizer: Path | None = None) -> None:
-    """Copy what belongs to a model beside its weights: configuration, generation settings, tokenizer, chat templates.
+def copy_settings(source: Path, folder: Path, changes: dict[str, Any], tokenizer: Path | None = None) -> None:
+    """Copy a model's files other than its weights: configuration, generation settings, tokenizer, chat templates.
 
     Args:
-        origin: Folder of the model it is taken from.
-        folder: Gets the files.
-        changes: Entries of config.json that are not the origin's.
-        tokenizer: Folder of another tokenizer; None: the origin's.
+        source: Folder of the model to copy from.
+        folder: Folder that gets the files.
+        changes: Entries of config.json that replace those of the source.
+        tokenizer: Folder of another tokenizer; None: the source's.
     """
-    shutil.copyfile(origin / CONFIG, folder / CONFIG)
-    copy_beside_config(origin, folder, tokenizer)
-    suit_all_readers(folder, changes)
+    shutil.copyfile(source / CONFIG, folder / CONFIG)
+    copy_beside_config(source, folder, tokenizer)
+    make_configs_compatible(folder, changes)
 
 
-def copy_beside_config(origin: Path, folder: Path, tokenizer: Path | None = None) -> None:
-    """As ``copy_settings``, without config.json and as they are."""
-    if (origin / GENERATION).is_file():
-        shutil.copyfile(origin / GENERATION, folder / GENERATION)
-    origin = tokenizer or origin
-    templates = [f"{CHAT_TEMPLATES}/{path.name}" for path in (origin / CHAT_TEMPLATES).glob("*.jinja")]
-    for name in (*TOKENIZER_FILES, *templates):
-        if (origin / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(origin / name, folder / name)
-
-
-def suit_all_readers(folder: Path, changes: dict[str, Any] | None = None) -> None:
-    """Make a folder's config.json and tokenizer_config.json say the same to transformers 4 and 5.
+def copy_beside_config(source: Path, folder: Path, tokenizer: Path | None = None) -> None:
+    """Copy generation settings, tokenizer and chat templates unchanged, without config.json.
 
     Args:
-        folder: Of a model, complete but for its weights.
+        source: Folder of the model to copy from.
+        folder: Folder that gets the files.
+        tokenizer: Folder of another tokenizer; None: the source's.
+    """
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, folder / GENERATION)
+    source = tokenizer or source
+    templates = [f"{CHAT_TEMPLATES}/{path.name}" for path in (source / CHAT_TEMPLATES).glob("*.jinja")]
+    for name in (*TOKENIZER_FILES, *templates):
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def make_configs_compatible(folder: Path, changes: dict[str, Any] | None = None) -> None:
+    """Rewrite config.json and tokenizer_config.json so that transformers 4 and 5 read the same from them.
+
+    Args:
+        folder: Folder of a model; its weights may be missing.
         changes: Further entries of config.json.
 
     Raises:
         ValueError: One of the files cannot be read.
     """
     settings = read_json(folder / CONFIG, dict[str, Any])
-    _replace(folder / CONFIG, settings, config_for_all({**settings, **(changes or {})}))
+    _replace(folder / CONFIG, settings, compatible_config({**settings, **(changes or {})}))
     if (folder / TOKENIZER_CONFIG).is_file():
         settings = read_json(folder / TOKENIZER_CONFIG, dict[str, Any])
-        _replace(folder / TOKENIZER_CONFIG, settings, tokenizer_for_all(settings))
+        _replace(folder / TOKENIZER_CONFIG, settings, compatible_tokenizer_config(settings))
 
 
-def config_for_all(settings: dict[str, Any]) -> dict[str, Any]:
-    """Entries of a config.json with those that transformers 4 reads beside those of version 5.
+def compatible_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """Add the entries that transformers 4 reads to those of a config.json.
+
+    The result is used only if transformers 5 still reads the same model from it; otherwise a warning is logged and the
+    entries of version 4 are left out.
 
     Args:
-        settings: As read; one that version 4 has written is left as it is.
+        settings: Entries of a config.json; those written by version 4 are left as they are.
 
     Returns:
-        What transformers 5 still reads as the same model; the entries of other tools are gone.
+        The entries for both versions, without those of other tools.
     """
     plain = {key: value for key, value in settings.items() if key not in _OTHER_TOOLS}
     stored = next((plain[key] for key in _DTYPES if isinstance(plain.get(key), str)), None)
@@ -102,7 +111,7 @@ def config_for_all(settings: dict[str, Any]) -> dict[str, Any]:
     if "model_type" not in plain:
         return plain
     config = _read(plain)
-    for other, name in config.attribute_map.items():  # versions differ in which of two names is the one in the file
+    for other, name in config.attribute_map.items():  # the versions write different ones of two names of an entry
         if name in plain and "expert" in name and "expert" in other:
             plain[other] = plain[name]
         elif other in plain and "expert" in name and "expert" in other:
@@ -122,34 +131,34 @@ def config_for_all(settings: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def tokenizer_for_all(settings: dict[str, Any]) -> dict[str, Any]:
-    """Entries of a tokenizer_config.json under names that transformers 4 and 5 know.
+def compatible_tokenizer_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rename entries of a tokenizer_config.json to names that both transformers 4 and 5 know.
 
     Args:
-        settings: As read.
+        settings: Entries of the file.
     """
     known = dict(settings)
     if known.get("tokenizer_class") == "TokenizersBackend":
         known["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(known.get("extra_special_tokens"), list):  # version 4 has names there
+    if isinstance(known.get("extra_special_tokens"), list):  # version 4 expects a dict of names here
         known.setdefault("additional_special_tokens", known.pop("extra_special_tokens"))
     return known
 
 
 def _read(settings: dict[str, Any]) -> PreTrainedConfig:
-    settings = json.loads(json.dumps(settings))  # configurations change what they are given
+    settings = json.loads(json.dumps(settings))  # a copy: configurations change the entries that they are given
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def _same(found: PreTrainedConfig, wanted: PreTrainedConfig) -> bool:
-    """Whether two configurations are of one model; version 4's names may have become further attributes of the first."""
-    one, two = found.to_dict(), wanted.to_dict()
+def _same(read: PreTrainedConfig, wanted: PreTrainedConfig) -> bool:
+    """Return whether two configurations describe one model. The first may also have names of version 4."""
+    one, two = read.to_dict(), wanted.to_dict()
     rotary = [{k: v for k, v in settings.pop("rope_parameters").items() if k != "type"} for settings in (one, two)]
     return rotary[0] == rotary[1] and all(one.get(key) == value for key, value in two.items())
 
 
 def _rotary_of_version_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary settings as version 4 of transformers has them; nothing where it has no words for them."""
+    """Express the rotary settings in the entries of transformers 4; empty if it cannot express them."""
     rotary, kind = config.rope_parameters, config.model_type
     nested = {key: value for key, value in rotary.items() if isinstance(value, dict)}
     bases: dict[str, Any] = {}
@@ -164,17 +173,17 @@ def _rotary_of_version_4(config: PreTrainedConfig) -> dict[str, Any]:
     scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
     if scaling.get("rope_type", "default") == "default":
         scaling = {}
-    if kind == "phi3" and scaling:  # version 4 takes these three entries and no other
+    if kind == "phi3" and scaling:  # version 4 accepts exactly these three entries
         scaling = {"type": scaling["rope_type"]} | {key: scaling[key] for key in ("short_factor", "long_factor")}
-    found = {"rope_scaling": scaling or None} | (bases or {"rope_theta": rotary["rope_theta"]})
+    entries = {"rope_scaling": scaling or None} | (bases or {"rope_theta": rotary["rope_theta"]})
     if "partial_rotary_factor" in rotary:
-        found["partial_rotary_factor"] = rotary["partial_rotary_factor"]
+        entries["partial_rotary_factor"] = rotary["partial_rotary_factor"]
     if kind.startswith("gpt_neox"):
-        found |= {"rotary_emb_base": rotary["rope_theta"], "rotary_pct": rotary.get("partial_rotary_factor", 1.0)}
-    return found
+        entries |= {"rotary_emb_base": rotary["rope_theta"], "rotary_pct": rotary.get("partial_rotary_factor", 1.0)}
+    return entries
 
 
 def _replace(file: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Write a file again if its content changed: one that may stay keeps its bytes."""
+    """Write a file if its entries have changed; otherwise its bytes stay as they are."""
     if new != old:
         write_text(file, json.dumps(new, indent=2, ensure_ascii=False) + "\n")

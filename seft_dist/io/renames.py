@@ -1,8 +1,8 @@
-"""Names in the files that transformers changes while it loads: its own table of them, applied to names alone.
+"""Renaming of tensors that transformers does while it loads a model, applied to the names alone.
 
-GPT-NeoX's files say embed_out where the model says lm_head, GraniteMoE's block_sparse_moe.input_linear where it says
-experts.gate_up_proj. A change that moves values within a tensor (transposed, split, permuted) is not followed: such a
-tensor counts as missing.
+The rules are transformers' own table. For example, GPT-NeoX's files have embed_out where the model has lm_head, and
+GraniteMoE's have block_sparse_moe.input_linear where the model has experts.gate_up_proj. Rules that move values within
+a tensor (transpose, split, permute) are not supported: such a tensor counts as missing.
 """
 
 import re
@@ -14,18 +14,18 @@ from typing import Any
 from seft_dist.files.reading import read_json
 
 Pieces = dict[str, tuple[tuple[str, ...], int]]
-"""Name in the model to the tensors of the files that make it up, laid end to end, and the number of experts (0: none)."""
+"""Name in the model to the stored tensors whose concatenation it is, and the number of experts (0: no experts)."""
 
 
 def renamed_tensors(folder: Path, stored: Iterable[str]) -> Pieces:
-    """What transformers makes of a folder's tensors where it does not keep their names.
+    """Find the tensors of a folder that transformers renames, or concatenates to others, while it loads them.
 
     Args:
-        folder: Of the model; its config.json says which family it is.
-        stored: Names in the files.
+        folder: Folder of the model; its config.json names the family.
+        stored: Names of the tensors in the files.
 
     Returns:
-        The tensors that are renamed or put together from whole others; nothing for a family that keeps its names.
+        The renamed and concatenated tensors; empty for a family that keeps all names.
     """
     kind = _model_type(folder)
     renamings, converters = _transforms(kind) if kind else ([], [])
@@ -37,21 +37,32 @@ def renamed_tensors(folder: Path, stored: Iterable[str]) -> Pieces:
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters)
         parts.setdefault(name, {}).setdefault(pattern, []).append(key)
-    found: Pieces = {}
+    renamed: Pieces = {}
     for name, by_pattern in parts.items():
         keys = by_pattern.get(None)
         if keys is not None:
             if len(by_pattern) == len(keys) == 1 and keys != [name]:
-                found[name] = (tuple(keys), 0)
+                renamed[name] = (tuple(keys), 0)
             continue
-        pieces = _laid_out(by_pattern, converters)
+        pieces = _concatenated(by_pattern, converters)
         if pieces is not None:
-            found[name] = pieces
-    return found
+            renamed[name] = pieces
+    return renamed
 
 
-def _laid_out(by_pattern: dict[str | None, list[str]], converters: list[Any]) -> tuple[tuple[str, ...], int] | None:
-    """The order of the pieces, if a converter does nothing but lay whole tensors end to end."""
+def _concatenated(by_pattern: dict[str | None, list[str]], converters: list[Any]) -> tuple[tuple[str, ...], int] | None:
+    """Order the pieces of a tensor, and count its experts, if its converter only concatenates whole tensors.
+
+    Two forms are supported: ``MergeModulelist`` stacks the experts, possibly after ``Concatenate`` along the rows of
+    each expert (gate and up projection), and ``Concatenate`` alone joins single tensors by rows.
+
+    Args:
+        by_pattern: Names in the files by the pattern of the converter that they match.
+        converters: The converters of the family.
+
+    Returns:
+        The pieces in the order in which they lie in memory, and the number of experts; None for any other converter.
+    """
     converter = next(c for c in converters if set(by_pattern) & set(c.source_patterns))
     columns = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
@@ -68,7 +79,7 @@ def _laid_out(by_pattern: dict[str | None, list[str]], converters: list[Any]) ->
 
 @cache
 def _transforms(model_type: str) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings and converters of a family's causal LM."""
+    """Look up transformers' renamings and converters of a family's causal LM."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -81,7 +92,7 @@ def _transforms(model_type: str) -> tuple[list[Any], list[Any]]:
 
 
 def _model_type(folder: Path) -> str:
-    """What config.json says; empty if it says nothing, which others complain about."""
+    """Read the model type from config.json; empty if there is none, an error that ``read_settings`` reports."""
     try:
         kind = read_json(folder / "config.json", dict[str, Any]).get("model_type")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A model's config.json, checked before anything is built after it: what it claims must fit what the files hold."""
+"""Reading of a model's config.json, with a check against the weight files before a model is built from it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,55 +12,70 @@ from seft_dist.io.weights import Weights
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
-# A model cannot have more layers than tensors. The other numbers may be defaults that a family does not use, as those of
-# experts in a dense model: they are only kept from taking all time or memory.
+# A model cannot have more layers than tensors. The other numbers may be defaults that a family does not use, such as
+# the number of experts in a dense model, so they are limited only to keep a wrong one from taking all time or memory.
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _USUAL_LAYERS, _USUAL_EXPERTS, _USUAL_WIDTH = 1000, 4096, 1 << 20
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = (
-    *("hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"),
-    *("shared_expert_intermediate_size", "vocab_size", "num_attention_heads", "n_head", "num_key_value_heads"),
-    *("head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "head_dim",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
 )
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 
 
 @with_config(LENIENT)
-class Settings(TypedDict):
-    """What config.json must say at least."""
+class ModelSettings(TypedDict):
+    """Entries that config.json must have; it may have others."""
 
     model_type: str
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read config.json as it is.
+    """Read the entries of config.json without interpreting them.
 
     Raises:
-        ValueError: There is none, or it is no set of named entries with a model type.
+        ValueError: There is no config.json, or it is not an object with a model type.
     """
     try:
-        return dict(read_json(folder / CONFIG, Settings))
+        return dict(read_json(folder / CONFIG, ModelSettings))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {CONFIG}: needs the folder of a Hugging Face causal LM") from error
 
 
 def read_config(folder: Path, weights: Weights) -> PreTrainedConfig:
-    """Read config.json as transformers understands it.
+    """Read config.json as a configuration of transformers.
 
     Args:
-        folder: Of the model.
-        weights: Its files, of which only headers are looked at.
+        folder: Folder of the model.
+        weights: The model's weight files; only their headers are used.
 
     Raises:
-        ValueError: It does not fit the files, or transformers does not know such a model.
+        ValueError: The numbers do not fit the files, or transformers does not know such a model.
     """
     settings = read_settings(folder)
     _check_sizes(settings, weights, folder / CONFIG)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # configurations raise whatever their own arithmetic does
+    except Exception as error:  # the constructors of configurations raise errors of any type
         raise ValueError(
-            f"{folder}: no model that transformers knows ({first_line(error)}); needs a {CONFIG} of a causal LM"
+            f"{folder}: no model that transformers knows ({error_summary(error)}); needs a {CONFIG} of a causal LM"
         ) from error
 
 
@@ -68,27 +83,27 @@ def read_generation(folder: Path) -> GenerationConfig | None:
     """Read generation_config.json, if there is one.
 
     Raises:
-        ValueError: It holds what transformers does not take.
+        ValueError: Its entries are not valid for transformers.
     """
     if not (folder / GENERATION).is_file():
         return None
     read_json(folder / GENERATION, dict[str, Any])
     try:
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # as many kinds as it has fields
+    except Exception as error:  # its fields raise errors of many types
         raise ValueError(
-            f"{folder / GENERATION} is not taken by transformers ({first_line(error)}): repair or remove it"
+            f"{folder / GENERATION} is not taken by transformers ({error_summary(error)}): repair or remove it"
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+def error_summary(error: Exception) -> str:
+    """Return the first two lines of an error's message as one, or the error's type if it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def _check_sizes(settings: dict[str, Any], weights: Weights, file: Path) -> None:
-    """Refuse numbers that the files cannot hold: building such a model takes for ever, or all memory."""
+    """Raise a ValueError for numbers that do not fit the files; building such a model could take all memory."""
     infos = weights.tensors.values()
     tensors = len(infos)
     widest = max((max(info.shape, default=1) for info in infos), default=1)
@@ -102,10 +117,10 @@ def _check_sizes(settings: dict[str, Any], weights: Weights, file: Path) -> None
 
 
 def check_usual_sizes(settings: dict[str, Any], file: Path) -> None:
-    """Refuse numbers beyond those of any model, where there are no files to compare with.
+    """Check the numbers of a config.json that has no weight files beside it against those of the largest models.
 
     Raises:
-        ValueError: Names the first.
+        ValueError: A number is too large; the message names the first one.
     """
     limits = dict.fromkeys((*_LAYERS, *_FIRST_LAYERS), _USUAL_LAYERS)
     limits |= dict.fromkeys(_EXPERTS, _USUAL_EXPERTS) | dict.fromkeys(_WIDTHS, _USUAL_WIDTH)

@@ -1,4 +1,4 @@
-"""A model on disk: found, checked, and told apart from what cannot be used, before anything is loaded."""
+"""Opening of a model on disk: it is located, and checked for whether it can be used, before anything is loaded."""
 
 import logging
 import re
@@ -20,22 +20,22 @@ from seft_dist.sparsity.casts import cast_weight
 log = logging.getLogger(__name__)
 
 _PIECE = 1 << 24
-"""Positions to compare at a time."""
+"""Number of positions that are compared at a time."""
 SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
-"""Of compressed-tensors, which nothing current can load."""
+"""Formats of compressed-tensors that its current releases cannot load."""
 
 
 def locate(path: str) -> Path:
-    """Find the folder of a model, from the Hugging Face hub if it is not a local one.
+    """Return the folder of a model, after a download from the Hugging Face hub if it is not a local one.
 
     Args:
         path: A folder, or a hub name such as "org/model".
 
     Returns:
-        The folder (of the hub's cache).
+        The folder, which may be in the hub's cache.
 
     Raises:
-        ValueError: There is no such folder, and the hub does not give the model.
+        ValueError: There is no such folder, and the hub has no such model or cannot be reached.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -63,53 +63,55 @@ class Source:
     config: PreTrainedConfig
     weights: Weights
     dtype: torch.dtype
-    """Type in which the weights will be held."""
+    """Dtype in which the weights will be held."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Entries in which config.json should be another, so that it describes the files."""
+    """Entries that an export has to replace in config.json, because the file does not describe the weights."""
 
     def computes_in_fp32(self, name: str) -> bool:
-        """Whether a model held in a 16-bit type has this weight in fp32 nevertheless, as transformers does for some."""
-        return self.dtype != torch.float32 and _named(self.config, "_keep_in_fp32_modules_strict", name)
+        """Return whether transformers keeps this weight in fp32 although the model is held in a 16-bit dtype."""
+        return self.dtype != torch.float32 and _listed_by_class(self.config, "_keep_in_fp32_modules_strict", name)
 
-    def written(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, int]:
-        """Read a whole tensor as exports write it.
+    def read_for_export(self, name: str, dtype: torch.dtype | None) -> tuple[Tensor, int]:
+        """Read a whole tensor in the form in which exports write it.
 
-        A tensor keeps its bits and its type if it is stored in another type than most of the model, or if the family
-        keeps it in fp32: a router's bias, rounded, chooses other experts.
+        A tensor keeps its dtype and its bits if it is stored in another dtype than most of the model, or if the family
+        keeps it in fp32: rounding a router's bias, for example, would change which experts are chosen.
 
         Args:
-            name: In the files.
-            dtype: Type that the model is written in; None: as it is stored.
+            name: Name of the tensor in the files.
+            dtype: Dtype that the model is written in; None: as stored.
 
         Returns:
-            The tensor in its shape, and how many weights were too small for the type and are kept at its smallest
-            number.
+            The tensor in its shape, and the number of weights that were too small for the dtype and are kept at its
+            smallest number.
         """
         info = self.weights.info(name)
         tensor = self.weights.read(name).view(info.shape)
         if dtype is None or info.dtype != self.weights.dtype:
             return tensor, 0
-        if dtype.itemsize < info.dtype.itemsize and any(_named(self.config, kind, name) for kind in _KEPT):
+        if dtype.itemsize < info.dtype.itemsize and any(_listed_by_class(self.config, k, name) for k in _KEPT_IN_FP32):
             return tensor, 0
         return cast_weight(tensor, dtype)
 
 
-_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+_KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""Attributes of transformers' model classes that list modules to be kept in fp32."""
 
 
 def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: str = "--model.dtype") -> Source:
-    """Find a model and read its headers.
+    """Locate a model, read the headers of its files, and check that it can be used.
 
     Args:
-        config: Which model.
-        dtype: Type the weights must have (a ds_config's); None: what config.dtype says.
-        option: What chooses the type where the model was asked for, for messages.
+        config: The model's location and dtype.
+        dtype: Dtype that the weights must have (a ds_config's); None: that of the configuration.
+        option: Option of the command line that chooses the dtype, for error messages.
 
     Returns:
-        What ``load_model`` needs.
+        The model on disk, for ``load_model``.
 
     Raises:
-        ValueError: No such model, weights that are not safetensors or are quantized, remote code, or a wrong dtype.
+        ValueError: There is no such model, its weights are quantized or not in safetensors, it needs code of its own,
+            or the dtype is not supported.
     """
     folder = locate(config.path)
     _refuse_quantized(folder, read_settings(folder))
@@ -127,16 +129,16 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: s
     if chosen not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{folder} is stored in {chosen}: choose {option} float32 or bfloat16")
     changes: dict[str, Any] = {}
-    if _has_head_of_its_own(hf, weights):
+    if _has_separate_head(hf, weights):
         log.warning(
-            "%s: config.json says that the output head is the embeddings (tie_word_embeddings), but the files hold a head "
-            "that differs: it is used, as by transformers 5, and exports say so",
+            "%s: config.json says that the output head is the embeddings (tie_word_embeddings), but the files hold a "
+            "head that differs: it is used, as by transformers 5, and exports say so",
             folder,
         )
         changes["tie_word_embeddings"] = hf.tie_word_embeddings = False
     source = Source(folder, hf, weights, chosen, changes)
     if dtype == torch.bfloat16:
-        _warn_of_rounding(source)
+        _warn_about_rounding(source)
     return source
 
 
@@ -149,19 +151,19 @@ def _refuse_quantized(folder: Path, settings: dict[str, Any]) -> None:
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("format") in SPARSE_FORMATS:
         raise ValueError(
-            f"{folder} is stored as {sparse['format']}, which current compressed-tensors cannot load: unpack it where an "
-            "older one is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
+            f"{folder} is stored as {sparse['format']}, which current compressed-tensors cannot load: unpack it where "
+            "an older one is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
         )
 
 
-def _named(config: PreTrainedConfig, kind: str, name: str) -> bool:
-    """Whether a model's class lists a weight under one of transformers' headings."""
-    patterns = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), kind, None) or ()
+def _listed_by_class(config: PreTrainedConfig, attribute: str, name: str) -> bool:
+    """Return whether an attribute of the model's class has a pattern that matches the name of a weight."""
+    patterns = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), attribute, None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _has_head_of_its_own(config: PreTrainedConfig, weights: Weights) -> bool:
-    """Whether a head that config.json calls tied is in the files with other values than the embeddings."""
+def _has_separate_head(config: PreTrainedConfig, weights: Weights) -> bool:
+    """Return whether the files hold a head that differs from the embeddings although config.json says they are tied."""
     if not getattr(config, "tie_word_embeddings", False):
         return False
     tied = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_tied_weights_keys", None)
@@ -179,14 +181,14 @@ def _has_head_of_its_own(config: PreTrainedConfig, weights: Weights) -> bool:
     return False
 
 
-def _warn_of_rounding(source: Source) -> None:
-    """Say what DeepSpeed does to weights that a family keeps in fp32."""
+def _warn_about_rounding(source: Source) -> None:
+    """Warn that DeepSpeed holds weights in bf16 that the model's family keeps in fp32."""
     tensors = source.weights.tensors
     rounded = [name for name in tensors if tensors[name].dtype == torch.float32 and source.computes_in_fp32(name)]
     if rounded:
         log.warning(
-            "%s keeps %d tensors in fp32 (%s ...), which DeepSpeed holds in bf16 while it trains; exports have them as "
-            "they are stored",
+            "%s keeps %d tensors in fp32 (%s ...), which DeepSpeed holds in bf16 while it trains; exports have them "
+            "as they are stored",
             source.folder,
             len(rounded),
             rounded[0],

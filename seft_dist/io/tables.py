@@ -1,4 +1,4 @@
-"""Tables for people (rich)."""
+"""Tables for the terminal, made with rich."""
 
 import re
 
@@ -8,11 +8,11 @@ from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
 
 def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
-    """One row for each kind of linear over all layers (q_proj, ...), one column for each model.
+    """Tabulate zeros, with a row for each kind of linear (q_proj, ...) over all layers and a column for each model.
 
     Args:
-        reports: Name of a model to its counts.
-        title: Of the table.
+        reports: Counts of zeros by the name of the model.
+        title: Title of the table.
     """
     table = Table(title=title)
     table.add_column("linear")
@@ -33,7 +33,7 @@ def sparsity_table(reports: dict[str, list[ZeroCount]], title: str) -> Table:
 
 
 def _by_kind(counts: list[ZeroCount]) -> dict[str, list[ZeroCount]]:
-    """Linears of one role together: what is left of a name when the layer's number and all before it go."""
+    """Group counts by the kind of linear, see ``kind_of``."""
     groups: dict[str, list[ZeroCount]] = {}
     for count in counts:
         groups.setdefault(kind_of(count.name), []).append(count)
@@ -41,7 +41,7 @@ def _by_kind(counts: list[ZeroCount]) -> dict[str, list[ZeroCount]]:
 
 
 def kind_of(name: str) -> str:
-    """Role of a linear in its layer, e.g. "mlp.up_proj": a module's name without the layer's number and all before."""
+    """Return a linear's role in its layer, e.g. "mlp.up_proj": the module's name behind the number of the layer."""
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 

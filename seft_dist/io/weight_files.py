@@ -1,4 +1,7 @@
-"""Which safetensors files make up a model, and the writing of one; nothing outside the model's folder, nothing pickled."""
+"""Finding the safetensors files of a model, and writing such a file.
+
+Files outside the model's folder and pickled files are refused.
+"""
 
 from pathlib import Path
 
@@ -14,8 +17,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @with_config(LENIENT)
-class Index(TypedDict):
-    """Which tensor is in which file."""
+class WeightIndex(TypedDict):
+    """Content of ``model.safetensors.index.json``: the file of each tensor."""
 
     weight_map: dict[str, str]
 
@@ -24,12 +27,13 @@ def weight_files(folder: Path) -> list[Path]:
     """Find the files that hold a model's weights.
 
     Raises:
-        ValueError: There are none, one is missing, or the index names what is no file of the folder.
+        ValueError: There are no such files, one is missing, or the index names a file outside the folder.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        return [folder / name for name in named_files(folder, INDEX, read_json(folder / INDEX, Index)["weight_map"])]
+        weight_map = read_json(folder / INDEX, WeightIndex)["weight_map"]
+        return [folder / name for name in files_of_index(folder, INDEX, weight_map)]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
         raise ValueError(
@@ -39,16 +43,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: needs a Hugging Face folder with safetensors weights")
 
 
-def named_files(folder: Path, index: str, weight_map: dict[str, str]) -> list[str]:
-    """The files that an index names, each once and in order.
+def files_of_index(folder: Path, index: str, weight_map: dict[str, str]) -> list[str]:
+    """Return the files that an index names, each once and in alphabetical order.
 
     Args:
-        folder: Of the model.
-        index: Name of the index in it.
-        weight_map: Tensor to file, as the index has it.
+        folder: Folder of the model.
+        index: Name of the index file in it.
+        weight_map: File of each tensor, from the index.
 
     Raises:
-        ValueError: It names no file, one that is not there, or one outside the folder.
+        ValueError: The index names no file, a missing one, or one outside the folder.
     """
     files = sorted(set(weight_map.values()))
     if not files:
@@ -60,15 +64,22 @@ def named_files(folder: Path, index: str, weight_map: dict[str, str]) -> list[st
         )
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {_few(missing)}, which its {index} names: download the rest")
+        raise ValueError(f"{folder} lacks {abbreviate(missing)}, which its {index} names: download the rest")
     return files
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one file, readable to those who may read its folder (safetensors itself lets only the owner).
+    """Write one safetensors file with the read permissions of its folder.
+
+    The safetensors library creates files that only their owner can read.
+
+    Args:
+        path: The file; one that exists is replaced.
+        tensors: Contiguous tensors by name.
+        metadata: Entries of the file's header.
 
     Raises:
-        OSError: It cannot be written, as on a full disk.
+        OSError: The file cannot be written, for example because the disk is full.
     """
     try:
         save_file(tensors, path, metadata=metadata)
@@ -77,5 +88,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _few(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
+    """Return the first three names of a list and the number of further ones, for messages."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,14 +1,15 @@
-"""The weights of a Hugging Face folder: safetensors files, read and written a piece at a time; nothing pickled.
+"""Reading and writing of the safetensors files of a Hugging Face folder, a piece at a time; nothing is pickled.
 
-Mixtures of experts are published with one tensor for each expert and projection; transformers holds them fused:
+Mixtures of experts are published with one tensor for each expert and projection, but transformers holds them fused
+(E experts, hidden size H, intermediate size I):
 
     mlp.experts.0.gate_proj.weight  [I, H]  .
     mlp.experts.0.up_proj.weight    [I, H]   |  mlp.experts.gate_up_proj  [E, 2 I, H]
     mlp.experts.1.gate_proj.weight  [I, H]   |
     ...                                     '
 
-So a fused weight is tensors of the files laid end to end. Here it can be read under its fused name; files are always
-written as those that were read.
+So a fused weight is the concatenation of several stored tensors. It can be read under its fused name, and is written
+under the names of the files that were read.
 """
 
 import json
@@ -32,7 +33,7 @@ from seft_dist.sparsity.casts import unsigned_zeros
 
 MAX_SHARD_BYTES = 5_000_000_000
 _MOST_TOUCHED = 64 << 20
-"""Bytes to read of files before they are mapped anew."""
+"""Bytes that are read from files before they are unmapped and mapped again."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,22 +48,22 @@ DTYPES = {
 }
 
 
-# Projections of one expert, in the order in which they are fused; the second name is Mixtral's
+# Names of an expert's projections, in the order in which they are fused; the second of each pair is Mixtral's
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
 _MIXTRAL = ".block_sparse_moe."
-"""What Mixtral's files call the module that transformers calls ".mlp."."""
+"""Name in Mixtral's files of the module that transformers calls ".mlp."."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor, or what follows for one that is fused from several."""
+    """Shape and dtype of one tensor, from the header of its file, or of a tensor that is fused from several."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[str, ...] = ()
-    """Of a fused or renamed one: the tensors of the files it consists of, in order."""
+    """Stored tensors that a fused or renamed tensor consists of, in order; empty for any other."""
 
     @property
     def numel(self) -> int:
@@ -71,16 +72,16 @@ class TensorInfo:
 
 
 class Weights:
-    """The tensors of a folder's safetensors files, of which only the headers are read until ``read``."""
+    """The tensors of a folder's safetensors files. Opening reads the headers only; ``read`` reads values."""
 
     def __init__(self, folder: Path) -> None:
         """Open the files and read their headers.
 
         Args:
-            folder: Holds model.safetensors, or several files and model.safetensors.index.json.
+            folder: Folder with model.safetensors, or with several files and model.safetensors.index.json.
 
         Raises:
-            ValueError: There is no such file, one is missing or broken, or it holds a type of number unknown here.
+            ValueError: There are no such files, one is missing or damaged, or it has a dtype that is not supported.
         """
         self.folder = folder
         self._handles: dict[Path, Any] = {}
@@ -107,7 +108,7 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type in which most of the values are stored."""
+        """Floating-point dtype in which most of the values are stored."""
         counts: dict[torch.dtype, int] = {}
         for info in self.tensors.values():
             if info.dtype.is_floating_point:
@@ -117,12 +118,12 @@ class Weights:
     @cached_property
     def fused(self) -> dict[str, TensorInfo]:
         """Weights that the files hold in pieces or under another name, by the name that transformers gives them."""
-        return _fuse(self.tensors) | _as_infos(renamed_tensors(self.folder, self.tensors), self.tensors)
+        return _fuse(self.tensors) | _renamed_infos(renamed_tensors(self.folder, self.tensors), self.tensors)
 
     def find(self, name: str) -> str | None:
-        """The name under which a model's weight can be read here; None: it is not in the files.
+        """Return the name under which a model's weight can be read; None if the files do not hold it.
 
-        Files of a base model without its head, as GPT-2's, have no prefix ("transformer.").
+        Files of a base model without its head, such as GPT-2's, lack the prefix ("transformer.").
         """
         for known in (name, name.replace(".mlp.", _MIXTRAL), name.partition(".")[2]):
             if known in self.tensors or known in self.fused:
@@ -130,29 +131,29 @@ class Weights:
         return None
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of a tensor of the files, or of a fused one."""
+        """Return shape and dtype of a stored or fused tensor."""
         return self.tensors[name] if name in self.tensors else self.fused[name]
 
     def stored_names(self, name: str) -> tuple[str, ...]:
-        """The tensors of the files that hold a model's weight, which ``find`` knows, in order."""
-        found = self.find(name)
-        assert found is not None, name
-        return (found,) if found in self.tensors else self.fused[found].pieces
+        """Return the names of the stored tensors that hold a model's weight, in order. The files must hold it."""
+        known = self.find(name)
+        assert known is not None, name
+        return (known,) if known in self.tensors else self.fused[known].pieces
 
     def split(self, name: str, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """A model's weight as the tensors that the files hold.
+        """Split a model's weight into the tensors that the files store.
 
         Args:
-            name: The model's name for it.
-            whole: Its values.
+            name: Name of the weight in the model.
+            whole: The weight.
 
         Yields:
-            Names in the files (the model's, if they do not hold it), and views of ``whole``.
+            Names in the files (the model's name, if they do not hold the weight), and views of ``whole``.
         """
-        found = self.find(name) or name
-        pieces = self.fused[found].pieces if found in self.fused else ()
+        known = self.find(name) or name
+        pieces = self.fused[known].pieces if known in self.fused else ()
         if not pieces:
-            yield found, whole
+            yield known, whole
         flat, start = whole.reshape(-1), 0
         for piece in pieces:
             info = self.tensors[piece]
@@ -160,10 +161,12 @@ class Weights:
             start += info.numel
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read positions start <= i < stop of a flattened tensor; only their rows are touched on disk.
+        """Read positions start <= i < stop of a flattened tensor; only the rows that hold them are read from disk.
+
+        Zeros are returned without a sign: -0.0, which products of weights and masks leave behind, is read as 0.0.
 
         Args:
-            name: Key of the tensor, or of a fused one.
+            name: Name of a stored or fused tensor.
             start: First position.
             stop: Position behind the last; None: the end.
 
@@ -171,9 +174,7 @@ class Weights:
             [stop - start], in the file's dtype, on the CPU.
 
         Raises:
-            ValueError: A packed file's bytes are not those that were written.
-
-        Zeros come without a sign: -0.0, as products of weights and masks leave it, is read as 0.0.
+            ValueError: The bytes of a packed file are not those that were written.
         """
         if name in self.fused:
             return self._read_fused(name, start, stop)
@@ -193,12 +194,11 @@ class Weights:
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
     def release(self) -> None:
-        """Unmap the files, whose pages count as this process's memory once they were read. They are mapped again
-        when needed."""
+        """Unmap the files: pages that were read count as memory of this process. ``read`` maps them again."""
         self._handles, self._touched = {}, 0
 
     def _mapped(self, file: Path, size: int = 0) -> Any:
-        """The file, of which so many bytes are about to be read."""
+        """Return the open file, from which ``size`` bytes are about to be read."""
         if self._touched + size > _MOST_TOUCHED:
             self.release()
         self._touched += size
@@ -218,16 +218,19 @@ class Weights:
 
 
 def _fuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The fused weights that the tensors of single experts make up; incomplete or uneven ones are left out."""
+    """Describe the fused weights that the tensors of single experts make up.
+
+    Weights that lack an expert, or whose experts differ in shape or dtype, are left out: they count as missing later.
+    """
     layers: dict[str, dict[tuple[int, str], str]] = {}
     for name in tensors:
-        found = _EXPERT.match(name)
-        if found:
-            layers.setdefault(found[1], {})[int(found[2]), found[3]] = name
+        match = _EXPERT.match(name)
+        if match:
+            layers.setdefault(match[1], {})[int(match[2]), match[3]] = name
     fused = {}
     for experts, names in layers.items():
         count = 1 + max(number for number, _ in names)
-        if count > len(names):  # some are missing; a number may be of any size
+        if count > len(names):  # some are missing; checked first, since the largest number may be of any size
             continue
         for key, kinds in (("gate_up_proj", (_GATE, _UP)), ("up_proj", (_UP,)), ("down_proj", (_DOWN,))):
             wanted = [
@@ -247,9 +250,9 @@ def _fuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     return fused
 
 
-def _as_infos(pieces: Pieces, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What follows for tensors that transformers renames or puts together; uneven ones are left out."""
-    found = {}
+def _renamed_infos(pieces: Pieces, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Describe the tensors that transformers renames or concatenates, except those whose pieces do not fit."""
+    renamed = {}
     for name, (stored, experts) in pieces.items():
         infos = [tensors[piece] for piece in stored]
         first = infos[0]
@@ -259,17 +262,17 @@ def _as_infos(pieces: Pieces, tensors: dict[str, TensorInfo]) -> dict[str, Tenso
         if experts and (not first.shape or rows % experts):
             continue
         shape = (experts, rows // experts, *first.shape[1:]) if experts else (rows, *first.shape[1:])
-        found[name] = TensorInfo(first.file, shape if first.shape else (), first.dtype, stored)
-    return found
+        renamed[name] = TensorInfo(first.file, shape if first.shape else (), first.dtype, stored)
+    return renamed
 
 
 class WeightsWriter:
-    """Writes tensors, given one at a time, as the safetensors files of a Hugging Face folder. On one rank."""
+    """Writes tensors, given one at a time, as the safetensors files of a Hugging Face folder. Used on one rank only."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Args:
-        folder: Exists; gets the files.
-        max_bytes: Start a new file before one would grow beyond this.
+        folder: An existing folder for the files.
+        max_bytes: Size beyond which a file does not grow: the next tensor begins a new one.
         """
         self._folder = folder
         self._max_bytes = max_bytes
@@ -279,11 +282,11 @@ class WeightsWriter:
         self._files: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor; it must not change before the file that holds it is full.
+        """Add one tensor. A contiguous tensor on the CPU is not copied: it must not change until ``close``.
 
         Args:
             name: Key of the tensor.
-            tensor: Its whole value, on any device.
+            tensor: The whole tensor, on any device.
         """
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > self._max_bytes:
@@ -293,7 +296,7 @@ class WeightsWriter:
         self._total += size
 
     def close(self) -> None:
-        """Write what is left and give the files their final names."""
+        """Write the remaining tensors, and rename the files to their final names."""
         self._flush()
         count = len(self._files)
         weight_map = {}

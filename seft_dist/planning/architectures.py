@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
-from seft_dist.io.settings import Settings, check_usual_sizes, first_line
+from seft_dist.io.settings import ModelSettings, check_usual_sizes, error_summary
 from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.partition import position_dtype
 
@@ -104,7 +104,7 @@ def find_architecture(model: str) -> PreTrainedConfig:
     elif path.is_file() or (path / "config.json").is_file():
         file = path if path.is_file() else path / "config.json"
         try:
-            entry = dict(read_json(file, Settings))
+            entry = dict(read_json(file, ModelSettings))
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}; needs a model's config.json") from error
         check_usual_sizes(entry, file)
@@ -117,7 +117,7 @@ def find_architecture(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(kind, **entry)
     except Exception as error:  # configurations raise whatever their own arithmetic does
         raise ValueError(
-            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries ({first_line(error)})"
+            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries ({error_summary(error)})"
         ) from error
 
 
@@ -173,7 +173,7 @@ class Shapes:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # models raise whatever their own arithmetic does
             raise ValueError(
-                f"transformers cannot build a {config.model_type} with such a config.json ({first_line(error)})"
+                f"transformers cannot build a {config.model_type} with such a config.json ({error_summary(error)})"
             ) from error
         found = {t.weight_name(name): t.matrix_shape for name, t in find_targets(model, targets).items()}
         layers = decoder_layers(model)

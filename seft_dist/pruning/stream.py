@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seft_dist.io.models import named_state, outline
+from seft_dist.io.models import build_meta_model, named_state
 from seft_dist.io.source import Source
 from seft_dist.modules.kinds import Target
 from seft_dist.modules.targets import find_targets
@@ -28,7 +28,7 @@ class StreamedModel:
         self.source = source
         self.device = device
         self.model: PreTrainedModel
-        self.model, self._stored = outline(source)
+        self.model, self._stored = build_meta_model(source)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         self._targets: dict[str, Target] = {}

@@ -1,15 +1,16 @@
 """Checkpoints that fit any number of ranks and any backend.
 
-A checkpoint holds what training changed, not the frozen model: for each target the mask, the deltas with moments, ages and
-base values, positions whose delta became part of the base, and a window that has begun. It is loaded on top of the
-pruned model.
+A checkpoint holds what training changed, not the frozen model: for each target the mask, the deltas with their moments,
+ages and base values, the positions whose delta became part of the base, and the statistics of an unfinished window. It
+is loaded on top of the pruned model.
 
     step-00000040/checkpoint.json                    format, step, method, shapes, fingerprints, checksums; written last
                  /rank-00000-of-00002.safetensors    what rank 0 owned, positions counted in the whole weight
                  /rank-00001-of-00002.safetensors
 
-The folder is written under another name, synced, then renamed: a folder named step-* is complete, and the highest number is
-the pointer to the newest. Nothing is unpickled. Other methods than SEFT have other tensors in such folders (baselines/saving.py).
+The folder is written under another name, synced and then renamed, so a folder named step-* is complete, and the highest
+number is the newest checkpoint. Nothing is unpickled. Methods other than SEFT store other tensors in such folders
+(baselines/saving.py).
 """
 
 from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest, tidy

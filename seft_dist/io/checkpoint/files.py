@@ -1,4 +1,4 @@
-"""Names, checksums and the agreement of ranks: what writing and reading a checkpoint share."""
+"""Names, checksums and error handling across ranks, shared by the writing and the reading of checkpoints."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from seft_dist.backends import Backend
 from seft_dist.files.hashing import sha256_of
 from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_json
-from seft_dist.io.checkpoint.schema import Manifest, check_manifest
+from seft_dist.io.checkpoint.schema import CheckpointManifest, check_manifest
 from seft_dist.optim import agreement
 
 FORMAT_VERSION = 1
@@ -23,47 +23,49 @@ MANIFEST = "checkpoint.json"
 
 
 class DamagedError(ValueError):
-    """A file of a checkpoint is missing, cut or altered; an older checkpoint may still be whole."""
+    """A file of a checkpoint is missing, truncated or altered. An older checkpoint may still be usable."""
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, the newest last.
+    """Return the complete checkpoints in a folder, the newest last.
 
-    Only names that ``Saver`` gives count: a copy with another name, e.g. step-00000040-good, is the user's.
+    Only names that ``Saver`` gives are considered. A copy with another name, e.g. step-00000040-good, is the user's
+    own.
     """
-    found = _named(folder, "step")
-    for number, path in _named(folder, "replaced").items():  # killed between the two renames of one step's second save
-        found.setdefault(number, path)
-    return [found[number] for number in sorted(found) if (found[number] / MANIFEST).exists()]
+    checkpoints = _numbered(folder, "step")
+    # A process that was killed between the two renames of a step's second save left its first one under this name
+    for number, path in _numbered(folder, "replaced").items():
+        checkpoints.setdefault(number, path)
+    return [checkpoints[number] for number in sorted(checkpoints) if (checkpoints[number] / MANIFEST).exists()]
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder, None if there is none."""
-    found = complete(folder)
-    return found[-1] if found else None
+    """Return the newest complete checkpoint in a folder, or None if there is none."""
+    checkpoints = complete(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def tidy(folder: Path, keep: int) -> None:
-    """Remove older checkpoints, and what a killed attempt has left of others.
+    """Remove older checkpoints, and the remains of saves and removals that were interrupted.
 
     Args:
-        folder: Holds the checkpoints of a run.
-        keep: How many complete checkpoints stay.
+        folder: Folder of a run's checkpoints.
+        keep: Number of complete checkpoints to keep.
     """
     for kind in ("partial", "removed"):
-        for path in _named(folder, kind).values():
+        for path in _numbered(folder, kind).values():
             shutil.rmtree(path, ignore_errors=True)
-    steps = _named(folder, "step")
-    for number, path in _named(folder, "replaced").items():
+    steps = _numbered(folder, "step")
+    for number, path in _numbered(folder, "replaced").items():
         if number in steps and (steps[number] / MANIFEST).exists():
             remove(path)
     for path in complete(folder)[:-keep]:
         remove(path)
 
 
-def _named(folder: Path, kind: str) -> dict[int, Path]:
-    """Folders that are called ``kind`` and a number of steps, by it; links are the user's."""
-    found = {}
+def _numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """Find the folders whose names are ``kind`` and a number of steps, by that number. Links are left to the user."""
+    numbered = {}
     for path in folder.glob(f"{kind}-*"):
         number = path.name.removeprefix(f"{kind}-")
         if (
@@ -72,31 +74,31 @@ def _named(folder: Path, kind: str) -> dict[int, Path]:
             and path.name == f"{kind}-{int(number):08d}"
             and not path.is_symlink()
         ):
-            found[int(number)] = path
-    return found
+            numbered[int(number)] = path
+    return numbered
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """Name of the file with what one rank owned."""
+    """Name of the file with the tensors that one rank owned."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with a checksum of itself, and force it and the folder to disk.
+    """Write the manifest, with a checksum of itself, and sync it and the folder to disk.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     content = dict(manifest) | {"manifest_sha256": _digest(manifest)}
     write_json(folder / MANIFEST, content)
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
-        DamagedError: It is missing, altered, or does not hold what a manifest holds.
-        ValueError: It is whole, and of another format version.
+        DamagedError: It is missing or altered, or lacks entries of a manifest.
+        ValueError: It is intact, but of another format version.
     """
     file = checkpoint / MANIFEST
     try:
@@ -105,13 +107,14 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(
             f"{checkpoint} is no complete checkpoint ({error}): choose a folder with a {MANIFEST}"
         ) from error
-    # The checksum first: a version that is damaged must not hide that older checkpoints are whole
+    # The checksum comes first: a damaged version number must count as damage, so that an older checkpoint is tried
     if content.pop("manifest_sha256", None) != _digest(content):
         raise DamagedError(f"{file} is damaged: its checksum does not fit; use an older checkpoint")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{checkpoint} has format version {version}, this program reads {FORMAT_VERSION}: use the program that wrote it"
+            f"{checkpoint} has format version {version}, this program reads {FORMAT_VERSION}: use the program that "
+            "wrote it"
         )
     try:
         return check_manifest(content, str(file))
@@ -119,11 +122,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(f"{error}; use an older checkpoint") from error
 
 
-def check_sum(file: Path, expected: str) -> None:
-    """Check a file of a checkpoint.
+def verify_checksum(file: Path, expected: str) -> None:
+    """Compare the SHA-256 of a checkpoint's file with the one in the manifest.
+
+    Args:
+        file: The file.
+        expected: SHA-256 in hexadecimal digits.
 
     Raises:
-        DamagedError: It is missing or altered.
+        DamagedError: The file is missing or altered.
     """
     try:
         with open(file, "rb") as handle:
@@ -136,23 +143,25 @@ def check_sum(file: Path, expected: str) -> None:
         )
 
 
-def sync(file: Path) -> bytes:
-    """Force a file to disk; its SHA-256."""
+def sync_and_hash(file: Path) -> bytes:
+    """Sync a file to disk, and return the SHA-256 of its content."""
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
         return sha256_of(handle).digest()
 
 
 def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
-    """Act on every rank; if it failed anywhere, raise everywhere, with the words of the first that failed. Collective.
+    """Call a function on every rank; if it raises on any rank, raise that error on all of them. Collective.
+
+    Without this, the ranks that succeeded would wait for ever in the next collective.
 
     Args:
-        backend: Whose ranks act.
-        act: Must not enter collectives.
+        backend: Backend whose ranks take part.
+        act: Function to call; it must not enter collectives.
 
     Raises:
         OSError: A rank could not read or write.
-        ValueError: A rank found something wrong; ``DamagedError`` if all that failed did.
+        ValueError: A check failed on a rank; ``DamagedError`` if every rank that failed raised it.
     """
 
     def read_or_write() -> None:
@@ -165,10 +174,10 @@ def everywhere(backend: Backend, act: Callable[[], Any]) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint such that it is never taken for a complete one half way."""
+    """Remove a checkpoint. It is renamed first, so that one that is removed in part never looks complete."""
     going = checkpoint.with_name(f"removed-{checkpoint.name.rpartition('-')[2]}")
     shutil.rmtree(going, ignore_errors=True)
-    with contextlib.suppress(OSError):  # one that cannot be removed does no harm
+    with contextlib.suppress(OSError):  # a checkpoint that cannot be removed does no harm
         os.rename(checkpoint, going)
         shutil.rmtree(going, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint into any layout: each rank reads what its own intervals need."""
+"""Reading of a checkpoint into any layout: each rank reads those parts of the files that its own intervals need."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
-from seft_dist.io.checkpoint.files import DamagedError, check_sum, everywhere, rank_file, read_manifest
-from seft_dist.io.checkpoint.schema import Manifest, Target
+from seft_dist.io.checkpoint.files import DamagedError, everywhere, rank_file, read_manifest, verify_checksum
+from seft_dist.io.checkpoint.schema import CheckpointManifest, TargetEntry
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.restoring import (
@@ -30,23 +30,25 @@ from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
-_FREE = ("steps", "end", "selection")  # settings that a resumed run may change: they do not alter what was done
-_FREE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
+_MAY_CHANGE = ("steps", "end", "selection")
+"""Settings that a resumed run may change, because they do not alter the steps already done."""
+_MAY_CHANGE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
+"""Settings that it may change too if the checkpoint holds no unfinished window."""
 
 
 def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
-    """Go on from a checkpoint, on any number of ranks and any backend. Collective.
+    """Restore an optimizer from a checkpoint, on any number of ranks and any backend. Collective.
 
     Args:
         seft: A new optimizer on the pruned model that the checkpointed run started from.
-        checkpoint: What ``save`` returned.
+        checkpoint: Folder of the checkpoint, as ``save`` returned it.
 
     Returns:
-        The caller's ``extra``.
+        The ``extra`` that was given to ``save``.
 
     Raises:
-        DamagedError: A file is missing, cut or altered; the model was not changed.
-        ValueError: The checkpoint is of another model, method or format; says what was found and needed.
+        DamagedError: A file is missing, truncated or altered; the model was not changed.
+        ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
     seft.attach()
     backend = seft.backend
@@ -70,64 +72,65 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    checkpoint: Path, backend: Backend, fingerprints: list[int], check_method: Callable[[Manifest], None]
-) -> Manifest:
-    """See that a checkpoint is whole, and of this model and method. Collective.
+    checkpoint: Path, backend: Backend, fingerprints: list[int], check_method: Callable[[CheckpointManifest], None]
+) -> CheckpointManifest:
+    """Check that a checkpoint is intact, and that it belongs to this model and method. Collective.
 
     Args:
-        checkpoint: Its folder.
-        backend: Holds the weights.
-        fingerprints: Of each target's weight as it was loaded.
-        check_method: Raises a ValueError if the checkpoint is of another method; the same on every rank.
+        checkpoint: Folder of the checkpoint.
+        backend: Backend that holds the weights.
+        fingerprints: Fingerprint of each target's weight as it was loaded.
+        check_method: Raises a ValueError if the checkpoint belongs to another method; the same on every rank.
 
     Returns:
-        What checkpoint.json says.
+        The content of checkpoint.json.
 
     Raises:
-        DamagedError: A file is missing, cut or altered.
-        ValueError: The checkpoint is of another model, method or format; says what was found and needed.
+        DamagedError: A file is missing, truncated or altered.
+        ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
     everywhere(backend, lambda: read_manifest(checkpoint))
     manifest = read_manifest(checkpoint)
     _check_model(backend, fingerprints, manifest, checkpoint)
     check_method(manifest)
 
-    def check_sums() -> None:
+    def verify_checksums() -> None:
         for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
-            check_sum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
+            verify_checksum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
 
-    everywhere(backend, check_sums)
+    everywhere(backend, verify_checksums)
     return manifest
 
 
-def _check_model(backend: Backend, fingerprints: list[int], manifest: Manifest, checkpoint: Path) -> None:
-    found = {target["name"]: target for target in manifest["targets"]}
-    for where, names in (("there", found.keys() - set(backend.names)), ("here", set(backend.names) - found.keys())):
+def _check_model(backend: Backend, fingerprints: list[int], manifest: CheckpointManifest, checkpoint: Path) -> None:
+    entries = {target["name"]: target for target in manifest["targets"]}
+    only_there, only_here = entries.keys() - set(backend.names), set(backend.names) - entries.keys()
+    for where, names in (("there", only_there), ("here", only_here)):
         if names:
             raise ValueError(
                 f"{checkpoint} is of another model or of other targets: {len(names)} weights are only {where}, e.g. "
                 f"{min(names)}; load the pruned model it began with, with the same targets"
             )
     for name, shape in zip(backend.names, backend.shapes, strict=True):
-        if tuple(found[name]["shape"]) != shape:
+        if tuple(entries[name]["shape"]) != shape:
             raise ValueError(
-                f"{checkpoint} is of another model: {name} has shape {found[name]['shape']} there, {list(shape)} here; load the "
-                "pruned model it began with"
+                f"{checkpoint} is of another model: {name} has shape {entries[name]['shape']} there, {list(shape)} "
+                "here; load the pruned model it began with"
             )
     for name, fingerprint in zip(backend.names, fingerprints, strict=True):
-        if found[name]["fingerprint"] != fingerprint:
+        if entries[name]["fingerprint"] != fingerprint:
             here = str(backend.dtypes[0])
             types = f" (held as {manifest['dtype']} there, as {here} here)" if manifest["dtype"] != here else ""
             raise ValueError(
-                f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned model "
-                "it began with"
+                f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned "
+                "model it began with"
             )
 
 
-def _check_method(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> None:
-    free = _FREE if manifest["window_steps"] else _FREE + _FREE_OUTSIDE_WINDOWS
+def _check_method(seft: SeftOptimizer, manifest: CheckpointManifest, checkpoint: Path) -> None:
+    free = _MAY_CHANGE if manifest["window_steps"] else _MAY_CHANGE + _MAY_CHANGE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
-    # An option that the writer did not know yet has a default that does what it did
+    # The default of an option that the writer did not know yet does what the writer did
     theirs = dataclasses.asdict(SeftConfig()) | manifest["method"]
     changed = [
         f"{key}={value!r} there, {repr(ours[key]) if key in ours else 'unknown'} here"
@@ -139,9 +142,9 @@ def _check_method(seft: SeftOptimizer, manifest: Manifest, checkpoint: Path) -> 
 
 
 class _Reader:
-    """Parts of a checkpoint's tensors for any interval, whoever wrote them."""
+    """Reads the parts of a checkpoint's tensors that overlap an interval, from the files of any ranks."""
 
-    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+    def __init__(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
         self.num_steps: int = manifest["num_steps"]
         self.window_steps: int | None = manifest["window_steps"]
         self.world_size: int = manifest["world_size"]
@@ -156,52 +159,64 @@ class _Reader:
         return self._open[rank]
 
     def get(self, rank: int, key: str) -> Tensor | None:
-        """A tensor of one rank's file, None if it is not there."""
+        """Read a tensor from one rank's file; None if the file does not hold it."""
         handle = self._handle(rank)
         return handle.get_tensor(key) if key in self._keys[rank] else None
 
     def part(self, rank: int, name: str) -> dict[str, Tensor]:
-        """All that one rank wrote of a target, by the names of ``parts_of``."""
+        """Read everything that one rank wrote of a target, by the last part of the tensors' names."""
         window = (*WINDOW_OWN, *WINDOW_SHARED, *WINDOW_SUMS) if self.window_steps else ()
         keys = (*COLUMNS, "mask", "committed", "committed_values", *(f"window.{key}" for key in window))
         values = {key: self.get(rank, f"{name}.{key}") for key in keys}
         return {key: value for key, value in values.items() if value is not None}
 
-    def overlapping(self, target: Target, interval: Interval) -> list[tuple[int, Interval]]:
-        """Ranks that wrote a part of the interval, and what they owned."""
+    def overlapping(self, target: TargetEntry, interval: Interval) -> list[tuple[int, Interval]]:
+        """Find the ranks that wrote a part of an interval, and the intervals that they owned."""
         rows, columns = target["shape"]
         partition = Partition(rows * columns, target["chunk"], self.world_size)
         owned = [(rank, partition.interval(rank)) for rank in range(self.world_size)]
         return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
 
 
-def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> LayerDelta:
-    """This rank's part of one target."""
+def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) -> LayerDelta:
+    """Assemble this rank's part of one target from the files that overlap it.
+
+    The writer's intervals and this rank's interval cut the flattened weight at different positions. Positions are
+    stored relative to the whole weight, so values are selected by position; masks are unpacked and sliced, since the
+    borders need not be multiples of 8.
+    """
     backend, name = seft.backend, target["name"]
     interval, device = backend.interval(i), backend.device
     parts: dict[str, list[Tensor]] = {
         key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_OWN]
     }
     for rank, own in reader.overlapping(target, interval):
-        found = reader.part(rank, name)
+        stored = reader.part(rank, name)
         check_part(
-            found,
+            stored,
             Limits(
-                *(f"{rank_file(rank, reader.world_size)}: {name}", backend.shapes[i], own, backend.dtypes[i]),
-                *(backend.position_dtype, seft.config, reader.num_steps, reader.window_steps or 0),
+                f"{rank_file(rank, reader.world_size)}: {name}",
+                backend.shapes[i],
+                own,
+                backend.dtypes[i],
+                backend.position_dtype,
+                seft.config,
+                reader.num_steps,
+                reader.window_steps or 0,
             ),
         )
         begin, end = max(own.start, interval.start), min(own.stop, interval.stop)
-        parts["mask"].append(unpack(found["mask"], len(own))[begin - own.start : end - own.start])
-        for keys, positions in ((COLUMNS, found["indices"]), (("committed", "committed_values"), found["committed"])):
+        parts["mask"].append(unpack(stored["mask"], len(own))[begin - own.start : end - own.start])
+        committed = (("committed", "committed_values"), stored["committed"])
+        for keys, positions in ((COLUMNS, stored["indices"]), committed):
             inside = (positions >= begin) & (positions < end)
             for key in keys:
-                parts[key].append(found[key][inside])
-        kept = found.get("window.positions")
+                parts[key].append(stored[key][inside])
+        kept = stored.get("window.positions")
         which = slice(begin - own.start, end - own.start) if kept is None else (kept >= begin) & (kept < end)
         for key in WINDOW_OWN:
-            if f"window.{key}" in found:
-                parts[key].append(found[f"window.{key}"][which])
+            if f"window.{key}" in stored:
+                parts[key].append(stored[f"window.{key}"][which])
     kinds = {
         "indices": backend.position_dtype,
         "age": torch.int32,
@@ -228,12 +243,13 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: Target, i: int) -> Laye
 
 
 def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[str, Tensor]) -> Window | None:
-    if not reader.window_steps:  # none, or one that the coming step begins
+    """Restore this rank's part of an unfinished window; None if there is none, or the next step begins one."""
+    if not reader.window_steps:
         return None
     backend = seft.backend
     window = seft.new_window(i)
     window.num_steps = reader.window_steps
-    if seft.config.window_store == "candidates":  # also where this rank owns nothing
+    if seft.config.window_store == "candidates":  # a rank without candidates has empty tensors, not missing ones
         empty = torch.empty(0, device=backend.device)
         own = {"positions": empty.to(backend.position_dtype), "total": empty} | own
     for key, value in own.items():
@@ -243,7 +259,7 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     for key in [*needs.sums, *(WINDOW_SHARED if needs.dense and needs.momentum else ())]:
         if shared[key] is None:
             raise ValueError(f"{rank_file(0, reader.world_size)}: {name}.window.{key} is missing; needs it")
-    # A sum over all ranks: one of them carries it on.
+    # These are sums over all ranks, to be summed over ranks again at the end: only one rank may hold them.
     carries = backend.owners.rank == 0 and backend.replicas.rank == 0
     for key in (*WINDOW_SHARED, *(WINDOW_SUMS if carries else ())):
         statistic = shared[key]

@@ -1,7 +1,7 @@
-"""What checkpoint.json must hold, checked before anything is made of it; ``optim.restoring`` checks the tensors.
+"""Types of checkpoint.json, and their validation before the content is used; ``optim.restoring`` checks the tensors.
 
-Checksums find accidents. These checks find what somebody else's program wrote, or an editor: a wrong number would be
-found much later, in a kernel or in a collective that only some ranks enter.
+Checksums detect accidental damage. These checks detect files that another program or an editor wrote: without them, a
+wrong number would show much later, in a kernel or in a collective that only some ranks enter.
 """
 
 from typing import Annotated, Any
@@ -18,8 +18,8 @@ _Count = Annotated[int, Field(ge=0, le=MOST_POSITIONS)]
 _Size = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
 
 
-class Target(TypedDict):
-    """One weight of a checkpoint."""
+class TargetEntry(TypedDict):
+    """Description of one target in a checkpoint: its shape, its chunk on a rank, and its number of active weights."""
 
     name: str
     shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
@@ -28,8 +28,8 @@ class Target(TypedDict):
     fingerprint: int
 
 
-class Manifest(TypedDict):
-    """checkpoint.json, without its own checksum."""
+class CheckpointManifest(TypedDict):
+    """Content of checkpoint.json, without its own checksum."""
 
     format_version: int
     num_steps: Annotated[int, Field(ge=0)]
@@ -38,23 +38,23 @@ class Manifest(TypedDict):
     backend: str
     dtype: str
     window_steps: Annotated[int, Field(ge=0)] | None
-    targets: Annotated[list[Target], Field(min_length=1)]
+    targets: Annotated[list[TargetEntry], Field(min_length=1)]
     extra: dict[str, Any]
     sha256: list[str]
 
 
-_MANIFEST = TypeAdapter(Manifest)
+_MANIFEST = TypeAdapter(CheckpointManifest)
 
 
-def check_manifest(content: dict[str, Any], name: str) -> Manifest:
-    """Check what checkpoint.json holds.
+def check_manifest(content: dict[str, Any], name: str) -> CheckpointManifest:
+    """Validate the content of checkpoint.json.
 
     Args:
-        content: Without its checksum; it may have further entries.
-        name: Of the file, for the message.
+        content: The content without its checksum; it may have further entries.
+        name: Name of the file, for the error message.
 
     Raises:
-        ValueError: Says what does not fit, and what is needed.
+        ValueError: An entry is missing or wrong; the message names it and what is needed.
     """
     manifest = check_kind(content, _MANIFEST, name)
     ranks = manifest["world_size"]
@@ -70,6 +70,7 @@ def check_manifest(content: dict[str, Any], name: str) -> Manifest:
         if numel > MOST_POSITIONS or target["target"] > numel or target["chunk"] * ranks < numel:
             raise ValueError(
                 f"{name} describes {target['name']} with shape {target['shape']}, target {target['target']} and chunk "
-                f"{target['chunk']}: needs at most {MOST_POSITIONS} positions, as many active ones, and chunks for all of them"
+                f"{target['chunk']}: needs at most {MOST_POSITIONS} positions, as many active ones, and chunks for all "
+                "of them"
             )
     return manifest

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: the state is copied between two steps, a thread of each rank writes the copy while training goes on."""
+"""Writing of checkpoints: the state is copied between two steps, and a thread on each rank writes the copy."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
     everywhere,
     rank_file,
-    sync,
+    sync_and_hash,
     tidy,
     write_manifest,
 )
@@ -27,7 +27,7 @@ from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.restoring import COLUMNS, WINDOW_OWN, WINDOW_SHARED
 
 KEEP = 2
-"""How many checkpoints of a run stay, if nobody says another number."""
+"""Default number of checkpoints of a run that are kept."""
 
 
 def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = KEEP) -> Path:
@@ -35,15 +35,15 @@ def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = K
 
     Args:
         seft: An attached optimizer, between two steps.
-        folder: Holds the checkpoints of a run; the new one becomes ``step-<steps>`` in it.
-        extra: What the caller wants back from ``load``; JSON.
-        keep: How many checkpoints stay, the new one included; older ones are removed.
+        folder: Folder of the run's checkpoints; the new one becomes ``step-<steps>`` in it.
+        extra: Values that the caller gets back from ``load``; they must fit JSON.
+        keep: Number of checkpoints to keep, the new one included; older ones are removed.
 
     Returns:
-        The checkpoint.
+        Folder of the checkpoint.
 
     Raises:
-        OSError: A rank could not write (disk full, no permission); no checkpoint was added, older ones stay.
+        OSError: A rank could not write (disk full, no permission); no checkpoint was added, and older ones are kept.
     """
     saver = Saver(seft, folder, keep)
     saver.start(extra)
@@ -52,11 +52,11 @@ def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = K
     return written
 
 
-class Saved(Protocol):
-    """The part of a method that its checkpoints are written from."""
+class Checkpointed(Protocol):
+    """The attributes of a training method that are needed to write its checkpoints."""
 
     num_steps: int
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
 
     @property
     def backend(self) -> Backend:
@@ -73,17 +73,17 @@ class BackgroundSaver(ABC):
         saver.finish()                          # before the process ends
 
     The thread only writes this rank's file. Everything that ranks must agree on happens in ``start`` and ``finish``, in
-    the training thread, so no collective runs beside those of training.
+    the training thread, because a collective in another thread could be matched with one of training.
     """
 
-    def __init__(self, saved: Saved, folder: Path, keep: int = KEEP) -> None:
+    def __init__(self, method: Checkpointed, folder: Path, keep: int = KEEP) -> None:
         """Args:
-        saved: What is trained; attached when the first save begins.
-        folder: Holds the checkpoints of a run.
-        keep: How many checkpoints stay; older ones are removed once a new one is complete.
+        method: The method that is trained; it must be attached when the first save begins.
+        folder: Folder of the run's checkpoints.
+        keep: Number of checkpoints to keep; older ones are removed once a new one is complete.
         """
         assert keep >= 1
-        self._saved, self._folder, self._keep = saved, folder, keep
+        self._checkpointed, self._folder, self._keep = method, folder, keep
         self._thread: threading.Thread | None = None
         self._step = 0
         self._manifest: dict[str, Any] = {}
@@ -92,26 +92,26 @@ class BackgroundSaver(ABC):
 
     @property
     def written(self) -> bool:
-        """True if a save has begun and this rank's part of it is on disk, or has failed."""
+        """This rank's part of the save that has begun is on disk, or has failed."""
         return self._thread is not None and not self._thread.is_alive()
 
     def start(self, extra: dict[str, Any]) -> None:
-        """Copy the state and begin to write it; finishes an earlier save first. Collective.
+        """Copy the state and begin to write it, after an earlier save is finished. Collective.
 
         Args:
-            extra: What the caller wants back from ``load``; JSON.
+            extra: Values that the caller gets back from ``load``; they must fit JSON.
 
         Raises:
-            OSError: The earlier save failed, or the folder cannot be made; complete checkpoints stay.
+            OSError: The earlier save failed, or the folder cannot be created; complete checkpoints are kept.
         """
         self.finish()
-        backend = self._saved.backend
-        self._step = self._saved.num_steps
+        backend = self._checkpointed.backend
+        self._step = self._checkpointed.num_steps
         everywhere(backend, lambda: self._make_partial() if self._is_main else None)
         described, tensors = self.content()
         described |= {"world_size": backend.owners.size, "backend": backend.name, "dtype": str(backend.dtypes[0])}
         described |= {"format_version": FORMAT_VERSION, "num_steps": self._step}
-        described["extra"] = json.loads(json.dumps(extra))  # a copy: training goes on changing its own
+        described["extra"] = json.loads(json.dumps(extra))  # a copy, since training keeps changing the original
         self._manifest = described
         file = self._partial / rank_file(backend.owners.rank, backend.owners.size)
         self._thread = threading.Thread(target=self._write, args=(file, tensors), name="checkpoint", daemon=True)
@@ -119,40 +119,41 @@ class BackgroundSaver(ABC):
 
     @abstractmethod
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """Collect the state that is to be saved. Collective.
+        """Collect the state to be saved. Collective.
 
         Returns:
-            ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU memory, None
-            where another rank has the same.
+            ``method``, ``window_steps`` and ``targets`` of the manifest; and a copy of this rank's tensors in CPU
+            memory, or None if another rank writes the same tensors.
         """
 
     def finish(self) -> Path | None:
         """Wait for the save that has begun, and make it the newest checkpoint. Collective.
 
         Returns:
-            The checkpoint; None if no save had begun.
+            Folder of the checkpoint; None if no save had begun.
 
         Raises:
-            OSError: A rank could not write (disk full, no permission); no checkpoint was added, older ones stay.
+            OSError: A rank could not write (disk full, no permission); no checkpoint was added, and older ones are
+                kept.
         """
         if self._thread is None:
             return None
         self._thread.join()
         self._thread = None
-        backend = self._saved.backend
+        backend = self._checkpointed.backend
         try:
             everywhere(backend, self._raise_error)
             digests = [bytes(row.tolist()).hex() for row in backend.owners.stack(self._digest)]
             everywhere(backend, lambda: self._publish(digests) if self._is_main else None)
         except OSError as error:
             if self._is_main:
-                shutil.rmtree(self._partial, ignore_errors=True)  # gives its space back
+                shutil.rmtree(self._partial, ignore_errors=True)  # frees the disk space
             raise OSError(f"the checkpoint of step {self._step} could not be written: {error}") from error
         return self._final
 
     @property
     def _is_main(self) -> bool:
-        return self._saved.backend.owners.rank == 0 and self._saved.backend.replicas.rank == 0
+        return self._checkpointed.backend.owners.rank == 0 and self._checkpointed.backend.replicas.rank == 0
 
     @property
     def _partial(self) -> Path:
@@ -164,7 +165,7 @@ class BackgroundSaver(ABC):
 
     def _make_partial(self) -> None:
         if self._folder.is_dir():
-            tidy(self._folder, self._keep)  # what an attempt that was killed has left
+            tidy(self._folder, self._keep)  # removes what an interrupted save has left
         self._partial.mkdir(parents=True)
 
     def _write(self, file: Path, tensors: dict[str, Tensor] | None) -> None:
@@ -172,7 +173,7 @@ class BackgroundSaver(ABC):
         try:
             if tensors is not None:
                 write_safetensors(file, tensors, {"format": "seft_dist checkpoint"})
-                self._digest.copy_(torch.tensor(list(sync(file))))
+                self._digest.copy_(torch.tensor(list(sync_and_hash(file))))
         except Exception as error:  # raised again by finish(), in the training thread
             self._error = error
 
@@ -183,7 +184,8 @@ class BackgroundSaver(ABC):
     def _publish(self, digests: list[str]) -> None:
         write_manifest(self._partial, self._manifest | {"sha256": digests})
         replaced = self._folder / f"replaced-{self._step:08d}"
-        if self._final.exists():  # at no instant is there none of this step
+        # The old checkpoint of this step is renamed, not removed: at every instant there is a complete one
+        if self._final.exists():
             os.rename(self._final, replaced)
         os.rename(self._partial, self._final)
         sync_folder(self._folder)
@@ -191,10 +193,14 @@ class BackgroundSaver(ABC):
 
 
 class Saver(BackgroundSaver):
-    """Writes SEFT's masks and deltas."""
+    """Writes the checkpoints of a ``SeftOptimizer``: its masks, deltas and windows."""
 
     def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = KEEP) -> None:
-        """Args: as of ``BackgroundSaver``."""
+        """Args:
+        seft: The optimizer; it must be attached when the first save begins.
+        folder: Folder of the run's checkpoints.
+        keep: Number of checkpoints to keep; older ones are removed once a new one is complete.
+        """
         super().__init__(seft, folder, keep)
         self._seft = seft
 
@@ -212,29 +218,29 @@ class Saver(BackgroundSaver):
 
 
 def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Everything this rank owns, copied to CPU memory."""
+    """Copy everything that this rank owns to CPU memory, with the sums of windows if this rank writes them."""
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(seft.deltas()):
-        found: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
-        found |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
+        state: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
+        state |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
         if layer.window is not None:
-            found |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_OWN + WINDOW_SHARED}
-            found |= {f"window.{key}": value for key, value in (sums[i] if sums else {}).items()}
+            state |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_OWN + WINDOW_SHARED}
+            state |= {f"window.{key}": value for key, value in (sums[i] if sums else {}).items()}
         tensors |= {
             f"{layer.name}.{key}": value.detach().to("cpu", copy=True).contiguous()
-            for key, value in found.items()
+            for key, value in state.items()
             if value is not None
         }
     return tensors
 
 
 def describe_targets(backend: Backend, targets: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:
-    """The targets as a manifest lists them.
+    """Describe the targets for the manifest.
 
     Args:
-        backend: Holds the weights.
-        targets: Active positions wanted of each.
-        fingerprints: Of each weight as it was loaded.
+        backend: Backend that holds the weights.
+        targets: Number of active positions that each target has to keep.
+        fingerprints: Fingerprint of each weight as it was loaded.
     """
     return [
         {
