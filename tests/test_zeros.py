@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import tests.preload  # noqa: F401
-from seft_dist.pruning import survey
+from seft_dist.pruning import stored_zeros
 from seft_dist.sparsity.casts import unsigned_zeros
 from seft_dist.sparsity.zeros import all_finite, num_zeros
 
@@ -53,13 +53,13 @@ def test_only_the_sign_of_zeros_is_taken(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", [4, 8])
-@pytest.mark.parametrize("look", [40, 1 << 20])
-def test_most_weights_of_a_group(width: int, look: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "_LOOK", look)
+@pytest.mark.parametrize("at_once", [40, 1 << 20])
+def test_most_weights_of_a_group(width: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_zeros, "_WEIGHTS_AT_ONCE", at_once)
     for most in range(width + 1):
         weight = torch.zeros(24, 40 // width, width)
         weight[..., : max(0, most - 1)] = -1.5
         weight[23, -1] = 0.0
         weight[23, -1, width - most :] = 2.0  # one group of the last row alone has the most
-        assert survey._most_kept(weight.reshape(24, 40).bfloat16(), width) == most
-    assert survey._most_kept(torch.zeros(24, 42), width) == width  # columns that do not divide have no pattern
+        assert stored_zeros._most_kept(weight.reshape(24, 40).bfloat16(), width) == most
+    assert stored_zeros._most_kept(torch.zeros(24, 42), width) == width  # columns that do not divide have no pattern

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.backends.shards import whole_shape
+from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.baselines.saving import BaselineSaver, load
 from seft_dist.baselines.values import Values
 from seft_dist.config import TrainConfig
@@ -23,7 +24,6 @@ from seft_dist.io.source import Source
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
 from seft_dist.optim.state import LayerSparsity
-from seft_dist.sparsity.zeros import num_zeros
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,7 @@ class Baseline(ABC):
         """Counts of every target as its weights are now. Collective."""
         backend = self.backend
         backend.prepare_write()  # shards, not gathered copies, are counted
-        zeros = backend.owners.sum(
-            torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
-        ).tolist()
+        zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
         numels = [prod(shape) for shape in backend.shapes]
         rows = zip(backend.names, numels, self.active, zeros, strict=True)
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]

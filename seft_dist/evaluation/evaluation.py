@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from seft_dist.backends.fsdp import FsdpBackend, reshard
 from seft_dist.backends.group import Group
+from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ from seft_dist.results.run_files import unlike
 from seft_dist.session import facts
 from seft_dist.session.cli import to_dict
 from seft_dist.session.distributed import Ranks, check_agreement, together
-from seft_dist.sparsity.zeros import ZeroCount, count_zeros, num_zeros, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 Metrics = dict[str, float]
 
@@ -153,15 +154,11 @@ def _in_turn(ranks: Ranks, read: Any) -> Any:
 
 
 def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount]:
-    """Zeros of each target, of all shards together. Collective if the model is sharded."""
+    """Count the zeros of each target over all ranks. Collective if the model is sharded."""
     targets = find_targets(model, pattern)
     if ranks.world_size == 1:
-        return count_zeros(targets)
-    backend = FsdpBackend(model, targets)
-    zeros = torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
-    backend.owners.sum(zeros)
-    sizes = [rows * columns for rows, columns in backend.shapes]
-    return [ZeroCount(*counted) for counted in zip(backend.names, sizes, zeros.tolist(), strict=True)]
+        return count_zeros((name, target.weight) for name, target in targets.items())
+    return count_zeros_over_ranks(FsdpBackend(model, targets))
 
 
 def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ranks: Ranks) -> None:

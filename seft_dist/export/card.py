@@ -16,7 +16,7 @@ from seft_dist.files.writing import write_text
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of
 from seft_dist.modules.targets import ALL_LINEAR
-from seft_dist.sparsity.zeros import ZeroCount, num_zeros, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 FILE = "README.md"
 _CONFIG, _RESULT, _EVAL, _MANIFEST, _PRUNING = (
@@ -154,14 +154,13 @@ def _comparison(found: _Found) -> str:
 def _sparsity(source: Source, targets: str) -> str:
     """Zeros of the exported weights, counted now."""
     kinds: dict[str, list[ZeroCount]] = {}
-    for name, weight in target_rows(source, targets):
-        count = ZeroCount(name, weight.numel(), num_zeros(weight))
-        kinds.setdefault(kind_of(name), []).append(count)
-    every = [count for members in kinds.values() for count in members]
+    counts = count_zeros(target_rows(source, targets))
+    for count in counts:
+        kinds.setdefault(kind_of(count.name), []).append(count)
     rows = [[f"{kind} ({len(m)})", f"{sum(c.numel for c in m):,}", _zeros(m)] for kind, m in kinds.items()]
-    rows.append([f"all targets ({len(every)})", f"{sum(c.numel for c in every):,}", _zeros(every)])
+    rows.append([f"all targets ({len(counts)})", f"{sum(c.numel for c in counts):,}", _zeros(counts)])
     numel = sum(info.numel for info in source.weights.tensors.values())
-    rows.append(["the whole model", f"{numel:,}", f"{100 * sum(c.zeros for c in every) / numel:.2f} % in targets"])
+    rows.append(["the whole model", f"{numel:,}", f"{100 * sum(c.zeros for c in counts) / numel:.2f} % in targets"])
     return "## Sparsity\n\n" + _table(["linear", "weights", "zeros"], rows)
 
 

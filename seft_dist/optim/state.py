@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.backends.group import Group
+from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.optim.collectives import disagreeing
@@ -17,7 +18,6 @@ from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import hashes, scores
 from seft_dist.sparsity.partition import Interval
-from seft_dist.sparsity.zeros import num_zeros
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,7 @@ class State:
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
         """Count what is active, zero and trained in every target. Collective."""
         backend.prepare_write()  # shards, not gathered copies, are counted
-        zeros = backend.owners.sum(
-            torch.tensor([num_zeros(backend.own(i)) for i in range(len(backend.names))])
-        ).tolist()
+        zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
         active = self.active(backend)
         return [
             LayerSparsity(

@@ -29,9 +29,9 @@ from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.masks import Ranking
 from seft_dist.pruning.methods import Pruner
 from seft_dist.pruning.owl import read_sparsities
+from seft_dist.pruning.stored_zeros import count_stored_zeros, describe, refuse_pruned
 from seft_dist.pruning.stream import StreamedModel
-from seft_dist.pruning.survey import count_stored_zeros, describe, refuse_pruned
-from seft_dist.sparsity.zeros import ZeroCount, num_zeros, total_sparsity
+from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class _Pulled:
             return self._stream.read(name)
         while target not in self._waiting:
             found, weight = next(self._pruned)
-            self.counts[found] = ZeroCount(found, weight.numel(), num_zeros(weight))
+            self.counts[found] = ZeroCount.of(found, weight)
             self._waiting[found] = self._targets[found].from_rows(weight)
         return self._waiting.pop(target)
 

@@ -3,9 +3,8 @@
 ``(weight == 0).sum()`` and ``weight.isfinite().all()`` have the same result, but take 20 to 50 times as long on a CPU.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +20,11 @@ class ZeroCount:
     """Number of weights."""
     zeros: int
     """Number of weights that are exactly 0."""
+
+    @classmethod
+    def of(cls, name: str, weight: Tensor) -> "ZeroCount":
+        """Count the zeros of a whole weight."""
+        return cls(name, weight.numel(), num_zeros(weight))
 
     @property
     def sparsity(self) -> float:
@@ -48,18 +52,13 @@ def all_finite(weight: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(weight)).isfinite().all())  # NaN is both smallest and largest
 
 
-class _HasWeight(Protocol):
-    @property
-    def weight(self) -> Tensor: ...
-
-
-def count_zeros(targets: Mapping[str, _HasWeight]) -> list[ZeroCount]:
-    """Count the zeros of each target. The weights must be whole.
+def count_zeros(weights: Iterable[tuple[str, Tensor]]) -> list[ZeroCount]:
+    """Count the zeros of whole weights, one after the other; ``backends.zeros`` counts those of weights in parts.
 
     Args:
-        targets: From ``find_targets``.
+        weights: Name and value of each weight.
     """
-    return [ZeroCount(name, target.weight.numel(), num_zeros(target.weight)) for name, target in targets.items()]
+    return [ZeroCount.of(name, weight) for name, weight in weights]
 
 
 def total_sparsity(counts: list[ZeroCount]) -> float:
