@@ -25,7 +25,7 @@ import torch
 from seft_dist.config import DType, ModelConfig
 from seft_dist.export.export import pack_model
 from seft_dist.export.folders import folder_bytes
-from seft_dist.export.runtime import Runner, compare, export_onnx, export_openvino, open_onnx, open_openvino
+from seft_dist.export.runtime import Runner, compare_logits, export_onnx, export_openvino, open_onnx, open_openvino
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 
@@ -119,7 +119,7 @@ def measure(
         for clock, found in times.items():
             medians = {key: statistics.median(values) for key, values in found.items()}
             row[title][clock] = {"median": medians, "ratio": medians["pruned"] / medians["dense"], "seconds": found}
-    report = compare(reference, made["pruned"][0], 0)
+    report = compare_logits(reference, made["pruned"][0], 0)
     row["logits"] = {"difference": report.max_difference, "largest": report.largest_logit, "same": report.same_choice}
     return row
 

@@ -247,7 +247,7 @@ def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) ->
         backward(called(**batch(1, rank)).loss)
         step()
         if rank == 1:
-            writer.sync = no_space
+            writer.sync_and_hash = no_space
         where = "" if rank else "rank 1: "
         with pytest.raises(OSError, match=f"checkpoint of step 2 could not be written: {where}.*No space left"):
             checkpoint.save(seft, tmp_path, {})

@@ -55,7 +55,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
-    files.write_manifest(path, manifest_of(path) | {"sha256": [files.sync(file).hex()]})
+    files.write_manifest(path, manifest_of(path) | {"sha256": [files.sync_and_hash(file).hex()]})
 
 
 def test_a_flipped_bit_of_the_version_is_damage(path: Path) -> None:
@@ -141,7 +141,7 @@ def test_crafted_tensors(change: Callable[[dict[str, torch.Tensor]], object], me
 def test_a_file_that_is_no_safetensors(path: Path) -> None:
     file = path / rank_file(0, 1)
     file.write_bytes(b"\xff" * 64)
-    files.write_manifest(path, manifest_of(path) | {"sha256": [files.sync(file).hex()]})
+    files.write_manifest(path, manifest_of(path) | {"sha256": [files.sync_and_hash(file).hex()]})
     with pytest.raises(checkpoint.DamagedError, match="is damaged: .*deserializing"):
         load(path)
 

@@ -85,13 +85,13 @@ def test_another_computation_is_not_accepted(tmp_path: Path) -> None:
         with torch.no_grad():
             return model(input_ids=ids, attention_mask=mask).logits
 
-    runtime._accept(runtime.compare(model, right, 0), True)
+    runtime._check_difference(runtime.compare_logits(model, right, 0), True)
     for wrong in (
         lambda i, m: right(i, m) * 1.01,
         lambda i, m: right(i.flip(1), m),
         lambda i, m: right(i, m) * torch.nan,
     ):
         with pytest.raises(ValueError, match="logits differ from torch's"):
-            runtime._accept(runtime.compare(model, wrong, 0), True)
+            runtime._check_difference(runtime.compare_logits(model, wrong, 0), True)
     with pytest.raises(ValueError, match="logits differ from torch's by nan"):
-        runtime._accept(runtime.compare(model, lambda i, m: right(i, m) * torch.nan, 0), False)
+        runtime._check_difference(runtime.compare_logits(model, lambda i, m: right(i, m) * torch.nan, 0), False)

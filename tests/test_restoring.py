@@ -124,7 +124,7 @@ def altered(path: Path, into: Path, change: Change) -> Path:
     save_file(tensors, file)
     manifest = json.loads((path / files.MANIFEST).read_text())
     del manifest["manifest_sha256"]
-    files.write_manifest(into, manifest | {"sha256": [files.sync(file).hex()]})
+    files.write_manifest(into, manifest | {"sha256": [files.sync_and_hash(file).hex()]})
     return into
 
 

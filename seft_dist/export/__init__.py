@@ -1,1 +1,1 @@
-"""Files that others read: plain, packed and delta exports, model cards, conversions, inputs of the quickstart."""
+"""Files for other programs: plain, packed and delta exports, model cards, conversions, and the quickstart's inputs."""

@@ -1,6 +1,6 @@
-"""The model card of an exported folder: README.md, from the weights themselves and from what the run's folder recorded.
+"""The model card (README.md) of an exported folder, written from its weights and from the records of its run.
 
-Nothing is made up: what no file says is not in the card, or the card says that it was not recorded.
+Nothing is guessed: the card omits what no file records, or states that it was not recorded.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -19,13 +19,8 @@ from seft_dist.modules.targets import ALL_LINEAR
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 FILE = "README.md"
-_CONFIG, _RESULT, _EVAL, _MANIFEST, _PRUNING = (
-    "config.yaml",
-    "result.json",
-    "eval.json",
-    "manifest.json",
-    "pruning.json",
-)
+_CONFIG, _RESULT, _EVAL = "config.yaml", "result.json", "eval.json"
+_MANIFEST, _PRUNING = "manifest.json", "pruning.json"
 _PAPER = "[arXiv 2505.24037](https://arxiv.org/abs/2505.24037)"
 
 
@@ -33,36 +28,36 @@ def write_card(folder: Path, source: Source, run: Path | None = None, base_model
     """Write README.md into a folder; one that exists is replaced.
 
     Args:
-        folder: Gets the file; its name is the model's, without a ".part" at the end.
-        source: The exported weights, for the sparsity table.
-        run: Folder of the run of launch/train.py that made them; None: no training is known of.
-        base_model: Name of the model this one was made from, as on the Hugging Face hub; None: what the files say.
+        folder: Folder that gets the file. Its name, without a ".part" at the end, is the name of the model.
+        source: The exported weights, for the table of zeros.
+        run: Folder of the run of launch/train.py that made the weights; None if no run is known.
+        base_model: Name of the base model on the Hugging Face hub; None: as recorded in the files.
 
     Raises:
         ValueError: The run's folder has no config.yaml, or one of its files cannot be read.
     """
-    found = _Found(source, run)
-    base = base_model or found.base
+    records = _Records(source, run)
+    base = base_model or records.base
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base:
         front["base_model"] = base
-    front["tags"] = ["sparse", "pruned", *(["seft", "arxiv:2505.24037"] if found.is_seft else [])]
+    front["tags"] = ["sparse", "pruned", *(["seft", "arxiv:2505.24037"] if records.is_seft else [])]
     title = folder.name.removesuffix(".part")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {title}",
-        _method(found, base),
-        _sparsity(source, found.pattern("targets") or ALL_LINEAR),
-        _recipe(found),
-        _results(found),
+        _method(records, base),
+        _sparsity(source, records.setting("targets") or ALL_LINEAR),
+        _recipe(records),
+        _results(records),
         _use(folder, title),
         "## License\n\nThat of the base model; see its card.",
     ]
     write_text(folder / FILE, "\n\n".join(part for part in parts if part) + "\n")
 
 
-class _Found:
-    """What is known of a model: files of the run, and pruning.json of the model it began with."""
+class _Records:
+    """The records about a model: the files of its run, and pruning.json of the model that the run began with."""
 
     def __init__(self, source: Source, run: Path | None) -> None:
         self.config = _read(run / _CONFIG) if run else {}
@@ -76,23 +71,23 @@ class _Found:
         if self.config:
             path = str(self.config.get("model", {}).get("path", ""))
             self.base = _public(path)
-            pruned = Path(path).expanduser()  # if it is gone, or on the hub, nothing is known of its pruning
+            pruned = Path(path).expanduser()  # if this folder is gone, or on the hub, its pruning is not recorded
         self.pruning = _read(pruned / _PRUNING)
         if self.pruning and not self.base:
             self.base = _public(str(self.pruning.get("model", {}).get("path", "")))
 
     @property
     def is_seft(self) -> bool:
-        """True if SEFT made the model, with any settings; False without a record of the run."""
+        """The model was made by SEFT, with any settings; False without a record of the run."""
         return bool(self.config) and self.config.get("method", "seft") in VARIANTS
 
-    def pattern(self, field: str) -> str | None:
-        """A field of the method or of the pruning."""
+    def setting(self, field: str) -> str | None:
+        """Setting of the training method or, without one, of the pruning."""
         return self.config.get("seft", {}).get(field) or self.pruning.get(field)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON or YAML file; nothing if there is none."""
+    """Read a JSON or YAML file; empty if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -104,55 +99,55 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _public(path: str) -> str:
-    """A hub name as it is, of a local path only the last part: others have no use for the rest."""
+    """Return a hub name unchanged, and only the last part of a local path, whose rest means nothing to others."""
     if not path:
         return ""
     local = Path(path).expanduser()
     return local.name if local.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1 else path
 
 
-def _method(found: _Found, base: str) -> str:
+def _method(records: _Records, base: str) -> str:
     lines = ["## Method", ""]
-    if found.pruning:
-        dense = _public(str(found.pruning.get("model", {}).get("path", ""))) or "a dense model"
-        text = f"{dense}, pruned by {found.pruning.get('method', 'an unnamed method')}"
-        if found.pruning.get("sparsity") is not None:
-            text += f" to {100 * found.pruning['sparsity']:g} % zeros in the targets"
-        if found.pruning.get("pattern"):
-            text += f", pattern {found.pruning['pattern']}"
+    if records.pruning:
+        dense = _public(str(records.pruning.get("model", {}).get("path", ""))) or "a dense model"
+        text = f"{dense}, pruned by {records.pruning.get('method', 'an unnamed method')}"
+        if records.pruning.get("sparsity") is not None:
+            text += f" to {100 * records.pruning['sparsity']:g} % zeros in the targets"
+        if records.pruning.get("pattern"):
+            text += f", pattern {records.pruning['pattern']}"
         lines.append(text + ".")
-    elif not found.config:
+    elif not records.config:
         return ""
     else:
         lines.append(f"The pruned model {base}; how it was pruned is not recorded beside it.")
-    if found.config and not found.is_seft:
-        lines += ["", _comparison(found)]
-    elif found.config:
-        method = found.config.get("seft", {})
+    if records.config and not records.is_seft:
+        lines += ["", _comparison(records)]
+    elif records.config:
+        method = records.config.get("seft", {})
         moves = "its positions do not move" if method.get("static") else "their positions evolve during training"
         lines += [
             "",
             f"Fine-tuned with SEFT, Sparsity Evolution Fine-Tuning ({_PAPER}), by seft_dist {_own_version()}: "
-            f"{_percent(method.get('density'))} of each target's weights carry a trainable delta, {moves}, and every layer "
-            "keeps its number of zeros. The deltas are part of the weights: this is a plain model, zeros stored.",
+            f"{_percent(method.get('density'))} of each target's weights carry a trainable delta, {moves}, and every "
+            "layer keeps its number of zeros. The deltas are part of the weights: this is a plain model, zeros stored.",
         ]
     return "\n".join(lines)
 
 
-def _comparison(found: _Found) -> str:
-    """Name the method that made a model which SEFT did not make."""
-    name, settings = found.config["method"], found.config.get("baseline") or {}
+def _comparison(records: _Records) -> str:
+    """Describe the method of a model that was made by a comparison method instead of SEFT."""
+    name, settings = records.config["method"], records.config.get("baseline") or {}
     read = {key: settings.get(key) for key in FIELDS.get(name, ())}
     text = ", ".join(f"{key} {value}" for key, value in read.items())
-    trained = f" {found.result['trainable']:,} values were trained." if "trainable" in found.result else ""
+    trained = f" {records.result['trainable']:,} values were trained." if "trainable" in records.result else ""
     return (
-        f"Not SEFT but a method to compare it with: {name}{f' ({text})' if text else ''}, by seft_dist {_own_version()} "
-        f"(docs/baselines.md).{trained} This is a plain model, zeros stored."
+        f"Not SEFT but a method to compare it with: {name}{f' ({text})' if text else ''}, by seft_dist "
+        f"{_own_version()} (docs/baselines.md).{trained} This is a plain model, zeros stored."
     )
 
 
 def _sparsity(source: Source, targets: str) -> str:
-    """Zeros of the exported weights, counted now."""
+    """Count the zeros of the exported weights, and tabulate them by kind of linear."""
     kinds: dict[str, list[ZeroCount]] = {}
     counts = count_zeros(target_rows(source, targets))
     for count in counts:
@@ -169,19 +164,19 @@ def _zeros(counts: list[ZeroCount]) -> str:
     return f"{100 * total_sparsity(counts):.2f} % ({100 * lowest:.2f} to {100 * highest:.2f} % in a layer)"
 
 
-def _recipe(found: _Found) -> str:
-    if not found.config:
+def _recipe(records: _Records) -> str:
+    if not records.config:
         return ""
-    config, result = found.config, found.result
+    config, result = records.config, records.result
     data, optim, method = (config.get(key) or {} for key in ("data", "optim", "seft"))
-    seed = method.get("seed") if found.is_seft else (config.get("baseline") or {}).get("seed")
-    method = method if found.is_seft else {}
-    attempts = found.manifest.get("attempts") or [{}]
+    seed = method.get("seed") if records.is_seft else (config.get("baseline") or {}).get("seed")
+    method = method if records.is_seft else {}
+    attempts = records.manifest.get("attempts") or [{}]
     versions = attempts[-1].get("versions") or {}
     values = {
         "data": _public(str(data.get("path", ""))) + (f", {data['name']}" if data.get("name") else ""),
         "sequence length": data.get("seq_len"),
-        "sequences of the data": (found.manifest.get("data") or {}).get("sequences"),
+        "sequences of the data": (records.manifest.get("data") or {}).get("sequences"),
         "optimizer steps": result.get("steps", config.get("steps")),
         "sequences of a step": config.get("global_batch"),
         "tokens": f"{result['tokens']:,}" if "tokens" in result else None,
@@ -194,42 +189,42 @@ def _recipe(found: _Found) -> str:
         "seeds (data, method)": f"{config.get('seed')}, {seed}",
         "backend, ranks": f"{result['backend']}, {result['world_size']}" if "backend" in result else None,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()) or None,
-        "fingerprint of the pruned model": found.manifest.get("model"),
+        "fingerprint of the pruned model": records.manifest.get("model"),
     }
     rows = [[name, str(value)] for name, value in values.items() if value not in (None, "")]
     return "## Recipe\n\n" + _table(["", ""], rows) + "\n\nThe whole configuration is `config.yaml` of the run."
 
 
-def _results(found: _Found) -> str:
-    if not found.config:
+def _results(records: _Records) -> str:
+    if not records.config:
         return ""
     lines = ["## Results", ""]
-    if found.result:
-        sparsity = found.result.get("sparsity") or {}
+    if records.result:
+        sparsity = records.result.get("sparsity") or {}
         facts = {
-            "loss of the last step": found.result.get("loss"),
+            "loss of the last step": records.result.get("loss"),
             "zeros in the targets, final": _percent(sparsity.get("final")),
             "layers off their number of zeros": sparsity.get("layers_off_target"),
-            "evolutions": found.result.get("evolutions"),
-            "positions reactivated": found.result.get("reactivated"),
-            "seconds of training": found.result.get("seconds"),
+            "evolutions": records.result.get("evolutions"),
+            "positions reactivated": records.result.get("reactivated"),
+            "seconds of training": records.result.get("seconds"),
         }
         lines += [_table(["", ""], [[name, str(value)] for name, value in facts.items() if value is not None]), ""]
     else:
         lines += ["The run is not finished, or its result.json is missing.", ""]
-    models = found.evaluation.get("models") or {}
+    models = records.evaluation.get("models") or {}
     if not models:
         return "\n".join([*lines, "No evaluation was recorded."])
     measured = {name: _numbers(entry) for name, entry in models.items() if isinstance(entry, dict)}
     names = list({key: None for numbers in measured.values() for key in numbers})
     rows = [[name, *(numbers.get(key, "-") for key in names)] for name, numbers in measured.items()]
-    text = _public(str((found.evaluation.get("data") or {}).get("path", "")))
+    text = _public(str((records.evaluation.get("data") or {}).get("path", "")))
     where = f"Measured by launch/evaluate.py{f' on {text}' if text else ''}:"
     return "\n".join([*lines, where, "", _table(["model", *names], rows)])
 
 
 def _numbers(entry: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """All numbers of an evaluation, those of tasks by the task's name; without the single layers."""
+    """Flatten the numbers of an evaluation, those of tasks under the task's name, without those of single layers."""
     numbers: dict[str, str] = {}
     for key, value in entry.items():
         if isinstance(value, dict) and key != "layers":

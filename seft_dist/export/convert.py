@@ -1,7 +1,7 @@
-"""Quantized checkpoints that transformers can unpack, as plain Hugging Face folders; zeros stay zeros.
+"""Conversion of quantized checkpoints to plain Hugging Face folders; zeros stay zeros.
 
-Whatever transformers loads and dequantizes is taken: fine-grained FP8 as DeepSeek-V3 has it, compressed-tensors, MXFP4,
-GGUF. The sparse forms of compressed-tensors ("sparse-bitmask", "sparse-24-bitmask") can no longer be loaded by it.
+Every format that transformers loads and dequantizes is supported: fine-grained FP8 (DeepSeek-V3), compressed-tensors,
+MXFP4, GGUF. It can no longer load the sparse formats of compressed-tensors ("sparse-bitmask", "sparse-24-bitmask").
 """
 
 import copy
@@ -22,16 +22,16 @@ from seft_dist.io.weights import MAX_SHARD_BYTES
 
 
 def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a quantized model as a plain folder. Holds the whole unpacked model in memory.
+    """Write a quantized model as a plain folder. The whole dequantized model is held in memory.
 
     Args:
         path: Folder or hub name of a quantized model, or a .gguf file.
-        output: Folder to make; it must not exist.
-        dtype: Type of the weights.
-        max_bytes: Largest file.
+        output: Folder to create; it must not exist.
+        dtype: Dtype of the weights that are written.
+        max_bytes: Largest size of a weight file.
 
     Raises:
-        ValueError: The model is plain already, or transformers cannot unpack it; nothing is left behind.
+        ValueError: The model is not quantized, or transformers cannot unpack it. No files are left behind.
     """
     gguf = Path(path).expanduser() if path.endswith(".gguf") else None
     with new_folder(output) as folder:
@@ -48,18 +48,18 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
     """Write the model and the tokenizer of a GGUF file into a folder that exists.
 
     Raises:
-        ValueError: There is no such file, or transformers cannot read it.
+        ValueError: The file does not exist, or transformers cannot read it.
     """
     if not gguf.is_file():
         raise ValueError(f"{gguf} is no file: needs a .gguf file, or the folder of a quantized model")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # Older releases of transformers have no such configuration and always unpack.
-    kind = getattr(transformers, "GgufConfig", None)
-    unpacked = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    # Older releases of transformers have no such configuration and always dequantize
+    config_class = getattr(transformers, "GgufConfig", None)
+    dequantized = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
     try:
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        model = _load(**source, dtype=dtype, **unpacked)
-    except Exception as error:  # readers of formats raise whatever they like
+        model = _load(**source, dtype=dtype, **dequantized)
+    except Exception as error:  # the readers of the formats raise errors of any type
         raise ValueError(f"{gguf} cannot be unpacked by transformers: {error_summary(error)}") from error
     _save(model, folder, dtype, max_bytes)
     make_configs_compatible(folder)
@@ -69,48 +69,49 @@ def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
     read_settings(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # configurations raise whatever their own arithmetic does
+    except Exception as error:  # the constructors of configurations raise errors of any type
         raise ValueError(
             f"{source}: no model that transformers knows ({error_summary(error)}); needs a config.json of a causal LM"
         ) from error
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-    if found is None:
+    entries = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if entries is None:
         raise ValueError(f"{source} is not quantized: it can be used as it is (launch/export.py hf changes its type)")
-    if not isinstance(found, dict) and not hasattr(found, "to_dict"):
-        raise ValueError(f"{source}: its quantization_config is {found!r:.60}; needs named entries")
-    found = dict(found if isinstance(found, dict) else found.to_dict())
-    sparse = (found.get("sparsity_config") or {}).get("format", found.get("format"))
+    if not isinstance(entries, dict) and not hasattr(entries, "to_dict"):
+        raise ValueError(f"{source}: its quantization_config is {entries!r:.60}; needs named entries")
+    entries = dict(entries if isinstance(entries, dict) else entries.to_dict())
+    sparse = (entries.get("sparsity_config") or {}).get("format", entries.get("format"))
     if sparse in SPARSE_FORMATS:
         raise ValueError(
-            f"{source} is stored as {sparse}, which current compressed-tensors cannot load: unpack it where an older one "
-            "is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
+            f"{source} is stored as {sparse}, which current compressed-tensors cannot load: unpack it where an older "
+            "one is installed (0.12 and transformers 4), or fetch the model's uncompressed version"
         )
-    if (
-        found.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING
-    ):  # transformers would load what it does not know
-        raise ValueError(f"{source} is quantized by {found.get('quant_method')!r}, which transformers does not know")
-    config.quantization_config = found | {"dequantize": True}
+    method = entries.get("quant_method")
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load the model without dequantizing it
+        raise ValueError(f"{source} is quantized by {method!r}, which transformers does not know")
+    config.quantization_config = entries | {"dequantize": True}
     try:
         return _load(source, config=config, dtype=dtype)
-    except Exception as error:  # as many kinds as there are formats
-        raise ValueError(
-            f"{source} ({found.get('quant_method')}) cannot be unpacked by transformers: {error_summary(error)}"
-        ) from error
+    except Exception as error:  # each format raises errors of its own
+        raise ValueError(f"{source} ({method}) cannot be unpacked by transformers: {error_summary(error)}") from error
 
 
 def _load(*args: Any, **settings: Any) -> PreTrainedModel:
-    """Load a model; transformers fills what it does not find with random numbers, which is an error here."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    """Load a model; a missing tensor, which transformers would fill with random numbers, raises a ValueError."""
+    model, loading = AutoModelForCausalLM.from_pretrained(
         *args, **settings, trust_remote_code=False, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found.get(kind):
-            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, found[kind]))[:3])}")
+        if loading.get(kind):
+            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:3])}")
     return model
 
 
 def _save(unpacked: PreTrainedModel, folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
-    """A model that was quantized refuses to be saved, even when nothing in it is any more: its weights go into a new one."""
+    """Save a dequantized model.
+
+    transformers refuses to save a model that was loaded quantized, even after it was dequantized. So its weights are
+    assigned to a new model, which is saved.
+    """
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(unpacked.config)
@@ -132,5 +133,5 @@ def _save(unpacked: PreTrainedModel, folder: Path, dtype: torch.dtype, max_bytes
         model.save_pretrained(folder, max_shard_size=max_bytes)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
-    for file in folder.glob("*.safetensors"):  # safetensors lets only the owner read what it writes
+    for file in folder.glob("*.safetensors"):  # safetensors creates files that only their owner can read
         file.chmod(folder.stat().st_mode & 0o666)

@@ -1,13 +1,14 @@
-"""A small file on top of a pruned model: apply gives the repaired model, remove the pruned one again, both bit for bit.
+"""The delta file: the difference between a pruned and a repaired model. It can be applied and removed, bit for bit.
 
-For each tensor NAME that changed the file holds positions in the flattened tensor, ascending, by what happened to them:
+For each tensor NAME that differs, the file holds ascending positions in the flattened tensor, in three kinds:
 
-    NAME.changed      NAME.changed_xor       was and is not 0
-    NAME.reactivated  NAME.reactivated_xor   was 0, is not: joined the mask
-    NAME.pruned       NAME.pruned_xor        was not 0, is: left the mask
+    NAME.changed      NAME.changed_xor       not 0 before and after
+    NAME.reactivated  NAME.reactivated_xor   0 before, not 0 after: it joined the mask
+    NAME.pruned       NAME.pruned_xor        not 0 before, 0 after: it left the mask
 
-The xor of the bits before and after leads both ways. Fingerprints of both models, in the header, say whether the file fits.
-docs/exports.md has the format. Files of version 1 (values after, so they can only be applied) are read too.
+The values are the bits before XOR the bits after, so the same operation applies and removes the delta. The header holds
+fingerprints of both models, which tell whether the file fits a model. The format is described in docs/exports.md. Files
+of version 1 are read too; they hold the values after, so they can only be applied.
 """
 
 import hashlib
@@ -35,16 +36,17 @@ FORMAT = "seft_dist delta"
 VERSION = 2
 KINDS = ("changed", "reactivated", "pruned")
 _BITS = {2: torch.int16, 4: torch.int32}
+"""Integer type for the bits of a value, by the value's size in bytes."""
 _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 
 
 class DeltaWriter:
-    """Collects what changed, weight by weight, into one delta file. On one rank."""
+    """Collects the differences of a model, weight by weight, and writes the delta file. Used on one rank only."""
 
     def __init__(self, dtype: torch.dtype, base_name: str = "") -> None:
         """Args:
-        dtype: Type of the repaired weights; the pruned ones are cast to it before anything is compared.
-        base_name: Name of the pruned model, for people.
+        dtype: Dtype of the repaired weights; pruned ones are cast to it before they are compared.
+        base_name: Name of the pruned model, which is only shown to users.
         """
         self._metadata = {"format": f"{FORMAT} {VERSION}", "dtype": str(dtype), "base_name": base_name}
         self._tensors: dict[str, Tensor] = {}
@@ -52,12 +54,12 @@ class DeltaWriter:
         self._names: list[str] = []
 
     def add(self, name: str, base: Tensor, repaired: Tensor) -> None:
-        """Compare one weight, bit for bit.
+        """Compare one weight, bit for bit, and keep the difference.
 
         Args:
-            name: Its key in the Hugging Face folder.
-            base: The pruned weight, any shape, in the repaired weight's dtype.
-            repaired: The repaired weight, same shape and dtype.
+            name: Name of the weight in the Hugging Face folder.
+            base: The pruned weight, of any shape, in the dtype of the repaired one.
+            repaired: The repaired weight, of the same shape and dtype.
         """
         assert base.shape == repaired.shape and base.dtype == repaired.dtype, name
         base, repaired = unsigned_zeros(base), unsigned_zeros(repaired)
@@ -78,62 +80,63 @@ class DeltaWriter:
 
     def close(self, path: Path) -> None:
         """Write the file; one that exists is replaced."""
-        prints = {"base": self._before.hexdigest(), "repaired": self._after.hexdigest()}
+        fingerprints = {"base": self._before.hexdigest(), "repaired": self._after.hexdigest()}
         part = path.with_name(path.name + ".part")
-        metadata = {**self._metadata, **prints, "targets": json.dumps(self._names)}
+        metadata = {**self._metadata, **fingerprints, "targets": json.dumps(self._names)}
         write_safetensors(part, self._tensors, metadata)
         sync_file(part)
         part.rename(path)
 
 
 class Fingerprint:
-    """A digest of weights by name, shape, type and bits."""
+    """A digest of weights, over their names, shapes, dtypes and bits."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, name: str, weight: Tensor) -> None:
-        """Add one weight, whole, on the CPU."""
+        """Add one whole weight, on the CPU."""
         self._digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         self._digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
-        """SHA-256 over all that was added."""
+        """Return the SHA-256 of everything that was added."""
         return self._digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta file that was read and checked."""
+    """The content of a delta file, read and checked."""
 
     path: Path
     version: int
     dtype: torch.dtype
-    """Type of the repaired weights."""
+    """Dtype of the repaired weights."""
     base: str
-    """Fingerprint of the pruned model's targets, in this type."""
+    """Fingerprint of the pruned model's targets, in this dtype."""
     repaired: str
     """Fingerprint of the repaired model's targets; empty in version 1."""
     base_name: str
-    """Name of the pruned model, as it was called where the file was made."""
+    """Name that the pruned model had where the file was made."""
     targets: list[str]
-    """Tensors that are compared, also those in which nothing changed."""
+    """Tensors that were compared, including those without a difference."""
     tensors: dict[str, Tensor]
+    """Tensors of the file by name."""
 
     def count(self, name: str, kind: str) -> int:
         """Number of entries of one kind in one tensor."""
-        found = self.tensors.get(f"{name}.{kind}")
-        return 0 if found is None else found.numel()
+        positions = self.tensors.get(f"{name}.{kind}")
+        return 0 if positions is None else positions.numel()
 
     def change(self, name: str, weight: Tensor) -> None:
-        """Turn a pruned weight into the repaired one or, with version 2, back; in place.
+        """Turn a pruned weight into the repaired one or, with version 2, the repaired into the pruned one; in place.
 
         Args:
-            name: One of the targets.
-            weight: Contiguous, of ``dtype``.
+            name: Name of a target.
+            weight: Contiguous weight of ``dtype``.
 
         Raises:
-            ValueError: A position is not in the weight.
+            ValueError: A position is outside the weight.
         """
         flat = weight.view(-1)
         bits = flat.view(_BITS[flat.element_size()])
@@ -154,38 +157,39 @@ class Delta:
 
 
 def apply_delta(source: Source, delta: Path, output: Path) -> None:
-    """Make the repaired model from the pruned one and a delta file, bit for bit as it was trained.
+    """Write the repaired model, made from the pruned one and a delta file, with the same bits as after training.
 
     Args:
         source: The pruned model.
-        delta: File that training wrote.
-        output: Folder to make; it must not exist.
+        delta: The delta file that training wrote.
+        output: Folder to create; it must not exist.
 
     Raises:
-        ValueError: Not a delta file, a damaged one, or one of another pruned model; nothing is left behind.
+        ValueError: The file is not a delta file, is damaged, or was made from another pruned model. No files are left
+            behind.
     """
-    found = read_delta(delta)
-    _convert(
-        source, found, output, found.base, found.repaired, "pruned", "give the very model that training began with"
-    )
+    content = read_delta(delta)
+    advice = "give the very model that training began with"
+    _convert(source, content, output, content.base, content.repaired, "pruned", advice)
 
 
 def remove_delta(source: Source, delta: Path, output: Path) -> None:
-    """Make the pruned model from the repaired one and a delta file, bit for bit in the repaired model's type.
+    """Write the pruned model, made from the repaired one and a delta file, with the same bits in the repaired dtype.
 
     Args:
         source: The repaired model.
-        delta: File that was applied.
-        output: Folder to make; it must not exist.
+        delta: The delta file that was applied.
+        output: Folder to create; it must not exist.
 
     Raises:
-        ValueError: Not a delta file, one of version 1, or the model is not what it leads to; nothing is left behind.
+        ValueError: The file is not a delta file, is of version 1, or does not belong to this repaired model. No files
+            are left behind.
     """
-    found = read_delta(delta)
-    if found.version < 2:
+    content = read_delta(delta)
+    if content.version < 2:
         raise ValueError(f"{delta} is of version 1, which does not hold the pruned weights: it can only be applied")
     advice = "give the model that the file was applied to, unchanged"
-    _convert(source, found, output, found.repaired, found.base, "repaired", advice)
+    _convert(source, content, output, content.repaired, content.base, "repaired", advice)
 
 
 def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str] | None = None) -> None:
@@ -193,12 +197,12 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
 
     Args:
         base: The pruned model.
-        repaired: The repaired one, whose type counts.
-        output: The file to make; it must not exist.
+        repaired: The repaired model, whose dtype is used for both.
+        output: The file to create; it must not exist.
         names: Tensors that may differ; None: all.
 
     Raises:
-        ValueError: The models do not have the same tensors, or others differ too; nothing is written.
+        ValueError: The models do not have the same tensors, or other tensors differ too; no file is written.
     """
     before, after = base.weights.tensors, repaired.weights.tensors
     refuse_existing(output)
@@ -223,10 +227,10 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
 
 
 def read_delta(path: Path) -> Delta:
-    """Read a delta file and check all of it that can be checked without a model.
+    """Read a delta file, and check everything in it that can be checked without a model.
 
     Raises:
-        ValueError: It is none, of a newer version, or what is in it does not fit together.
+        ValueError: The file is not a delta file, is of a newer version, or its tensors do not fit together.
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file: needs delta.safetensors of a run")
@@ -242,17 +246,17 @@ def read_delta(path: Path) -> Delta:
     try:
         dtype = _DTYPES[metadata["dtype"]]
         targets = parse_json(metadata["targets"], list[str], "targets")
-        prints = (metadata["base"], metadata["repaired"] if version > 1 else "")
+        fingerprints = (metadata["base"], metadata["repaired"] if version > 1 else "")
         if len(set(targets)) != len(targets):
             raise ValueError("targets names a tensor twice")
         _check_tensors(version, dtype, targets, tensors)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}; make or download it again") from error
-    return Delta(path, version, dtype, *prints, metadata.get("base_name", ""), targets, tensors)
+    return Delta(path, version, dtype, *fingerprints, metadata.get("base_name", ""), targets, tensors)
 
 
 def delta_table(delta: Delta) -> Table:
-    """What a delta file does, one row for each tensor."""
+    """Tabulate the numbers of entries in a delta file, one row for each tensor."""
     table = Table(
         title=f"{delta.path.name}: version {delta.version}, {delta.dtype} on {delta.base_name or 'a model not named'}"
     )
@@ -274,7 +278,7 @@ def delta_table(delta: Delta) -> Table:
 
 
 def name_of(source: Source) -> str:
-    """What people call a model: its hub name, or the last part of its path."""
+    """Return the name of a model: its hub name, or the last part of its path."""
     hub = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+$", str(source.folder.absolute()))
     return f"{hub[1]}/{hub[2]}" if hub else source.folder.absolute().name
 
@@ -313,7 +317,17 @@ def _check_tensors(version: int, dtype: torch.dtype, targets: list[str], tensors
 
 
 def _convert(source: Source, delta: Delta, output: Path, start: str, end: str, kind: str, advice: str) -> None:
-    """Write the source with the delta's changes; ``start`` and ``end`` are the fingerprints before and after."""
+    """Write a model with the changes of a delta file.
+
+    Args:
+        source: The model to change.
+        delta: The changes.
+        output: Folder to create; it must not exist.
+        start: Fingerprint that the source's targets must have.
+        end: Fingerprint that the changed targets must have; empty: unknown.
+        kind: Description of the source for error messages, "pruned" or "repaired".
+        advice: Remedy for a source that does not fit, for error messages.
+    """
     absent = [name for name in delta.targets if name not in source.weights.tensors]
     if absent:
         raise ValueError(
@@ -330,14 +344,14 @@ def _convert(source: Source, delta: Delta, output: Path, start: str, end: str, k
                 weight = source.weights.read(name).view(source.weights.tensors[name].shape)
                 weight, _ = cast_weight(weight, delta.dtype)
                 before.add(name, weight)
-                weight = weight.clone()  # what was read may be the file itself, mapped
+                weight = weight.clone()  # the tensor may be the memory-mapped file itself
                 delta.change(name, weight)
                 after.add(name, weight)
                 writer.add(name, weight)
         if before.hexdigest() != start:
             raise ValueError(
-                f"{delta.path} belongs to another {kind} model than {source.folder}: its weights are not those the file "
-                f"was made with (base: {delta.base_name or 'not named'}); {advice}"
+                f"{delta.path} belongs to another {kind} model than {source.folder}: its weights are not those the "
+                f"file was made with (base: {delta.base_name or 'not named'}); {advice}"
             )
         if end and after.hexdigest() != end:
             raise ValueError(f"{delta.path} is damaged: it does not lead to the weights it was made from")

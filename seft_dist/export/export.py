@@ -1,6 +1,6 @@
-"""From a model to files: a plain Hugging Face folder, or the packed one, a weight at a time; and back.
+"""Export of a model as a plain or packed Hugging Face folder, one weight at a time, and loading of a packed one.
 
-Everything is written to a temporary place that is renamed when it is complete.
+Every folder is written under a temporary name and renamed when it is complete.
 """
 
 import logging
@@ -42,38 +42,39 @@ def export_model(
 
     Args:
         model: The model, without wrappers.
-        full: Gives the whole value of a parameter on every rank (``seft.backend.full``).
-        output: Folder to make; it must not exist.
+        full: Function that returns the whole value of a parameter on every rank (``seft.backend.full``); it may be
+            collective.
+        output: Folder to create; it must not exist.
         source: The pruned model that training started from.
         writes: True on the one rank that writes.
         tokenizer: Folder whose tokenizer files are copied; None: the source's.
-        delta: Also write this delta file against the source.
-        targets: Names of the targets, which may have changed; all other weights are copied from the source's files. None:
-            every weight comes from the model.
+        delta: Path of a delta file against the source, which is written too; None: no such file.
+        targets: Names of the targets, which may have changed; all other weights are copied from the source's files.
+            None: every weight comes from the model.
     """
     state = named_state(model)
     names = {known for name in targets or () for known in (name, f"{name}.weight")}
-    # All else is as it was in the files, and is copied from there, bit for bit
-    asked = {name for name in state if targets is None or name in names or source.weights.find(name) is None}
-    if not writes:
+    # Only these are gathered. All other weights are still those of the files, and are copied from there, bit for bit.
+    gathered = {name for name in state if targets is None or name in names or source.weights.find(name) is None}
+    if not writes:  # takes part in the collectives, in the same order as the rank that writes
         for name in state:
-            if name in asked:
+            if name in gathered:
                 full(state[name])
         return
     changes = DeltaWriter(source.dtype, name_of(source)) if delta is not None else None
     with new_folder(output) as folder:
-        writer, seen = WeightsWriter(folder), Written()
+        writer, checks = WeightsWriter(folder), ExportChecks()
         for name, value in state.items():
-            if name not in asked:
+            if name not in gathered:
                 for stored in source.weights.stored_names(name):
-                    writer.add(stored, seen.add(stored, *source.read_for_export(stored, source.dtype)))
+                    writer.add(stored, checks.add(stored, *source.read_for_export(stored, source.dtype)))
                 continue
             for stored, part in source.weights.split(name, unsigned_zeros(full(value).cpu())):
-                writer.add(stored, seen.add(stored, part))
+                writer.add(stored, checks.add(stored, part))
                 if changes is not None and name in names:
                     base, _ = cast_weight(source.weights.read(stored), part.dtype)
                     changes.add(stored, base.view(part.shape), part)
-        seen.report(output)
+        checks.report(output)
         writer.close()
         save_settings(folder, source, source.dtype, tokenizer)
     if changes is not None and delta is not None:
@@ -87,17 +88,17 @@ def write_model(
     max_bytes: int = MAX_SHARD_BYTES,
     finish: Finish | None = None,
 ) -> None:
-    """Write a model on disk, plain or packed, as a plain Hugging Face folder, zeros stored.
+    """Write a model on disk, plain or packed, as a plain Hugging Face folder, in which zeros are stored.
 
     Args:
         source: The model.
-        output: Folder to make; it must not exist.
-        dtype: Type of its floating weights; None: as they are.
-        max_bytes: Start a new file before one would grow beyond this.
-        finish: Adds to the folder what else belongs in it, before it takes its name.
+        output: Folder to create; it must not exist.
+        dtype: Dtype of its floating-point weights; None: as stored.
+        max_bytes: Size beyond which a file does not grow: the next tensor begins a new one.
+        finish: Function that adds further files to the folder before it gets its final name.
 
     Raises:
-        ValueError: The folder exists, or a weight is damaged; nothing is left behind.
+        ValueError: The folder exists, or a weight is damaged. No files are left behind.
     """
     with new_folder(output) as folder:
         writer = WeightsWriter(folder, max_bytes)
@@ -119,16 +120,16 @@ def pack_model(
 
     Args:
         source: The model.
-        output: Folder to make; it must not exist.
-        dtype: Type of its floating weights; None: as they are, every bit.
-        max_bytes: Start a new file before one would grow beyond this.
-        finish: Adds to the folder what else belongs in it, before it takes its name.
+        output: Folder to create; it must not exist.
+        dtype: Dtype of its floating-point weights; None: as stored, bit for bit.
+        max_bytes: Size beyond which a file does not grow: the next tensor begins a new one.
+        finish: Function that adds further files to the folder before it gets its final name.
 
     Returns:
-        The sizes.
+        Sizes before and after packing.
 
     Raises:
-        ValueError: The folder exists, or a weight is damaged; nothing is left behind.
+        ValueError: The folder exists, or a weight is damaged. No files are left behind.
     """
     with new_folder(output) as folder:
         writer = PackedWriter(folder, max_bytes)
@@ -141,20 +142,20 @@ def pack_model(
 
 
 def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None = None) -> PreTrainedModel:
-    """Load a packed folder into a transformers model, a tensor at a time.
+    """Load a packed folder into a transformers model, one tensor at a time.
 
-    Memory: the model and the largest tensor once more.
+    The peak memory is that of the model and its largest tensor.
 
     Args:
-        folder: From ``pack_model``.
-        dtype: Type of the weights; "auto": as stored.
-        device: Where the model is; None: CPU.
+        folder: Folder written by ``pack_model``.
+        dtype: Dtype of the weights; "auto": as stored.
+        device: Device of the model; None: the CPU.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: Not a packed folder, or a damaged one.
+        ValueError: The folder is not packed, or is damaged.
     """
     source = open_source(ModelConfig(path=str(folder), dtype=dtype))
     if not isinstance(source.weights, PackedWeights):
@@ -166,41 +167,55 @@ def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None
 
 
 def _copy(source: Source, writer: WeightsWriter | PackedWriter, dtype: torch.dtype | None, output: Path) -> None:
-    seen = Written()
+    checks = ExportChecks()
     for name in source.weights.tensors:
-        writer.add(name, seen.add(name, *source.read_for_export(name, dtype)))
-    seen.report(output)
+        writer.add(name, checks.add(name, *source.read_for_export(name, dtype)))
+    checks.report(output)
 
 
-class Written:
-    """Counts, in the weights that were written, that a user is warned of."""
+class ExportChecks:
+    """Inspects the tensors of an export while they are written, and warns about those that look wrong."""
 
     def __init__(self) -> None:
-        self._small = self._matrices = 0
-        self._empty: list[str] = []
+        self._num_lifted = self._num_matrices = 0
+        self._all_zero: list[str] = []
 
-    def add(self, name: str, tensor: Tensor, small: int = 0) -> Tensor:
-        """Look at one tensor, of which so many weights were too small for its type; returns it."""
-        self._small += small
+    def add(self, name: str, tensor: Tensor, num_lifted: int = 0) -> Tensor:
+        """Inspect one tensor.
+
+        Args:
+            name: Name of the tensor.
+            tensor: The tensor as it is written.
+            num_lifted: Number of its weights that were too small for the dtype, and were set to its smallest number.
+
+        Returns:
+            The tensor itself.
+        """
+        self._num_lifted += num_lifted
         if tensor.dim() > 1 and tensor.is_floating_point():
-            self._matrices += 1
+            self._num_matrices += 1
             if not bool(tensor.any()):
-                self._empty.append(name)
+                self._all_zero.append(name)
         return tensor
 
     def report(self, output: Path) -> None:
-        """Log warnings."""
-        if self._small:
+        """Log the warnings.
+
+        Args:
+            output: The exported folder, for the messages.
+        """
+        if self._num_lifted:
             log.warning(
                 "%s: %d weights are too small for the type asked for; they are kept at its smallest number, not at 0",
                 output,
-                self._small,
+                self._num_lifted,
             )
-        if self._empty:
+        if self._all_zero:
             log.warning(
-                "%s: %d of %d matrices are all 0, %s first: the model was pruned away, or its weights were never filled",
+                "%s: %d of %d matrices are all 0, %s first: the model was pruned away, or its weights were never "
+                "filled",
                 output,
-                len(self._empty),
-                self._matrices,
-                self._empty[0],
+                len(self._all_zero),
+                self._num_matrices,
+                self._all_zero[0],
             )

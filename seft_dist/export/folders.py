@@ -1,4 +1,4 @@
-"""Folders that exports write: complete or not there at all, with the settings that belong to a model."""
+"""Creation of the folders that exports write, which are either complete or absent, and copying of model settings."""
 
 import os
 import shutil
@@ -15,14 +15,14 @@ from seft_dist.io.source import Source
 
 
 def refuse_existing(path: Path, what: str = "") -> None:
-    """Raise an error if anything has a name that is to be made; a link that leads nowhere has it too.
+    """Raise an error if the path of a new file or folder exists already, even as a broken link.
 
     Args:
-        path: The file or folder to make.
-        what: The option that named it, for the message.
+        path: The file or folder to create.
+        what: Option that named it, for the error message.
 
     Raises:
-        ValueError: It is taken.
+        ValueError: The path exists.
     """
     if os.path.lexists(path):
         kind = "is a link that leads nowhere" if not path.exists() else "exists already"
@@ -31,10 +31,16 @@ def refuse_existing(path: Path, what: str = "") -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Make a folder under a temporary name, which becomes its own at the end, or vanishes on an error.
+    """Create a folder under a temporary name. It gets its own name at the end, or is removed if an error is raised.
+
+    Args:
+        path: Final path of the folder; it must not exist.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        ValueError: It exists already, or cannot be made.
+        ValueError: The folder exists already, or cannot be created.
     """
     path = Path(path).expanduser()
     refuse_existing(path)
@@ -61,12 +67,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:
-    """Copy what belongs to a model beside its weights: configuration, generation settings, tokenizer.
+    """Copy a model's files other than its weights: configuration, generation settings, tokenizer.
 
     Args:
-        folder: Gets the files.
-        source: The model they are taken from.
-        dtype: Type of the weights written; None: as stored.
+        folder: Folder that gets the files.
+        source: The model to copy from.
+        dtype: Dtype of the weights that were written; None: as stored.
         tokenizer: Folder of another tokenizer; None: the source's.
     """
     changes: dict[str, Any] = dict(source.changes)
@@ -76,5 +82,5 @@ def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, token
 
 
 def folder_bytes(folder: Path, pattern: str = "*") -> int:
-    """Bytes of all files in a folder whose names fit a pattern."""
+    """Total size in bytes of the files in a folder whose names match a pattern."""
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())

@@ -1,7 +1,8 @@
-"""A model for CPU runtimes, OpenVINO and ONNX Runtime: exported, then run and compared with torch before it is kept.
+"""Export for the CPU runtimes OpenVINO and ONNX Runtime. An export is kept only if its logits agree with torch's.
 
-One forward pass without a key-value cache: input_ids and attention_mask [batch, tokens], int64, padding on the right, give
-logits [batch, tokens, vocabulary], fp32. Batch and tokens may be of any size. Needs ``pip install seft_dist[runtime]``.
+The exported function is a forward pass without a key-value cache, from input_ids and attention_mask (int64
+[batch, tokens], padded on the right) to logits (fp32 [batch, tokens, vocabulary]). Batch and tokens may be of any size.
+It needs ``pip install seft_dist[runtime]``.
 """
 
 import logging
@@ -21,55 +22,55 @@ from seft_dist.io.source import Source
 
 OPENVINO_FILE, ONNX_FILE = "openvino_model.xml", "model.onnx"
 MAX_DIFFERENCE = 1e-3
-"""Largest difference of float32 logits that is accepted, as a share of the largest logit."""
-Weight = Literal["float32", "float16", "int8"]
+"""Largest accepted difference of float32 logits, as a share of the largest logit."""
+WeightFormat = Literal["float32", "float16", "int8"]
 Runner = Callable[[Tensor, Tensor], Tensor]
-"""input_ids and attention_mask to logits."""
+"""Function from input_ids and attention_mask to logits."""
 
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """An exported model against torch's in float32, on the same tokens."""
+    """Comparison of an exported model with torch's model in float32, on the same tokens."""
 
     bytes: int
-    """Of the files that the runtime reads."""
+    """Size of the files that the runtime reads."""
     max_difference: float
     """Largest absolute difference of a logit."""
     largest_logit: float
-    """Largest absolute logit of torch's."""
+    """Largest absolute value of torch's logits."""
     same_choice: float
-    """Share of positions at which the most likely token is the same."""
+    """Share of positions at which both models give the highest logit to the same token."""
 
 
-def export_openvino(source: Source, output: Path, weights: Weight = "float32") -> RuntimeReport:
+def export_openvino(source: Source, output: Path, weights: WeightFormat = "float32") -> RuntimeReport:
     """Write a model for OpenVINO, run it and compare its logits.
 
     Args:
         source: The model, plain or packed; it is computed in float32.
-        output: Folder to make; it must not exist.
-        weights: How weights are stored. "int8": those of all linears as 8-bit numbers with one scale for each output (a
-            zero stays exactly 0), the rest as float32.
+        output: Folder to create; it must not exist.
+        weights: Format in which weights are stored. "int8": the weights of all linears as 8-bit numbers with one scale
+            for each output, so that a zero stays exactly 0, and everything else as float32.
 
     Returns:
         The comparison.
 
     Raises:
-        ValueError: OpenVINO is not installed, or the exported model computes something else; nothing is left behind.
+        ValueError: OpenVINO is not installed, or the logits of the exported model differ. No files are left behind.
     """
-    ov = _load("openvino")
+    ov = _import_package("openvino")
     model = load_model(source).eval()
     with new_folder(output) as folder:
-        made = ov.convert_model(_trace(model))
-        for node, name in zip(made.inputs, ("input_ids", "attention_mask"), strict=True):
+        exported = ov.convert_model(_trace(model))
+        for node, name in zip(exported.inputs, ("input_ids", "attention_mask"), strict=True):
             node.get_tensor().set_names({name})
-        made.outputs[0].get_tensor().set_names({"logits"})
+        exported.outputs[0].get_tensor().set_names({"logits"})
         if weights == "int8":
-            _to_int8(made)
-        ov.save_model(made, folder / OPENVINO_FILE, compress_to_fp16=weights == "float16")
-        del made
+            _to_int8(exported)
+        ov.save_model(exported, folder / OPENVINO_FILE, compress_to_fp16=weights == "float16")
+        del exported
         save_settings(folder, source, None)
-        report = compare(model, open_openvino(folder), folder_bytes(folder, "openvino_model.*"))
-        _accept(report, weights == "float32")
+        report = compare_logits(model, open_openvino(folder), folder_bytes(folder, "openvino_model.*"))
+        _check_difference(report, weights == "float32")
     return report
 
 
@@ -78,16 +79,16 @@ def export_onnx(source: Source, output: Path) -> RuntimeReport:
 
     Args:
         source: The model, plain or packed; it is computed and stored in float32.
-        output: Folder to make; it must not exist.
+        output: Folder to create; it must not exist.
 
     Returns:
         The comparison.
 
     Raises:
-        ValueError: A package is missing, or the exported model computes something else; nothing is left behind.
+        ValueError: A package is missing, or the logits of the exported model differ. No files are left behind.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        _load(name)
+        _import_package(name)
     model = load_model(source).eval()
     with new_folder(output) as folder:
         program = torch.onnx.export(
@@ -97,8 +98,8 @@ def export_onnx(source: Source, output: Path) -> RuntimeReport:
         program.save(folder / ONNX_FILE, external_data=True)
         del program
         save_settings(folder, source, None)
-        report = compare(model, open_onnx(folder), folder_bytes(folder, "model.onnx*"))
-        _accept(report, True)
+        report = compare_logits(model, open_onnx(folder), folder_bytes(folder, "model.onnx*"))
+        _check_difference(report, True)
     return report
 
 
@@ -108,26 +109,26 @@ def open_openvino(
     """Load an exported model in OpenVINO.
 
     Args:
-        folder: From ``export_openvino``.
-        threads: CPU threads; None: OpenVINO's choice.
-        precision: Type in which it computes: "f32" or "bf16".
-        sparse_rate: OpenVINO keeps weights with at least this share of zeros compressed, where the CPU plugin can (int8
+        folder: Folder written by ``export_openvino``.
+        threads: Number of CPU threads; None: OpenVINO's default.
+        precision: Dtype of the computation, "f32" or "bf16".
+        sparse_rate: Share of zeros from which OpenVINO keeps weights compressed, if the CPU plugin supports it (int8
             weights and activations on CPUs with AMX); None: never.
 
     Raises:
         ValueError: OpenVINO is not installed, or there is no such model.
     """
-    ov = _load("openvino")
+    ov = _import_package("openvino")
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     if sparse_rate is not None:
         options["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = sparse_rate
     try:
-        compiled = ov.Core().compile_model(_present(folder, OPENVINO_FILE), "CPU", options)
+        compiled = ov.Core().compile_model(_existing(folder, OPENVINO_FILE), "CPU", options)
     except RuntimeError as error:
         raise ValueError(
-            f"{folder / OPENVINO_FILE} cannot be loaded by OpenVINO ({_first(error)}): export it again"
+            f"{folder / OPENVINO_FILE} cannot be loaded by OpenVINO ({_last_line(error)}): export it again"
         ) from error
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -140,21 +141,21 @@ def open_onnx(folder: Path, *, threads: int | None = None) -> Runner:
     """Load an exported model in ONNX Runtime.
 
     Args:
-        folder: From ``export_onnx``.
-        threads: CPU threads; None: ONNX Runtime's choice.
+        folder: Folder written by ``export_onnx``.
+        threads: Number of CPU threads; None: ONNX Runtime's default.
 
     Raises:
         ValueError: ONNX Runtime is not installed, or there is no such model.
     """
-    ort = _load("onnxruntime")
+    ort = _import_package("onnxruntime")
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    file = _present(folder, ONNX_FILE)
+    file = _existing(folder, ONNX_FILE)
     try:
         session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common public type
-        raise ValueError(f"{file} cannot be loaded by ONNX Runtime ({_first(error)}): export it again") from error
+    except Exception as error:  # ONNX Runtime's errors have no common public type
+        raise ValueError(f"{file} cannot be loaded by ONNX Runtime ({_last_line(error)}): export it again") from error
 
     def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         values = (input_ids.numpy(), attention_mask.numpy())
@@ -164,13 +165,13 @@ def open_onnx(folder: Path, *, threads: int | None = None) -> Runner:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, run: Runner, size: int) -> RuntimeReport:
-    """Run torch's model and an exported one on the same tokens, of several shapes, padded ones among them.
+def compare_logits(model: nn.Module, run: Runner, size: int) -> RuntimeReport:
+    """Run torch's model and an exported one on the same random tokens, in batches of several shapes, one padded.
 
     Args:
         model: The causal LM that was exported.
         run: The exported model.
-        size: Bytes of the exported files.
+        size: Size of the exported files in bytes.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -180,13 +181,14 @@ def compare(model: nn.Module, run: Runner, size: int) -> RuntimeReport:
         ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
         mask = torch.ones_like(ids)
         mask[-1, tokens - padding :] = 0
-        seen = mask.bool()
-        wanted, found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[seen], run(ids, mask)[seen]
-        # max() of torch passes NaN on, that of Python may not
-        worst = float(torch.tensor([worst, float((found - wanted).abs().max())]).max())
-        largest = max(largest, float(wanted.abs().max()))
-        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
-        total += int(seen.sum())
+        attended = mask.bool()
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[attended]
+        actual = run(ids, mask)[attended]
+        # torch's max() propagates NaN, Python's may not
+        worst = float(torch.tensor([worst, float((actual - expected).abs().max())]).max())
+        largest = max(largest, float(expected.abs().max()))
+        same += int((actual.argmax(-1) == expected.argmax(-1)).sum())
+        total += int(attended.sum())
     return RuntimeReport(size, worst, largest, same / total)
 
 
@@ -194,7 +196,7 @@ _NAMES = ("input_ids", "attention_mask")
 
 
 class _Logits(nn.Module):
-    """A causal LM as a function of two tensors."""
+    """A causal LM as a function from two tensors to one, the form that the exporters need."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -205,16 +207,20 @@ class _Logits(nn.Module):
 
 
 def _trace(model: nn.Module) -> torch.export.ExportedProgram:
+    """Capture the model with dynamic numbers of sequences and tokens."""
     ids = torch.ones(2, 16, dtype=torch.int64)
     free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     with torch.no_grad(), _quiet():
         return torch.export.export(_Logits(model).eval(), (ids, torch.ones_like(ids)), dynamic_shapes=(free, free))
 
 
-def _to_int8(made: Any) -> None:
-    """Store the weights of all matrix products with 8 bits, as constant, conversion and scale."""
+def _to_int8(exported: Any) -> None:
+    """Replace the weights of all matrix products by 8-bit constants, a conversion and a scale for each output.
+
+    Rounding to a multiple of the scale, without a zero point, keeps zeros exact.
+    """
     ops = import_module("openvino.opset13")
-    for node in made.get_ops():
+    for node in exported.get_ops():
         if node.get_type_name() != "MatMul" or node.input_value(1).get_node().get_type_name() != "Constant":
             continue
         value = torch.from_numpy(node.input_value(1).get_node().get_data().copy())
@@ -223,12 +229,13 @@ def _to_int8(made: Any) -> None:
         inputs = 1 if node.get_attributes()["transpose_b"] else 0
         scale = value.abs().amax(inputs, keepdim=True) / 127
         scale[scale == 0] = 1
-        small = (value / scale).round().to(torch.int8)
-        whole = ops.multiply(ops.convert(ops.constant(small.numpy()), "f32"), ops.constant(scale.numpy()))
-        node.input(1).replace_source_output(whole.output(0))
+        quantized = (value / scale).round().to(torch.int8)
+        product = ops.multiply(ops.convert(ops.constant(quantized.numpy()), "f32"), ops.constant(scale.numpy()))
+        node.input(1).replace_source_output(product.output(0))
 
 
-def _accept(report: RuntimeReport, exact: bool) -> None:
+def _check_difference(report: RuntimeReport, exact: bool) -> None:
+    """Raise a ValueError if logits are not finite or, with ``exact``, differ by more than ``MAX_DIFFERENCE``."""
     limit = MAX_DIFFERENCE * report.largest_logit if exact else float("inf")
     if not report.max_difference <= limit or report.max_difference == float("inf"):
         raise ValueError(
@@ -237,7 +244,7 @@ def _accept(report: RuntimeReport, exact: bool) -> None:
         )
 
 
-def _load(name: str) -> Any:
+def _import_package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
@@ -246,20 +253,20 @@ def _load(name: str) -> Any:
         ) from error
 
 
-def _present(folder: Path, name: str) -> str:
+def _existing(folder: Path, name: str) -> str:
     if not (folder / name).is_file():
         raise ValueError(f"{folder} has no {name}: needs a folder made by launch/export.py openvino or onnx")
     return str(folder / name)
 
 
-def _first(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks about packages that are not needed."""
+    """Silence the exporter's warnings about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

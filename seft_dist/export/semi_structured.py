@@ -1,4 +1,4 @@
-"""Models with an N:M pattern: checked anywhere; 2:4 ones held in torch's semi-structured tensors where a GPU has them."""
+"""Checking of models with an N:M pattern, and loading of 2:4 models as torch's semi-structured tensors on a GPU."""
 
 import logging
 from collections.abc import Iterator
@@ -21,42 +21,44 @@ from seft_dist.sparsity.zeros import num_zeros
 log = logging.getLogger(__name__)
 
 KERNEL_ROWS, KERNEL_COLUMNS = 32, 64
-"""torch's CUTLASS form takes 16-bit weights whose shape is a multiple of these."""
+"""Rows and columns of a 16-bit weight must be multiples of these for torch's CUTLASS kernels."""
 
 
 @dataclass(frozen=True)
 class GroupCount:
-    """The groups of one weight: M consecutive inputs of an output, of which N may be active."""
+    """Counts over the groups of one weight: M consecutive inputs of an output, of which N may be active."""
 
     name: str
     """Module name of the linear."""
     shape: tuple[int, int]
+    """[out, in]."""
     groups: int
-    """Whole groups; 0 if the inputs cannot be divided into groups."""
+    """Number of groups; 0 if M does not divide the number of inputs."""
     broken: int
-    """Groups with more than N active weights."""
+    """Number of groups with more than N active weights."""
     zeros: int
+    """Number of weights that are 0."""
     first: tuple[int, int, int] | None
-    """Row, first column and active weights of the first broken group."""
+    """Row, first column and number of active weights of the first broken group; None if there is none."""
 
     @property
     def fits_kernel(self) -> bool:
-        """Whether torch's semi-structured tensors take this shape."""
+        """Torch's semi-structured tensors support this shape."""
         return self.shape[0] % KERNEL_ROWS == 0 and self.shape[1] % KERNEL_COLUMNS == 0
 
 
 def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str, Tensor]]:
-    """Read the targets of a model on disk, one at a time.
+    """Read the targets of a model on disk as matrices, one at a time.
 
     Args:
         source: The model, plain or packed.
-        targets: Which linears, as seft.targets.
+        targets: Pattern of the linears, see ``SeftConfig.targets``.
 
     Yields:
-        Name and weight as [out, in], experts one below the other.
+        Name and weight [out, in]; the weights of fused experts are stacked along the rows.
 
     Raises:
-        ValueError: No linear is meant, or a weight is damaged.
+        ValueError: The pattern matches no linear, or a weight is damaged.
     """
     model, stored = build_meta_model(source)
     for name, target in find_targets(model, targets).items():
@@ -65,25 +67,29 @@ def target_rows(source: Source, targets: str = ALL_LINEAR) -> Iterator[tuple[str
 
 
 def count_groups(source: Source, pattern: str = "2:4", targets: str = ALL_LINEAR) -> list[GroupCount]:
-    """Count the groups of each target that do and do not keep a pattern, one weight at a time.
+    """Count the groups of each target that keep or break a pattern, one weight at a time.
 
     Args:
         source: The model, plain or packed.
-        pattern: "N:M".
-        targets: Which linears, as seft.targets.
+        pattern: The pattern "N:M".
+        targets: Pattern of the linears, see ``SeftConfig.targets``.
 
     Raises:
-        ValueError: The pattern is none, or no linear is meant.
+        ValueError: ``pattern`` is not of the form N:M, or ``targets`` matches no linear.
     """
     most, size = pattern_sizes(pattern)
-    return [_count(name, rows, most, size) for name, rows in target_rows(source, targets)]
+    return [_count_groups_of(name, rows, most, size) for name, rows in target_rows(source, targets)]
 
 
 def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
-    """Raise an error that names the first group which breaks a pattern.
+    """Raise an error that names the first group that breaks a pattern.
+
+    Args:
+        counts: The counts of all targets, from ``count_groups``.
+        pattern: The pattern "N:M".
 
     Raises:
-        ValueError: One does, or a weight's inputs cannot be divided into groups.
+        ValueError: A group breaks the pattern, or M does not divide the inputs of a weight.
     """
     most, size = pattern_sizes(pattern)
     broken = [count for count in counts if count.broken]
@@ -95,14 +101,14 @@ def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
         if count.first is not None:
             row, column, active = count.first
             raise ValueError(
-                f"not a {pattern} model: {count.name}.weight has {active} active weights in row {row}, columns {column} to "
-                f"{column + size - 1}, {most} are allowed; {sum(c.broken for c in broken):,} such groups in {len(broken)} "
-                f"of {len(counts)} linears. Prune it with launch/prune.py --pattern {pattern}"
+                f"not a {pattern} model: {count.name}.weight has {active} active weights in row {row}, columns "
+                f"{column} to {column + size - 1}, {most} are allowed; {sum(c.broken for c in broken):,} such groups in "
+                f"{len(broken)} of {len(counts)} linears. Prune it with launch/prune.py --pattern {pattern}"
             )
 
 
 def pattern_table(counts: list[GroupCount], pattern: str) -> Table:
-    """One row for each kind of linear over all layers."""
+    """Tabulate groups and zeros, with one row for each kind of linear over all layers."""
     table = Table(title=f"{pattern} groups")
     table.add_column("linear", no_wrap=True)
     for column in ("groups", "broken", "in layers", "zeros", "fit kernels"):
@@ -131,33 +137,34 @@ def load_semi_structured(
 ) -> PreTrainedModel:
     """Load a 2:4 model with its targets as torch's semi-structured tensors, for inference on a GPU.
 
-    Never run by the authors: needs a GPU. Targets whose shape torch's kernels do not take stay dense, with a warning.
+    This function was never run by the authors, as it needs a GPU. Targets whose shape torch's kernels do not support
+    stay dense, with a warning.
 
     Args:
         source: The model, in bfloat16.
         device: A CUDA device; None: the current one.
-        targets: Which linears, as seft.targets.
+        targets: Pattern of the linears, see ``SeftConfig.targets``.
 
     Returns:
         The model in evaluation mode, without gradients.
 
     Raises:
-        ValueError: No such hardware, another type, or the model does not keep the pattern.
+        ValueError: The device has no 2:4 kernels, the model is of another dtype, or it does not keep the pattern.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(
-            f"{device} has no 2:4 kernels: torch's semi-structured tensors need a CUDA GPU of compute capability 8.0 or "
-            "higher. The model runs here as a dense one; its pattern can be checked with launch/export.py check"
+            f"{device} has no 2:4 kernels: torch's semi-structured tensors need a CUDA GPU of compute capability 8.0 "
+            "or higher. The model runs here as a dense one; its pattern can be checked with launch/export.py check"
         )
     if source.dtype != torch.bfloat16:
         raise ValueError(f"{source.folder} is held in {source.dtype}: 2:4 kernels need model.dtype bfloat16")
     counts = count_groups(source, "2:4", targets)
     refuse_broken(counts, "2:4")
     model = load_model(source, device=device).eval()
-    found = find_targets(model, targets)
+    linears = find_targets(model, targets)
     for count in counts:
-        linear = found[count.name]
+        linear = linears[count.name]
         if not count.fits_kernel or not isinstance(linear, LinearWeight):
             log.warning("%s of shape %s stays dense: torch's 2:4 kernels do not take it", count.name, count.shape)
             continue
@@ -166,16 +173,16 @@ def load_semi_structured(
     return model
 
 
-def _count(name: str, weight: Tensor, most: int, size: int) -> GroupCount:
+def _count_groups_of(name: str, weight: Tensor, most: int, size: int) -> GroupCount:
     rows, columns = weight.shape
     active = weight != 0
     zeros = num_zeros(weight)
     if columns % size:
         return GroupCount(name, (rows, columns), 0, 0, zeros, None)
-    found = nm_pattern.counts(active.reshape(-1), size)
-    broken = (found > most).nonzero().view(-1)
+    counts = nm_pattern.counts(active.reshape(-1), size)
+    broken = (counts > most).nonzero().view(-1)
     first = None
     if broken.numel():
         position = int(broken[0]) * size
-        first = (position // columns, position % columns, int(found[broken[0]]))
-    return GroupCount(name, (rows, columns), found.numel(), broken.numel(), zeros, first)
+        first = (position // columns, position % columns, int(counts[broken[0]]))
+    return GroupCount(name, (rows, columns), counts.numel(), broken.numel(), zeros, first)

@@ -37,8 +37,8 @@ def count_stored_zeros(
     Raises:
         ValueError: A weight has values that are not finite; raised on every rank.
     """
-    # A weight is read only once, for three statistics: its zeros, whether it is not finite, and the fullest group of each
-    # width. Ranks leave the rows of other ranks 0, so a sum distributes them.
+    # A weight is read only once, for three statistics: its zeros, whether it is not finite, and the fullest group of
+    # each width. Ranks leave the rows of other ranks 0, so a sum distributes them.
     statistics = torch.zeros(len(shapes), 2 + len(_WIDTHS), dtype=torch.int64)
     for number, name in enumerate(shapes):
         if number % ranks.size == ranks.rank:
