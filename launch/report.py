@@ -19,11 +19,11 @@ def report(folder: Path, figures: bool = True) -> None:
     """
     from rich.console import Console
 
-    from seft_dist.results.figures import write_figures
+    from seft_dist.results.figures import write_run_figures
     from seft_dist.results.report import print_tables, read_run, write_summary
 
     finished = read_run(folder)
-    paths = write_figures(finished, folder / "figures") if figures else []
+    paths = write_run_figures(finished, folder / "figures") if figures else []
     summary = write_summary(finished)
     console = Console()
     print_tables(finished, console)

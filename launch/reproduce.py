@@ -26,13 +26,13 @@ def main() -> None:
 
     from rich.console import Console
 
-    from seft_dist.reproduce.reproduce import held, reproduce
+    from seft_dist.reproduce.reproduce import all_held, reproduce
     from seft_dist.reproduce.reproduce_report import outcome_table
 
     outcomes = reproduce(config, train, options, Path(__file__).with_name("train.py"))
     Console().print(outcome_table(outcomes))
-    print("every promise was kept" if held(outcomes) else "not every promise was kept")
-    sys.exit(0 if held(outcomes) else 1)
+    print("every promise was kept" if all_held(outcomes) else "not every promise was kept")
+    sys.exit(0 if all_held(outcomes) else 1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, SeftConfig
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.reproduce.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_json
+from seft_dist.reproduce.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_comparison
 from seft_dist.reproduce.compare_report import print_comparison
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 from tests.runs import STEPS, run_config, run_train
@@ -305,7 +305,7 @@ def test_where_layouts_are_promised_nothing(
 
 def test_everything_is_in_the_json(single: Path, again: Path, tmp_path: Path) -> None:
     flip(again / "model" / "model.safetensors", f"{LAYER}.weight")
-    write_json(compare(single, again), tmp_path / "out" / "found.json")
+    write_comparison(compare(single, again), tmp_path / "out" / "found.json")
     content = json.loads((tmp_path / "out" / "found.json").read_text())
     assert content["verdict"] == DIFFERS and not content["held"] and content["promise"] == "bits"
     assert content["weights"][0]["name"] == f"{LAYER}.weight" and len(content["weights"]) == 1

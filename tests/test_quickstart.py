@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from seft_dist.export import demo
-from seft_dist.results.figures import write_figures
+from seft_dist.results.figures import write_run_figures
 from seft_dist.results.report import print_tables, read_run, write_summary
 from tests.doors import run_door
 
@@ -161,7 +161,7 @@ def test_tables_and_figures(make_run: Callable[..., Path]) -> None:
     text = console.export_text()
     assert "44%" in text and "60.0000%" in text and "…" not in text
     assert re.search(r"verify +0\.100 +0\.400", text)
-    figures = write_figures(run, run.folder / "figures")
+    figures = write_run_figures(run, run.folder / "figures")
     assert [path.name for path in figures] == ["loss.png", "evolutions.png", "perplexity.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
@@ -183,7 +183,7 @@ def test_a_model_that_diverged_is_still_drawn(make_run: Callable[..., Path]) -> 
     (folder / "eval.json").write_text(text.replace("29.0", "NaN").replace("66.0", "0"))
     run = read_run(folder)
     print_tables(run, Console(record=True))
-    assert len(write_figures(run, folder)) == 3
+    assert len(write_run_figures(run, folder)) == 3
 
 
 def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]) -> None:
@@ -194,7 +194,7 @@ def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]
     )
     run = read_run(folder)
     print_tables(run, Console(record=True))
-    assert [path.name for path in write_figures(run, folder)] == ["loss.png", "perplexity.png"]
+    assert [path.name for path in write_run_figures(run, folder)] == ["loss.png", "perplexity.png"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "eval.json"])

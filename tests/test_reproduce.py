@@ -17,7 +17,7 @@ import pytest
 import tests.preload  # noqa: F401
 from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.reproduce import reproduce as module
-from seft_dist.reproduce.reproduce import Outcome, held, plan, reproduce
+from seft_dist.reproduce.reproduce import RunOutcome, all_held, plan_runs, reproduce
 from seft_dist.session.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ def planned(
     config = ReproduceConfig(output="out", layouts=layouts, **over)
     train = parse(TrainConfig, ["--output", "out", *given])
     found = []
-    for run in plan(config, train, given, SCRIPT):
+    for run in plan_runs(config, train, given, SCRIPT):
         place = run.command.index(str(SCRIPT))
         found.append((run.name, run.against, run.command[:place], parse(TrainConfig, run.command[place + 1 :])))
     return found
@@ -102,14 +102,14 @@ def test_layouts_that_cannot_be(layouts: str, inputs: Path) -> None:
 
 
 def test_what_counts_as_held() -> None:
-    def outcome(**over: Any) -> Outcome:
-        return Outcome(name="n", layout="l", against=None, command="c", **({"status": "done"} | over))
+    def outcome(**over: Any) -> RunOutcome:
+        return RunOutcome(name="n", layout="l", against=None, command="c", **({"status": "done"} | over))
 
     first = outcome()
-    assert held([first]) and held([first, outcome(held=True)])
+    assert all_held([first]) and all_held([first, outcome(held=True)])
     for other in ({"held": False}, {"held": None}, {"held": True, "status": "failed"}, {"status": "stopped"}):
-        assert not held([first, outcome(held=True), outcome(**other)])
-    assert not held([outcome(status="failed")])
+        assert not all_held([first, outcome(held=True), outcome(**other)])
+    assert not all_held([outcome(status="failed")])
 
 
 def command(inputs: Path, output: Path, layouts: str, *more: str) -> list[str]:
@@ -149,7 +149,7 @@ def test_two_layouts_twice_and_again(inputs: Path, tmp_path: Path) -> None:
     config = ReproduceConfig(output=str(output), layouts="single:1, fsdp:2")
     train = parse(TrainConfig, ["--output", str(output), *given])
     again = reproduce(config, train, given, SCRIPT)  # nothing is left to do but to compare
-    assert held(again) and {path: path.stat().st_mtime_ns for path in times} == times
+    assert all_held(again) and {path: path.stat().st_mtime_ns for path in times} == times
     with pytest.raises(ValueError, match="holds another check"):
         reproduce(config, train, [*given, "--seed", "1"], SCRIPT)
 
@@ -165,7 +165,7 @@ def test_a_dated_template_sees_one_day_in_all_runs(
     given, output = options(inputs), tmp_path / "out"
     train = parse(TrainConfig, ["--output", str(output), *given])
     config = ReproduceConfig(output=str(output), runs=1, layouts="single:1, fsdp:2")
-    monkeypatch.setattr(module, "_make", lambda *_: None)  # as if a signal had come before the first run
+    monkeypatch.setattr(module, "_execute", lambda *_: None)  # as if a signal had come before the first run
 
     def days() -> list[str | None]:
         words = [shlex.split(outcome.command) for outcome in reproduce(config, train, given, SCRIPT)]

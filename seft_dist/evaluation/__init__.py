@@ -1,1 +1,1 @@
-"""Quality of models: perplexity, tasks of lm-evaluation-harness, and how many weights are 0."""
+"""Evaluation of models: perplexity, tasks of lm-evaluation-harness, and the number of zero weights."""

@@ -1,7 +1,7 @@
-"""Models side by side: perplexity on a text, tasks of lm-evaluation-harness, and how many weights are 0.
+"""Evaluation of several models side by side: perplexity, tasks of lm-evaluation-harness, and the number of zeros.
 
-One process holds each model whole. Several ranks (torchrun, srun, ...) share the work, and hold each model in FSDP2 shards;
-the results are those of one process.
+A single process holds each model whole. Several ranks (torchrun, srun, ...) hold each model in FSDP2 shards and divide
+the work; their results are those of a single process.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
-from seft_dist.evaluation.policy import Policy, describe, policy_of
+from seft_dist.evaluation.policy import Policy, describe_policy, policy_of
 from seft_dist.files import writing
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 from seft_dist.modules.targets import find_targets
-from seft_dist.results.run_files import unlike
+from seft_dist.results.run_files import list_differences
 from seft_dist.session import facts
 from seft_dist.session.cli import to_dict
 from seft_dist.session.distributed import Ranks, check_agreement, together
@@ -41,27 +41,30 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's results."""
+    """The results of one model."""
 
     name: str
+    """Name of the model in the configuration."""
     path: str
+    """Folder or hub name of the model."""
     zeros: list[ZeroCount]
+    """Zeros of each target."""
     result: PerplexityResult | None = None
-    """None: no data was given."""
+    """Perplexity; None if no data was given."""
     policy: Policy | None = None
-    """How the result was measured; None without data."""
+    """Conditions under which the perplexity was measured; None if no data was given."""
     tasks: dict[str, Metrics] = field(default_factory=dict)
-    """Task of lm_eval to its metrics."""
+    """Metrics of each task of lm_eval."""
     seconds: float = 0.0
-    """What it took, loading included."""
+    """Duration of the evaluation, including the loading of the model."""
 
 
 def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool = True) -> list[Evaluation]:
     """Evaluate models one after the other on the same data. Collective over the ranks.
 
     Args:
-        config: Which models, data and tasks; ``config.output`` gets the results as JSON, from rank 0.
-        ranks: From ``distributed.start``. None: this process alone.
+        config: The models, data and tasks. Rank 0 writes the results to ``config.output`` as JSON.
+        ranks: The ranks, from ``distributed.start``. None: this process alone.
         show: Show progress bars (rank 0).
 
     Returns:
@@ -79,9 +82,9 @@ def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool =
     results = []
     for (name, path), source in zip(config.models.items(), sources, strict=True):
         results.append(_evaluate_one(name, path, source, tasks, config, ranks, show and ranks.is_main))
-        gc.collect()  # a sharded model goes only now: its modules and hooks refer to each other
+        gc.collect()  # frees a sharded model, whose modules and hooks refer to each other
     if config.output is not None and ranks.is_main:
-        write_json(results, config, Path(config.output).expanduser(), ranks)
+        write_evaluations(results, config, Path(config.output).expanduser(), ranks)
     return results
 
 
@@ -127,8 +130,8 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
             )
         if (folder / "checkpoints").is_dir():
             raise ValueError(
-                f"models.{name}={path} is the folder of a run without an exported model: write it with launch/export.py, "
-                "then give its folder"
+                f"models.{name}={path} is the folder of a run without an exported model: write it with "
+                "launch/export.py, then give its folder"
             )
     return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
 
@@ -161,14 +164,14 @@ def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount
     return count_zeros_over_ranks(FsdpBackend(model, targets))
 
 
-def write_json(results: list[Evaluation], config: EvaluateConfig, path: Path, ranks: Ranks) -> None:
-    """Write evaluations as JSON; the file appears complete.
+def write_evaluations(results: list[Evaluation], config: EvaluateConfig, path: Path, ranks: Ranks) -> None:
+    """Write evaluations as JSON; the file is either complete or absent.
 
     Args:
-        results: From ``evaluate``.
-        config: What was asked for.
-        path: The file; missing folders are made.
-        ranks: The processes that did it.
+        results: The evaluations, from ``evaluate``.
+        config: The configuration of the evaluation.
+        path: The file; missing folders are created.
+        ranks: The ranks that took part.
     """
     models = {}
     for entry in results:
@@ -199,7 +202,7 @@ def _versions(config: EvaluateConfig) -> dict[str, str | None]:
 
 
 def result_table(results: list[Evaluation]) -> Table:
-    """Perplexity and sparsity, one row a model."""
+    """Tabulate perplexity and zeros, one row for each model, with a warning if the perplexities are not comparable."""
     table = Table(title="Perplexity")
     for column in ("model", "perplexity", "loss", "tokens scored", "zeros"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -210,19 +213,20 @@ def result_table(results: list[Evaluation]) -> Table:
         table.add_row(entry.name, *row, share)
     policies = [entry.policy for entry in results if entry.policy is not None]
     if policies:
-        table.caption = describe(policies[0])
-        hows = {entry.name: dataclasses.asdict(entry.policy) for entry in results if entry.policy is not None}
-        for how in hows.values():
-            del how["data"]  # the same text may lie in two places
-        if any(how | {"dtype": ""} != next(iter(hows.values())) | {"dtype": ""} for how in hows.values()):
-            table.caption = f"These perplexities cannot be compared: {', '.join(unlike(hows))}."
+        table.caption = describe_policy(policies[0])
+        conditions = {entry.name: dataclasses.asdict(entry.policy) for entry in results if entry.policy is not None}
+        for entries in conditions.values():
+            del entries["data"]  # the same text may lie in two places
+        first = next(iter(conditions.values()))
+        if any(entries | {"dtype": ""} != first | {"dtype": ""} for entries in conditions.values()):
+            table.caption = f"These perplexities cannot be compared: {', '.join(list_differences(conditions))}."
         elif len({policy.dtype for policy in policies}) > 1:
             table.caption += "; the models are held in different types"
     return table
 
 
 def task_table(results: list[Evaluation]) -> Table:
-    """Metrics of tasks with their standard errors, one row a metric, one column a model."""
+    """Tabulate the metrics of tasks with their standard errors, one row for each metric, one column for each model."""
     table = Table(title="Tasks")
     for column in ("task", "questions", "metric"):
         table.add_column(column, justify="right" if column == "questions" else "left")
@@ -236,9 +240,9 @@ def task_table(results: list[Evaluation]) -> Table:
         if metric != "samples" and "_stderr" not in metric
     }
     for task, metric in rows:
-        found = [entry.tasks.get(task, {}) for entry in results]
-        asked = next((str(int(metrics["samples"])) for metrics in found if "samples" in metrics), "-")
-        table.add_row(task, asked, metric, *(_cell(metrics, metric) for metrics in found))
+        by_model = [entry.tasks.get(task, {}) for entry in results]
+        questions = next((str(int(metrics["samples"])) for metrics in by_model if "samples" in metrics), "-")
+        table.add_row(task, questions, metric, *(_cell(metrics, metric) for metrics in by_model))
     return table
 
 

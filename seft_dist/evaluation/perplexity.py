@@ -1,4 +1,4 @@
-"""Perplexity of a causal model: each token scored once and all weighing the same, on one rank or many."""
+"""Perplexity of a causal model, on one rank or many; each token is scored once, and all tokens have equal weight."""
 
 import logging
 import math
@@ -22,28 +22,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """A model's fit to a text."""
+    """The perplexity of a model on a text."""
 
     perplexity: float
     """exp(loss)."""
     loss: float
     """Mean negative log-likelihood of a scored token, in nats."""
     num_tokens: int
-    """Scored tokens: those with a label, but not the first of a sequence."""
+    """Number of scored tokens: those with a label, except the first of each sequence."""
 
 
 class SlidingWindows(Sequence[Sample]):
-    """One stream of tokens as overlapping windows; labels are -100 where an earlier window has scored the token.
+    """Overlapping windows over one stream of tokens, with labels of -100 where an earlier window has scored the token.
 
-    Window i begins at token i x stride and has ``window`` tokens, the last one what is left. Every token but the stream's
-    first is scored exactly once.
+    Window i begins at token i x stride and has ``window`` tokens; the last window may be shorter. Every token of the
+    stream except the first is scored exactly once.
     """
 
     def __init__(self, stream: Tensor, window: int, stride: int) -> None:
         """Args:
         stream: All tokens, [n], n at least 2.
-        window: Tokens in a window, what the model sees at once.
-        stride: Tokens between the beginnings of two windows, 1 to window - 1.
+        window: Number of tokens in a window, the context of the model.
+        stride: Number of tokens between the beginnings of two windows, 1 to window - 1.
         """
         assert 1 <= stride < window
         assert len(stream) >= 2
@@ -64,10 +64,10 @@ class SlidingWindows(Sequence[Sample]):
 
 
 def limit_tokens(sequences: Sequence[Sample], max_tokens: int | None) -> Sequence[Sample]:
-    """The first sequences that together have at most ``max_tokens`` tokens; None: all.
+    """Return the first sequences that together have at most ``max_tokens`` tokens, or all of them if it is None.
 
     Raises:
-        ValueError: The first sequence alone has more.
+        ValueError: The first sequence alone has more tokens.
     """
     if max_tokens is None:
         return sequences
@@ -86,14 +86,14 @@ def limit_tokens(sequences: Sequence[Sample], max_tokens: int | None) -> Sequenc
 
 
 def scored_sequences(sequences: Any, config: EvaluateConfig) -> Sequence[Sample]:
-    """What perplexity is measured on: sliding windows over a text if there is a stride, else the sequences.
+    """Select the sequences to score: sliding windows over the text if a stride is set, otherwise the sequences.
 
     Args:
-        sequences: From ``load_sequences``.
-        config: Its stride and max_tokens.
+        sequences: The data, from ``load_sequences``.
+        config: The evaluation, with its stride and max_tokens.
 
     Raises:
-        ValueError: A stride for records that are no text, or max_tokens below one sequence.
+        ValueError: A stride is set for records that are not text, or max_tokens is shorter than one sequence.
     """
     if config.stride is None:
         return limit_tokens(sequences, config.max_tokens)
@@ -103,22 +103,22 @@ def scored_sequences(sequences: Any, config: EvaluateConfig) -> Sequence[Sample]
             f"stride={config.stride}, but {config.data.path} holds instructions or chats, where each record is a "
             "sequence of its own: leave the stride out, or choose data.kind text"
         )
-    # one block more than there are: what is left behind the last full block counts too
+    # One block more than there are, so that the tokens behind the last full block are included
     _, *parts = sequences.contents(0, len(sequences) + 1)
     stream = torch.from_numpy(np.concatenate(parts)[: config.max_tokens])
     return SlidingWindows(stream, config.data.seq_len, config.stride)
 
 
 def plan_passes(lengths: Sequence[int], batch_size: int, *, pad: bool) -> list[list[int]]:
-    """Share sequences out to forward passes, the longest first (memory runs out at once or never).
+    """Divide sequences into forward passes, the longest first, so that memory runs out at the beginning or never.
 
     Args:
-        lengths: Tokens of each sequence.
-        batch_size: Most sequences in a pass.
-        pad: Whether sequences of different lengths may share a pass.
+        lengths: Number of tokens of each sequence.
+        batch_size: Largest number of sequences in a pass.
+        pad: Allow sequences of different lengths in one pass.
 
     Returns:
-        Numbers of the sequences of each pass; each sequence once.
+        Indices of the sequences of each pass; each sequence occurs once.
     """
     passes: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -139,15 +139,16 @@ def perplexity(
     group: Group | None = None,
     progress: str | None = None,
 ) -> PerplexityResult:
-    """Measure perplexity, every token weighing the same. Collective over ``group``.
+    """Measure perplexity, with equal weight for every token. Collective over ``group``.
 
-    The passes are planned for all ranks together and dealt out, and their sums (fp64) added exactly: the number of ranks
-    decides about nothing but time. Windows and blocks of a text are never padded.
+    The passes are planned for all ranks together and then distributed, and their sums in fp64 are added with a
+    correctly rounded sum, so the result does not depend on the number of ranks. Windows and blocks of a text are never
+    padded.
 
     Args:
         model: A causal LM, whole or sharded over ``group``; its training mode is restored afterwards.
         sequences: ``(input_ids, labels)`` pairs, 1-D int64; labels of -100 are not scored. The same on every rank.
-        batch_size: Sequences of a rank in one forward pass.
+        batch_size: Number of sequences of a rank in one forward pass.
         group: Ranks that share the work. None: this process alone.
         progress: Label of a progress bar. None: no bar.
 
@@ -155,14 +156,14 @@ def perplexity(
         The result over all sequences, the same on every rank.
 
     Raises:
-        ValueError: Nothing to score, or the tokens are not the model's.
+        ValueError: There is no token to score, or a token is outside the model's vocabulary.
         FloatingPointError: The loss is not finite.
     """
     group = group or Group(None)
-    lengths, scored = _survey(model, sequences)
+    lengths, scored = _check_sequences(model, sequences)
     passes = plan_passes(lengths, batch_size, pad=not isinstance(sequences, (SlidingWindows, PackedBlocks)))
     own = passes[group.rank :: group.size]
-    # a rank without a pass of its own in the last round repeats one: sharded weights are gathered by all ranks together
+    # A rank without a pass in the last round repeats one, whose result is not used: gathering sharded weights needs all
     rounds = own + [passes[0]] * (-(-len(passes) // group.size) - len(own))
     sums = torch.zeros(len(rounds), dtype=torch.float64)
     device = next(model.parameters()).device
@@ -182,8 +183,12 @@ def perplexity(
     return PerplexityResult(math.exp(loss) if loss < 700 else math.inf, loss, scored)
 
 
-def _survey(model: Any, sequences: Sequence[Sample]) -> tuple[list[int], int]:
-    """Lengths, and tokens that will be scored; refuses before the first pass, on every rank alike."""
+def _check_sequences(model: Any, sequences: Sequence[Sample]) -> tuple[list[int], int]:
+    """Check all sequences before the first pass, so that an error is raised on every rank and none waits for another.
+
+    Returns:
+        Length of each sequence, and number of tokens that will be scored.
+    """
     lengths, scored = [], 0
     for index in range(len(sequences)):
         ids, labels = sequences[index]
@@ -201,11 +206,11 @@ def _survey(model: Any, sequences: Sequence[Sample]) -> tuple[list[int], int]:
 
 
 def _pass(model: nn.Module, samples: list[Sample], device: torch.device) -> float:
-    """Sum of the negative log-likelihoods of one forward pass, in fp64."""
+    """Run one forward pass, and sum the negative log-likelihoods of its scored tokens in fp64."""
     batch = collate(samples, pad=0)
     labels = batch.pop("labels").to(device)
     logits = model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for scores, answer in zip(logits[:, :-1], labels[:, 1:], strict=True):  # fp32 copies one sequence at a time
+    for scores, answer in zip(logits[:, :-1], labels[:, 1:], strict=True):  # one at a time, to limit the fp32 copy
         total += F.cross_entropy(scores.float(), answer, ignore_index=IGNORE, reduction="none").double().sum()
     return float(total)

@@ -1,4 +1,4 @@
-"""What a perplexity was measured on, and how: numbers may be compared, or averaged, only if this is the same."""
+"""The policy of a perplexity: its data and its settings. Perplexities are comparable only if their policies agree."""
 
 import dataclasses
 import hashlib
@@ -13,54 +13,54 @@ from seft_dist.data.tokenizer import tokenizer_fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """All that decides about a perplexity beside the model's weights; ``policy`` of a model in eval.json."""
+    """Everything except the model's weights that a perplexity depends on; ``policy`` of a model in eval.json."""
 
     data: str
-    """``data.path`` as it was given; the only entry that may differ between numbers that are compared."""
+    """``data.path`` as it was given. Only this entry may differ between comparable perplexities."""
     name: str | None
     """Configuration of a hub data set."""
     split: str
-    """Its split; "train" for local files."""
+    """Split of a hub data set; "train" for local files."""
     kind: str
-    """How records were read: "text", "instruction" or "chat"."""
+    """Kind of the records: "text", "instruction" or "chat"."""
     holdout: str
-    """Which records: "all", "1 in 10" (held out) or "all but 1 in 10"."""
+    """Records that were used: "all", "1 in 10" (held out) or "all but 1 in 10"."""
     records: int
     """Number of records."""
     text: str
-    """Fingerprint of the records, before any tokenizer."""
+    """Fingerprint of the records, independent of the tokenizer."""
     join: str
-    """How records became one stream, ``data.join``."""
+    """Way in which records became one stream, ``data.join``."""
     bos: str
-    """Where bos tokens stand."""
+    """Description of where bos tokens are."""
     date: str | None
-    """Day that the chat template was shown as today; None: it does not look at it."""
+    """Day that the chat template was given as today; None: the template does not use the date."""
     tokenizer: str
     """Fingerprint of the vocabulary and special tokens."""
     tokens: int
-    """Tokens of all sequences."""
+    """Number of tokens in all sequences."""
     tokens_hash: str
-    """Hash of these tokens, and of which of them are answers."""
+    """Hash of these tokens and of the mask of answers."""
     seq_len: int
-    """Tokens of a window (block, or longest conversation)."""
+    """Number of tokens in a window (a block, or the longest conversation)."""
     stride: int | None
-    """Tokens between two windows; None: side by side."""
+    """Number of tokens between the beginnings of two windows; None: windows do not overlap."""
     max_tokens: int | None
-    """Limit on the tokens measured; None: all."""
+    """Limit on the number of tokens; None: all."""
     dtype: str
-    """Type of the weights, e.g. "float32"."""
+    """Dtype of the weights, e.g. "float32"."""
 
 
 def policy_of(
     sequences: PackedBlocks | Conversations, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, dtype: str
 ) -> Policy:
-    """Write down how a perplexity is measured.
+    """Record the policy of a perplexity.
 
     Args:
-        sequences: From ``load_sequences``.
-        tokenizer: That made them.
+        sequences: The data, from ``load_sequences``.
+        tokenizer: Tokenizer of the data.
         config: The evaluation; it has data.
-        dtype: Type of the model's weights.
+        dtype: Dtype of the model's weights.
     """
     data, provenance = config.data, sequences.provenance
     assert data is not None
@@ -90,8 +90,8 @@ def policy_of(
     )
 
 
-def describe(policy: Policy) -> str:
-    """Say in one line what was measured."""
+def describe_policy(policy: Policy) -> str:
+    """Describe in one line what a perplexity was measured on, and how."""
     shown = dataclasses.asdict(policy)
     windows = "side by side" if policy.stride is None else f"every {policy.stride} tokens"
     how = {

@@ -1,8 +1,9 @@
-"""Tasks of lm-evaluation-harness (the extra ``eval``) on a model in this process, whole or sharded over ranks.
+"""Tasks of lm-evaluation-harness (the extra ``eval``), run on a model in this process, whole or sharded over ranks.
 
-lm_eval is imported only here. It runs as in one process on every rank; only the calls of the model are dealt out. So any
-way of sharding works, and scores, few-shot examples and bootstrap are lm_eval's own. Templates of tasks are rendered in
-jinja2's sandbox; but a description may also name Python functions: it is code, to be trusted as such.
+lm_eval is imported only here. It runs on every rank as if there were only that one; only the calls of the model are
+distributed. So every kind of sharding works, and scores, few-shot examples and bootstrap are lm_eval's own. Templates
+of tasks are rendered in jinja2's sandbox. But the description of a task may also name Python functions, which are
+executed: use only descriptions that you trust.
 """
 
 import contextlib
@@ -36,30 +37,33 @@ from seft_dist.files.reading import check_yaml, read_text
 Metrics = dict[str, float]
 
 SEED = 1234
-"""lm_eval's own default: which few-shot examples are drawn, and sampling where a task asks for it."""
+"""Seed for drawing few-shot examples, and for sampling if a task needs it; the default of lm_eval."""
 
 
 class RankedLM(HFLM):
-    """lm_eval's model of transformers, its requests dealt out to the ranks of a group. Every method is **collective**.
+    """lm_eval's adapter for transformers models, with its requests distributed over the ranks of a group.
 
-    lm_eval sees one process: each rank hands the same requests in and gets all answers back.
+    Each rank submits the same requests and gets all answers, so lm_eval can run as in one process. Every method is
+    **collective**.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, group: Group
     ) -> None:
         """Args:
-        model: Whole, or sharded over the group (then no rank holds more than a layer beside its shard).
-        tokenizer: The model's.
-        batch_size: Requests of a rank in one forward pass.
+        model: A causal LM, whole or sharded over the group. Of a sharded one, a rank never holds more than its shard
+            and a layer.
+        tokenizer: The model's tokenizer.
+        batch_size: Number of requests of a rank in one forward pass.
         group: Ranks that share the work.
         """
         self._group = group
         noisy = logging.getLogger("lm_eval.models.huggingface")
         level = noisy.level
-        noisy.setLevel(logging.ERROR)  # it warns that a model which is loaded already cannot be started by accelerate
+        noisy.setLevel(logging.ERROR)  # hides the warning that accelerate cannot distribute a model that is loaded
         try:
-            # Without the cache as many requests mean as many passes, which ranks that gather shards need.
+            # With the cache of logits, ranks could need different numbers of forward passes for equally many requests.
+            # Ranks that gather shards together must run the same number.
             super().__init__(
                 model,
                 backend="causal",
@@ -76,29 +80,31 @@ class RankedLM(HFLM):
     ) -> list[Any]:
         quiet = disable_tqdm or self._group.rank > 0
         ask = super()._loglikelihood_tokens
-        return self._deal(requests, lambda own: ask(own, disable_tqdm=quiet, override_bs=override_bs))
+        return self._distribute(requests, lambda own: ask(own, disable_tqdm=quiet, override_bs=override_bs))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each request's text, those with the same settings together."""
+        """Generate a continuation for each request; requests with equal settings are run together. Collective."""
         quiet = disable_tqdm or self._group.rank > 0
         ask = super().generate_until
         kinds: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers = [""] * len(requests)
-        for numbers in kinds.values():  # lm_eval makes a pass of its own for each kind: the ranks need as many
-            found = self._deal([requests[number] for number in numbers], lambda own: ask(own, disable_tqdm=quiet))
-            for number, answer in zip(numbers, found, strict=True):
+        # lm_eval runs a separate pass for each combination of settings, and all ranks need the same number of passes
+        for numbers in kinds.values():
+            own_kind = [requests[number] for number in numbers]
+            generated = self._distribute(own_kind, lambda own: ask(own, disable_tqdm=quiet))
+            for number, answer in zip(numbers, generated, strict=True):
                 answers[number] = answer
         return answers
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         if self._group.size > 1:
-            settings["synced_gpus"] = True  # a rank whose texts are finished goes on until all are
+            settings["synced_gpus"] = True  # a rank whose texts are finished continues until those of all ranks are
         return super()._model_generate(context, max_length, stop, **settings)
 
-    def _deal(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """Answers to all requests, each asked on one rank; every rank asks equally many. Collective."""
+    def _distribute(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Answer each request on one rank, equally many on every rank, and gather the answers. Collective."""
         size = self._group.size
         if size == 1 or not requests:
             return ask(requests)
@@ -109,47 +115,46 @@ class RankedLM(HFLM):
 
 
 def load_tasks(config: EvaluateConfig, *, show: bool = True) -> Any:
-    """Find the tasks and read their records.
+    """Load the tasks and their records.
 
     Args:
-        config: Its tasks, task_files and tasks_path.
+        config: The evaluation, with its tasks, task_files and tasks_path.
         show: Let lm_eval write to stderr.
 
     Returns:
-        lm_eval's dictionary of tasks and groups, for ``run_tasks``; it serves for any number of models.
+        lm_eval's dictionary of tasks and groups, for ``run_tasks``; it can be used for any number of models.
 
     Raises:
-        ValueError: There is no such task or file, or the records cannot be had.
+        ValueError: There is no such task or file, or the records cannot be loaded.
     """
     names = [name.strip() for name in (config.tasks or "").split(",")]
     with tempfile.TemporaryDirectory() as folder, _quiet(not show), _sandbox():
         manager = _task_manager(config, names)
-        found: list[Any] = []
+        chosen: list[Any] = []
         for name in names:
             if name not in manager.task_index:
                 near = difflib.get_close_matches(name, manager.all_tasks, 3)
                 hint = f"; near it: {', '.join(near)}" if near else ""
                 raise ValueError(f"tasks: lm_eval knows no {name}{hint}. Needs a name of its list, or of tasks_path")
-            spec = (
-                _from_file(manager, name, config.task_files[name], Path(folder)) if name in config.task_files else name
-            )
+            file = config.task_files.get(name)
+            spec = name if file is None else _describe_file_task(manager, name, file, Path(folder))
             try:
                 loaded = manager.load([spec])
             except SecurityError as error:
                 raise ValueError(_unsafe(error)) from error
-            except Exception as error:  # of the datasets library, the hub's client, or of a task's own code
-                raise ValueError(_no_records(name, config.task_files.get(name), cause_of(error))) from error
-            groups = loaded["groups"]  # with their members inside
-            found += [groups[name]] if name in groups else list(loaded["tasks"].values())
-        return manager.load(found)
+            except Exception as error:  # from the datasets library, the hub's client, or the task's own code
+                raise ValueError(_no_records(name, file, cause_of(error))) from error
+            groups = loaded["groups"]  # a group contains its member tasks
+            chosen += [groups[name]] if name in groups else list(loaded["tasks"].values())
+        return manager.load(chosen)
 
 
 def _no_records(name: str, file: str | None, why: str) -> str:
     if file is not None:
         return f"task {name} cannot use the records of {file} ({why}): needs the columns of the task's data set"
     return (
-        f"task {name}: its records cannot be had ({why}): give a file of them with --task_files.{name} FILE, or fill the "
-        "cache of the hub where there is a network"
+        f"task {name}: its records cannot be had ({why}): give a file of them with --task_files.{name} FILE, or fill "
+        "the cache of the hub where there is a network"
     )
 
 
@@ -162,30 +167,29 @@ def run_tasks(
     group: Group | None = None,
     show: bool = True,
 ) -> dict[str, Metrics]:
-    """Ask a model the questions of tasks. Collective over ``group``.
+    """Run tasks on a model. Collective over ``group``.
 
     Args:
         model: A causal LM, whole or sharded over ``group``.
-        tokenizer: Its own.
-        tasks: From ``load_tasks``.
-        config: Its batch_size, fewshot, limit and chat_template.
+        tokenizer: The model's tokenizer.
+        tasks: The tasks, from ``load_tasks``.
+        config: The evaluation, with its batch_size, fewshot, limit and chat_template.
         group: Ranks that share the work. None: this process alone.
         show: Show lm_eval's progress bars (on the group's first rank).
 
     Returns:
-        Task or group to its metrics, as lm_eval calls them ("acc", "acc_stderr", filters behind a comma), and "samples",
-        the number of questions. The same on every rank.
+        Metrics of each task or group under lm_eval's names ("acc", "acc_stderr", with filters behind a comma), and
+        "samples", the number of questions. The same on every rank.
 
     Raises:
-        ValueError: A task and this model do not fit.
+        ValueError: A template of a task cannot be rendered safely.
     """
     group = group or Group(None)
     training = model.training
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")
-        if own is None or (
-            config.fewshot is not None and own != 0
-        ):  # 0 in a task's description is meant, as in lm-eval
+        # As in lm_eval, a 0 in the description of a task overrides the number that the user asks for
+        if own is None or (config.fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=config.fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
     set_seed(SEED)
@@ -209,7 +213,7 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _sandbox() -> Iterator[None]:
-    """Render templates of tasks so that they reach the record only; in lm_eval's own environment they can call anything."""
+    """Render the templates of tasks in jinja2's sandbox. In lm_eval's own environment they could call any function."""
     own = lm_eval.utils.env
     safe = SandboxedEnvironment(
         loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
@@ -223,18 +227,22 @@ def _sandbox() -> Iterator[None]:
 
 
 def _unsafe(error: SecurityError) -> str:
-    return f"a template of a task reaches for more than its record ({error}): needs one that only reads the record's columns"
+    return (
+        f"a template of a task reaches for more than its record ({error}): needs one that only reads the record's "
+        "columns"
+    )
 
 
 @contextlib.contextmanager
 def _quiet(on: bool) -> Iterator[None]:
-    """Nothing on stderr: lm_eval takes each rank for the only one, and each would draw the same bars."""
+    """Discard stderr if ``on``. lm_eval does not know of other ranks, so every rank would draw the same bars."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if on else sys.stderr):
         yield
 
 
 def _metrics(outcome: Any) -> dict[str, Metrics]:
-    found: dict[str, Metrics] = {}
+    """Extract the numbers from lm_eval's result, with the number of questions."""
+    metrics: dict[str, Metrics] = {}
     for name, values in outcome["results"].items():
         numbers = {
             key.removesuffix(",none"): float(value)
@@ -242,12 +250,12 @@ def _metrics(outcome: Any) -> dict[str, Metrics]:
             if isinstance(value, (int, float)) and key != "sample_len"
         }
         counts = outcome.get("n-samples", {}).get(name)
-        found[name] = numbers | ({"samples": counts["effective"]} if counts else {})
-    return found
+        metrics[name] = numbers | ({"samples": counts["effective"]} if counts else {})
+    return metrics
 
 
 def _task_manager(config: EvaluateConfig, names: list[str]) -> Any:
-    """lm_eval's list of tasks; reading all of its own takes seconds, so only if they are needed."""
+    """Build lm_eval's index of tasks. Its own tasks are indexed only if they are needed, which takes seconds."""
     if config.tasks_path is not None:
         folder = Path(config.tasks_path).expanduser()
         if not folder.is_dir():
@@ -269,11 +277,17 @@ def _check_aliases(text: str, name: str) -> None:
         raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
 
 
-def _from_file(manager: Any, name: str, file: str, folder: Path) -> str:
-    """Write the description of a task that is the one lm_eval has, but for where its records come from.
+def _describe_file_task(manager: Any, name: str, file: str, folder: Path) -> str:
+    """Write the description of a task of lm_eval with records from a local file.
+
+    Args:
+        manager: lm_eval's index of tasks.
+        name: Name of the task.
+        file: File with the records.
+        folder: Folder for the description.
 
     Returns:
-        The description's path, which lm_eval takes instead of a name.
+        Path of the description, which lm_eval accepts in place of a name.
     """
     path, entry = Path(file).expanduser().resolve(), manager.task_index[name]
     if name not in manager.all_subtasks or entry.yaml_path is None:
@@ -285,7 +299,10 @@ def _from_file(manager: Any, name: str, file: str, folder: Path) -> str:
         "dataset_path": BUILDERS[path.suffix],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"test": str(path)}},
-        **{"test_split": "test", "validation_split": None, "training_split": None, "fewshot_split": "test"},
+        "test_split": "test",
+        "validation_split": None,
+        "training_split": None,
+        "fewshot_split": "test",
     }
     description = folder / f"{name}.yaml"
     description.write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML

@@ -1,1 +1,1 @@
-"""Whether two runs did the same: compared step by step, or started several times on several layouts."""
+"""Reproducibility of runs: comparison of two runs step by step, and repetition of a run on several layouts."""

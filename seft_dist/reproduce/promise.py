@@ -1,4 +1,4 @@
-"""What docs/numerics.md promises about two runs, as numbers and as a decision. Pure."""
+"""The promises of docs/numerics.md: the tolerances, and which promise applies to two runs. It reads no files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,87 +7,111 @@ from typing import Any, Literal
 from seft_dist.training.manifest import lasting_attempts
 
 LOSS_RELATIVE = 1e-5
-"""Loss of each step, on another layout."""
+"""Largest relative difference of a step's loss on another layout."""
 WEIGHT_RELATIVE, WEIGHT_ABSOLUTE = 1e-4, 2e-6
-"""A final weight may be off by the sum of the two: this share of it, and this much."""
+"""A final weight may differ by the sum of the two: this share of itself, and this absolute amount."""
 DELTA_RELATIVE = 1e-2
-"""Deltas of a layer, as a vector, until near-ties part the runs: Adam magnifies rounding where a gradient is almost 0."""
+"""Largest relative difference of a layer's deltas, as a vector, until near-ties part the runs. It is large because Adam
+magnifies rounding errors where a gradient is almost 0."""
 
 Promise = Literal["bits", "tolerance", "none"]
 
-# Options that change no result, or whose effect the fingerprints show.
-_FREE = (
-    *("output", "trace", "timeout", "log_every", "save_every", "export", "trackers", "keep", "seft.selection"),
-    *("model.path", "model.tokenizer", "model.dtype", "data.", "global_batch", "seft.steps"),
+_NOT_INPUTS = (
+    "output",
+    "trace",
+    "timeout",
+    "log_every",
+    "save_every",
+    "export",
+    "trackers",
+    "keep",
+    "seft.selection",
+    "model.path",
+    "model.tokenizer",
+    "model.dtype",
+    "data.",
+    "global_batch",
+    "seft.steps",
 )
-# Options that say how the work is divided; the layout shows what came of them.
-_LAYOUT = (
-    *("backend", "deepspeed", "replicas", "offload", "packing", "batch_size", "threads"),
+"""Prefixes of options that change no result, or whose effect is in a fingerprint or another field of the manifest."""
+_LAYOUT_OPTIONS = (
+    "backend",
+    "deepspeed",
+    "replicas",
+    "offload",
+    "packing",
+    "batch_size",
+    "threads",
     "model.activation_checkpointing",
 )
-# What of the layout changes no bit
+"""Options that choose the layout. The manifest's layout, which results from them, is compared instead."""
 _EXACT = ("packing",)
-# Keys of a ds_config that are looked at elsewhere
+"""Parts of the layout that do not change a single bit of the results."""
 _DERIVED = ("scheduler", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""Keys of a ds_config that are compared elsewhere."""
 _DS = "ds_config "
 _UPDATE = ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Something that was given to two runs, and was not the same."""
+class ConditionDifference:
+    """A setting, a part of the layout or a part of the environment that differs between two runs."""
 
     key: str
+    """Dotted name of what differs."""
     first: Any
+    """Its value in the first run."""
     second: Any
+    """Its value in the second run."""
 
     def __str__(self) -> str:
         return f"{self.key}: {_short(self.first)} against {_short(self.second)}"
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What two runs have in common, and what therefore is promised."""
+class PromiseTerms:
+    """The promise that applies to two runs, and the differences between them that it follows from."""
 
     promise: Promise
-    """"bits": all bits are equal; "tolerance": the table of docs/numerics.md; "none": they are different runs."""
-    inputs: list[Difference]
-    """Settings, model or data: with any of these, nothing is promised."""
-    layout: list[Difference]
-    """How the work was divided."""
-    environment: list[Difference]
-    """Versions, machines, code."""
+    """"bits": all bits are equal; "tolerance": the table of docs/numerics.md; "none": no promise."""
+    inputs: list[ConditionDifference]
+    """Differences of settings, model or data. If there is any, nothing is promised."""
+    layout: list[ConditionDifference]
+    """Differences in how the work was divided."""
+    environment: list[ConditionDifference]
+    """Differences of versions, machines and code."""
     note: str = ""
-    """Why nothing is promised although the inputs are the same."""
+    """Reason why nothing is promised although the inputs are the same."""
 
     @property
     def reasons(self) -> list[str]:
-        """Why not all bits are promised to be equal, as text."""
+        """The differences because of which equal bits are not promised, as text."""
         decisive = self.inputs or [*self.layout, *self.environment]
         return [str(difference) for difference in decisive]
 
     @property
     def same_run(self) -> bool:
-        """Whether both were given the same, so that they may be held against the tolerances, promised or not."""
+        """Both runs have the same inputs, so the tolerances can be applied to them, promised or not."""
         return not self.inputs
 
 
-def terms(first: dict[str, Any], second: dict[str, Any]) -> Terms:
-    """What is promised about two runs.
+def promise_terms(first: dict[str, Any], second: dict[str, Any]) -> PromiseTerms:
+    """Determine which promise applies to two runs.
 
     Args:
-        first: A manifest.
-        second: Another.
+        first: Manifest of a run.
+        second: Manifest of another run.
     """
     inputs = list(_differences(_inputs(first), _inputs(second)))
     layout = list(_differences(_per_attempt(first, _layout), _per_attempt(second, _layout)))
     if any(difference.key == "backend" for difference in layout):
-        layout = [difference for difference in layout if not difference.key.startswith(_DS)]  # only one of them has any
+        # Only a run of DeepSpeed has a ds_config, so all of its keys would differ
+        layout = [difference for difference in layout if not difference.key.startswith(_DS)]
     environment = list(_differences(_per_attempt(first, _environment), _per_attempt(second, _environment)))
     if inputs:
-        return Terms("none", inputs, layout, environment)
+        return PromiseTerms("none", inputs, layout, environment)
     if not environment and all(difference.key in _EXACT for difference in layout):
-        return Terms("bits", inputs, layout, environment)
+        return PromiseTerms("bits", inputs, layout, environment)
     note = ""
     if first["dtype"] != "float32":
         note = f"for {first['dtype']} weights on another layout; check layouts with --model.dtype float32"
@@ -95,11 +119,11 @@ def terms(first: dict[str, Any], second: dict[str, Any]) -> Terms:
         note = (
             "for a model with dropout on another layout: each rank draws its own; set its rates to 0 to check layouts"
         )
-    return Terms("none" if note else "tolerance", inputs, layout, environment, note)
+    return PromiseTerms("none" if note else "tolerance", inputs, layout, environment, note)
 
 
 def layout_name(manifest: dict[str, Any]) -> str:
-    """A run's layout in a few words, e.g. "fsdp x 2"."""
+    """Describe a run's layout in a few words, e.g. "fsdp x 2"; a run that changed it has several."""
     names = []
     for attempt in lasting_attempts(manifest):
         layout = attempt["layout"]
@@ -108,19 +132,19 @@ def layout_name(manifest: dict[str, Any]) -> str:
 
 
 def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What decides about the result."""
+    """Collect the inputs of a run: everything that its result depends on, except layout and environment."""
     attempt = manifest["attempts"][-1]
     config = attempt["config"]
-    found = {
+    inputs = {
         key: value
-        for key, value in flat(config).items()
-        if not key.startswith(_FREE) and key not in _LAYOUT and key.removeprefix("optim.") not in _UPDATE
+        for key, value in flatten(config).items()
+        if not key.startswith(_NOT_INPUTS) and key not in _LAYOUT_OPTIONS and key.removeprefix("optim.") not in _UPDATE
     }
-    update = attempt["optimizer"] or config["optim"]  # a ds_config's block takes the place of optim
-    found |= {f"optim.{key}": _plain(update[key]) for key in _UPDATE}
-    found["scheduler of the ds_config"] = (attempt["layout"]["deepspeed"] or {}).get("scheduler")
-    found |= {"model": manifest["model"], "data": manifest["data"]["fingerprint"], "dtype": manifest["dtype"]}
-    return found | {"global_batch": manifest["data"]["global_batch"]}
+    update = attempt["optimizer"] or config["optim"]  # the optimizer block of a ds_config replaces optim
+    inputs |= {f"optim.{key}": _plain(update[key]) for key in _UPDATE}
+    inputs["scheduler of the ds_config"] = (attempt["layout"]["deepspeed"] or {}).get("scheduler")
+    inputs |= {"model": manifest["model"], "data": manifest["data"]["fingerprint"], "dtype": manifest["dtype"]}
+    return inputs | {"global_batch": manifest["data"]["global_batch"]}
 
 
 def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
@@ -128,18 +152,23 @@ def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
     ds = dict(layout.pop("deepspeed") or {})
     for key in _DERIVED:
         ds.pop(key, None)
-    return layout | {f"{_DS}{key}": value for key, value in flat(ds).items()}
+    return layout | {f"{_DS}{key}": value for key, value in flatten(ds).items()}
 
 
 def _environment(attempt: dict[str, Any]) -> dict[str, Any]:
-    found = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
+    environment = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
     for kind in ("device", "cpu", "kernels"):
-        found[kind] = ", ".join(sorted({str(host.get(kind)) for host in attempt["hosts"]}))
-    return found
+        environment[kind] = ", ".join(sorted({str(host.get(kind)) for host in attempt["hosts"]}))
+    return environment
 
 
 def _per_attempt(manifest: dict[str, Any], facts: Any) -> dict[str, Any]:
-    """Facts of all attempts that lasted; one that changed between them is a list."""
+    """Collect facts over all attempts whose steps are part of the result; a fact that changed becomes a list.
+
+    Args:
+        manifest: The run's manifest.
+        facts: Function from an attempt to its facts.
+    """
     every = [facts(attempt) for attempt in lasting_attempts(manifest)]
     joined = {}
     for key in dict.fromkeys(key for one in every for key in one):
@@ -148,18 +177,18 @@ def _per_attempt(manifest: dict[str, Any], facts: Any) -> dict[str, Any]:
     return joined
 
 
-def _differences(first: dict[str, Any], second: dict[str, Any]) -> Iterator[Difference]:
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> Iterator[ConditionDifference]:
     for key in dict.fromkeys([*first, *second]):
         if first.get(key) != second.get(key):
-            yield Difference(key, first.get(key), second.get(key))
+            yield ConditionDifference(key, first.get(key), second.get(key))
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names."""
-    found: dict[str, Any] = {}
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts to one with dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -1,12 +1,14 @@
-"""The same run several times and on several layouts, each as a user would start it; every run compared with another.
+"""Repetition of a run, several times and on several layouts, with a comparison of each run with an earlier one.
 
-OUTPUT/1-single-1/        the first run: all other layouts are compared with it
-      /2-single-1/        its repetition: must be equal, bit for bit
-      /3-fsdp-2/          another layout: compared with 1-single-1 ...
-      /4-fsdp-2/          ... and its repetition with 3-fsdp-2
-      /3-fsdp-2.log       what the run printed
+Each run is a process of its own, started as a user would start it.
+
+OUTPUT/1-single-1/        the first run, with which the first run on every other layout is compared
+      /2-single-1/        its repetition, which must be equal bit for bit
+      /3-fsdp-2/          a run on another layout, compared with 1-single-1
+      /4-fsdp-2/          its repetition, compared with 3-fsdp-2
+      /3-fsdp-2.log       the output of the run
       /3-fsdp-2.json      the comparison
-      /reproduce.json     everything in short
+      /reproduce.json     a summary of all runs
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ from seft_dist.data.chat_template import uses_date
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.files import writing
 from seft_dist.io.source import open_source
-from seft_dist.reproduce.compare import compare, write_json
+from seft_dist.reproduce.compare import compare, write_comparison
 from seft_dist.session.distributed import find_ranks
 from seft_dist.training.manifest import read_manifest
 from seft_dist.training.run_folder import is_finished
@@ -40,25 +42,31 @@ from seft_dist.training.trace import FILE as TRACE
 
 FILE = "reproduce.json"
 _POLL = 0.2
+"""Seconds between two looks at a running process."""
 _TAIL = 25
-_PATIENCE = 60.0  # seconds that a run gets to save and end after a signal
+"""Number of lines of a failed run's log that are shown."""
+_PATIENCE = 60.0
+"""Seconds that a run has to save and end after a signal."""
 _BLOCKS = ("optimizer", "scheduler", "gradient_clipping")
+"""Blocks of a ds_config that change the result, and that layouts without DeepSpeed would not get."""
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run that is to be made."""
+class PlannedRun:
+    """A run to be started."""
 
     name: str
+    """Name of its folder."""
     layout: str
+    """Layout as the user wrote it, e.g. "fsdp:2"."""
     command: list[str]
     against: str | None
-    """Name of the run that it is compared with; None: the first one."""
+    """Name of the run that it is compared with; None for the first run."""
 
 
 @dataclass
-class Outcome:
-    """What became of one run."""
+class RunOutcome:
+    """The state or result of one run; an entry of reproduce.json."""
 
     name: str
     layout: str
@@ -67,34 +75,39 @@ class Outcome:
     status: str = "waiting"
     """waiting, done, failed or stopped."""
     seconds: float | None = None
-    """Of wall time, start and export included."""
+    """Wall time, including start and export."""
     loss: float | None = None
-    """Of the last record."""
+    """Loss of the last record."""
     digest: str | None = None
-    """Of all final supports, masks and weights."""
+    """Digest of all final supports, masks and weights."""
     verdict: str | None = None
+    """Verdict of the comparison with ``against``."""
     why: str | None = None
+    """Reason for the verdict, in words."""
     held: bool | None = None
-    """Whether docs/numerics.md is kept, compared with ``against``; None: not compared."""
+    """The comparison with ``against`` keeps docs/numerics.md; None if it was not made."""
 
 
-def plan(config: ReproduceConfig, train: TrainConfig, options: list[str], script: Path) -> list[Planned]:
-    """Work out every command.
+def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], script: Path) -> list[PlannedRun]:
+    """Construct the command of every run.
+
+    All runs get options that make them the same run on different layouts: the global batch, the number of threads and
+    the dtype are fixed to those of the first layout.
 
     Args:
-        config: Which runs.
-        train: What ``options`` mean.
-        options: Of launch/train.py, as they were given.
-        script: launch/train.py.
+        config: The layouts and the number of runs on each.
+        train: The configuration that ``options`` result in.
+        options: Options of launch/train.py as the user gave them.
+        script: Path of launch/train.py.
 
     Raises:
-        ValueError: A layout cannot be read, or the runs would not be the same run.
+        ValueError: A layout cannot be read, or a layout would change more than how the work is divided.
     """
     layouts = [_parse_layout(entry) for entry in config.layouts.split(",") if entry.strip()]
     own = load_ds_config(train.deepspeed) if train.deepspeed else None
     dtype = _dtype(train, own)
     global_batch = train.global_batch or train.batch_size * layouts[0][1]
-    planned: list[Planned] = []
+    planned: list[PlannedRun] = []
     first_of: dict[str, str] = {}
     for backend, ranks, extra in layouts:
         label = f"{backend}:{ranks}" + (f" {shlex.join(extra)}" if extra else "")
@@ -102,32 +115,34 @@ def plan(config: ReproduceConfig, train: TrainConfig, options: list[str], script
             name = f"{len(planned) + 1}-{backend}-{ranks}"
             against = first_of.get(label, planned[0].name if planned else None)
             first_of.setdefault(label, name)
-            given = [
-                *options,
-                *_layout_options(backend, train, own, dtype, script),
-                *("--global_batch", str(global_batch), "--threads", str(train.threads or 1)),
-                *("--model.dtype", dtype, "--trace", str(train.is_seft).lower(), "--trackers", "[]"),
-                *extra,
-                *("--output", str(Path(config.output) / name)),
-            ]
-            command = [*_launcher(config.launcher, ranks), str(script), *given]
-            planned.append(Planned(name, label, command, against))
+            fixed = {
+                "--global_batch": str(global_batch),
+                "--threads": str(train.threads or 1),
+                "--model.dtype": dtype,
+                "--trace": str(train.is_seft).lower(),
+                "--trackers": "[]",
+            }
+            run_options = [*options, *_layout_options(backend, train, own, dtype, script)]
+            run_options += [word for option in fixed.items() for word in option]
+            run_options += [*extra, "--output", str(Path(config.output) / name)]
+            command = [*_launcher(config.launcher, ranks), str(script), *run_options]
+            planned.append(PlannedRun(name, label, command, against))
     return planned
 
 
 def _parse_layout(entry: str) -> tuple[str, int, list[str]]:
     words = shlex.split(entry)
-    found = re.fullmatch(r"(single|ddp|fsdp|zero[0-3]|zero3_offload):(\d+)", words[0])
-    if found is None or int(found[2]) < 1 or (found[1] == "single" and found[2] != "1"):
+    match = re.fullmatch(r"(single|ddp|fsdp|zero[0-3]|zero3_offload):(\d+)", words[0])
+    if match is None or int(match[2]) < 1 or (match[1] == "single" and match[2] != "1"):
         raise ValueError(
-            f"layouts has {words[0]!r}: needs BACKEND:RANKS with single (1 rank), ddp, fsdp, zero0 to zero3 or zero3_offload, "
-            'e.g. "single:1, fsdp:2, zero3:2"'
+            f"layouts has {words[0]!r}: needs BACKEND:RANKS with single (1 rank), ddp, fsdp, zero0 to zero3 or "
+            'zero3_offload, e.g. "single:1, fsdp:2, zero3:2"'
         )
-    return found[1], int(found[2]), words[1:]
+    return match[1], int(match[2]), words[1:]
 
 
 def _dtype(train: TrainConfig, own: dict[str, Any] | None) -> str:
-    """The type of weights that all layouts use, whatever their ds_config says."""
+    """Dtype of the weights that all layouts use, even if the ds_config of a layout has another one."""
     if own is not None:
         return "bfloat16" if own.get("bf16", {}).get("enabled") else "float32"
     return str(open_source(train.model).dtype).removeprefix("torch.")
@@ -136,13 +151,14 @@ def _dtype(train: TrainConfig, own: dict[str, Any] | None) -> str:
 def _layout_options(
     backend: str, train: TrainConfig, own: dict[str, Any] | None, dtype: str, script: Path
 ) -> list[str]:
+    """Options of launch/train.py for one layout; the user's own ds_config is kept if its ZeRO stage is the layout's."""
     blocks = [key for key in _BLOCKS if own is not None and own.get(key, "auto") != "auto"]
     if own is not None and backend == f"zero{own.get('zero_optimization', {}).get('stage', 0)}":
         return ["--backend", "deepspeed", "--deepspeed", str(train.deepspeed)]
     if blocks:
         raise ValueError(
-            f"{train.deepspeed} has its own {', '.join(blocks)}, which the layout {backend} would not get: give them as "
-            "--optim.* options, which hold everywhere"
+            f"{train.deepspeed} has its own {', '.join(blocks)}, which the layout {backend} would not get: give them "
+            "as --optim.* options, which hold everywhere"
         )
     if not backend.startswith("zero"):
         return ["--backend", backend, "--deepspeed", "null"]
@@ -163,59 +179,62 @@ def reproduce(
     train: TrainConfig,
     options: list[str],
     script: Path,
-    tell: Callable[[str], None] = print,
-) -> list[Outcome]:
-    """Make the runs and compare them. Starts the ranks as processes of their own.
+    print_line: Callable[[str], None] = print,
+) -> list[RunOutcome]:
+    """Start the runs one after the other, and compare them. The ranks of a run are processes of their own.
 
     Args:
-        config: Which runs.
-        train: What ``options`` mean.
-        options: Of launch/train.py.
-        script: launch/train.py.
-        tell: Shows a line to the user.
+        config: The layouts and the number of runs on each.
+        train: The configuration that ``options`` result in.
+        options: Options of launch/train.py as the user gave them.
+        script: Path of launch/train.py.
+        print_line: Function that prints a line for the user.
 
     Returns:
-        One item for each run, in order.
+        The outcome of each run, in order.
 
     Raises:
-        ValueError: The check cannot be made so, or its folder holds another one.
+        ValueError: This was started on several ranks, the layouts cannot be compared, or the folder holds another
+            check.
     """
     if find_ranks().world_size > 1:
         raise ValueError(
             "started on several ranks: start it once, with python; it starts the ranks of every run itself"
         )
     folder = Path(config.output)
-    planned = plan(config, train, [*options, *_date_options(folder, train)], script)
-    _open(folder, planned)
-    outcomes = [Outcome(run.name, run.layout, run.against, shlex.join(run.command)) for run in planned]
+    planned = plan_runs(config, train, [*options, *_date_options(folder, train)], script)
+    _open_folder(folder, planned)
+    outcomes = [RunOutcome(run.name, run.layout, run.against, shlex.join(run.command)) for run in planned]
     for number, (run, outcome) in enumerate(zip(planned, outcomes, strict=True), 1):
-        _make(folder, run, outcome, train.steps, f"{number}/{len(planned)} {run.layout}", tell)
+        _execute(folder, run, outcome, train.steps, f"{number}/{len(planned)} {run.layout}", print_line)
         if outcome.status == "done" and run.against is not None:
-            _judge(folder, outcome, {other.name: other for other in outcomes})
-            tell(f"{run.name} against {run.against}: {outcome.verdict}" + (f": {outcome.why}" if outcome.why else ""))
+            _compare(folder, outcome, {other.name: other for other in outcomes})
+            reason = f": {outcome.why}" if outcome.why else ""
+            print_line(f"{run.name} against {run.against}: {outcome.verdict}{reason}")
         _write(folder, outcomes)
         if outcome.status == "stopped" or (number == 1 and outcome.status == "failed"):
-            break  # a signal; or there is nothing to compare the others with
+            break  # a signal came, or there is no first run to compare the others with
     return outcomes
 
 
 def _date_options(folder: Path, train: TrainConfig) -> list[str]:
-    """The day that a chat template sees as today, one for all runs: midnight may be between two of them."""
+    """Options that fix the day which the chat template is given as today, since midnight may fall between two runs."""
     if train.data.date is not None:
         return []
-    if (folder / FILE).is_file():  # a check that goes on
+    if (folder / FILE).is_file():  # this check was begun earlier: its day is used
         words = shlex.split(json.loads((folder / FILE).read_text())["runs"][0]["command"])
         return words[words.index("--data.date") :][:2] if "--data.date" in words else []
     dated = uses_date(load_tokenizer(train.model))
     return ["--data.date", datetime.date.today().isoformat()] if dated else []
 
 
-def held(outcomes: list[Outcome]) -> bool:
-    """Whether every run was made, and every comparison kept docs/numerics.md."""
+def all_held(outcomes: list[RunOutcome]) -> bool:
+    """Return whether every run is done, and every comparison keeps docs/numerics.md."""
     return all(outcome.status == "done" for outcome in outcomes) and all(outcome.held for outcome in outcomes[1:])
 
 
-def _open(folder: Path, planned: list[Planned]) -> None:
+def _open_folder(folder: Path, planned: list[PlannedRun]) -> None:
+    """Create the folder of a check, or make sure that one that exists holds the same check."""
     plans = [dataclasses.asdict(run) for run in planned]
     if (folder / FILE).is_file():
         before = json.loads((folder / FILE).read_text())
@@ -225,11 +244,15 @@ def _open(folder: Path, planned: list[Planned]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output={folder} is there and holds no check: choose another")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, [Outcome(run["name"], run["layout"], run["against"], shlex.join(run["command"])) for run in plans])
+    _write(
+        folder, [RunOutcome(run["name"], run["layout"], run["against"], shlex.join(run["command"])) for run in plans]
+    )
 
 
-def _make(folder: Path, run: Planned, outcome: Outcome, steps: int, title: str, tell: Callable[[str], None]) -> None:
-    """Make one run, unless it is there already."""
+def _execute(
+    folder: Path, run: PlannedRun, outcome: RunOutcome, steps: int, title: str, print_line: Callable[[str], None]
+) -> None:
+    """Start one run and wait for it, unless it is finished already; the outcome is updated."""
     output, log = folder / run.name, folder / f"{run.name}.log"
     if not is_finished(output):
         began = time.perf_counter()
@@ -238,13 +261,13 @@ def _make(folder: Path, run: Planned, outcome: Outcome, steps: int, title: str, 
         outcome.seconds = round(time.perf_counter() - began, 1)
         if stopped or (code == 0 and not is_finished(output)):
             outcome.status = "stopped"
-            tell(f"{run.name} was stopped; the same command goes on from its last checkpoint")
+            print_line(f"{run.name} was stopped; the same command goes on from its last checkpoint")
             return
         if code:
             outcome.status = "failed"
             lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
-            tell("\n".join([f"{run.name} failed with exit status {code}; the end of {log}:", *lines]))
-            tell(f"its command was\n{shlex.join(run.command)}")
+            print_line("\n".join([f"{run.name} failed with exit status {code}; the end of {log}:", *lines]))
+            print_line(f"its command was\n{shlex.join(run.command)}")
             return
     outcome.status = "done"
     final = read_manifest(output)["final"]
@@ -252,28 +275,32 @@ def _make(folder: Path, run: Planned, outcome: Outcome, steps: int, title: str, 
 
 
 def _wait(process: subprocess.Popen[bytes], show: Callable[[], None]) -> tuple[int, bool]:
-    """Wait for a run; a signal to us is handed on to it.
+    """Wait for a run, and forward SIGTERM and SIGINT to it, as SIGTERM, so that it saves before it ends.
+
+    Args:
+        process: The run.
+        show: Updates the progress bar.
 
     Returns:
-        Its exit status, and whether a signal came.
+        The exit status of the run, and whether a signal was forwarded.
     """
-    came: list[int] = []
+    received: list[int] = []
 
-    def hand_on(number: int, _: Any) -> None:
-        came.append(number)
+    def forward(number: int, _: Any) -> None:
+        received.append(number)
         process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         deadline = float("inf")
         while process.poll() is None:
             time.sleep(_POLL)
             show()
-            if came and deadline == float("inf"):
+            if received and deadline == float("inf"):
                 deadline = time.monotonic() + _PATIENCE
             if time.monotonic() > deadline:
                 process.kill()
-        return process.returncode, bool(came)
+        return process.returncode, bool(received)
     finally:
         if process.poll() is None:
             process.kill()
@@ -283,7 +310,7 @@ def _wait(process: subprocess.Popen[bytes], show: Callable[[], None]) -> tuple[i
 
 @contextmanager
 def _progress(trace: Path, steps: int, title: str) -> Iterator[Callable[[], None]]:
-    """A bar that counts the lines of a growing trace."""
+    """Show a progress bar that counts the lines of a growing trace; yields the function that updates it."""
     interval = 0.2 if sys.stderr.isatty() else 30
     with tqdm(total=steps, desc=title, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         read = 0
@@ -291,7 +318,7 @@ def _progress(trace: Path, steps: int, title: str) -> Iterator[Callable[[], None
         def show() -> None:
             nonlocal read
             if trace.is_file():
-                read = read if read <= trace.stat().st_size else 0  # a run that goes on has cut it
+                read = read if read <= trace.stat().st_size else 0  # a resumed run has truncated it
                 with trace.open("rb") as file:
                     file.seek(read)
                     new = file.read()
@@ -303,16 +330,17 @@ def _progress(trace: Path, steps: int, title: str) -> Iterator[Callable[[], None
         show()
 
 
-def _judge(folder: Path, outcome: Outcome, others: dict[str, Outcome]) -> None:
+def _compare(folder: Path, outcome: RunOutcome, others: dict[str, RunOutcome]) -> None:
+    """Compare a run with the one that it is to be compared with, and record the verdict."""
     assert outcome.against is not None
     if others[outcome.against].status != "done":
         outcome.verdict, outcome.why, outcome.held = "cannot be judged", f"{outcome.against} has no result", False
         return
-    found = compare(folder / outcome.against, folder / outcome.name)
-    write_json(found, folder / f"{outcome.name}.json")
-    outcome.verdict, outcome.why, outcome.held = found.verdict, found.why, found.held
+    comparison = compare(folder / outcome.against, folder / outcome.name)
+    write_comparison(comparison, folder / f"{outcome.name}.json")
+    outcome.verdict, outcome.why, outcome.held = comparison.verdict, comparison.why, comparison.held
 
 
-def _write(folder: Path, outcomes: list[Outcome]) -> None:
-    content = {"held": held(outcomes), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
+def _write(folder: Path, outcomes: list[RunOutcome]) -> None:
+    content = {"held": all_held(outcomes), "runs": [dataclasses.asdict(outcome) for outcome in outcomes]}
     writing.write_json(folder / FILE, content)

@@ -1,13 +1,13 @@
-"""The runs of a check as a table."""
+"""Table of the repeated runs and their comparisons."""
 
 from rich.box import SIMPLE
 from rich.table import Table
 
-from seft_dist.reproduce.reproduce import Outcome
+from seft_dist.reproduce.reproduce import RunOutcome
 
 
-def outcome_table(outcomes: list[Outcome]) -> Table:
-    """One row for each run: its result, and what came of comparing it."""
+def outcome_table(outcomes: list[RunOutcome]) -> Table:
+    """Tabulate the runs, each with its result and the verdict of its comparison."""
     table = Table(title="Runs", box=SIMPLE, padding=0)
     for name in ("run", "seconds", "last loss", "final digest", "against", "verdict"):
         table.add_column(

@@ -1,4 +1,4 @@
-"""What differs between two runs in each step, from their traces (or, without layers, from their metrics)."""
+"""Differences between two runs in each step, from their traces or, without layers, from their metrics."""
 
 import json
 import math
@@ -15,26 +15,29 @@ _SCALARS = {"batch": "data", "lr": "learning rate", "loss": "loss", "grad_norm":
 
 @dataclass
 class LayerDifference:
-    """A layer after a step."""
+    """Differences of one layer between two runs, after a step."""
 
     name: str
     kinds: list[str]
-    """Which of support, mask, deltas, weights (at the support) differ in any bit."""
+    """Those of support, mask, deltas and weights (at the support) that differ in any bit."""
     delta_distance: float
-    """L2 norm of the difference of the deltas, estimated."""
+    """Estimated L2 norm of the difference of the deltas."""
     delta_relative: float
-    """As a share of the deltas' norm."""
+    """``delta_distance`` as a share of the norm of the deltas."""
     support_positions: int | None = None
-    """Positions in one support only, estimated; None: unknown, or none moved."""
+    """Estimated number of positions in one support only; None: unknown, or no position moved."""
     mask_positions: int | None = None
+    """Estimated number of positions in one mask only; None: unknown, or no position moved."""
     near_ties: int | None = None
-    """Positions of this layer that the evolution of this step took or left by a hair, the smaller of the two runs'."""
+    """Number of positions whose selection in this step's evolution rounding can have decided, the smaller of both runs.
+    None: no evolution."""
 
     @property
     def by_near_ties(self) -> bool:
-        """Whether rounding can have put a few positions of support and mask on the other side of a selection."""
+        """Rounding can have put the differing positions of support and mask on the other side of a selection."""
         moved = (self.support_positions or 0) + (self.mask_positions or 0)
-        # One that falls the other way in Grow can make another fall in Adapt; and the sketches are estimates.
+        # The factor of 4 leaves room: a position that is decided differently in Grow can change another one in Adapt,
+        # and the numbers are estimates.
         return self.near_ties is not None and moved <= 4 * self.near_ties
 
     def __str__(self) -> str:
@@ -52,13 +55,13 @@ class LayerDifference:
 
 @dataclass
 class StepDifference:
-    """A step in which two runs differ."""
+    """Differences between two runs in one step."""
 
     step: int
     values: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """batch (a hash), lr, loss, grad_norm: those that differ, of both runs."""
+    """Those of batch (a hash), lr, loss and grad_norm that differ, with the values of both runs."""
     layers: list[LayerDifference] = field(default_factory=list)
-    """In the model's order."""
+    """The layers that differ, in the order of the model."""
 
     @property
     def loss_relative(self) -> float:
@@ -81,8 +84,8 @@ class StepDifference:
         return f"step {self.step}, {'; '.join(parts)}"
 
 
-def first_of(differences: list[StepDifference]) -> str:
-    """The first difference in words, and the first layer, if that differs only in a later step."""
+def describe_first(differences: list[StepDifference]) -> str:
+    """Describe the first step that differs and, if only later steps differ in layers, the first of those too."""
     text = f"first at {differences[0]}"
     if not differences[0].layers:
         later = next((one for one in differences if one.layers), None)
@@ -93,19 +96,19 @@ def first_of(differences: list[StepDifference]) -> str:
 
 
 def step_differences(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[StepDifference]:
-    """Steps that two runs both did and that differ.
+    """Compare the steps that two runs both did, and return those that differ.
 
     Args:
-        first: Lines of a trace, or of the metrics as ``metrics_of`` gives them.
+        first: Lines of a run's trace, or of its metrics as ``read_metrics`` returns them.
         second: The same of another run.
     """
     two = {line["step"]: line for line in second}
-    found = [_compare(line, two[line["step"]]) for line in first if line["step"] in two]
-    return [difference for difference in found if difference.values or difference.layers]
+    differences = [_compare_step(line, two[line["step"]]) for line in first if line["step"] in two]
+    return [difference for difference in differences if difference.values or difference.layers]
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Steps of a run without a trace: losses are means over the steps since the line before."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the metrics of a run that has no trace. Losses are means over the steps since the line before."""
     path = folder / METRICS
     if not path.is_file():
         return []
@@ -113,32 +116,41 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in lines]
 
 
-def _compare(first: dict[str, Any], second: dict[str, Any]) -> StepDifference:
+def _compare_step(first: dict[str, Any], second: dict[str, Any]) -> StepDifference:
     values = {key: (first[key], second[key]) for key in _SCALARS if key in first and first[key] != second[key]}
-    found = StepDifference(first["step"], values)
+    difference = StepDifference(first["step"], values)
     ours, theirs = first.get("layers", {}), second.get("layers", {})
     for name in dict.fromkeys([*ours, *theirs]) if ours and theirs else ():
         one, two = ours.get(name), theirs.get(name)
         if one is None or two is None:
-            found.layers.append(LayerDifference(name, ["only in one run"], 0.0, 0.0))
+            difference.layers.append(LayerDifference(name, ["only in one run"], 0.0, 0.0))
         elif one != two:
-            found.layers.append(_layer(name, one, two, first.get("topology"), second.get("topology")))
-    return found
+            difference.layers.append(_compare_layer(name, one, two, first.get("topology"), second.get("topology")))
+    return difference
 
 
-def _layer(
-    name: str, one: list[Any], two: list[Any], moved: dict[str, Any] | None, moved_too: dict[str, Any] | None
+def _compare_layer(
+    name: str, one: list[Any], two: list[Any], evolved: dict[str, Any] | None, evolved_too: dict[str, Any] | None
 ) -> LayerDifference:
+    """Compare the traced hashes and sketches of one layer.
+
+    Args:
+        name: Name of the layer.
+        one: Hashes of support, mask, deltas and weights in the first run, and a sketch of its deltas.
+        two: The same of the second run.
+        evolved: In a step with an evolution, by layer: sketches of support and mask, and number of near-ties.
+        evolved_too: The same of the second run.
+    """
     kinds = [kind for kind, a, b in zip(_KINDS, one, two, strict=False) if a != b]
     apart = distance(one[4], two[4]) / SCALE
     size = max(distance(row[4], [0] * len(row[4])) for row in (one, two)) / SCALE
-    found = LayerDifference(name, kinds, apart, apart / size if size else 0.0)
-    if moved and moved_too and name in moved and name in moved_too:
-        pairs = zip(("support", "mask"), moved[name], moved_too[name], strict=False)
+    difference = LayerDifference(name, kinds, apart, apart / size if size else 0.0)
+    if evolved and evolved_too and name in evolved and name in evolved_too:
+        pairs = zip(("support", "mask"), evolved[name], evolved_too[name], strict=False)
         counts = {kind: round(distance(a, b) ** 2) for kind, a, b in pairs}
-        found.support_positions, found.mask_positions = counts["support"], counts["mask"]
-        found.near_ties = min(moved[name][2], moved_too[name][2])
-    return found
+        difference.support_positions, difference.mask_positions = counts["support"], counts["mask"]
+        difference.near_ties = min(evolved[name][2], evolved_too[name][2])
+    return difference
 
 
 def _relative(one: float, two: float) -> float:

@@ -1,1 +1,1 @@
-"""Summaries, tables and figures of runs and sweeps, from the files that they left."""
+"""Summaries, tables and figures of runs and sweeps, made from the files that they wrote."""

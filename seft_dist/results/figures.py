@@ -1,4 +1,4 @@
-"""Figures of a run: loss, evolutions, perplexity. matplotlib (the extra ``plots``) is imported only here."""
+"""Figures of a run: loss, evolutions and perplexity. matplotlib (the extra ``plots``) is imported only here."""
 
 import io
 import math
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seft_dist.files.writing import write_bytes
-from seft_dist.results.report import Run
+from seft_dist.results.report import FinishedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours: distinct for colour-blind readers too
+# Okabe and Ito's palette, which colour-blind readers can distinguish too
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#9A9A9A"
 _SIZE = (7.0, 4.0)
 STYLE: dict[str, Any] = {
@@ -26,10 +26,10 @@ STYLE: dict[str, Any] = {
 
 
 def load_pyplot(option: str) -> Any:
-    """Import matplotlib.pyplot such that it draws into files only.
+    """Import matplotlib.pyplot with a backend that draws into files only.
 
     Args:
-        option: Of the command line, by which one goes without it.
+        option: Option of the command line that switches figures off, for the error message.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -44,15 +44,15 @@ def load_pyplot(option: str) -> Any:
     return matplotlib.pyplot
 
 
-def write_figures(run: Run, folder: Path) -> list[Path]:
-    """Draw loss.png, evolutions.png (if there were any) and perplexity.png.
+def write_run_figures(run: FinishedRun, folder: Path) -> list[Path]:
+    """Draw loss.png, evolutions.png (if there were evolutions) and perplexity.png.
 
     Args:
         run: The run.
-        folder: Where the files go; made if needed.
+        folder: Folder for the files; it is created if needed.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -76,7 +76,7 @@ def write_figures(run: Run, folder: Path) -> list[Path]:
     return paths
 
 
-def _loss(run: Run, axes: "Axes") -> None:
+def _loss(run: FinishedRun, axes: "Axes") -> None:
     steps = [line["step"] for line in run.steps]
     losses = [line["loss"] for line in run.steps]
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="as recorded")
@@ -90,7 +90,7 @@ def _loss(run: Run, axes: "Axes") -> None:
 
 
 def smooth(values: list[float], decay: float = 0.8) -> list[float]:
-    """Exponential mean with the usual correction for its start."""
+    """Exponential moving average, with the bias correction for its first values that Adam uses."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
@@ -98,15 +98,15 @@ def smooth(values: list[float], decay: float = 0.8) -> list[float]:
     return smoothed
 
 
-def _evolutions(run: Run, axes: "Axes") -> None:
-    # The first support is grown from nothing; beside it, the moves that follow would hardly be seen.
+def _evolutions(run: FinishedRun, axes: "Axes") -> None:
+    # The first support is grown from nothing, so its bar would make those of the later evolutions invisible
     shown = [line for line in run.evolutions if not line.get("first")] or run.evolutions
     groups = {"dropped": GREY, "grown": BLUE, "reactivated": ORANGE}
     width = 0.8 / len(groups)
     for i, (name, colour) in enumerate(groups.items()):
-        places = [position + (i - 1) * width for position in range(len(shown))]
+        positions = [index + (i - 1) * width for index in range(len(shown))]
         label = "reactivated (grown at pruned positions)" if name == "reactivated" else name
-        axes.bar(places, [line[name] for line in shown], width, color=colour, label=label)
+        axes.bar(positions, [line[name] for line in shown], width, color=colour, label=label)
     axes.set_xticks(range(len(shown)), [str(line["step"]) for line in shown])
     title = "Entries moved in each evolution"
     if len(shown) < len(run.evolutions):
@@ -119,7 +119,7 @@ def _evolutions(run: Run, axes: "Axes") -> None:
     axes.legend(ncols=len(groups), loc="upper left")
 
 
-def _perplexity(run: Run, axes: "Axes") -> None:
+def _perplexity(run: FinishedRun, axes: "Axes") -> None:
     heights = [value if math.isfinite(value) else 0.0 for value in run.perplexity.values()]
     bars = axes.bar(list(run.perplexity), heights, 0.6, color=[GREEN, GREY, BLUE])
     axes.bar_label(bars, [f"{value:.1f}" for value in run.perplexity.values()], padding=3, fontsize=12)

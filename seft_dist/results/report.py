@@ -1,7 +1,7 @@
-"""What came out of a run: summary.json, a table and figures, from the files that train.py and evaluate.py left.
+"""Summary of a finished run (summary.json, tables), from the files that train.py and evaluate.py wrote.
 
 runs/x/config.yaml     the configuration          runs/x/metrics.jsonl    one line for each logged step
-runs/x/result.json     the run in few numbers     runs/x/eval.json        perplexity of dense, pruned and repaired model
+runs/x/result.json     totals of the run          runs/x/eval.json        perplexity of dense, pruned and repaired model
 """
 
 from collections.abc import Callable
@@ -20,23 +20,31 @@ from seft_dist.files.reading import LENIENT, check_kind, read_json
 from seft_dist.files.writing import write_json
 from seft_dist.results.run_files import (
     Count,
-    Line,
-    Result,
-    how_measured,
-    read_config,
+    MetricsLine,
+    RunResult,
+    list_differences,
+    measurement_of,
     read_evaluations,
     read_lines,
-    unlike,
+    read_run_config,
 )
 
 T = TypeVar("T")
 
 MODELS = ("dense", "pruned", "repaired")
-# Order of summary.json; what is neither model nor perplexity is copied from result.json.
 _KEYS = (
-    *("model", "backend", "world_size", "density", "steps", "perplexity"),
-    *("sparsity", "evolutions", "reactivated", "seconds"),
+    "model",
+    "backend",
+    "world_size",
+    "density",
+    "steps",
+    "perplexity",
+    "sparsity",
+    "evolutions",
+    "reactivated",
+    "seconds",
 )
+"""Keys of summary.json, in order; all but "model" and "perplexity" are copied from result.json."""
 
 
 @with_config(LENIENT)
@@ -46,7 +54,7 @@ class _Cost(TypedDict):
 
 
 @with_config(LENIENT)
-class _Evolution(TypedDict):
+class _EvolutionLine(TypedDict):
     dropped: Count
     grown: Count
     reactivated: Count
@@ -58,93 +66,88 @@ class _Evolution(TypedDict):
 
 
 @with_config(LENIENT)
-class _Step(Line):
+class _StepLine(MetricsLine):
     tokens: Count
-    evolution: NotRequired[_Evolution]
+    evolution: NotRequired[_EvolutionLine]
 
 
 @with_config(LENIENT)
-class _Whole(Result):
+class _CompleteResult(RunResult):
     world_size: Count
     backend: str
     density: float
 
 
 @with_config(LENIENT)
-class _Measured(TypedDict):
+class _MeasuredModel(TypedDict):
     path: str
     perplexity: float
     sparsity: float
 
 
 @with_config(LENIENT)
-class _Method(TypedDict):
+class _SeftSettings(TypedDict):
     adapt: str
     reactivation: float
 
 
 @with_config(LENIENT)
 class _Config(TypedDict):
-    seft: _Method
+    seft: _SeftSettings
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished and evaluated run, as read from its folder."""
 
     folder: Path
     config: dict[str, Any]
     """The resolved TrainConfig."""
     result: dict[str, Any]
-    """The trainer's numbers."""
+    """Content of result.json."""
     steps: list[dict[str, Any]]
-    """The lines of metrics.jsonl, by step."""
+    """Lines of metrics.jsonl, by step."""
     models: dict[str, dict[str, Any]]
-    """What was measured of each model in MODELS: path, perplexity, sparsity (share of zeros) ..."""
-    apart: list[str]
-    """What keeps the perplexities from being compared: other types of weights, windows, texts."""
+    """Entries of eval.json for each model in MODELS: path, perplexity, sparsity (share of zeros) ..."""
+    not_comparable: list[str]
+    """Differences because of which the perplexities cannot be compared, such as other dtypes, windows or texts."""
 
     @property
     def name(self) -> str:
-        """The model's name: that of the dense one's folder."""
+        """Name of the model: that of the dense model's folder."""
         return Path(self.models["dense"]["path"]).name
 
     @property
     def perplexity(self) -> dict[str, float]:
-        """Of each model in MODELS."""
+        """Perplexity of each model in MODELS."""
         return {name: self.models[name]["perplexity"] for name in MODELS}
 
     @property
     def evolutions(self) -> list[dict[str, Any]]:
-        """The evolutions' records, each with its step."""
+        """Records of the evolutions, each with its step."""
         return [{"step": line["step"], **line["evolution"]} for line in self.steps if "evolution" in line]
 
 
-def read_run(folder: Path) -> Run:
-    """Read the files of a run.
+def read_run(folder: Path) -> FinishedRun:
+    """Read and check the files of a run.
 
     Args:
         folder: ``output`` of launch/train.py, with eval.json of launch/evaluate.py in it.
 
-    Returns:
-        The run.
-
     Raises:
-        ValueError: A file or a number in it is missing; says which command makes it.
+        ValueError: A file or an entry is missing; the message names the command that writes it.
     """
-    train, evaluate = (
-        "finish the run with launch/train.py",
-        f"run launch/evaluate.py with --output {folder / 'eval.json'}",
-    )
-    config = _read(read_config, folder / "config.yaml", train)
+    train = "finish the run with launch/train.py"
+    evaluate = f"run launch/evaluate.py with --output {folder / 'eval.json'}"
+    config = _read(read_run_config, folder / "config.yaml", train)
     result = _read(lambda path: read_json(path, dict[str, Any]), folder / "result.json", train)
-    lines = _read(lambda path: read_lines(path, _Step), folder / "metrics.jsonl", train)
-    found = _read(read_evaluations, folder / "eval.json", evaluate)
-    models = found["models"]
+    lines = _read(lambda path: read_lines(path, _StepLine), folder / "metrics.jsonl", train)
+    evaluations = _read(read_evaluations, folder / "eval.json", evaluate)
+    models = evaluations["models"]
     missing = [key for key in _KEYS if key not in ("model", "perplexity") and key not in result]
     if missing or not lines:
         raise ValueError(f"{folder} is not a whole run, it has no {', '.join(missing or ['steps'])}: {train}")
-    check_kind(result, _Whole, str(folder / "result.json"))
+    check_kind(result, _CompleteResult, str(folder / "result.json"))
     check_kind(config, _Config, str(folder / "config.yaml"))
     missing = [name for name in MODELS if "perplexity" not in models.get(name, {})]
     if missing:
@@ -152,15 +155,15 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'eval.json'} has no perplexity of {', '.join(missing)}: {evaluate} and these names"
         )
     for name in MODELS:
-        check_kind(models[name], _Measured, f"{folder / 'eval.json'}, model {name}")
-    apart = unlike({name: how_measured(found, name) for name in MODELS})
-    return Run(
+        check_kind(models[name], _MeasuredModel, f"{folder / 'eval.json'}, model {name}")
+    not_comparable = list_differences({name: measurement_of(evaluations, name) for name in MODELS})
+    return FinishedRun(
         folder=folder,
         config=config,
         result=result,
         steps=lines,
         models={name: dict(models[name]) for name in models},
-        apart=apart,
+        not_comparable=not_comparable,
     )
 
 
@@ -173,14 +176,11 @@ def _read(read: Callable[[Path], T], path: Path, remedy: str) -> T:
         raise ValueError(f"{error}; if it cannot be repaired: {remedy}") from error
 
 
-def write_summary(run: Run) -> Path:
-    """Write summary.json into the run's folder, whole or not at all.
-
-    Args:
-        run: The run.
+def write_summary(run: FinishedRun) -> Path:
+    """Write summary.json into the run's folder.
 
     Returns:
-        The file.
+        The path of the file.
     """
     values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
@@ -188,13 +188,8 @@ def write_summary(run: Run) -> Path:
     return path
 
 
-def print_tables(run: Run, console: Console) -> None:
-    """Print perplexities, the run and its evolutions.
-
-    Args:
-        run: The run.
-        console: Where to print.
-    """
+def print_tables(run: FinishedRun, console: Console) -> None:
+    """Print the perplexities, a summary of the run, and its evolutions."""
     result, sparsity = run.result, run.result["sparsity"]
     table = Table(title=f"{run.name}: held-out text")
     table.add_column("model")
@@ -206,19 +201,19 @@ def print_tables(run: Run, console: Console) -> None:
         share = f"{value / run.perplexity['pruned']:.0%}" if run.perplexity["pruned"] else "-"
         table.add_row(name, f"{value:.2f}", share, zeros)
     console.print(table)
-    if run.apart:
-        text = f"Warning: these perplexities cannot be compared: {'; '.join(run.apart)}"
+    if run.not_comparable:
+        text = f"Warning: these perplexities cannot be compared: {'; '.join(run.not_comparable)}"
         console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     seft, method = run.config["seft"], result.get("method", "seft")
-    what = (
+    trained = (
         f"deltas on {result['density']:.2%} of the weights, adapt {seft['adapt']}, reactivation {seft['reactivation']}"
     )
     if method not in VARIANTS:
-        what = f"method {method}, {result['trainable']:,} trained values"
+        trained = f"method {method}, {result['trainable']:,} trained values"
     console.print(
         f"{result['steps']} steps on {result['world_size']} x {result['backend']} in {result['seconds']:.0f} s, "
-        f"{run.steps[-1]['tokens']:,} tokens; {what}; layers with another number of zeros than before: "
+        f"{run.steps[-1]['tokens']:,} tokens; {trained}; layers with another number of zeros than before: "
         f"{sparsity['layers_off_target']}"
     )
     if not run.evolutions:
@@ -234,13 +229,17 @@ def print_tables(run: Run, console: Console) -> None:
     console.print(_table_of_phases([line["phases"] for line in run.evolutions]))
 
 
-def _table_of_phases(found: list[dict[str, dict[str, float]]]) -> Table:
-    """What the parts of an evolution cost, the steps of its window included."""
+def _table_of_phases(evolutions: list[dict[str, dict[str, float]]]) -> Table:
+    """Tabulate the mean cost of the parts of an evolution, including the steps of its window.
+
+    Args:
+        evolutions: Costs of each evolution, by the name of the part.
+    """
     table = Table(title="Parts of an evolution, mean (MB sent: by one rank)", box=SIMPLE, padding=0)
     for name in ("part", "seconds", "MB sent"):
         table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
-    for name in found[0]:
-        costs = [phases[name] for phases in found if name in phases]
-        seconds, sent = (sum(cost[key] for cost in costs) / len(found) for key in ("seconds", "bytes_sent"))
+    for name in evolutions[0]:
+        costs = [phases[name] for phases in evolutions if name in phases]
+        seconds, sent = (sum(cost[key] for cost in costs) / len(evolutions) for key in ("seconds", "bytes_sent"))
         table.add_row(name, f"{seconds:.3f}", f"{sent / 1e6:.3f}")
     return table

@@ -1,4 +1,4 @@
-"""What runs leave in their folders, read and checked: result.json, metrics.jsonl, eval.json, config.yaml."""
+"""Reading and checking of the files of a run: result.json, metrics.jsonl, eval.json, config.yaml."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +12,8 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 @with_config(LENIENT)
-class Sparsity(TypedDict):
-    """Zeros in the targets."""
+class SparsityResult(TypedDict):
+    """Zeros in the targets, in result.json: shares, and the number of layers whose count has changed."""
 
     final: float
     layers_off_target: Count
@@ -21,21 +21,21 @@ class Sparsity(TypedDict):
 
 
 @with_config(LENIENT)
-class Result(TypedDict):
-    """result.json."""
+class RunResult(TypedDict):
+    """Content of result.json."""
 
     steps: Count
     loss: float | None
     seconds: float
-    sparsity: Sparsity
+    sparsity: SparsityResult
     tokens: NotRequired[Count]
     trainable: NotRequired[Count]
     peak_memory_bytes: NotRequired[Count | None]
 
 
 @with_config(LENIENT)
-class Line(TypedDict):
-    """A line of metrics.jsonl."""
+class MetricsLine(TypedDict):
+    """Content of a line of metrics.jsonl."""
 
     step: Count
     loss: float
@@ -43,8 +43,8 @@ class Line(TypedDict):
 
 
 @with_config(LENIENT)
-class Model(TypedDict):
-    """A model in eval.json."""
+class EvaluatedModel(TypedDict):
+    """Entry of one model in eval.json."""
 
     path: NotRequired[str]
     perplexity: NotRequired[float]
@@ -58,42 +58,42 @@ class Model(TypedDict):
 
 @with_config(LENIENT)
 class Evaluations(TypedDict):
-    """eval.json."""
+    """Content of eval.json."""
 
-    models: dict[str, Model]
+    models: dict[str, EvaluatedModel]
     data: NotRequired[dict[str, Any] | None]
     settings: NotRequired[dict[str, Any]]
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> RunResult:
     """Read result.json.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
     """
-    return read_json(path, Result)
+    return read_json(path, RunResult)
 
 
 def read_evaluations(path: Path) -> Evaluations:
     """Read eval.json.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
     """
     return read_json(path, Evaluations)
 
 
-def read_lines(path: Path, kind: Any = Line) -> list[Any]:
+def read_lines(path: Path, kind: Any = MetricsLine) -> list[Any]:
     """Read metrics.jsonl; a last line that is still being written is left out.
 
     Args:
         path: The file.
-        kind: What each line must hold.
+        kind: Type that each line must have.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file.
         ValueError: A line is damaged.
     """
     lines = read_text(path).splitlines()
@@ -103,50 +103,52 @@ def read_lines(path: Path, kind: Any = Line) -> list[Any]:
     return [parse_json(line, adapter, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_run_config(path: Path) -> dict[str, Any]:
     """Read config.yaml of a run.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
     """
     return check_kind(read_yaml(path), dict[str, Any], str(path))
 
 
-def how_measured(found: Evaluations, model: str) -> dict[str, Any]:
-    """All that decides about a model's perplexity beside its weights, as far as eval.json says it.
+def measurement_of(evaluations: Evaluations, model: str) -> dict[str, Any]:
+    """Collect everything except its weights that a model's perplexity depends on, as far as eval.json records it.
+
+    A file of an earlier version has no ``policy``; then the entries are taken from its data and settings.
 
     Args:
-        found: eval.json.
-        model: One of its models.
+        evaluations: Content of eval.json.
+        model: Name of one of its models.
     """
-    entry = found["models"][model]
-    how: dict[str, Any] = {"num_tokens": entry["num_tokens"]} if "num_tokens" in entry else {}
+    entry = evaluations["models"][model]
+    conditions: dict[str, Any] = {"num_tokens": entry["num_tokens"]} if "num_tokens" in entry else {}
     if "policy" in entry:
-        return how | {name: value for name, value in entry["policy"].items() if name != "data"}
-    data, settings = found.get("data") or {}, found.get("settings", {})
-    how |= {name: data[name] for name in ("path", "name", "split", "holdout", "holdout_every") if name in data}
-    how |= {"seq_len": entry["window"]} if "window" in entry else {}
-    how |= {"stride": entry["stride"]} if "stride" in entry else {}
-    how |= {name: settings[name] for name in ("max_tokens", "dtype") if settings.get(name, "auto") != "auto"}
-    return how
+        return conditions | {name: value for name, value in entry["policy"].items() if name != "data"}
+    data, settings = evaluations.get("data") or {}, evaluations.get("settings", {})
+    conditions |= {name: data[name] for name in ("path", "name", "split", "holdout", "holdout_every") if name in data}
+    conditions |= {"seq_len": entry["window"]} if "window" in entry else {}
+    conditions |= {"stride": entry["stride"]} if "stride" in entry else {}
+    conditions |= {name: settings[name] for name in ("max_tokens", "dtype") if settings.get(name, "auto") != "auto"}
+    return conditions
 
 
-def unlike(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Name what differs between numbers that stand side by side.
+def list_differences(conditions: dict[str, dict[str, Any]]) -> list[str]:
+    """List the conditions that differ between several measurements.
 
     Args:
-        found: Name of each number, and how it was measured. What one of them does not say is not compared for it.
+        conditions: Conditions of each measurement, by its name. A measurement without an entry is not compared in it.
 
     Returns:
-        "seq_len is 16 (a, b), 64 (c)" for each entry that differs.
+        A text such as "seq_len is 16 (a, b); 64 (c)" for each entry that differs.
     """
     texts = []
-    for key in dict.fromkeys(key for how in found.values() for key in how):
+    for key in dict.fromkeys(key for entries in conditions.values() for key in entries):
         names: dict[str, list[str]] = {}
-        for name, how in found.items():
-            if key in how:
-                names.setdefault(str(how[key]), []).append(name)
+        for name, entries in conditions.items():
+            if key in entries:
+                names.setdefault(str(entries[key]), []).append(name)
         if len(names) > 1:
             texts.append(f"{key} is " + "; ".join(f"{value} ({', '.join(of[:4])})" for value, of in names.items()))
     return texts

@@ -1,8 +1,8 @@
-"""The table of a sweep, from the files that its runs have left: what differs between them, how each ended, means over seeds.
+"""Tables of a sweep, from the files of its runs: the varied settings, the result of each run, and means over seeds.
 
-SWEEP/tasks.tsv                which runs there should be: name, tab, options (written by slurm/sweep.sbatch; may be absent)
-SWEEP/NAME/config.yaml, metrics.jsonl, result.json, eval.json, slurm/attempts.tsv     what each run wrote, as far as it came
-SWEEP/sweep.csv, sweep.md, sweep.png                                                  what is written here
+SWEEP/tasks.tsv        the runs of the sweep: name, tab, options (written by slurm/sweep.sbatch; may be absent)
+SWEEP/NAME/            config.yaml, metrics.jsonl, result.json, eval.json and slurm/attempts.tsv of each run, if written
+SWEEP/sweep.csv, sweep.md, sweep.png      the files written here
 """
 
 import csv
@@ -20,37 +20,43 @@ from rich.table import Table
 from seft_dist.config import SweepConfig
 from seft_dist.files.reading import read_text
 from seft_dist.files.writing import write_text
-from seft_dist.results.run_files import how_measured, read_config, read_evaluations, read_lines, read_result, unlike
+from seft_dist.results.run_files import (
+    list_differences,
+    measurement_of,
+    read_evaluations,
+    read_lines,
+    read_result,
+    read_run_config,
+)
 
 TASKS = "tasks.tsv"
 SEEDS = ("seed", "seft.seed", "baseline.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
-_WHERE = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
-"""Settings by which runs of one sweep may differ and still be averaged: they say where a run went, not what it did."""
+_WITHOUT_EFFECT = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
+"""Settings in which runs may differ and still be averaged: they choose where and how a run is executed."""
 _MEANS = ("loss", "perplexity", "sparsity", "seconds")
 _NUMBERS = {"loss": ".4f", "perplexity": ".3f", "sparsity": ".4%", "seconds": ".0f"}
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep, begun or not."""
+    """One run of a sweep, started or not."""
 
     name: str
     settings: dict[str, str]
-    """Options by which it may differ from the others, by their dotted names."""
+    """Options in which the run may differ from the others, by their dotted names."""
     measured: dict[str, Any]
-    """Of MEASURED, what is known; loss: training loss of the last record, in nats per token; perplexity: of the model
-    "repaired" in eval.json; sparsity: share of zeros in the targets; off target: layers with another number of zeros than
-    before."""
+    """Known values of MEASURED. loss: training loss of the last record, in nats per token; perplexity: that of the
+    model "repaired" in eval.json; sparsity: share of zeros in the targets; off target: number of layers whose number of
+    zeros has changed."""
     made: dict[str, Any] = field(default_factory=dict)
-    """What runs must have in common beside their settings for a mean over them: target sparsity, and the options in
-    config.yaml."""
+    """Target sparsity, and the options in config.yaml: runs must agree in these to be averaged."""
     evaluated: dict[str, Any] = field(default_factory=dict)
-    """How the perplexity was measured."""
+    """Conditions under which the perplexity was measured."""
 
     @property
     def finished(self) -> bool:
-        """True if the run has a result."""
+        """The run has a result."""
         return self.measured["status"] == "finished"
 
 
@@ -63,7 +69,7 @@ class Sweep:
 
     @property
     def varied(self) -> list[str]:
-        """The settings that are not the same in all runs; of two that always go together only the first."""
+        """The settings that differ between runs; of several seeds that always change together only the first."""
         names: list[str] = []
         columns: list[list[str]] = []
         for name in dict.fromkeys(name for run in self.runs for name in run.settings):
@@ -74,23 +80,20 @@ class Sweep:
         return names
 
     def groups(self) -> dict[tuple[str, ...], list[SweepRun]]:
-        """Finished runs that differ in their seeds only, by the other varied settings."""
+        """Group the finished runs that differ only in their seeds, by the values of the other varied settings."""
         others = [name for name in self.varied if name not in SEEDS]
-        found: dict[tuple[str, ...], list[SweepRun]] = {}
+        grouped: dict[tuple[str, ...], list[SweepRun]] = {}
         for run in self.runs:
             if run.finished:
-                found.setdefault(tuple(run.settings.get(name, "") for name in others), []).append(run)
-        return found
+                grouped.setdefault(tuple(run.settings.get(name, "") for name in others), []).append(run)
+        return grouped
 
 
 def read_sweep(config: SweepConfig) -> Sweep:
     """Read the runs of a sweep, finished or not.
 
     Args:
-        config: Where they are.
-
-    Returns:
-        The sweep.
+        config: The sweep, with its folder.
 
     Raises:
         ValueError: There is no run in the folder, or a file of a run cannot be read.
@@ -101,8 +104,8 @@ def read_sweep(config: SweepConfig) -> Sweep:
     names = [*tasks, *(name for name in begun if name not in tasks)]
     if not names:
         raise ValueError(f"{folder} holds neither {TASKS} nor a run: needs the folder of slurm/sweep.sbatch (SWEEP)")
-    all_told = tasks.keys() >= set(names)
-    return Sweep(folder, [_read_run(name, folder / name, tasks.get(name, {}), all_told) for name in names])
+    all_listed = tasks.keys() >= set(names)
+    return Sweep(folder, [_read_run(name, folder / name, tasks.get(name, {}), all_listed) for name in names])
 
 
 def _read_tasks(path: Path) -> dict[str, dict[str, str]]:
@@ -116,11 +119,19 @@ def _read_tasks(path: Path) -> dict[str, dict[str, str]]:
     return tasks
 
 
-def _read_run(name: str, run: Path, options: dict[str, str], all_told: bool) -> SweepRun:
-    """One run; its settings are those it was to get where tasks.tsv names all runs, or where it has not begun."""
+def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -> SweepRun:
+    """Read one run.
+
+    Args:
+        name: Name of the run.
+        run: Its folder, which may not exist yet.
+        options: Options of the run in tasks.tsv; empty if it is not listed there.
+        all_listed: tasks.tsv lists all runs. Then settings are the few options listed there; otherwise they are taken
+            from config.yaml, so that all runs have the same entries.
+    """
     begun = (run / "config.yaml").exists()
-    settings = _flat(read_config(run / "config.yaml")) if begun else {}
-    made = {key: value for key, value in settings.items() if key not in (*_WHERE, *SEEDS)}
+    settings = _flatten_options(read_run_config(run / "config.yaml")) if begun else {}
+    made = {key: value for key, value in settings.items() if key not in (*_WITHOUT_EFFECT, *SEEDS)}
     measured: dict[str, Any] = {"status": _status(run)}
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if lines:
@@ -134,21 +145,21 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_told: bool) -> 
             made["target sparsity"] = f"{result['sparsity']['target']:.4%}"
     evaluated: dict[str, Any] = {}
     if (run / "eval.json").exists():
-        found = read_evaluations(run / "eval.json")
-        if "perplexity" in found["models"].get("repaired", {}):
-            measured["perplexity"] = found["models"]["repaired"]["perplexity"]
-            evaluated = how_measured(found, "repaired")
-    attempts = _attempts(run)
+        evaluations = read_evaluations(run / "eval.json")
+        if "perplexity" in evaluations["models"].get("repaired", {}):
+            measured["perplexity"] = evaluations["models"]["repaired"]["perplexity"]
+            evaluated = measurement_of(evaluations, "repaired")
+    attempts = _ended_attempts(run)
     measured |= {"restarts": len(attempts) - 1} if attempts else {}
-    return SweepRun(name, options if all_told or not begun else settings, measured, made, evaluated)
+    return SweepRun(name, options if all_listed or not begun else settings, measured, made, evaluated)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """All options of a run by their dotted names, but for its output."""
+def _flatten_options(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return all options of a run by their dotted names, except its output."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten_options(value, f"{prefix}{key}.")
         elif f"{prefix}{key}" != "output":
             flat[f"{prefix}{key}"] = str(value)
     return flat
@@ -157,58 +168,54 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def _status(run: Path) -> str:
     if (run / "result.json").exists():
         return "finished"
-    ends = _attempts(run)
+    ended = _ended_attempts(run)
     if not run.is_dir():
         return "missing"
-    if len(ends) < len(list((run / "slurm").glob("*/job.txt"))) or not ends:
-        return "running or lost"  # an attempt whose node went down has written no end
-    _, how, code = ends[-1]
-    return f"{how} ({code})" if how in ("failed", "refused") else how
+    # An attempt that is running, or whose node went down, has a job.txt but has not recorded its end
+    if len(ended) < len(list((run / "slurm").glob("*/job.txt"))) or not ended:
+        return "running or lost"
+    _, end, code = ended[-1]
+    return f"{end} ({code})" if end in ("failed", "refused") else end
 
 
-def _attempts(run: Path) -> list[tuple[str, str, str]]:
-    """Restart, way and exit code of each attempt that wrote down its end (slurm/common.sh)."""
+def _ended_attempts(run: Path) -> list[tuple[str, str, str]]:
+    """Number of restarts, kind of end and exit code of each attempt that recorded its end (slurm/common.sh)."""
     path = run / "slurm" / "attempts.tsv"
     lines = read_text(path).splitlines() if path.exists() else []
     fields = [line.split("\t") for line in lines]
     return [(line[1], line[2], line[3]) for line in fields if len(line) >= 4]
 
 
-def no_means(runs: Sequence[SweepRun]) -> dict[str, list[str]]:
-    """Which numbers of runs cannot be averaged, and what differs between them.
+def not_averageable(runs: Sequence[SweepRun]) -> dict[str, list[str]]:
+    """Find the numbers of some runs that must not be averaged.
 
     Args:
-        runs: Finished, and alike in all settings but their seeds.
+        runs: Finished runs with the same settings except their seeds.
 
     Returns:
-        "loss", "perplexity", "sparsity" to what differs; empty where means may be made of all.
+        The reasons, by the name of the number ("loss", "perplexity", "sparsity"); empty if all may be averaged.
     """
-    made = unlike({run.name: run.made for run in runs})
-    how = unlike({run.name: run.evaluated for run in runs if "perplexity" in run.measured})
-    found = {"loss": made, "sparsity": made, "perplexity": [*made, *how]}
-    return {name: reasons for name, reasons in found.items() if reasons}
+    made = list_differences({run.name: run.made for run in runs})
+    evaluated = list_differences({run.name: run.evaluated for run in runs if "perplexity" in run.measured})
+    reasons_of = {"loss": made, "sparsity": made, "perplexity": [*made, *evaluated]}
+    return {name: reasons for name, reasons in reasons_of.items() if reasons}
 
 
 def warnings_of(sweep: Sweep) -> list[str]:
-    """Say which means are not made, and which numbers of the table cannot be compared."""
+    """Return warnings about means that are not computed, and about perplexities that are not comparable."""
     texts = []
     for key, group in sweep.groups().items():
-        for name, reasons in no_means(group).items() if len(group) > 1 else ():
+        for name, reasons in not_averageable(group).items() if len(group) > 1 else ():
             label = f" of {', '.join(key)}" if key else ""
             texts.append(f"No mean of {name}{label}: {'; '.join(reasons)}")
-    apart = unlike({run.name: run.evaluated for run in sweep.runs if "perplexity" in run.measured})
-    if apart:
-        texts.append(f"These perplexities cannot be compared: {'; '.join(apart)}")
+    differences = list_differences({run.name: run.evaluated for run in sweep.runs if "perplexity" in run.measured})
+    if differences:
+        texts.append(f"These perplexities cannot be compared: {'; '.join(differences)}")
     return texts
 
 
 def print_sweep(sweep: Sweep, console: Console) -> None:
-    """Print the table of runs, the means over seeds, and what is missing.
-
-    Args:
-        sweep: The runs.
-        console: Where to print.
-    """
+    """Print the table of runs, the means over seeds, warnings, and the runs that are not finished."""
     for title, head, rows in _tables(sweep):
         table = Table(title=title, box=SIMPLE, padding=(0, 1))
         for name in head:
@@ -222,17 +229,17 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
 
 
 def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
-    """Write sweep.csv (whole numbers, a line a run), sweep.md (as printed) and sweep.png.
+    """Write sweep.csv (a line for each run, numbers not rounded), sweep.md (the printed tables) and sweep.png.
 
     Args:
         sweep: The runs.
-        config: Whether to draw.
+        config: The sweep; it may switch the figure off.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        ValueError: matplotlib is wanted and not installed.
+        ValueError: A figure is to be drawn and matplotlib is not installed.
     """
     varied = sweep.varied
     text = io.StringIO()
@@ -262,7 +269,7 @@ def _progress(sweep: Sweep) -> str:
 
 
 def _tables(sweep: Sweep) -> Iterable[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of each table, as text."""
+    """Yield title, header and rows of each table, as text."""
     varied, runs = sweep.varied, sweep.runs
     shown = [name for name in MEASURED if any(name in run.measured for run in runs)]
     rows = [
@@ -279,16 +286,16 @@ def _tables(sweep: Sweep) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     yield "Means over seeds, with standard deviations", [*(n for n in varied if n not in SEEDS), "runs", *numbers], rows
 
 
-def values_of(runs: Sequence[SweepRun], name: str) -> list[float]:
-    """A number of each run that has it."""
+def measured_values(runs: Sequence[SweepRun], name: str) -> list[float]:
+    """Return the values of one number in MEASURED, of those runs that have it."""
     return [run.measured[name] for run in runs if name in run.measured]
 
 
 def _spread(name: str, group: Sequence[SweepRun]) -> str:
-    values = values_of(group, name)
+    values = measured_values(group, name)
     if not values:
         return ""
-    if len(values) > 1 and name in no_means(group):
+    if len(values) > 1 and name in not_averageable(group):
         return "unlike"
     mean = _text(name, statistics.mean(values))
     return f"{mean} +- {_text(name, statistics.stdev(values))}" if len(values) > 1 else mean

@@ -1,4 +1,4 @@
-"""The figure of a sweep: perplexity, or else loss, over the setting that was varied."""
+"""The figure of a sweep: perplexity or loss over a varied setting."""
 
 import io
 import statistics
@@ -6,21 +6,22 @@ from pathlib import Path
 
 from seft_dist.files.writing import write_bytes
 from seft_dist.results.figures import load_pyplot
-from seft_dist.results.run_files import unlike
-from seft_dist.results.sweep import SEEDS, Sweep, SweepRun, no_means, values_of
+from seft_dist.results.run_files import list_differences
+from seft_dist.results.sweep import SEEDS, Sweep, SweepRun, measured_values, not_averageable
 
 
 def draw(sweep: Sweep) -> Path:
-    """Draw sweep.png: over the varied setting with most values (density if it varies), a line for each of the others.
+    """Draw sweep.png, with one line for each combination of the settings that are not on the horizontal axis.
 
-    Perplexities are drawn if all runs have one and all were measured alike, else losses; runs that cannot be averaged are
-    points of their own.
+    The axis is the density if it varies, otherwise the setting with the most values. Perplexities are drawn if all runs
+    have one and all were measured under the same conditions, otherwise losses. Runs that must not be averaged are drawn
+    as separate points.
 
     Args:
-        sweep: With at least one finished run.
+        sweep: A sweep with at least one finished run.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -36,9 +37,9 @@ def draw(sweep: Sweep) -> Path:
     lines: dict[str, list[tuple[str, list[float]]]] = {}
     for key, group in groups.items():
         label = ", ".join(f"{others[i]} {value}" for i, value in enumerate(key) if i != axis)
-        place = "all" if axis is None else key[axis]
-        parts = [[run] for run in group] if measure in no_means(group) else [group]
-        lines.setdefault(label, []).extend((place, values_of(part, measure)) for part in parts)
+        x = "all" if axis is None else key[axis]
+        parts = [[run] for run in group] if measure in not_averageable(group) else [group]
+        lines.setdefault(label, []).extend((x, measured_values(part, measure)) for part in parts)
     figure, axes = plt.subplots(figsize=(7.0, 4.0), layout="constrained")
     for label, points in lines.items():
         means = [statistics.mean(values) for _, values in points]
@@ -57,4 +58,4 @@ def draw(sweep: Sweep) -> Path:
 
 def _measure(runs: list[SweepRun]) -> str:
     measured = all("perplexity" in run.measured for run in runs)
-    return "perplexity" if measured and not unlike({run.name: run.evaluated for run in runs}) else "loss"
+    return "perplexity" if measured and not list_differences({run.name: run.evaluated for run in runs}) else "loss"

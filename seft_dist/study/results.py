@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from seft_dist.results.run_files import how_measured, read_evaluations, read_result, unlike
+from seft_dist.results.run_files import list_differences, measurement_of, read_evaluations, read_result
 from seft_dist.study.folder import read_record
 from seft_dist.study.found import FORMAT, Results, Row, RunRow, Search, Tried
 from seft_dist.study.methods import Method
@@ -179,14 +179,14 @@ def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[s
     texts = []
     for part in (part for part in (TEST, FORGETTING) if part in state.plan.measures):
         how = {
-            cell.label: how_measured(read_evaluations(state.plan.measured_file(cell, part)), MEASURED)
+            cell.label: measurement_of(read_evaluations(state.plan.measured_file(cell, part)), MEASURED)
             for of in cells.values()
             for cell in of
             if state.measured(cell, part) is not None
         }
-        if apart := unlike(how):
+        if apart := list_differences(how):
             texts.append(f"These perplexities of the {part} part cannot be compared: {'; '.join(apart)}")
-    apart = unlike(made)
+    apart = list_differences(made)
     return texts + ([f"Runs were not made alike: {'; '.join(apart)}"] if apart else [])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from seft_dist.files.reading import read_json
-from seft_dist.results.run_files import Model, read_evaluations
+from seft_dist.results.run_files import EvaluatedModel, read_evaluations
 from seft_dist.study.found import Failure
 from seft_dist.study.methods import Method, Setting
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
@@ -78,7 +78,7 @@ class State:
         plan: The study.
         """
         self.plan = plan
-        self._models: dict[Path, Model] = {}
+        self._models: dict[Path, EvaluatedModel] = {}
         self._finished: set[Path] = set()
 
     def survey(self) -> Survey:
@@ -174,7 +174,7 @@ class State:
             self._finished.discard(run)
             shutil.rmtree(run)
 
-    def measured(self, cell: Cell, part: str) -> Model | None:
+    def measured(self, cell: Cell, part: str) -> EvaluatedModel | None:
         """Read the measurement of a cell's model on a part; None if it is missing or its file is damaged."""
         path = self.plan.measured_file(cell, part)
         if path not in self._models:
