@@ -19,7 +19,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.io.tables import kind_of
 from seft_dist.pruning.magnitude import magnitude_scores
-from seft_dist.pruning.masks import Ranking, choose
+from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.methods import open_calibration
 from seft_dist.pruning.prune import prepare
 from seft_dist.pruning.sparsegpt import Hessians, inverse_factor, sparsegpt
@@ -41,7 +41,7 @@ def errors(weight: Tensor, hessian: Tensor, ranking: Ranking) -> dict[str, float
     scores = {"magnitude": magnitude_scores(weight), "wanda": wanda_scores(weight, norm)}
     found = {}
     for name, score in scores.items():
-        found[name] = error(weight, weight.masked_fill(choose(score, weight, ranking, ALONE), 0.0), hessian)
+        found[name] = error(weight, weight.masked_fill(select_pruned(score, weight, ranking, ALONE), 0.0), hessian)
     factor, dead = inverse_factor(hessian.clone(), PruneConfig.dampening, "w")
     found["sparsegpt"] = error(weight, sparsegpt(weight, factor, dead, ranking, ALONE), hessian)
     return found

@@ -20,7 +20,7 @@ from seft_dist.baselines.adapted import MaskedLora, Spp
 from seft_dist.config import AdamConfig, BaselineConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.targets import find_targets
-from seft_dist.pruning.masks import Ranking, choose
+from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.session.distributed import start
 from seft_dist.training import trainer
@@ -293,7 +293,7 @@ def test_as_many_weights_go_as_each_row_or_group_is_told() -> None:
     scores, weight = torch.rand(6, 8), torch.randn(6, 8)
     for kind, width in (("row", 8), ("2:4", 4)):
         count = torch.randint(0, width + 1, (48 // width,))
-        gone = choose(scores, weight, Ranking(kind, 0.0), None, count)  # type: ignore[arg-type]
+        gone = select_pruned(scores, weight, Ranking(kind, 0.0), None, count)  # type: ignore[arg-type]
         for group, mask, wanted in zip(scores.view(-1, width), gone.view(-1, width), count.tolist(), strict=True):
             assert int(mask.sum()) == wanted
             assert not wanted or wanted == width or group[mask].max() < group[~mask].min()

@@ -19,8 +19,8 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.kinds import LinearWeight
 from seft_dist.modules.targets import find_targets
-from seft_dist.pruning.calibrate import Calibration, Visit, find_layers, sample_sequences
-from seft_dist.pruning.masks import Ranking, choose
+from seft_dist.pruning.calibrate import Calibration, LayerVisitor, find_layers, sample_sequences
+from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 from tests import pruning_reference
@@ -93,7 +93,7 @@ def reference_wanda(model: Any, found: Any, sequences: list[torch.Tensor], spars
     return missed
 
 
-def layer_by_layer(model: Any, sequences: list[torch.Tensor], visit: Visit) -> None:
+def layer_by_layer(model: Any, sequences: list[torch.Tensor], visit: LayerVisitor) -> None:
     for _ in Calibration(model, sequences, Group(None)).walk(visit, progress=False):
         pass
 
@@ -238,7 +238,7 @@ def test_selection_is_exact_with_ties_zeros_and_dead_inputs(data: Any) -> None:
     ranked = np.where(weight.numpy() == 0, -1.0, scores.numpy())
     expected = weight.numpy() * reference_mask(ranked, sparsity, group)
     pruned = weight.clone()
-    pruned[choose(scores, weight, Ranking(group, sparsity), Group(None))] = 0.0
+    pruned[select_pruned(scores, weight, Ranking(group, sparsity), Group(None))] = 0.0
     assert np.array_equal(pruned.numpy(), expected)
     size = columns if group == "row" else rows * columns
     before, after = (int((w.view(-1, size)[0] == 0).sum()) for w in (weight, pruned))

@@ -15,7 +15,7 @@ from torch import nn
 
 from seft_dist.backends.group import Group
 from seft_dist.pruning.magnitude import magnitude_scores
-from seft_dist.pruning.masks import Ranking, choose
+from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.sparsegpt import inverse_factor, sparsegpt
 from seft_dist.pruning.wanda import wanda_scores
 from tests import pruning_reference as reference
@@ -59,7 +59,7 @@ def test_wanda(kind: str) -> None:
     linear, inputs = tensors()
     squares = torch.cat(inputs).square().sum(0)
     weight = linear.weight.detach().clone()
-    gone = choose(wanda_scores(weight, squares.sqrt()), weight, Ranking(kind, 0.5), Group(None))
+    gone = select_pruned(wanda_scores(weight, squares.sqrt()), weight, Ranking(kind, 0.5), Group(None))
     pattern = (0, 0) if kind == "row" else (2, 4)
     theirs = wanda.sparsify_weight(linear, {linear: squares / 8}, 0.5, *pattern)
     assert torch.equal(weight.masked_fill(gone, 0), theirs)
@@ -79,5 +79,5 @@ def test_sparsegpt_masks_of_another_library() -> None:
 def test_magnitude_masks_of_another_library() -> None:
     published = maintained(f"{MODEL_OPT}.magnitude")
     weight = tensors()[0].weight.detach()
-    gone = choose(magnitude_scores(weight), weight, Ranking("2:4", 0.5), Group(None))
+    gone = select_pruned(magnitude_scores(weight), weight, Ranking("2:4", 0.5), Group(None))
     assert torch.equal(~gone, published.create_asp_mask(weight, "2:4 sparsity"))

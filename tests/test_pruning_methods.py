@@ -18,7 +18,15 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.calibrate import sample_sequences
-from seft_dist.pruning.masks import Ranking, choose, find_cut, gather_rows, num_pruned, own_rows, pruning_keys
+from seft_dist.pruning.masks import (
+    Ranking,
+    find_threshold,
+    gather_rows,
+    num_pruned,
+    own_rows,
+    pruning_keys,
+    select_pruned,
+)
 from seft_dist.pruning.prune import prepare, prune, prune_folder
 from seft_dist.pruning.sparsegpt import inverse_factor, sparsegpt
 from tests import pruning_reference as reference
@@ -205,11 +213,11 @@ def share_rows(rank: int, size: int, shape: tuple[int, int]) -> list[Tensor]:
     own = weight[first:last]
     results = []
     for ranking in (Ranking("row", 0.4), Ranking("layer", 0.4), Ranking("1:4", 0.75)):
-        gone = choose(own.abs(), own, ranking, ranks)
+        gone = select_pruned(own.abs(), own, ranking, ranks)
         results.append(gather_rows(own.masked_fill(gone, 0.0), ranks))
         results.append(gather_rows(sparsegpt(own, factor, dead, ranking, ranks), ranks))
-    cut = find_cut(ranks, lambda layer: pruning_keys(own.abs(), own * (1 + layer)), 3, 501)
-    results += [gather_rows(cut.mask(pruning_keys(own.abs(), own), i).view_as(own), ranks) for i in range(3)]
+    threshold = find_threshold(ranks, lambda layer: pruning_keys(own.abs(), own * (1 + layer)), 3, 501)
+    results += [gather_rows(threshold.mask(pruning_keys(own.abs(), own), i).view_as(own), ranks) for i in range(3)]
     return results
 
 
@@ -254,15 +262,15 @@ def test_one_decoder_layer_is_in_memory(
     method: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = prepare(configure(dense, tmp_path / "out", method=method), progress=False)
-    model, hold, held = plan.stream.model, plan.stream.hold, []
+    model, materialize, held = plan.stream.model, plan.stream.materialize, []
 
     @contextmanager
     def watched(*args: Any, **options: Any) -> Iterator[None]:
-        with hold(*args, **options):
+        with materialize(*args, **options):
             held.append(sum(value.numel() for value in model.parameters() if not value.is_meta))
             yield
 
-    monkeypatch.setattr(plan.stream, "hold", watched)
+    monkeypatch.setattr(plan.stream, "materialize", watched)
     prune(plan, progress=False)
     layers = [sum(value.numel() for value in layer.parameters()) for layer in model.model.layers]
     outside = sum(value.numel() for name, value in model.model.named_parameters() if not name.startswith("layers."))

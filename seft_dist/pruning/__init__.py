@@ -1,1 +1,1 @@
-"""Pruning: magnitude, Wanda and SparseGPT, one decoder layer at a time."""
+"""Pruning of dense models by magnitude, Wanda and SparseGPT, one decoder layer at a time."""

@@ -1,8 +1,8 @@
-"""Calibration text through a model one decoder layer at a time.
+"""Running calibration text through a model, one decoder layer at a time.
 
-Only the hidden states between two layers are held. Each layer runs twice: once for somebody to look at the inputs of
-its linears, and, when those are pruned, once more for the input of the next layer, so that every layer sees what the
-pruned layers before it produce. Ranks run different batches.
+Only the hidden states between two layers are kept. Each layer runs twice: once to observe the inputs of its linears
+and, after those were pruned, once more to compute the input of the next layer. So every layer sees what the pruned
+layers before it produce. Ranks run different batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,56 +20,57 @@ from seft_dist.data.batches import check_vocabulary
 from seft_dist.data.sequences import Sample
 
 _TOKENS_AT_ONCE = 2048
+"""Largest number of tokens in a batch."""
 
 
-class _Stop(Exception):  # noqa: N818  # no error: ends a forward pass whose rest is not needed
-    pass
+class _StopForward(Exception):  # noqa: N818  # not an error
+    """Ends a forward pass whose rest is not needed."""
 
 
 @dataclass
-class _Call:
-    """How a model calls one of its layers, apart from the hidden states."""
+class _LayerCall:
+    """The arguments with which a model calls one of its layers, except the hidden states."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers.
+    """Find the list of a model's decoder layers.
 
     Returns:
-        Its name and the list.
+        The name of the module list, and the list.
 
     Raises:
-        ValueError: There is none, or several.
+        ValueError: There is no such list, or there are several.
     """
     kinds = set(model._no_split_modules or ())
-    found = [
+    candidates = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(type(layer).__name__ in kinds for layer in module)
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} lists of decoder layers: needs one, as Llama's model.layers; "
-            "magnitude pruning (--method magnitude) works without"
+            f"{type(model).__name__} has {len(candidates)} lists of decoder layers: needs one, as Llama's "
+            "model.layers; magnitude pruning (--method magnitude) works without"
         )
-    return found[0]
+    return candidates[0]
 
 
 def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list[Tensor]:
-    """Draw calibration sequences without repetition.
+    """Draw calibration sequences at random, without repetition.
 
     Args:
         sequences: The calibration data.
-        count: How many.
-        seed: Of the draw.
+        count: Number of sequences to draw.
+        seed: Seed of the random numbers.
 
     Returns:
         ``count`` tensors of token numbers, 1-D int64.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are fewer sequences.
     """
     if len(sequences) < count:
         raise ValueError(
@@ -80,12 +81,14 @@ def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list
     return [sequences[int(index)][0] for index in order]
 
 
-Visit = Callable[[str, nn.Module, Callable[[], None]], None]
-Hold = Callable[[str], AbstractContextManager[None]]
+LayerVisitor = Callable[[str, nn.Module, Callable[[], None]], None]
+"""Function that is called with the name of a layer, the layer, and ``run``, see ``Calibration.walk``."""
+Materialize = Callable[[str], AbstractContextManager[None]]
+"""Function from the name of a module to a context in which the module's weights are in memory."""
 
 
 class Calibration:
-    """Calibration text on its way through a model's decoder layers, spread over ranks batch by batch."""
+    """Runs calibration text through a model's decoder layers; its batches are divided among the ranks."""
 
     @torch.no_grad()
     def __init__(
@@ -94,30 +97,30 @@ class Calibration:
         sequences: Sequence[Tensor],
         ranks: Group,
         *,
-        hold: Hold = lambda name: nullcontext(),
-        hold_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
+        materialize: Materialize = lambda name: nullcontext(),
+        materialize_rest: Callable[[], AbstractContextManager[None]] = nullcontext,
         device: torch.device | None = None,
     ) -> None:
-        """Look at how the model calls its layers; ``ranks`` only says which batches are this rank's.
+        """Record how the model calls its layers, and check that they form a chain. No collective is entered.
 
         Args:
             model: A causal LM in evaluation mode.
-            sequences: Token numbers, 1-D int64 each, the same on every rank; equal lengths run together.
-            ranks: Who shares the work.
-            hold: Called with a layer's name: makes its weights real, on ``device``, while the context is open.
-            hold_rest: The same for everything outside the decoder layers and the head.
-            device: Where the model computes; None: the CPU. Hidden states wait on the CPU.
+            sequences: Token numbers, 1-D int64 each, the same on every rank. Sequences of equal length form batches.
+            ranks: Ranks that share the work; each runs its own batches.
+            materialize: Puts the weights of a layer on ``device`` while the context is open.
+            materialize_rest: The same for everything except the decoder layers and the head.
+            device: Device on which the model computes; None: the CPU. Hidden states are kept on the CPU.
 
         Raises:
-            ValueError: The model's layers are not a plain chain, or its tokens are not the tokenizer's.
+            ValueError: The model's layers do not form a chain, or a token is outside the model's vocabulary.
         """
-        self._model, self._hold, self._hold_rest = model, hold, hold_rest
+        self._model, self._materialize, self._materialize_rest = model, materialize, materialize_rest
         self._device = device or torch.device("cpu")
         self._prefix, self._layers = find_layers(model)
         batches = _batches(sequences)
         for batch in batches:
             check_vocabulary({"input_ids": batch}, model)
-        # Batches do not depend on the number of ranks, so neither do the sums over each of them.
+        # The batches do not depend on the number of ranks, so neither do the statistics of each batch
         first, last = (len(batches) * number // ranks.size for number in (ranks.rank, ranks.rank + 1))
         self._own = batches[first:last]
         self._calls = {
@@ -126,31 +129,33 @@ class Calibration:
         self._check_chain(batches[0])
 
     @torch.no_grad()
-    def walk(self, visit: Visit, *, changes: bool = True, progress: bool = True) -> Iterator[str]:
-        """Visit every decoder layer in order; after each the caller's turn comes, with the layer still there.
+    def walk(self, visit: LayerVisitor, *, changes: bool = True, progress: bool = True) -> Iterator[str]:
+        """Visit every decoder layer in order, and yield after each one, while its weights are still in memory.
 
         Args:
-            visit: Called with a layer's name, the layer, and ``run``, which passes all of this rank's text through it.
-            changes: Whether ``visit`` may change weights after ``run()``: then the next layer's input is computed anew.
-            progress: Show a bar.
+            visit: Called with the name of a layer, the layer, and ``run``, which runs all of this rank's batches
+                through the layer.
+            changes: ``visit`` may change weights after ``run()``, so the next layer's input is computed again.
+            progress: Show a progress bar.
 
         Yields:
-            The layer's name.
+            The name of the layer.
         """
-        with self._hold_rest():
+        with self._materialize_rest():
             hidden = [self._first_input(batch) for batch in self._own]
         bar = tqdm(self._layers, desc="Pruning layers" if changes else "Measuring layers", disable=not progress)
         for number, layer in enumerate(bar):
             outputs: list[Tensor] = []
-            with self._hold(f"{self._prefix}.{number}"):
+            with self._materialize(f"{self._prefix}.{number}"):
 
                 def run(number: int = number, layer: nn.Module = layer, outputs: list[Tensor] = outputs) -> None:
                     outputs.clear()
                     for index, batch in enumerate(self._own):
                         call = self._calls[batch.shape][number]
-                        result = _run(layer, hidden[index].to(self._device), call)  # noqa: B023  # called in this turn only
+                        states = hidden[index].to(self._device)  # noqa: B023  # only called in this iteration
+                        result = _run(layer, states, call)
                         if changes:
-                            del result  # of no use: the weights are about to change
+                            del result  # not needed: the weights are about to change
                         else:
                             outputs.append(result.cpu())
 
@@ -165,18 +170,18 @@ class Calibration:
                     hidden = outputs
 
     def _forward(self, tokens: Tensor) -> None:
-        # without the head: nobody reads its large output
+        # Without the head, whose large output is not needed
         self._model.base_model(input_ids=tokens.to(self._device), use_cache=False)
 
     @contextmanager
-    def _held_in_turn(self) -> Iterator[None]:
-        """While open, a forward of the whole model has one decoder layer's weights at a time."""
+    def _one_layer_at_a_time(self) -> Iterator[None]:
+        """Context in which a forward pass of the model materializes the weights of one decoder layer at a time."""
         opened: list[ExitStack] = []
 
         def enter(name: str) -> Callable[..., None]:
             def before(module: nn.Module, args: Any) -> None:
                 opened.append(ExitStack())
-                opened[-1].enter_context(self._hold(name))
+                opened[-1].enter_context(self._materialize(name))
 
             return before
 
@@ -184,7 +189,7 @@ class Calibration:
             opened.pop().close()
 
         with ExitStack() as stack:
-            stack.enter_context(self._hold_rest())
+            stack.enter_context(self._materialize_rest())
             for number, layer in enumerate(self._layers):
                 stack.callback(layer.register_forward_pre_hook(enter(f"{self._prefix}.{number}"), prepend=True).remove)
                 stack.callback(layer.register_forward_hook(leave).remove)
@@ -194,11 +199,11 @@ class Calibration:
                 while opened:
                     opened.pop().close()
 
-    def _record_calls(self, tokens: Tensor) -> list[_Call]:
-        """What the model passes to each layer beside hidden states: positions, masks; some models vary it by layer."""
-        calls = [_Call() for _ in self._layers]
+    def _record_calls(self, tokens: Tensor) -> list[_LayerCall]:
+        """Record the arguments of each layer except the hidden states: positions, masks. They may differ by layer."""
+        calls = [_LayerCall() for _ in self._layers]
 
-        def recorder(call: _Call) -> Callable[..., None]:
+        def recorder(call: _LayerCall) -> Callable[..., None]:
             def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 call.args = args[1:]
                 call.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -208,52 +213,58 @@ class Calibration:
         with ExitStack() as stack:
             for layer, call in zip(self._layers, calls, strict=True):
                 stack.callback(layer.register_forward_pre_hook(recorder(call), with_kwargs=True).remove)
-            with self._held_in_turn():
+            with self._one_layer_at_a_time():
                 self._forward(tokens)
         return calls
 
     def _first_input(self, tokens: Tensor) -> Tensor:
-        """Hidden states that enter the first layer, [sequences, tokens, hidden]."""
+        """Compute the hidden states that enter the first layer, [sequences, tokens, hidden]."""
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
+            raise _StopForward
 
         handle = self._layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
             self._forward(tokens)
-        except _Stop:
+        except _StopForward:
             pass
         finally:
             handle.remove()
         return caught[0].cpu()
 
     def _check_chain(self, tokens: Tensor) -> None:
-        """Refuse models whose layers get more than what the layer before gives: the chain would be silently wrong.
+        """Check that each layer gets only the output of the layer before, and arguments that do not depend on the text.
 
-        Other tokens than the recorded ones are used, so that a call that depends on them is noticed.
+        Otherwise running layer by layer would be wrong without any error. The tokens are in another order than those
+        whose calls were recorded, so that arguments that depend on them are noticed.
+
+        Raises:
+            ValueError: The whole model and the chain of layers give different results.
         """
         calls, tokens = self._calls[tokens.shape], tokens.flip(1)
         chain: list[Tensor] = []
         ends: list[Tensor] = []
 
-        def follow(call: _Call) -> Callable[..., None]:
+        def follow(call: _LayerCall) -> Callable[..., None]:
             def after(module: nn.Module, args: Any, output: Any) -> None:
-                # inside the model's own forward, while the layer is there; .forward, for hooks are not wanted twice
+                # Runs within the model's own forward pass, while the layer is in memory. It calls .forward because
+                # calling the module would run the hooks again.
                 chain.append(_tensor(module.forward(chain.pop(), *call.args, **call.kwargs)))
                 ends[:] = [_tensor(output)]
 
             return after
 
-        with self._hold_rest():
+        with self._materialize_rest():
             chain.append(self._first_input(tokens).to(self._device))
         with ExitStack() as stack:
             for layer, call in zip(self._layers, calls, strict=True):
                 stack.callback(layer.register_forward_hook(follow(call)).remove)
-            with self._held_in_turn():
+            with self._one_layer_at_a_time():
                 self._forward(tokens)
-        # Both ran the same operations on the same shapes; the tolerance is for libraries that look at memory alignment.
+        # Both run the same operations on the same shapes. The tolerance is for libraries whose choice of algorithm
+        # depends on the alignment of memory.
         tolerance = 8 * torch.finfo(chain[0].dtype).eps * float(ends[0].abs().max())
         if not torch.allclose(ends[0], chain[0], rtol=0, atol=tolerance):
             raise ValueError(
@@ -263,7 +274,7 @@ class Calibration:
 
 
 def _batches(sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Sequences of one length stacked, up to a number of tokens: no padding, so no masks that depend on the data."""
+    """Stack sequences of equal length, up to a number of tokens. Without padding, masks do not depend on the data."""
     by_length: dict[int, list[Tensor]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(sequence)
@@ -274,7 +285,7 @@ def _batches(sequences: Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _run(layer: nn.Module, hidden: Tensor, call: _Call) -> Tensor:
+def _run(layer: nn.Module, hidden: Tensor, call: _LayerCall) -> Tensor:
     return _tensor(layer(hidden, *call.args, **call.kwargs))
 
 

@@ -1,13 +1,13 @@
-"""Scores by size alone."""
+"""Magnitude pruning: a weight is scored by its absolute value."""
 
 from torch import Tensor
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
-    """|weight| in fp32.
+    """Score weights by their absolute values.
 
     Args:
-        weight: [out, in], any float type.
+        weight: [out, in], of any floating-point dtype.
 
     Returns:
         [out, in], fp32, not negative.

@@ -1,7 +1,7 @@
-"""Which weights go: the smallest scores of each row, of a whole weight, of everything, or N of every M.
+"""Selection of the weights to prune: the smallest scores of each row, of a whole weight, of all weights, or by N:M.
 
-Ranks own consecutive rows of each weight and decide together; the choice does not depend on how many they are: exact
-counts, and among equal scores the smaller position goes first.
+Ranks own consecutive rows of each weight and select together. The selection does not depend on the number of ranks: the
+counts are exact, and among equal scores the smaller position is pruned first.
 """
 
 import math
@@ -16,26 +16,33 @@ from seft_dist.backends.group import Group
 from seft_dist.sparsity.selection import BINS, DIGITS, descend, first_histogram, histogram, keys, take, threshold_key
 
 TILE = 64
-"""Rows that are never split between ranks, so that a matrix product has the same shapes on any number of them."""
+"""Number of rows that are never divided between ranks, so that matrix products have the same shapes on any number of
+ranks and give the same bits."""
 
 
 def num_pruned(sparsity: float, numel: int) -> int:
-    """Weights to prune in a group of ``numel``: sparsity * numel, rounded to the nearest."""
+    """Number of weights to prune out of ``numel``: sparsity * numel, rounded to the nearest integer, halves upwards."""
     return math.floor(sparsity * numel + 0.5)
 
 
 def own_rows(rows: int, ranks: Group) -> tuple[int, int]:
-    """First and last (exclusive) row of a weight that this rank prunes; may be none."""
+    """Rows [start, stop) of a weight that this rank prunes; the range may be empty.
+
+    Args:
+        rows: Number of rows of the weight.
+        ranks: Ranks that share the work.
+    """
     tiles = -(-rows // TILE)
-    return tuple(min(rows, TILE * (tiles * rank // ranks.size)) for rank in (ranks.rank, ranks.rank + 1))  # type: ignore[return-value]
+    start, stop = (min(rows, TILE * (tiles * rank // ranks.size)) for rank in (ranks.rank, ranks.rank + 1))
+    return start, stop
 
 
 def gather_rows(own: Tensor, ranks: Group) -> Tensor:
-    """Put the ranks' rows together. Collective.
+    """Concatenate the rows of all ranks. Collective.
 
     Args:
-        own: [own rows, in], any type.
-        ranks: Who owns the rows.
+        own: [own rows, in], of any dtype.
+        ranks: Ranks that own the rows.
 
     Returns:
         [out, in] on every rank.
@@ -48,21 +55,21 @@ def gather_rows(own: Tensor, ranks: Group) -> Tensor:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How scores become a mask."""
+    """Rule by which scores become a mask: among which weights they are compared, and how many are pruned."""
 
     kind: str
-    """"row", "layer", or N:M such as "2:4" (N stay)."""
+    """"row", "layer", or a pattern N:M such as "2:4", in which N of M weights are kept."""
     sparsity: float
-    """Share of each row, or of the weight, that goes."""
+    """Share of each row, or of the whole weight, that is pruned; unused with a pattern."""
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
-        """N and M of a pattern, None without."""
+        """N and M of a pattern; None without a pattern."""
         kept, _, width = self.kind.partition(":")
         return (int(kept), int(width)) if width else None
 
     def check(self, name: str, columns: int) -> None:
-        """Raise a ValueError if a weight of so many input columns cannot have the pattern."""
+        """Raise a ValueError if M of the pattern does not divide the number of columns of a weight."""
         if self.kept_of is not None and columns % self.kept_of[1]:
             raise ValueError(
                 f"{name} has {columns} input columns, which --pattern {self.kind} does not divide: choose another "
@@ -70,7 +77,7 @@ class Ranking:
             )
 
     def zeros(self, rows: int, columns: int) -> int:
-        """Weights of a weight [rows, columns] that go."""
+        """Number of zeros that a weight [rows, columns] has after pruning."""
         if self.kept_of is not None:
             kept, width = self.kept_of
             return rows * columns // width * (width - kept)
@@ -80,19 +87,23 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where a ranking ends: everything below goes, and so many of the entries equal to it."""
+class KeyThreshold:
+    """Threshold of a ranking over several layers: keys above it are pruned, and some of the keys equal to it."""
 
     threshold: int
+    """The threshold, as an integer key."""
     ties: list[int]
-    """Of each layer, this rank's share."""
+    """For each layer, the number of this rank's keys equal to the threshold that are pruned."""
 
     def mask(self, key: Tensor, layer: int = 0) -> Tensor:
-        """True where a weight goes.
+        """Apply the threshold to a layer.
 
         Args:
-            key: int32 [n], from ``pruning_keys``.
-            layer: Number of the layer in the ranking.
+            key: Keys of this rank's part of the layer, int32 [n], from ``pruning_keys``.
+            layer: Index of the layer in the ranking.
+
+        Returns:
+            True where a weight is pruned, bool [n].
         """
         gone = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
         gone[take(key, self.threshold, self.ties[layer])] = True
@@ -100,11 +111,11 @@ class Cut:
 
 
 def pruning_keys(scores: Tensor, weight: Tensor) -> Tensor:
-    """Integer keys whose largest go first: zeros before all, then the smallest scores.
+    """Convert scores to integer keys, of which the largest are pruned first: zeros, then the smallest scores.
 
     Args:
-        scores: fp32, not negative.
-        weight: Same shape.
+        scores: Scores, fp32, not negative.
+        weight: The weights, of the same shape.
 
     Returns:
         int32 [numel].
@@ -113,20 +124,22 @@ def pruning_keys(scores: Tensor, weight: Tensor) -> Tensor:
 
 
 def _zeros_first(scores: Tensor, weight: Tensor) -> Tensor:
-    # A dead input has score 0 in its whole column: without this it would push a group over its number.
+    # All weights of an input that is always 0 have score 0. If zeros did not come first, such weights could be pruned
+    # in place of zeros, which stay 0 anyway: the group would end with too many zeros.
     return scores.masked_fill(weight == 0, -1.0)
 
 
-def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted: int) -> Cut:
-    """Rank the entries of several layers over all ranks, by counting. Collective.
+def find_threshold(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted: int) -> KeyThreshold:
+    """Find the threshold of a ranking of several layers over all ranks, by radix selection. Collective.
 
-    Nothing but histograms is sent, and only one layer's keys exist at a time.
+    The digits of the threshold are found one after the other, from histograms that are summed over layers and ranks. So
+    ranks exchange only histograms, and the keys of only one layer are in memory at a time.
 
     Args:
-        ranks: Who owns the entries; consecutive intervals of each layer.
-        key_of: This rank's keys of a layer; called four times for each.
-        layers: How many.
-        wanted: Entries that go.
+        ranks: Ranks that own the entries, in consecutive intervals of each layer.
+        key_of: Returns this rank's keys of a layer; called four times for each layer.
+        layers: Number of layers.
+        wanted: Number of entries to prune.
     """
     counts = torch.zeros(1, BINS, dtype=torch.int64)
     for layer in range(layers):
@@ -137,34 +150,36 @@ def find_cut(ranks: Group, key_of: Callable[[int], Tensor], layers: int, wanted:
         counts.zero_()
         for layer in range(layers):
             counts += histogram(key_of(layer), digit, int(prefix)).cpu()
-        found, left = descend(ranks.sum(counts), left)
-        prefix = prefix << bits | found
+        value, left = descend(ranks.sum(counts), left)
+        prefix = prefix << bits | value
     threshold = threshold_key(int(prefix))
     own = [int(torch.count_nonzero(key_of(layer) == threshold)) for layer in range(layers)]
     ties = ranks.stack(torch.tensor(own)).tolist()
     allowed, still = [], int(left)
-    for layer in range(layers):  # ties go in the order layer, rank, position
+    for layer in range(layers):  # equal keys are pruned in the order of layer, rank and position
         before = sum(row[layer] for row in ties[: ranks.rank])
         allowed.append(max(0, min(ties[ranks.rank][layer], still - before)))
         still = max(0, still - sum(row[layer] for row in ties))
-    return Cut(threshold, allowed)
+    return KeyThreshold(threshold, allowed)
 
 
-def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count: int | Tensor | None = None) -> Tensor:
-    """Choose the weights that go. Collective for kind "layer", else local.
+def select_pruned(
+    scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count: int | Tensor | None = None
+) -> Tensor:
+    """Select the weights to prune. Collective for kind "layer", otherwise local.
 
-    A group (row, layer) with more zeros than asked for keeps them.
+    A row, group or layer that already has more zeros than asked for keeps them.
 
     Args:
         scores: [own rows, in], fp32, not negative, finite.
-        weight: [own rows, in]; zeros of it go first.
-        ranking: How.
-        ranks: Who owns the other rows.
-        count: Weights that go in each row, or in the layer; int64 [rows], or of a pattern [groups]: in this one and that; None:
-            what the ranking says.
+        weight: [own rows, in]; its zeros are selected first.
+        ranking: Rule for the selection.
+        ranks: Ranks that own the other rows.
+        count: Number of weights to prune in each row, or in the layer. A tensor, int64 [rows], or [groups] with a
+            pattern, has a number for each of them. None: as the ranking says.
 
     Returns:
-        bool [own rows, in], True where a weight goes.
+        True where a weight is pruned, bool [own rows, in].
     """
     rows, columns = scores.shape
     if ranking.kind == "layer":
@@ -173,7 +188,7 @@ def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count
             total = int(ranks.sum(torch.tensor([rows])))
             count = ranking.zeros(total, columns)
         key = pruning_keys(scores, weight)
-        return find_cut(ranks, lambda layer: key, 1, count).mask(key).view(rows, columns)
+        return find_threshold(ranks, lambda layer: key, 1, count).mask(key).view(rows, columns)
     width = columns
     if ranking.kept_of is not None:
         kept, width = ranking.kept_of
@@ -189,9 +204,10 @@ def choose(scores: Tensor, weight: Tensor, ranking: Ranking, ranks: Group, count
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest values of each row, of equal ones those further left.
+    """Mark the ``count`` smallest values of each row; of equal values those further left.
 
-    That is what a stable sort would put first, for a fifth of its time.
+    The result is that of a stable sort, in a fifth of its time: the value with rank ``count`` is found by partitioning,
+    smaller values are marked, and of the equal ones as many as are still missing.
 
     Args:
         values: [rows, columns], fp32, finite.
@@ -202,11 +218,12 @@ def _smallest(values: Tensor, count: int) -> Tensor:
     """
     if count == 0 or not values.numel():
         return torch.zeros_like(values, dtype=torch.bool)
-    if values.device.type == "cpu":  # several times as fast as torch's
+    if values.device.type == "cpu":  # numpy's partition is several times as fast as torch's kthvalue
         last = torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1 : count].copy())
     else:
         last = values.kthvalue(count, dim=1, keepdim=True).values
     below, equal = values < last, values == last
+    # Only rows with more equal values than are missing need the running sum
     left = count - torch.count_nonzero(below, dim=1).unsqueeze(1)
     crowded = (torch.count_nonzero(equal, dim=1).unsqueeze(1) != left).squeeze(1)
     equal[crowded] &= equal[crowded].cumsum(1, dtype=torch.int32) <= left[crowded]

@@ -1,4 +1,4 @@
-"""The methods as streams of pruned weights, in the order of the model's linears."""
+"""The pruning methods, each as a generator of pruned weights in the order of the model's linears."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,9 +9,17 @@ from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.calibrate import Calibration, find_layers
-from seft_dist.pruning.kept import KeptIndex
 from seft_dist.pruning.magnitude import magnitude_scores
-from seft_dist.pruning.masks import Ranking, choose, find_cut, gather_rows, num_pruned, own_rows, pruning_keys
+from seft_dist.pruning.mask_file import MaskFile
+from seft_dist.pruning.masks import (
+    Ranking,
+    find_threshold,
+    gather_rows,
+    num_pruned,
+    own_rows,
+    pruning_keys,
+    select_pruned,
+)
 from seft_dist.pruning.owl import outlier_share, owl_sparsities
 from seft_dist.pruning.sparsegpt import ExpertHessians, Hessians, inverse_factor, sparsegpt
 from seft_dist.pruning.stream import StreamedModel
@@ -20,7 +28,7 @@ from seft_dist.sparsity.casts import cast_weight
 
 
 class Pruner:
-    """One pruning run on the rows of this rank. Every method that yields or returns weights is **collective**."""
+    """One pruning run. Each rank prunes its own rows; every method that yields or returns weights is **collective**."""
 
     def __init__(
         self,
@@ -30,35 +38,35 @@ class Pruner:
         shapes: dict[str, tuple[int, int]],
         sparsities: dict[str, float],
         sequences: list[Tensor],
-        kept: KeptIndex | None,
+        masks: MaskFile | None,
         ranks: Group,
         progress: bool,
         zeros: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
         """Args:
-        config: How to prune.
+        config: The pruning method and its settings.
         stream: The model.
-        targets: What is pruned.
-        shapes: Of the targets' weights as matrices [out, in].
-        sparsities: Of each target; OWL replaces them.
-        sequences: Calibration text, empty for methods without.
-        kept: Of method "mask".
-        ranks: Who shares the work.
-        progress: Show bars.
-        zeros: Of Wanda by rows or a pattern: weights that go in each row, or group, from a first row of a target to before a
-            last one, instead of what the sparsity says.
+        targets: The weights to prune, by name.
+        shapes: Shape [out, in] of each target's weight as a matrix.
+        sparsities: Sparsity of each target; OWL replaces them.
+        sequences: Calibration text; empty for methods that need none.
+        masks: Masks for method "mask".
+        ranks: Ranks that share the work.
+        progress: Show progress bars.
+        zeros: For Wanda by rows or with a pattern: function that returns the number of weights to prune in each row, or
+            group, of the rows [first, last) of a target. None: as the sparsity says.
         """
         self.sparsities = dict(sparsities)
-        self._config, self._stream, self._shapes, self._kept = config, stream, shapes, kept
+        self._config, self._stream, self._shapes, self._masks = config, stream, shapes, masks
         self._ranks, self._progress, self._sequences = ranks, progress, sequences
         self._linears, self._zeros = targets, zeros
         self._norms: dict[str, Tensor] = {}
 
     def pruned(self) -> Iterator[tuple[str, Tensor]]:
-        """Prune the targets one after the other.
+        """Prune the targets one after the other. Collective.
 
         Yields:
-            Name of a linear and its whole pruned weight, on every rank.
+            Name of a target and its whole pruned weight [out, in], on every rank.
         """
         config = self._config
         calibration = open_calibration(self._stream, self._sequences, self._ranks) if self._sequences else None
@@ -66,19 +74,19 @@ class Pruner:
             assert calibration is not None
             self.sparsities = self._owl(calibration)
         if config.method == "mask":
-            yield from self._bar(self._from_mask())
+            yield from self._with_progress(self._by_masks())
         elif config.ranking == "global":
             if config.method == "wanda":
                 assert calibration is not None
-                self._measure(calibration, lambda layer, norms: self._norms.update(norms))
-            yield from self._bar(self._globally())
+                self._measure_norms(calibration, lambda layer, norms: self._norms.update(norms))
+            yield from self._with_progress(self._globally())
         elif config.method == "magnitude":
-            yield from self._bar(self._by_magnitude())
+            yield from self._with_progress(self._by_magnitude())
         else:
             assert calibration is not None
-            yield from self._in_turn(calibration)
+            yield from self._layer_by_layer(calibration)
 
-    def _bar(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _with_progress(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         yield from tqdm(weights, desc="Pruning weights", total=len(self._shapes), disable=not self._progress)
 
     def _inside(self, layer_name: str) -> dict[str, Target]:
@@ -90,20 +98,24 @@ class Pruner:
     def _ranking(self, name: str) -> Ranking:
         return Ranking(self._config.ranking, self.sparsities[name])
 
-    def _from_mask(self) -> Iterator[tuple[str, Tensor]]:
-        assert self._kept is not None
-        for name in self._shapes:  # every rank reads it all: there is nothing to compute that could be shared
-            kept = self._linears[name].rows_view(self._kept.read(name))
+    def _by_masks(self) -> Iterator[tuple[str, Tensor]]:
+        assert self._masks is not None
+        for name in self._shapes:  # every rank reads every weight: there is no computation to share
+            kept = self._linears[name].rows_view(self._masks.read(name))
             yield name, self._stream.read_rows(name).masked_fill_(~kept, 0.0)
 
     def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._shapes:
             own = self._stream.read_rows(name, *self._own(name))
-            gone = choose(magnitude_scores(own), own, self._ranking(name), self._ranks)
+            gone = select_pruned(magnitude_scores(own), own, self._ranking(name), self._ranks)
             yield name, gather_rows(own.masked_fill_(gone, 0.0), self._ranks)
 
     def _globally(self) -> Iterator[tuple[str, Tensor]]:
-        """Rank all targets against each other; only this rank's rows of one weight are in memory at a time."""
+        """Compare the scores of all targets; only this rank's rows of one weight are in memory at a time. Collective.
+
+        The weights are read, and their keys computed, several times: keeping the keys of all targets would take
+        4 bytes for each weight.
+        """
         names = list(self._shapes)
 
         def read(number: int) -> tuple[Tensor, Tensor]:
@@ -116,13 +128,13 @@ class Pruner:
             return own, pruning_keys(scores, own)
 
         wanted = num_pruned(self._config.share, sum(rows * columns for rows, columns in self._shapes.values()))
-        cut = find_cut(self._ranks, lambda number: read(number)[1], len(names), wanted)
+        threshold = find_threshold(self._ranks, lambda number: read(number)[1], len(names), wanted)
         for number, name in enumerate(names):
             own, key = read(number)
-            yield name, gather_rows(own.masked_fill_(cut.mask(key, number).view_as(own), 0.0), self._ranks)
+            yield name, gather_rows(own.masked_fill_(threshold.mask(key, number).view_as(own), 0.0), self._ranks)
 
-    def _in_turn(self, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
-        """Layer by layer, each seeing what the pruned layers before it produce."""
+    def _layer_by_layer(self, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
+        """Prune one decoder layer after the other, each with the inputs that the pruned layers before it produce."""
         prune = self._by_wanda if self._config.method == "wanda" else self._by_sparsegpt
 
         def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
@@ -141,7 +153,9 @@ class Pruner:
             first, last = self._own(name)
             own = linear.as_rows()[first:last]
             count = self._zeros(name, first, last) if self._zeros is not None else None
-            gone = choose(wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count)
+            gone = select_pruned(
+                wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count
+            )
             linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(gone, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
@@ -154,41 +168,42 @@ class Pruner:
                 linears[name].weight.data = linears[name].from_rows(
                     self._compensated(name, linears[name].as_rows(), factor, dead)
                 )
-        for name, listening in experts.items():
+        for name, hessians_of_experts in experts.items():
             weight = linears[name].weight.detach()
-            for expert, hessian in enumerate(listening.close(name, self._ranks)):
+            for expert, hessian in enumerate(hessians_of_experts.close(name, self._ranks)):
                 factor, dead = inverse_factor(hessian, self._config.dampening, f"{name}, expert {expert}")
                 before = expert * weight[expert].numel()
                 weight[expert] = self._compensated(name, weight[expert], factor, dead, before)
 
     def _compensated(self, name: str, weight: Tensor, factor: Tensor, dead: Tensor, before: int = 0) -> Tensor:
-        """A weight [out, in], or one expert's part, pruned by SparseGPT on the rows of each rank. Collective."""
+        """Prune a weight [out, in], or one expert's part of it, by SparseGPT, each rank its own rows. Collective."""
         first, last = own_rows(len(weight), self._ranks)
         own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks, before)
         return gather_rows(cast_weight(own, weight.dtype)[0], self._ranks)
 
-    def _measure(self, calibration: Calibration, take: Callable[[str, dict[str, Tensor]], None]) -> None:
-        """The norms of the inputs in the dense model, given to ``take`` while the layer is in memory."""
+    def _measure_norms(self, calibration: Calibration, receive: Callable[[str, dict[str, Tensor]], None]) -> None:
+        """Measure input norms in the dense model; ``receive`` gets those of a layer while it is in memory. Collective."""
 
         def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
-            listening = {name: InputNorm(linear) for name, linear in self._inside(layer_name).items()}
+            observed = {name: InputNorm(linear) for name, linear in self._inside(layer_name).items()}
             run()
-            take(layer_name, {name: norm.close(name, self._ranks) for name, norm in listening.items()})
+            receive(layer_name, {name: norm.close(name, self._ranks) for name, norm in observed.items()})
 
         for _ in calibration.walk(visit, changes=False, progress=self._progress):
             pass
 
     def _owl(self, calibration: Calibration) -> dict[str, float]:
+        """Compute the sparsity of each target by the outliers of its decoder layer. Collective."""
         outliers: dict[str, float] = {}
         sizes: dict[str, int] = {}
 
-        def take(layer_name: str, norms: dict[str, Tensor]) -> None:
+        def count_outliers(layer_name: str, norms: dict[str, Tensor]) -> None:
             if norms:
                 scores = [wanda_scores(self._linears[name].as_rows(), norm) for name, norm in norms.items()]
                 outliers[layer_name] = outlier_share(scores, self._config.owl_threshold)
                 sizes[layer_name] = sum(score.numel() for score in scores)
 
-        self._measure(calibration, take)
+        self._measure_norms(calibration, count_outliers)
         layers = owl_sparsities(outliers, sizes, self._config.share, self._config.owl_lambda)
         return {
             name: next(sparsity for layer, sparsity in layers.items() if name.startswith(f"{layer}."))
@@ -197,12 +212,12 @@ class Pruner:
 
 
 def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Group) -> Calibration:
-    """Calibration text on its way through a model of which only the layer at work is in memory.
+    """Prepare calibration of a model of which only the layer that runs is in memory.
 
     Args:
         stream: The model.
         sequences: Token numbers, 1-D int64 each, the same on every rank.
-        ranks: Who shares the work.
+        ranks: Ranks that share the work.
     """
     base = next(name for name, module in stream.model.named_modules() if module is stream.model.base_model)
     layers, _ = find_layers(stream.model)
@@ -210,12 +225,12 @@ def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Grou
         stream.model,
         sequences,
         ranks,
-        hold=stream.hold,
-        hold_rest=lambda: stream.hold(base, without=layers),
+        materialize=stream.materialize,
+        materialize_rest=lambda: stream.materialize(base, without=layers),
         device=stream.device,
     )
 
 
 def _norm_of(norm: Tensor, first: int, last: int) -> Tensor:
-    """The input norm of rows of a weight: one for all rows, or of fused experts one for each."""
+    """Input norms of the rows [first, last) of a weight: one for all rows or, with fused experts, one for each row."""
     return norm if norm.dim() == 1 else norm[first:last]

@@ -1,7 +1,7 @@
-"""How much each layer loses: OWL's outliers, or a file.
+"""The sparsity of each layer, from the outliers of its scores (OWL) or from a file.
 
-Source: Yin, Wu, Zhang, Hsieh, Wang, Jia, Li, Jaiswal, Pechenizkiy, Liang, Bendersky, Wang, Liu, "Outlier Weighed Layerwise
-Sparsity (OWL)", arXiv 2310.05175.
+Source: Yin, Wu, Zhang, Hsieh, Wang, Jia, Li, Jaiswal, Pechenizkiy, Liang, Bendersky, Wang, Liu, "Outlier Weighed
+Layerwise Sparsity (OWL)", arXiv 2310.05175.
 """
 
 import math
@@ -15,10 +15,10 @@ from seft_dist.files.reading import read_yaml
 
 
 def outlier_share(scores: list[Tensor], threshold: float) -> float:
-    """Share of a decoder layer's scores above ``threshold`` times their mean.
+    """Share of a decoder layer's scores that are above ``threshold`` times their mean.
 
     Args:
-        scores: |weight| x norm of its input of each linear of the layer, fp32.
+        scores: Wanda's scores of each linear of the layer, fp32.
         threshold: M in the paper.
     """
     numel = sum(score.numel() for score in scores)
@@ -29,16 +29,16 @@ def outlier_share(scores: list[Tensor], threshold: float) -> float:
 def owl_sparsities(
     outliers: dict[str, float], sizes: dict[str, int], sparsity: float, spread: float
 ) -> dict[str, float]:
-    """Sparsity of each decoder layer: the more outliers, the fewer zeros.
+    """Compute the sparsity of each decoder layer: a layer with more outliers gets fewer zeros.
 
     Args:
-        outliers: Name of a decoder layer to its share of outliers.
-        sizes: Name to its number of weights; the mean over them is ``sparsity``.
-        sparsity: Of all layers together.
-        spread: lambda in the paper; no two layers differ by more than twice this.
+        outliers: Share of outliers of each decoder layer, by name.
+        sizes: Number of weights of each decoder layer; the mean sparsity over all weights is ``sparsity``.
+        sparsity: Sparsity of all layers together.
+        spread: lambda in the paper; the sparsities of two layers differ by at most twice this.
 
     Raises:
-        ValueError: A layer's sparsity is not between 0 and 1.
+        ValueError: The sparsity of a layer is not between 0 and 1.
     """
     low, high = min(outliers.values()), max(outliers.values())
     scale = 2 * spread / (high - low) if high > low else 0.0
@@ -48,24 +48,26 @@ def owl_sparsities(
     for name, value in result.items():
         if not 0 < value < 1:
             raise ValueError(
-                f"OWL gives {name} the sparsity {value:.3f}: needs one between 0 and 1; lower --owl_lambda (now {spread})"
+                f"OWL gives {name} the sparsity {value:.3f}: needs one between 0 and 1; lower --owl_lambda (now "
+                f"{spread})"
             )
     return result
 
 
 def read_sparsities(path: str, targets: Iterable[str], default: float | None) -> dict[str, float]:
-    """Read each target's sparsity from a file.
+    """Read the sparsity of each target from a file.
 
     Args:
-        path: JSON or YAML: names of modules (decoder layers, linears) to sparsities; the longest name that fits wins.
+        path: JSON or YAML file with a sparsity for names of modules (decoder layers or linears). The longest name that
+            matches a target is used.
         targets: Names of the linears.
-        default: For targets that the file does not name; None: all must be named.
+        default: Sparsity of targets that the file does not name; None: it must name all targets.
 
     Returns:
-        Target to its sparsity, 0 <= sparsity < 1.
+        Sparsity of each target, 0 <= sparsity < 1.
 
     Raises:
-        ValueError: No such file, no such content, names without a target or targets without a name.
+        ValueError: There is no such file, its content is wrong, a name matches no target, or a target has no name.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -80,7 +82,7 @@ def read_sparsities(path: str, targets: Iterable[str], default: float | None) ->
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not isinstance(name, str) or not number or not math.isfinite(value) or not 0 <= value < 1:
             raise ValueError(f"{path}: {name!r} has {value!r}: needs a name with a share of at least 0 and below 1")
-    found: dict[str, float] = {}
+    sparsities: dict[str, float] = {}
     used = set()
     for target in targets:
         fitting = [name for name in content if target == name or target.startswith(f"{name}.")]
@@ -88,8 +90,8 @@ def read_sparsities(path: str, targets: Iterable[str], default: float | None) ->
             raise ValueError(f"{path} does not name {target}: add it, or give --sparsity for what is not named")
         chosen = max(fitting, key=len, default=None)
         used.update(fitting)
-        found[target] = float(content[chosen]) if chosen is not None else float(default or 0)
+        sparsities[target] = float(content[chosen]) if chosen is not None else float(default or 0)
     unused = sorted(content.keys() - used)
     if unused:
         raise ValueError(f"{path} names {unused[0]}, which is no target and holds none: check --targets and the name")
-    return found
+    return sparsities

@@ -1,7 +1,7 @@
-"""A dense model folder in, a pruned model folder out; on one process or many ranks, with the same result.
+"""Pruning of a dense model folder to a pruned model folder, with the same result on one process or many ranks.
 
-No rank ever holds the model: writing it asks for one weight after the other, and asking for the first weight of a decoder
-layer is what prunes that layer.
+No rank ever holds the whole model: the export requests one weight after the other, and the request for the first weight
+of a decoder layer prunes that layer.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from seft_dist.files.writing import write_json
 from seft_dist.io.source import locate, open_source
 from seft_dist.modules.kinds import Target
 from seft_dist.pruning.calibrate import find_layers, sample_sequences
-from seft_dist.pruning.kept import KeptIndex
+from seft_dist.pruning.mask_file import MaskFile
 from seft_dist.pruning.masks import Ranking
 from seft_dist.pruning.methods import Pruner
 from seft_dist.pruning.owl import read_sparsities
-from seft_dist.pruning.stored_zeros import count_stored_zeros, describe, refuse_pruned
+from seft_dist.pruning.stored_zeros import count_stored_zeros, describe_zeros, refuse_pruned
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
@@ -37,32 +37,34 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checked pruning run, nothing of it done yet."""
+class PruningPlan:
+    """The checked inputs of a pruning run that has not begun."""
 
     config: PruneConfig
     stream: StreamedModel
     targets: dict[str, Target]
+    """Weights to prune, by name."""
     shapes: dict[str, tuple[int, int]]
-    """Of the targets' weights as matrices [out, in]."""
+    """Shape [out, in] of each target's weight as a matrix."""
     sparsities: dict[str, float]
-    """Of each target; OWL's are not known yet."""
+    """Sparsity of each target; those of OWL are not known yet."""
     sequences: list[Tensor]
-    """Calibration text, if the method needs it."""
-    kept: KeptIndex | None
-    """Of method "mask"."""
+    """Calibration text; empty if the method needs none."""
+    masks: MaskFile | None
+    """Masks for method "mask"."""
 
 
-def prepare(config: PruneConfig, *, device: torch.device | None = None, progress: bool = True) -> Plan:
-    """Check everything that can be checked before work starts.
+def prepare(config: PruneConfig, *, device: torch.device | None = None, progress: bool = True) -> PruningPlan:
+    """Check everything that can be checked before the work begins.
 
     Args:
-        config: What to prune, and how.
-        device: Where layers compute; None: the CPU.
+        config: The model, the method and its settings.
+        device: Device on which layers compute; None: the CPU.
         progress: Show progress bars.
 
     Raises:
-        ValueError: No such model or data, output exists, too little text, targets that cannot be pruned so.
+        ValueError: There is no such model or data, the output exists, there is too little text, or the targets cannot
+            be pruned by this method.
     """
     if config.method != "none":
         refuse_existing(Path(config.output).expanduser(), "output")
@@ -75,7 +77,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
     if config.layer_ratios not in ("uniform", "owl"):
         sparsities = read_sparsities(config.layer_ratios, shapes, config.sparsity)
     stored = {name: tuple(target.weight.shape) for name, target in targets.items()}
-    kept = KeptIndex(config.mask, stored) if config.mask is not None else None
+    masks = MaskFile(config.mask, stored) if config.mask is not None else None
     sequences: list[Tensor] = []
     if needs_text(config):
         prefix, _ = find_layers(stream.model)
@@ -89,54 +91,58 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.provenance.date))
         sequences = sample_sequences(data, config.sequences, config.seed)
-    return Plan(config, stream, targets, shapes, sparsities, sequences, kept)
+    return PruningPlan(config, stream, targets, shapes, sparsities, sequences, masks)
 
 
 def needs_text(config: PruneConfig) -> bool:
-    """Whether a run looks at activations."""
+    """Return whether a pruning run needs calibration text."""
     return config.method in ("wanda", "sparsegpt") or (config.method == "magnitude" and config.layer_ratios == "owl")
 
 
-def prune(plan: Plan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:
-    """Prune a model and write it, its tokenizer and ``pruning.json`` to ``config.output``. Collective.
+def prune(plan: PruningPlan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:
+    """Prune a model, and write it, its tokenizer and ``pruning.json`` to ``config.output``. Collective.
 
-    The folder appears complete or not at all; the first rank writes it.
+    The first rank writes the folder, which is either complete or absent.
 
     Args:
-        plan: From ``prepare``, the same on every rank.
-        ranks: Who shares the work; None: this process alone.
+        plan: The inputs, from ``prepare``; the same on every rank.
+        ranks: Ranks that share the work; None: this process alone.
         progress: Show progress bars.
 
     Returns:
-        Zeros of each target; with method "none", those it has.
+        Zeros of each target; with method "none", those that the model has already.
 
     Raises:
-        ValueError: Model pruned already or not finite, or statistics that cannot be used; on every rank.
+        ValueError: The model is pruned already, or weights or statistics are not usable; raised on every rank.
     """
     ranks = ranks or Group(None)
     config, stream = plan.config, plan.stream
     counts, pattern = count_stored_zeros(stream, plan.shapes, ranks)
     if config.method == "none":
         if ranks.rank == 0:
-            print(f"{stream.source.folder}: {describe(counts, pattern)}")
+            print(f"{stream.source.folder}: {describe_zeros(counts, pattern)}")
         return counts
     if config.method != "mask":
         refuse_pruned(stream, counts, pattern)
     pruner = Pruner(
-        config, stream, plan.targets, plan.shapes, plan.sparsities, plan.sequences, plan.kept, ranks, progress
+        config, stream, plan.targets, plan.shapes, plan.sparsities, plan.sequences, plan.masks, ranks, progress
     )
-    pulled = _Pulled(stream, pruner.pruned(), plan.targets)
-    _write(plan, pulled, pruner, ranks)
-    return [pulled.counts[name] for name in plan.shapes]
+    weights = _LazyWeights(stream, pruner.pruned(), plan.targets)
+    _write(plan, weights, pruner, ranks)
+    return [weights.counts[name] for name in plan.shapes]
 
 
 def prune_folder(config: PruneConfig, *, progress: bool = True) -> list[ZeroCount]:
-    """Both in one: ``prepare`` and ``prune``. Collective."""
+    """Prune a model in one call, as ``prepare`` and ``prune`` do. Collective."""
     return prune(prepare(config, progress=progress), progress=progress)
 
 
-class _Pulled:
-    """Gives each weight of the model when it is asked for; targets as they come out of the pruner."""
+class _LazyWeights:
+    """Function from a parameter of the model to its pruned value, which is computed when it is requested.
+
+    The pruner yields the targets in its own order. Those that it yields before the requested one are kept until their
+    turn comes; the rest of the model is read from its files.
+    """
 
     def __init__(self, stream: StreamedModel, pruned: Iterator[tuple[str, Tensor]], targets: dict[str, Target]) -> None:
         self.counts: dict[str, ZeroCount] = {}
@@ -150,13 +156,14 @@ class _Pulled:
         if target is None:
             return self._stream.read(name)
         while target not in self._waiting:
-            found, weight = next(self._pruned)
-            self.counts[found] = ZeroCount.of(found, weight)
-            self._waiting[found] = self._targets[found].from_rows(weight)
+            pruned, weight = next(self._pruned)
+            self.counts[pruned] = ZeroCount.of(pruned, weight)
+            self._waiting[pruned] = self._targets[pruned].from_rows(weight)
         return self._waiting.pop(target)
 
 
-def _write(plan: Plan, pulled: _Pulled, pruner: Pruner, ranks: Group) -> None:
+def _write(plan: PruningPlan, weights: _LazyWeights, pruner: Pruner, ranks: Group) -> None:
+    """Export the model, which prunes it, and add the record. The folder gets its name last. Collective."""
     config, source = plan.config, plan.stream.source
     output = Path(config.output).expanduser()
     tokenizer = locate(config.model.tokenizer) if config.model.tokenizer else None
@@ -166,21 +173,21 @@ def _write(plan: Plan, pulled: _Pulled, pruner: Pruner, ranks: Group) -> None:
         shutil.rmtree(staged, ignore_errors=True)
     try:
         names = list(plan.targets)
-        export_model(plan.stream.model, pulled, staged, source, writes=first, tokenizer=tokenizer, targets=names)
+        export_model(plan.stream.model, weights, staged, source, writes=first, tokenizer=tokenizer, targets=names)
         if first:
-            _warn_off_target(list(pulled.counts.values()), plan, pruner)
-            write_json(staged / "pruning.json", _record(plan, pulled, pruner))
+            _warn_off_target(list(weights.counts.values()), plan, pruner)
+            write_json(staged / "pruning.json", _record(plan, weights, pruner))
     except BaseException:
         if first:
             shutil.rmtree(staged, ignore_errors=True)
         raise
     if first:
         staged.rename(output)
-    ranks.sum(torch.zeros(1))  # nobody goes on before the folder is there
+    ranks.sum(torch.zeros(1))  # no rank continues before the folder exists
 
 
-def _warn_off_target(counts: list[ZeroCount], plan: Plan, pruner: Pruner) -> None:
-    """Rows that are 0 in the dense model, dead inputs: the count is above what was asked for."""
+def _warn_off_target(counts: list[ZeroCount], plan: PruningPlan, pruner: Pruner) -> None:
+    """Warn about targets with more zeros than asked for, because of zero rows in the dense model or dead inputs."""
     if plan.config.ranking == "global" or plan.config.method == "mask":
         return
     for count in counts:
@@ -195,12 +202,13 @@ def _warn_off_target(counts: list[ZeroCount], plan: Plan, pruner: Pruner) -> Non
             )
 
 
-def _record(plan: Plan, pulled: _Pulled, pruner: Pruner) -> dict[str, Any]:
+def _record(plan: PruningPlan, weights: _LazyWeights, pruner: Pruner) -> dict[str, Any]:
+    """Content of pruning.json: the settings, the sparsity reached, and the zeros of each target."""
     settings = dataclasses.asdict(plan.config)
     del settings["output"]
     if plan.config.method != "mask":
         settings |= {"sparsity": plan.config.share, "group": plan.config.ranking}
-    counts = [pulled.counts[name] for name in plan.shapes]
+    counts = [weights.counts[name] for name in plan.shapes]
     asked = pruner.sparsities if plan.config.layer_ratios != "uniform" else {}
     return {
         **settings,

@@ -1,7 +1,8 @@
-"""SparseGPT: column by column, a weight that goes is made up for by those that follow it in its row.
+"""SparseGPT: columns are pruned one after the other, and later weights of a row compensate for the error.
+
+Once the Hessian is known, rows are independent of each other, so each rank prunes its own rows.
 
 Source: Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", arXiv 2301.00774.
-Rows do not know of each other once the Hessian is there, so each rank prunes its own.
 """
 
 import logging
@@ -13,28 +14,31 @@ from torch.utils.hooks import RemovableHandle
 
 from seft_dist.backends.group import Group
 from seft_dist.modules.kinds import ExpertWeight, Target
-from seft_dist.pruning.masks import TILE, Ranking, choose, num_pruned
+from seft_dist.pruning.masks import TILE, Ranking, num_pruned, select_pruned
 from seft_dist.pruning.wanda import no_tokens, not_finite, unused_experts
 from seft_dist.pruning.watch import watch_inputs
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128
-"""Columns whose updates of later columns are collected and applied at once."""
+"""Number of columns in a block. The updates that a block causes in later columns are applied at once."""
 _STRIP = 1024
+"""Number of rows of a Hessian that are updated at a time."""
 _RAISES = 2
+"""Number of times that the dampening is multiplied by 10 before the inversion is given up."""
 
 
 class Hessians:
-    """2/n X X^T of the inputs of linears over all n sequences that pass, on any rank, while it listens.
+    """Accumulates the Hessians 2/n X X^T of the inputs X of linears, over all n sequences on all ranks.
 
-    Linears that are given one and the same tensor (q, k and v) share a Hessian. Sums are kept in fp64, so that how the
-    sequences are spread over ranks is lost in the rounding to fp32.
+    Forward hooks add the inputs until ``close``. Linears that get the same tensor (q, k and v) share a Hessian. Sums
+    are in fp64, so the differences that depend on how sequences are divided among ranks vanish when they are rounded to
+    fp32.
     """
 
     def __init__(self, linears: dict[str, Target]) -> None:
         """Args:
-        linears: Names and linears of one decoder layer, the same on every rank.
+        linears: Linears of one decoder layer by name, the same on every rank.
         """
         self._linears = linears
         self._leader = dict.fromkeys(linears, -1)
@@ -47,9 +51,11 @@ class Hessians:
         ]
 
     def _listener(self, number: int, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        # The hooks of q, k and v run one after the other with the very same tensor. The first of them (the leader)
+        # accumulates for all. Each layer is checked to behave the same way for every batch.
         def listen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            leader, seen = self._last
-            shared = args[0] is seen
+            leader, last_inputs = self._last
+            shared = args[0] is last_inputs
             if self._leader[name] == -1:
                 self._leader[name] = leader if shared else number
             if shared != (self._leader[name] != number):
@@ -66,22 +72,24 @@ class Hessians:
             self._sums[number] = torch.zeros(columns, columns, dtype=torch.float64, device=inputs.device)
         self._sequences[number] += inputs.shape[0] if inputs.dim() > 2 else 1
         inputs = inputs.reshape(-1, columns).float()
-        for start in range(0, columns, _STRIP):  # the upper triangle, in strips: no second matrix of this size
+        # Only the upper triangle is needed. It is updated in strips, because a product of full size would need as much
+        # memory again as the Hessian.
+        for start in range(0, columns, _STRIP):
             self._sums[number][start : start + _STRIP, start:] += (
                 inputs[:, start : start + _STRIP].T @ inputs[:, start:]
             )
 
     def close(self, ranks: Group) -> Iterator[tuple[list[str], Tensor]]:
-        """Stop listening and put all ranks' sequences together, one Hessian at a time. Collective.
+        """Remove the hooks, and sum the Hessians over ranks, one at a time. Collective.
 
         Args:
-            ranks: Who ran calibration text.
+            ranks: Ranks that ran calibration text.
 
         Yields:
-            Names of linears, and their Hessian: [in, in], fp64, symmetric.
+            Names of linears, and their common Hessian, symmetric, fp64 [in, in].
 
         Raises:
-            ValueError: No token came by, or an input was not finite; on every rank.
+            ValueError: A linear got no token, or an input that is not finite; raised on every rank.
         """
         for handle in self._handles:
             handle.remove()
@@ -100,7 +108,7 @@ class Hessians:
                     total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
                 if ranks.size > 1:
                     rows = max(1, (1 << 22) // len(total))
-                    for start in range(0, len(total), rows):  # strips again, added in the order of the ranks
+                    for start in range(0, len(total), rows):  # in strips too; ranks are added in a fixed order
                         total[start : start + rows] = ranks.stack(total[start : start + rows]).sum(dim=0)
                 total.triu_().mul_(2 / counts[number])
                 total += total.triu(1).T
@@ -110,7 +118,7 @@ class Hessians:
 
 
 class ExpertHessians:
-    """The same for each expert of one fused weight, over the tokens that chose it, while it listens."""
+    """Accumulates the Hessian of each expert of one fused weight, over the tokens that are routed to it."""
 
     def __init__(self, target: ExpertWeight) -> None:
         experts, _, columns = target.weight.shape
@@ -125,18 +133,18 @@ class ExpertHessians:
             self._tokens[expert] += len(part)
 
     def close(self, name: str, ranks: Group) -> Iterator[Tensor]:
-        """Stop listening and put all ranks' tokens together, one expert at a time. Collective.
+        """Remove the hooks, and sum the Hessians over ranks, one expert at a time. Collective.
 
         Args:
-            name: Of the weight, for messages.
-            ranks: Who ran calibration text.
+            name: Name of the weight, for messages.
+            ranks: Ranks that ran calibration text.
 
         Yields:
-            The Hessian of each expert, fp64 [in, in]; scaled by its number of tokens, which nothing depends on. One that no
-            token chose gets the mean of the others', with a warning.
+            The Hessian of each expert, fp64 [in, in], divided by its number of tokens; the scale does not affect
+            pruning. An expert that got no token has the mean of the others', with a warning.
 
         Raises:
-            ValueError: No token came by, or an input was not finite; on every rank.
+            ValueError: No expert got a token, or an input is not finite; raised on every rank.
         """
         self._end()
         tokens = ranks.sum(self._tokens)
@@ -144,7 +152,7 @@ class ExpertHessians:
             raise ValueError(no_tokens(name))
         if ranks.size > 1:
             for expert, own in enumerate(self._sums):
-                self._sums[expert] = ranks.stack(own).sum(dim=0)  # in the order of the ranks
+                self._sums[expert] = ranks.stack(own).sum(dim=0)  # added in the order of the ranks
         if not self._sums.isfinite().all():
             raise ValueError(not_finite(name))
         unused = tokens == 0
@@ -157,18 +165,19 @@ class ExpertHessians:
 
 
 def inverse_factor(hessian: Tensor, dampening: float, name: str) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse of a dampened Hessian.
+    """Compute the upper Cholesky factor of the inverse of a dampened Hessian.
 
     Args:
-        hessian: [in, in], fp64; changed.
-        dampening: Share of the mean diagonal to add; where that is not enough, 10 and 100 times as much is tried.
-        name: Of the linear, for messages.
+        hessian: The Hessian, fp64 [in, in]; it is changed.
+        dampening: Share of the mean diagonal that is added to the diagonal. If the Hessian cannot be inverted, 10 and
+            100 times as much is tried.
+        name: Name of the linear, for messages.
 
     Returns:
-        The factor, fp32 [in, in], and bool [in], True for inputs that were always 0.
+        The factor, fp32 [in, in]; and True for inputs that were always 0, bool [in].
 
     Raises:
-        ValueError: It cannot be inverted.
+        ValueError: All inputs were 0, or the Hessian cannot be inverted.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -197,6 +206,7 @@ def inverse_factor(hessian: Tensor, dampening: float, name: str) -> tuple[Tensor
 
 
 def _factor(hessian: Tensor) -> Tensor | None:
+    """Factor the inverse of a matrix; None if it is not positive definite, or the factor is not finite in fp32."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
         return None
@@ -207,18 +217,23 @@ def _factor(hessian: Tensor) -> Tensor | None:
 
 
 def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ranks: Group, before: int = 0) -> Tensor:
-    """Prune a rank's rows of one weight. Collective for kind "layer", else local.
+    """Prune a rank's rows of one weight. Collective for kind "layer", otherwise local.
+
+    Columns are pruned in blocks. After each block the errors of its columns are propagated to all later columns at
+    once, in tiles of rows that are never divided between ranks, so that the result does not depend on their number.
 
     Args:
         weight: [own rows, in], fp32.
-        factor: From ``inverse_factor``, fp32 [in, in].
-        dead: bool [in]; weights of such inputs become 0.
-        ranking: How weights are ranked, inside each block of columns. A pattern's M also ends the blocks.
-        ranks: Who owns the other rows.
-        before: Weights of the same whole that were pruned before (other experts); they decide how counts are rounded.
+        factor: The factor from ``inverse_factor``, fp32 [in, in].
+        dead: True for inputs that are always 0, whose weights become 0, bool [in].
+        ranking: Rule for the selection within each block of columns. The width of a block is a multiple of a pattern's
+            M.
+        ranks: Ranks that own the other rows.
+        before: Number of weights of the same fused weight that were pruned before (earlier experts). Counts are rounded
+            such that the total over all blocks and experts is exact.
 
     Returns:
-        [own rows, in], fp32: zeros and changed weights.
+        The pruned weights, with the remaining ones changed, fp32 [own rows, in].
     """
     weight = weight.masked_fill(dead, 0.0)
     rows, columns = weight.shape
@@ -228,7 +243,7 @@ def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ra
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         count = None
-        if width == 1:  # rounded so that the blocks together have exactly the number of the whole
+        if width == 1:  # differences of rounded totals, so that the blocks together have exactly the total
             per, base = (total_rows, before) if ranking.kind == "layer" else (1, 0)
             upto = [num_pruned(ranking.sparsity, base + per * column) for column in (start, stop)]
             count = upto[1] - upto[0]
@@ -241,16 +256,23 @@ def sparsegpt(weight: Tensor, factor: Tensor, dead: Tensor, ranking: Ranking, ra
 
 
 def _block(weight: Tensor, factor: Tensor, ranking: Ranking, count: int | None, ranks: Group) -> tuple[Tensor, Tensor]:
-    """One block of columns: its pruned weights, and the errors that later blocks make up for."""
+    """Prune one block of columns.
+
+    With a pattern, each group of M columns is selected when its first column is reached, since earlier columns of the
+    block have changed its weights; otherwise the whole block is selected at once.
+
+    Returns:
+        The pruned weights, and the errors that later columns compensate for, both [own rows, columns].
+    """
     diagonal = factor.diagonal()
     pruned, errors = torch.zeros_like(weight), torch.zeros_like(weight)
     width = ranking.kept_of[1] if ranking.kept_of is not None else 0
     if not width:
-        gone = choose((weight / diagonal).square(), weight, ranking, ranks, count)
+        gone = select_pruned((weight / diagonal).square(), weight, ranking, ranks, count)
     for column in range(weight.shape[1]):
         if width and column % width == 0:
             part = slice(column, column + width)
-            chosen = choose((weight[:, part] / diagonal[part]).square(), weight[:, part], ranking, ranks)
+            chosen = select_pruned((weight[:, part] / diagonal[part]).square(), weight[:, part], ranking, ranks)
         here = chosen[:, column % width] if width else gone[:, column]
         old = weight[:, column]
         pruned[:, column] = old.masked_fill(here, 0.0)

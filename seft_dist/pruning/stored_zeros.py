@@ -92,7 +92,7 @@ def is_pruned(counts: list[ZeroCount]) -> bool:
     return total_sparsity(counts) > _MOST_BY_CHANCE
 
 
-def describe(counts: list[ZeroCount], pattern: str | None) -> str:
+def describe_zeros(counts: list[ZeroCount], pattern: str | None) -> str:
     """Describe in one sentence whether a model is dense or pruned, and to which pattern."""
     share = f"{100 * total_sparsity(counts):.1f} % of the target weights are 0"
     if not is_pruned(counts):
@@ -106,6 +106,6 @@ def refuse_pruned(stream: StreamedModel, counts: list[ZeroCount], pattern: str |
         text = io.StringIO()
         Console(file=text, width=80).print(sparsity_table({"": counts}, str(stream.source.folder.name)))
         raise ValueError(
-            f"{stream.source.folder}: {describe(counts, pattern)}: needs the dense model; a pruned one can be trained "
-            f"as it is (launch/train.py --model.path)\n{text.getvalue().rstrip()}"
+            f"{stream.source.folder}: {describe_zeros(counts, pattern)}: needs the dense model; a pruned one can be "
+            f"trained as it is (launch/train.py --model.path)\n{text.getvalue().rstrip()}"
         )

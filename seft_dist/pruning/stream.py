@@ -1,4 +1,4 @@
-"""A model of which only the decoder layer at work is in memory; everything else is read from its files when asked for."""
+"""A model on disk of which only those modules are in memory that run at the moment."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from seft_dist.sparsity.casts import cast_weight
 
 
 class StreamedModel:
-    """A causal LM on disk whose modules get their weights for as long as they are held."""
+    """A causal LM on the meta device, whose modules get their weights from the files while ``materialize`` is open."""
 
     def __init__(self, source: Source, device: torch.device) -> None:
         """Args:
         source: The model on disk.
-        device: Where held modules compute.
+        device: Device of the materialized weights.
 
         Raises:
             ValueError: The files do not fit the model.
@@ -34,25 +34,25 @@ class StreamedModel:
         self._targets: dict[str, Target] = {}
         self._state = named_state(self.model)
         for name, value in self._state.items():
-            if not value.is_meta:  # a buffer that the files hold
+            if not value.is_meta:  # a persistent buffer, whose values are in the files
                 value.copy_(self.read(name))
         self._names = {id(value): name for name, value in self._state.items()}
 
     def find_targets(self, pattern: str) -> dict[str, Target]:
-        """Find the weights a pattern names, as ``seft_dist.modules.targets``; from then on ``read_rows`` knows them."""
+        """Find the targets of a pattern (see ``SeftConfig.targets``), and make them known to ``read_rows``."""
         self._targets = find_targets(self.model, pattern)
         return self._targets
 
     def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Read rows of a target from its file, as the matrix [out, in] that pruning looks at.
+        """Read rows of a target from its file, as a matrix [out, in] of any kind of target.
 
         Args:
-            name: Of a target.
+            name: Name of the target.
             start: First row.
             stop: Row behind the last; None: the end.
 
         Returns:
-            [stop - start, in], in the model's type, on the CPU.
+            [stop - start, in], in the model's dtype, on the CPU.
         """
         target = self._targets[name]
         whole = target.weight_name(name)
@@ -64,19 +64,19 @@ class StreamedModel:
         return cast_weight(values.view(-1, width), self.source.dtype)[0]
 
     def name_of(self, value: Tensor) -> str:
-        """Name of a parameter or persistent buffer of ``model``."""
+        """Return the name of a parameter or persistent buffer of ``model``."""
         return self._names[id(value)]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows of a weight from its file.
 
         Args:
-            name: Of ``named_state``.
+            name: Name of the weight in ``named_state``.
             start: First row.
             stop: Row behind the last; None: the end.
 
         Returns:
-            [stop - start, ...], in the type that the model holds it in, on the CPU.
+            [stop - start, ...], in the dtype that the weight has in the model, on the CPU.
         """
         info = self.source.weights.info(self._stored[name])
         width = info.numel // info.shape[0] if info.shape and info.numel else 1
@@ -86,14 +86,14 @@ class StreamedModel:
         return cast_weight(values, self._state[name].dtype)[0]
 
     @contextmanager
-    def hold(self, prefix: str, without: str | None = None) -> Iterator[None]:
-        """Give the modules below a name their weights, and take them away at the end.
+    def materialize(self, prefix: str, without: str | None = None) -> Iterator[None]:
+        """Context in which the weights of a module and all its submodules are in memory.
 
         Args:
-            prefix: Name of a module.
-            without: A module below it that stays empty.
+            prefix: Name of the module.
+            without: Name of a submodule that stays on the meta device.
         """
-        taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+        placeholders: list[tuple[nn.Module, str, nn.Parameter]] = []
         real: dict[int, nn.Parameter] = {}
         try:
             for path, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
@@ -105,9 +105,9 @@ class StreamedModel:
                     if id(parameter) not in real:
                         values = self.read(self._names[id(parameter)]).to(self.device)
                         real[id(parameter)] = nn.Parameter(values, requires_grad=False)
-                    taken.append((module, key, parameter))
+                    placeholders.append((module, key, parameter))
                     module._parameters[key] = real[id(parameter)]
             yield
         finally:
-            for module, key, parameter in taken:
+            for module, key, parameter in placeholders:
                 module._parameters[key] = parameter

@@ -1,4 +1,4 @@
-"""Wanda: a weight matters as much as its size times the norm of the input it meets.
+"""Wanda: a weight is scored by its absolute value times the norm of its input.
 
 Source: Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695.
 """
@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class InputNorm:
-    """The L2 norm of each input feature of one target over all tokens that pass, on any rank, while it listens.
+    """Measures the L2 norm of each input feature of one target, over all tokens on all ranks.
 
-    Fused experts have a norm each, of the tokens that chose them.
+    Forward hooks observe the inputs until ``close``. Each of several fused experts has its own norms, over the tokens
+    that are routed to it.
     """
 
     def __init__(self, target: Target) -> None:
@@ -36,20 +37,21 @@ class InputNorm:
         self._terms.append(torch.cat(squares))
 
     def close(self, name: str, ranks: Group) -> Tensor:
-        """Stop listening and put all ranks' tokens together. Collective.
+        """Remove the hooks, and combine the tokens of all ranks. Collective.
 
-        The terms of the batches are added in the order of the batches, whichever rank ran them.
+        The sums of squares of the batches are added in the order of the batches, no matter which rank ran them, so the
+        bits do not depend on the number of ranks.
 
         Args:
-            name: Of the target, for messages.
-            ranks: Who ran calibration text.
+            name: Name of the target, for messages.
+            ranks: Ranks that ran calibration text.
 
         Returns:
-            fp32, the same bits on every rank: [in], or of fused experts [experts * out, in], one row for each of the
-            weight's. An expert that no token chose gets the mean norm of the others, with a warning.
+            The norms, fp32, with the same bits on every rank: [in], or with fused experts [experts * out, in], a row
+            for each row of the weight. An expert that got no token has the mean norm of the others, with a warning.
 
         Raises:
-            ValueError: No token came by, or an input was not finite; on every rank.
+            ValueError: The target got no token, or an input that is not finite; raised on every rank.
         """
         self._end()
         width = self._experts * self._columns
@@ -70,29 +72,30 @@ class InputNorm:
 
 
 def no_tokens(name: str) -> str:
-    """Message: a linear was never used."""
+    """Message for a linear that was never used."""
     return f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
 
 
 def unused_experts(name: str, unused: Tensor) -> str:
-    """Message: experts that no token chose, True in bool [experts]."""
+    """Message for experts that got no token, marked as True in ``unused``, bool [experts]."""
     return (
-        f"{name}: no calibration token chose experts {unused.nonzero().view(-1).tolist()}: they are pruned by the inputs of "
-        "the others; use more calibration text (--sequences)"
+        f"{name}: no calibration token chose experts {unused.nonzero().view(-1).tolist()}: they are pruned by the "
+        "inputs of the others; use more calibration text (--sequences)"
     )
 
 
 def not_finite(name: str) -> str:
-    """Message: a linear got inf or NaN."""
+    """Message for a linear with inputs that are inf or NaN."""
     return f"inputs of {name} are not finite: try --model.dtype float32, or check the model"
 
 
 def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
-    """|weight| x norm of its input.
+    """Score weights by their absolute values times the norms of their inputs.
 
     Args:
-        weight: [out, in], any float type.
-        norm: [in], fp32; 0 for a dead input, whose weights go first.
+        weight: [out, in], of any floating-point dtype.
+        norm: Norm of each input, fp32 [in], or of each input for each row, fp32 [out, in]. It is 0 for a dead input,
+            whose weights are pruned first.
 
     Returns:
         [out, in], fp32, not negative.

@@ -1,8 +1,9 @@
-"""An index of kept positions: which weights of a model stay, in a safetensors file made elsewhere.
+"""Reading of a user's own masks: a safetensors file that says which weights of a model are kept.
 
-For each target a tensor named as its weight ("model.layers.0.mlp.up_proj.weight"), or as its module, that is one of:
-a mask (bool or uint8, of the weight's shape, not 0 where it stays), a bit mask (uint8 [ceil(n / 8)], bit j of byte i is
-position 8 i + j), or positions (int32 or int64 [kept], counted in the flattened weight).
+The file has one tensor for each target, under the name of its weight ("model.layers.0.mlp.up_proj.weight") or of its
+module. The tensor is one of: a mask (bool or uint8, of the weight's shape, not 0 where a weight is kept), a bit mask
+(uint8 [ceil(n / 8)], where bit j of byte i is position 8 i + j), or the kept positions (int32 or int64 [kept], in the
+flattened weight).
 """
 
 from math import prod
@@ -15,36 +16,42 @@ from torch import Tensor
 from seft_dist.sparsity.bitmask import unpack
 
 
-class KeptIndex:
-    """The kept positions of each target, read one at a time."""
+class MaskFile:
+    """The masks of all targets, read one at a time."""
 
     def __init__(self, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
         """Args:
         path: The file.
-        shapes: Name of each target to its weight's shape, as it is stored.
+        shapes: Shape of each target's weight as it is stored, by the target's name.
 
         Raises:
-            ValueError: It cannot be read, or it does not name exactly the targets.
+            ValueError: The file cannot be read, or it does not name exactly the targets.
         """
         self._path, self._shapes = Path(path).expanduser(), shapes
         if not self._path.is_file():
             raise ValueError(f"mask={path} is no file: needs a safetensors file with kept positions")
         try:
             self._file = safe_open(self._path, framework="pt")
-            there = set(self._file.keys())
+            stored = set(self._file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"mask={path} is no safetensors file ({error}): save it with safetensors.torch") from error
-        self._keys = {name: key for name in shapes for key in (name, f"{name}.weight") if key in there}
-        missing, extra = sorted(shapes.keys() - self._keys.keys()), sorted(there - set(self._keys.values()))
+        self._keys = {name: key for name in shapes for key in (name, f"{name}.weight") if key in stored}
+        missing, extra = sorted(shapes.keys() - self._keys.keys()), sorted(stored - set(self._keys.values()))
         if missing or extra:
-            what = f"lacks {missing[0]}.weight" if missing else f"names {extra[0]}, which is no target"
-            raise ValueError(f"mask={path} {what}: it must name each target once; choose --targets to match it")
+            problem = f"lacks {missing[0]}.weight" if missing else f"names {extra[0]}, which is no target"
+            raise ValueError(f"mask={path} {problem}: it must name each target once; choose --targets to match it")
 
     def read(self, name: str) -> Tensor:
-        """Which weights of a target stay: bool, of its shape.
+        """Read the mask of a target.
+
+        Args:
+            name: Name of the target.
+
+        Returns:
+            True where a weight is kept, bool, in the stored shape of the weight.
 
         Raises:
-            ValueError: The tensor is none of the three kinds, or positions are outside or repeated.
+            ValueError: The tensor is none of the three kinds, or a position is outside the weight or repeated.
         """
         value = self._file.get_tensor(self._keys[name])
         shape = self._shapes[name]
