@@ -17,7 +17,7 @@ from gpu_planned import planned, sheet_of
 
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.planning.hardware import GPUS, Rates, gpu_rates, write_rates
-from seft_dist.planning.rates import Sizes, computing, measure_gpu
+from seft_dist.planning.rates import ProblemSizes, measure_computation, measure_gpu
 
 PLANNED = {"seft": "SEFT", "packed": "SEFT", "lora": "LoRA", "full": "full"}
 
@@ -28,7 +28,7 @@ def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
         if part.device.type == "cuda":
             found[dtype] = measure_gpu(dtype)
         else:
-            computed = computing(dtype, part.device, Sizes((16, 64, 96), 32, 1 << 12, 1 << 8))
+            computed = measure_computation(dtype, part.device, ProblemSizes((16, 64, 96), 32, 1 << 12, 1 << 8))
             found[dtype] = dataclasses.replace(gpu_rates(ClusterConfig(), dtype, 0.01), **computed, measured=True)
     write_rates(str(part.folder / "gpu_rates.json"), found)
     rates, sheet = found["bfloat16"], sheet_of(part.device)

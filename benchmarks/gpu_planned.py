@@ -9,7 +9,7 @@ import torch
 
 from seft_dist.config import ClusterConfig, PlanConfig
 from seft_dist.planning.hardware import GPUS, Rates
-from seft_dist.planning.plan import choose, make_plan
+from seft_dist.planning.plan import estimate, make_plan
 
 
 def sheet_of(device: torch.device) -> ClusterConfig:
@@ -46,7 +46,7 @@ def planned(
     file = folder / f"{name}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     plan = make_plan(dataclasses.replace(config, model=str(file)), rates)
-    chosen = choose(plan, "single", 1, method, packing=packing)  # type: ignore[arg-type]
+    chosen = estimate(plan, "single", 1, method, packing=packing)  # type: ignore[arg-type]
     memory, time = chosen.memory, chosen.time
     return {
         "device": plan.rates.name,

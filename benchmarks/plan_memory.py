@@ -31,7 +31,7 @@ from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig,
 from seft_dist.io.source import open_source
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
-from seft_dist.planning.plan import choose, make_plan
+from seft_dist.planning.plan import estimate, make_plan
 from seft_dist.session import distributed
 from seft_dist.training.build import build
 from seft_dist.training.ds_config import read_ds_config
@@ -243,7 +243,7 @@ def compare(case: Case) -> dict[str, Any]:
         measured = measure(case, folder, plan)
         nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 0.0, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
         of = make_plan(plan, nothing)
-    chosen = choose(of, case.held, case.ranks, packing=case.packing, replicas=case.replicas)  # type: ignore[arg-type]
+    chosen = estimate(of, case.held, case.ranks, packing=case.packing, replicas=case.replicas)  # type: ignore[arg-type]
     memory, largest = chosen.memory, max(rank["peak"] for rank in measured)
     resident = sum(memory.resident.values())
     return {

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from seft_dist.backends.shards import fsdp_mesh, shard_fsdp
 from seft_dist.io.models import decoder_layers
-from seft_dist.planning.architectures import Shapes, find_architecture
+from seft_dist.planning.architectures import ModelShapes, find_architecture
 from seft_dist.planning.layout import Layout
 from seft_dist.sparsity.partition import Partition
 
 
-def local_sizes(shapes: Shapes, rank: int, ranks: int) -> dict[str, int]:
+def local_sizes(shapes: ModelShapes, rank: int, ranks: int) -> dict[str, int]:
     """Entries of every parameter on one rank, as fully_shard makes them."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
@@ -39,7 +39,7 @@ def local_sizes(shapes: Shapes, rank: int, ranks: int) -> dict[str, int]:
         dist.destroy_process_group()
 
 
-def check(shapes: Shapes, ranks: int, sampled: list[int]) -> str:
+def check(shapes: ModelShapes, ranks: int, sampled: list[int]) -> str:
     """One line of the table; raises where plan and fully_shard differ."""
     layout = Layout("fsdp", ranks, 8)
     for rank in sampled:
@@ -48,8 +48,8 @@ def check(shapes: Shapes, ranks: int, sampled: list[int]) -> str:
             rows = (weight.shape[0], weight.numel // weight.shape[0])
             planned = len(Partition.rows(rows, ranks).interval(rank))
             assert sizes[weight.name] == planned, (weight.name, rank, sizes[weight.name], planned)
-            assert sizes[weight.name] <= layout.own(weight)
-    own = sum(map(layout.own, shapes.targets))
+            assert sizes[weight.name] <= layout.own_numel(weight)
+    own = sum(map(layout.own_numel, shapes.targets))
     return (
         f"| {ranks} | {len(sampled)} | {own / 1e6:,.1f} | {layout.skew(shapes):.3f} | {layout.empty_ranks(shapes)} | "
         f"{Layout('zero3', ranks, 8).skew(shapes):.6f} |"
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 768])
     args = parser.parse_args()
     began = time.perf_counter()
-    shapes = Shapes.of(find_architecture(args.model), "all-linear")
+    shapes = ModelShapes.of(find_architecture(args.model), "all-linear")
     print(
         "| ranks | ranks compared | own target weights of the fullest, millions | over the mean | without any | ZeRO-3 |"
     )

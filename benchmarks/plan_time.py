@@ -20,7 +20,7 @@ import torch
 from plan_memory import SHAPES, Case, content_of, measure, write_model
 
 from seft_dist.config import ClusterConfig
-from seft_dist.planning.plan import choose, make_plan
+from seft_dist.planning.plan import estimate, make_plan
 from seft_dist.planning.rates import find_rates
 
 SHAPES["smollm2"] = {
@@ -77,7 +77,7 @@ def main() -> None:
             plan = dataclasses.replace(plan, cluster=ClusterConfig(gpu=rates, nodes=1, gpus_per_node=case.ranks))
             seconds = measure(case, folder, plan, threads=max(1, cores // case.ranks), frees=False)[0]["seconds"]
             plain, evolving = statistics.median([*seconds[1:3], *seconds[4:]]), seconds[3]
-            time = choose(make_plan(plan, find_rates(plan)), case.held, case.ranks).time  # type: ignore[arg-type]
+            time = estimate(make_plan(plan, find_rates(plan)), case.held, case.ranks).time  # type: ignore[arg-type]
             planned = time.seconds + time.window + time.evolution
             print(
                 f"| {case.model} | {case.name} | {'yes' if case.checkpoint else 'no'} | "

@@ -26,11 +26,11 @@ def main() -> None:
     from seft_dist.planning.commands import submit_line
     from seft_dist.planning.plan import make_plan
     from seft_dist.planning.rates import find_rates
-    from seft_dist.planning.report import show, to_json
+    from seft_dist.planning.report import render, to_json
 
     plan = make_plan(config, find_rates(config))
     console = Console()
-    console.print(show(plan))
+    console.print(render(plan))
     if plan.best is not None:
         console.print("\nThe recommended run, to be given your pruned model and your text:", style="bold")
         print(submit_line(config, plan.best.layout))

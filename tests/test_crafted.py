@@ -18,7 +18,7 @@ from seft_dist.backends.deepspeed import ds_optimizer_args
 from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SweepConfig, TrainConfig
 from seft_dist.modules import targets
 from seft_dist.modules.targets import find_targets
-from seft_dist.planning.architectures import Shapes, find_architecture
+from seft_dist.planning.architectures import ModelShapes, find_architecture
 from seft_dist.planning.hardware import GPUS, gpu_rates, read_rates, write_rates
 from seft_dist.planning.plan import make_plan
 from seft_dist.pruning.owl import read_sparsities
@@ -220,7 +220,7 @@ def test_configurations_of_a_plan(config: Any, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
 def test_configurations_that_can_be_planned(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert Shapes.of(find_architecture(str(tmp_path)), "all-linear").target_numel > 10_000
+    assert ModelShapes.of(find_architecture(str(tmp_path)), "all-linear").target_numel > 10_000
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ from seft_dist.optim import install as installing
 from seft_dist.optim import optimizer, slot
 from seft_dist.optim.delta import Support
 from seft_dist.optim.packing import pack_weights
-from seft_dist.planning.architectures import Shapes, Weight, find_architecture
+from seft_dist.planning.architectures import ModelShapes, ParameterShape, find_architecture
 from seft_dist.planning.layout import Layout
 from seft_dist.planning.memory import seft_memory
-from seft_dist.planning.model_trace import Work
+from seft_dist.planning.model_trace import PassCost
 from seft_dist.sparsity import partition, scores
 from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 from tests.layouts import build, snapshot, train
@@ -320,9 +320,9 @@ def test_ranks_of_a_layer_of_deepseek_v3_without_values() -> None:
 
 def test_plans_count_positions_of_64_bits() -> None:
     def terms(rows: int) -> dict[str, float]:
-        shapes = Shapes(tiny_llama().config, [Weight("a", (rows, 1 << 16), (rows, 1 << 16), 0)], [()], 0)
+        shapes = ModelShapes(tiny_llama().config, [ParameterShape("a", (rows, 1 << 16), (rows, 1 << 16), 0)], [()], 0)
         config = PlanConfig(model="x", seft=SeftConfig(density=0.01, window=2, window_store="candidates"))
-        memory = seft_memory(config, shapes, Layout("fsdp", 1, 1, packing="resident"), Work(*[0.0] * 8), 0.0)
+        memory = seft_memory(config, shapes, Layout("fsdp", 1, 1, packing="resident"), PassCost(*[0.0] * 8), 0.0)
         numel = rows << 16
         found = memory.resident | memory.phases["window of candidates"]
         names = ("own deltas, moments, ages", "places of own deltas", "positions of all deltas")

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig, TrainConfig
-from seft_dist.planning.architectures import ARCHITECTURES, Shapes, find_architecture
+from seft_dist.planning.architectures import ARCHITECTURES, ModelShapes, find_architecture
 from seft_dist.planning.commands import submit_line, train_options
 from seft_dist.planning.hardware import Rates, read_rates, write_rates
-from seft_dist.planning.layout import Layout, layouts
+from seft_dist.planning.layout import Layout, possible_layouts
 from seft_dist.planning.memory import seft_memory
-from seft_dist.planning.model_trace import Work, _Meter, trace
-from seft_dist.planning.plan import Plan, choose, make_plan
-from seft_dist.planning.report import show, to_json
+from seft_dist.planning.model_trace import PassCost, _Meter, trace_pass
+from seft_dist.planning.plan import ClusterPlan, estimate, make_plan
+from seft_dist.planning.report import render, to_json
 from seft_dist.session.cli import parse
 from tests.families import family_model
 from tests.models import tiny_llama
@@ -39,14 +39,14 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def plan70() -> Plan:
+def plan70() -> ClusterPlan:
     return make_plan(PlanConfig(model="Llama-2-70B"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_architectures_have_their_published_size(name: str) -> None:
     assert set(PUBLISHED) == set(ARCHITECTURES)
-    assert Shapes.of(find_architecture(name), "all-linear").numel == PUBLISHED[name]
+    assert ModelShapes.of(find_architecture(name), "all-linear").numel == PUBLISHED[name]
 
 
 def small(layers: int, **over: Any) -> Any:
@@ -62,8 +62,8 @@ def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, 
     from seft_dist.optim.install import install
 
     model = small(7).to(dtype).train()
-    kinds = Shapes.of(model.config, "all-linear").kinds
-    expected = trace(model.config, kinds, dtype, 2, 48, checkpoint)
+    kinds = ModelShapes.of(model.config, "all-linear").kinds
+    expected = trace_pass(model.config, kinds, dtype, 2, 48, checkpoint)
     if checkpoint:
         checkpoint_activations(model)
     model.requires_grad_(False)
@@ -91,7 +91,7 @@ def test_other_families_can_be_planned(family: str, tmp_path: Path) -> None:
     plan = make_plan(
         PlanConfig(model=str(tmp_path), seq_len=16, cluster=ClusterConfig(nodes=1), global_batch=None, steps=100)
     )
-    assert plan.best is not None and plan.work.saved > 0 and plan.best.time.hours > 0
+    assert plan.best is not None and plan.cost.saved > 0 and plan.best.time.hours > 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,12 +101,12 @@ def test_other_families_can_be_planned(family: str, tmp_path: Path) -> None:
     density=st.floats(1e-4, 0.3),
     window=st.integers(1, 3),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    work=st.builds(Work, *[st.floats(0, 1e10)] * 7),
+    work=st.builds(PassCost, *[st.floats(0, 1e10)] * 7),
 )
 def test_terms_add_up_and_grow_with_what_they_are_for(
-    held: Any, ranks: int, density: float, window: int, dtype: Any, work: Work
+    held: Any, ranks: int, density: float, window: int, dtype: Any, work: PassCost
 ) -> None:
-    shapes = Shapes.of(small(2).config, "all-linear")
+    shapes = ModelShapes.of(small(2).config, "all-linear")
     config = PlanConfig(model="x", dtype=dtype, seft=SeftConfig(density=density, interval=5, window=window))
     layout = Layout(held, ranks, 8)
     memory = seft_memory(config, shapes, layout, work, 3e9)
@@ -118,8 +118,8 @@ def test_terms_add_up_and_grow_with_what_they_are_for(
         assert seft_memory(config, shapes, Layout(held, 2 * ranks, 8), work, 3e9).total <= memory.total * 1.01
 
 
-def test_the_plan_of_70b_names_every_term(plan70: Plan) -> None:
-    fsdp = choose(plan70, "fsdp", 64)
+def test_the_plan_of_70b_names_every_term(plan70: ClusterPlan) -> None:
+    fsdp = estimate(plan70, "fsdp", 64)
     terms = fsdp.memory.terms()
     assert terms["base weights"] == pytest.approx(2 * PUBLISHED["Llama-2-70B"] / 64, rel=1e-3)
     assert terms["masks"] == pytest.approx(68_451_041_280 / 64 / 8, rel=1e-3)
@@ -127,16 +127,16 @@ def test_the_plan_of_70b_names_every_term(plan70: Plan) -> None:
     assert terms["gathered embeddings, head"] == pytest.approx(2 * 2 * 32000 * 8192, rel=1e-3)
     assert 30e9 < fsdp.memory.total < 33e9
     assert plan70.best is not None and plan70.best.fits
-    assert not choose(plan70, "ddp", 64).fits
+    assert not estimate(plan70, "ddp", 64).fits
 
 
-def test_the_printed_options_are_real(plan70: Plan) -> None:
+def test_the_printed_options_are_real(plan70: ClusterPlan) -> None:
     """launch/train.py's own parser reads them, and they say what was planned."""
     seft = SeftConfig(density=0.02, interval=10, window=3, static=False, reactivation=0.25, pattern="2:4")
     config = dataclasses.replace(plan70.config, seft=seft)
     seen = set()
     for size in (1, 8, 16, 64):
-        for layout in layouts(config.cluster, size):
+        for layout in possible_layouts(config.cluster, size):
             read = parse(TrainConfig, [*train_options(config, layout), "--output", "runs/x"])
             assert read.seft == seft
             assert (read.steps, read.global_batch, read.data.seq_len) == (1000, 128, 4096)
@@ -150,22 +150,22 @@ def test_the_printed_options_are_real(plan70: Plan) -> None:
     assert (ROOT / "slurm" / "train_srun.sbatch").is_file()
 
 
-def test_tables_and_json_of_a_plan(plan70: Plan) -> None:
+def test_tables_and_json_of_a_plan(plan70: ClusterPlan) -> None:
     from rich.console import Console
 
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(show(plan70))
+    console.print(render(plan70))
     text = console.export_text()
     assert (
         "…" not in text and "hsdp x2" in text and "LoRA r=16" in text and "never run on a GPU" in " ".join(text.split())
     )
     content = json.loads(to_json(plan70))
     assert content["recommended"] == content["layouts"][0] == content["methods"]["SEFT"]
-    assert len(content["layouts"]) == len(plan70.choices)
+    assert len(content["layouts"]) == len(plan70.estimates)
 
 
-def test_full_fine_tuning_needs_more_than_lora_and_seft_less_traffic(plan70: Plan) -> None:
-    full, lora, seft = (choose(plan70, "fsdp", 64, method) for method in ("full", "LoRA", "SEFT"))
+def test_full_fine_tuning_needs_more_than_lora_and_seft_less_traffic(plan70: ClusterPlan) -> None:
+    full, lora, seft = (estimate(plan70, "fsdp", 64, method) for method in ("full", "LoRA", "SEFT"))
     assert full.memory.total > lora.memory.total
     assert full.time.seconds > seft.time.seconds
     assert full.memory.resident["optimizer states"] == pytest.approx(12 * PUBLISHED["Llama-2-70B"] / 64)
@@ -176,10 +176,10 @@ def test_only_peers_keep_the_inputs_of_their_linears() -> None:
     config = PlanConfig(model="Llama-2-7B", seq_len=512, batch_size=2, activation_checkpointing=False)
     plan = make_plan(config)
     inputs = 2 * 2 * 512 * 32 * (2 * 4096 + 11008)
-    assert plan.peer_work.saved - plan.work.saved == pytest.approx(inputs, rel=0.05)
-    assert plan.peer_work.matmul == plan.work.matmul
+    assert plan.peer_cost.saved - plan.cost.saved == pytest.approx(inputs, rel=0.05)
+    assert plan.peer_cost.matmul == plan.cost.matmul
     checkpointed = make_plan(dataclasses.replace(config, activation_checkpointing=True))
-    assert checkpointed.peer_work == checkpointed.work
+    assert checkpointed.peer_cost == checkpointed.cost
 
 
 def test_errors_say_what_to_change(tmp_path: Path) -> None:
@@ -216,6 +216,6 @@ def test_measured_rates_are_kept_and_shared_by_ranks(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     write_rates(str(file), {"float32": rates, "bfloat16": rates})
     assert read_rates(str(file))["float32"] == rates
-    assert rates.of_rank(4).matmul == rates.matmul / 4 and rates.of_rank(4).evolve == 4 * rates.evolve
+    assert rates.per_rank(4).matmul == rates.matmul / 4 and rates.per_rank(4).evolve == 4 * rates.evolve
     with pytest.raises(ValueError, match="needs a file written by"):
         read_rates(__file__)

@@ -17,10 +17,10 @@ from seft_dist.backends.shards import fsdp_mesh, shard_fsdp
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.io.models import decoder_layers
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.planning.architectures import Shapes, find_architecture
+from seft_dist.planning.architectures import ModelShapes, find_architecture
 from seft_dist.planning.hardware import Rates
-from seft_dist.planning.layout import Held, Layout
-from seft_dist.planning.plan import choose, make_plan
+from seft_dist.planning.layout import Layout, LayoutKind
+from seft_dist.planning.plan import estimate, make_plan
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
 
@@ -36,10 +36,10 @@ def planned(folder: Path, model: Any, ranks: int, **over: Any) -> PlanConfig:
 
 
 @pytest.mark.parametrize("held", ["fsdp", "ddp"])
-def test_planned_bytes_are_those_that_are_sent(held: Held, tmp_path: Path) -> None:
+def test_planned_bytes_are_those_that_are_sent(held: LayoutKind, tmp_path: Path) -> None:
     seft_config = SeftConfig(density=0.05, interval=3, window=1, steps=8, end=3, selection="radix")
     config = planned(tmp_path, tiny_llama(hidden_size=64, intermediate_size=128), 2, seft=seft_config)
-    time = choose(make_plan(config, RATES), held, 2).time
+    time = estimate(make_plan(config, RATES), held, 2).time
 
     def on_rank(rank: int, world: int) -> list[list[int]]:
         model = prune_(tiny_llama(hidden_size=64, intermediate_size=128))
@@ -70,7 +70,7 @@ def test_planned_bytes_are_those_that_are_sent(held: Held, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [8, 64, 768])
 def test_shards_of_the_whole_70b_are_the_planned_ones(ranks: int) -> None:
-    shapes = Shapes.of(find_architecture("Llama-2-70B"), "all-linear")
+    shapes = ModelShapes.of(find_architecture("Llama-2-70B"), "all-linear")
     layout, seen = Layout("fsdp", ranks, 8), {}
     for rank in (0, ranks // 2, ranks - 1):
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -82,8 +82,8 @@ def test_shards_of_the_whole_70b_are_the_planned_ones(ranks: int) -> None:
         finally:
             dist.destroy_process_group()
         seen[rank] = sum(held[weight.name] for weight in shapes.targets)
-        assert all(held[weight.name] <= layout.own(weight) for weight in shapes.weights)
-    assert seen[0] == sum(map(layout.own, shapes.targets))
+        assert all(held[weight.name] <= layout.own_numel(weight) for weight in shapes.weights)
+    assert seen[0] == sum(map(layout.own_numel, shapes.targets))
     assert (seen[ranks - 1] == 0) == (layout.empty_ranks(shapes) > 0)
     assert layout.skew(shapes) == pytest.approx(seen[0] * ranks / shapes.target_numel)
 

@@ -1,1 +1,1 @@
-"""Whether a model fits a cluster and how long a recipe takes, calculated before anything is started."""
+"""Estimates of whether a model fits a cluster and how long a run takes, calculated before anything is started."""

@@ -1,6 +1,7 @@
-"""Published architectures by name, and how a model's configuration becomes shapes.
+"""Published architectures by name, and the shapes of a model's parameters from its configuration.
 
-The numbers are those of the models' own config.json; the modules are built by transformers, without values.
+The numbers are those of the models' own config.json. transformers builds the modules on the meta device, without
+values.
 """
 
 from dataclasses import dataclass
@@ -88,11 +89,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Name to the published configuration."""
+"""Published configuration of each model, by name."""
 
 
 def find_architecture(model: str) -> PreTrainedConfig:
-    """Configuration of a named architecture, a model's folder or a config.json.
+    """Find the configuration of a model.
+
+    Args:
+        model: Name of a published architecture, folder of a model, or path of a config.json.
 
     Raises:
         ValueError: There is no such model, or transformers does not know its type.
@@ -110,102 +114,105 @@ def find_architecture(model: str) -> PreTrainedConfig:
         check_usual_sizes(entry, file)
     else:
         raise ValueError(
-            f"model={model} is neither a folder with a config.json, nor such a file, nor one of {', '.join(ARCHITECTURES)}"
+            f"model={model} is neither a folder with a config.json, nor such a file, nor one of "
+            f"{', '.join(ARCHITECTURES)}"
         )
     kind = entry.pop("model_type")
     try:
         return AutoConfig.for_model(kind, **entry)
-    except Exception as error:  # configurations raise whatever their own arithmetic does
+    except Exception as error:  # the constructors of configurations raise errors of any type
         raise ValueError(
-            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries ({error_summary(error)})"
+            f"model={model}: transformers knows no model_type {kind!r}, or not with such entries "
+            f"({error_summary(error)})"
         ) from error
 
 
 @dataclass(frozen=True)
-class Weight:
-    """One parameter of a model; tied ones appear once."""
+class ParameterShape:
+    """The shape of one parameter of a model; tied parameters appear once."""
 
     name: str
     shape: tuple[int, ...]
     target: tuple[int, int] | None
-    """[rows, columns] if it gets deltas."""
+    """Shape as a matrix [rows, columns] if the parameter carries deltas; None otherwise."""
     layer: int | None
-    """Which decoder layer it belongs to; None: to the root."""
+    """Index of the decoder layer that the parameter belongs to; None if it is outside of them."""
 
     @property
     def numel(self) -> int:
-        """Entries."""
+        """Number of entries."""
         return prod(self.shape)
 
-    def rows_of(self, world_size: int) -> int:
-        """Entries of the fullest rank under FSDP2: whole slices of the first dimension, ceil(rows / ranks)."""
+    def row_shard_numel(self, world_size: int) -> int:
+        """Entries of the fullest rank with FSDP2, which gives each rank ceil(rows / ranks) slices of dimension 0."""
         return -(-self.shape[0] // world_size) * prod(self.shape[1:])
 
-    def flat_of(self, world_size: int) -> int:
-        """Entries of the fullest rank under an even flat split."""
+    def flat_shard_numel(self, world_size: int) -> int:
+        """Entries of the fullest rank if the flattened parameter is split evenly."""
         return -(-self.numel // world_size)
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """All parameters of a model, without values."""
+class ModelShapes:
+    """The shapes of all parameters of a model."""
 
     config: PreTrainedConfig
-    weights: list[Weight]
+    weights: list[ParameterShape]
     kinds: list[tuple[Any, ...]]
-    """Of each decoder layer: what tells it from others."""
+    """For each decoder layer a key that is equal for layers with the same parameters."""
     buffers: int
-    """Bytes of buffers, the same on every rank."""
+    """Bytes of all buffers, the same on every rank."""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, targets: str) -> "Shapes":
+    def of(cls, config: PreTrainedConfig, targets: str) -> "ModelShapes":
         """Build the model on the meta device and read its shapes.
 
         Args:
-            config: The model's.
-            targets: As ``SeftConfig.targets``.
+            config: Configuration of the model.
+            targets: Pattern of the targets, see ``SeftConfig.targets``.
 
         Raises:
-            ValueError: A configuration of which no model can be made, or targets that cannot carry deltas.
+            ValueError: No model can be built from the configuration, or the targets cannot carry deltas.
         """
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:  # models raise whatever their own arithmetic does
+        except Exception as error:  # the constructors of models raise errors of any type
             raise ValueError(
                 f"transformers cannot build a {config.model_type} with such a config.json ({error_summary(error)})"
             ) from error
-        found = {t.weight_name(name): t.matrix_shape for name, t in find_targets(model, targets).items()}
+        matrices = {t.weight_name(name): t.matrix_shape for name, t in find_targets(model, targets).items()}
         layers = decoder_layers(model)
         owner = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}
         weights = [
-            Weight(name, tuple(p.shape), found.get(name), owner.get(id(p))) for name, p in model.named_parameters()
+            ParameterShape(name, tuple(p.shape), matrices.get(name), owner.get(id(p)))
+            for name, p in model.named_parameters()
         ]
         kinds = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers]
         return cls(config, weights, kinds, sum(b.numel() * b.element_size() for b in model.buffers()))
 
     @cached_property
-    def targets(self) -> list[Weight]:
-        """Weights with deltas."""
+    def targets(self) -> list[ParameterShape]:
+        """Parameters that carry deltas."""
         return [weight for weight in self.weights if weight.target]
 
     @cached_property
     def numel(self) -> int:
-        """Parameters of the model."""
+        """Number of entries in all parameters."""
         return sum(weight.numel for weight in self.weights)
 
     @cached_property
     def target_numel(self) -> int:
-        """Weights that may carry deltas."""
+        """Number of entries in all targets."""
         return sum(weight.numel for weight in self.targets)
 
     @cached_property
     def position_bytes(self) -> int:
-        """Bytes of a delta's position: 4, or 8 if a target has 2^31 weights or more."""
+        """Bytes of the position of a delta: 4, or 8 if a target has 2^31 weights or more."""
         return position_dtype(max((weight.numel for weight in self.targets), default=0)).itemsize
 
     def unit_numels(self) -> list[int]:
-        """Parameters of each decoder layer."""
+        """Number of entries in the parameters of each decoder layer."""
         sums = [0] * len(self.kinds)
         for weight in self.weights:
             if weight.layer is not None:
@@ -213,5 +220,5 @@ class Shapes:
         return sums
 
     def budget(self, density: float) -> int:
-        """Deltas of the whole model."""
+        """Number of deltas in the whole model."""
         return sum(int(density * weight.numel + 0.5) for weight in self.targets)

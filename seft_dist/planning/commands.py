@@ -1,4 +1,4 @@
-"""What to type: options of launch/train.py and the line that submits them."""
+"""The command of a planned run: options of launch/train.py, and the line that submits it."""
 
 import dataclasses
 import shlex
@@ -10,9 +10,13 @@ from seft_dist.planning.layout import Layout
 
 
 def train_options(config: PlanConfig, layout: Layout) -> list[str]:
-    """Options of launch/train.py for the planned run.
+    """Return the options of launch/train.py for a planned run.
 
-    The model's path stands for the pruned model, data.path for the text: a plan knows neither.
+    A plan knows neither the pruned model nor the text, so model.path and data.path are placeholders.
+
+    Args:
+        config: The plan.
+        layout: Layout of the run.
     """
     model = config.model if Path(config.model).is_dir() else f"{Path(config.model).stem}-pruned"
     options = ["--model.path", model, "--model.dtype", config.dtype]
@@ -31,7 +35,7 @@ def train_options(config: PlanConfig, layout: Layout) -> list[str]:
 
 
 def submit_line(config: PlanConfig, layout: Layout) -> str:
-    """The command that starts the run: sbatch on a cluster, torchrun on one CPU machine."""
+    """Return the command that starts a planned run: sbatch on a cluster, torchrun on a single CPU machine."""
     options = shlex.join(train_options(config, layout))
     if config.cluster.gpu in ("cpu",) or Path(config.cluster.gpu).is_file():
         start = "python" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size}"

@@ -1,4 +1,4 @@
-"""What devices and links can do: vendors' data sheets times a stated share, or rates measured on this machine."""
+"""Rates of devices and links, from vendors' data sheets times a stated share, or measured on this machine."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,20 +12,22 @@ from seft_dist.files.writing import write_json
 
 @dataclass(frozen=True)
 class Gpu:
-    """Numbers of a data sheet: dense peaks in FLOP/s, bytes, bytes a second."""
+    """Numbers from the data sheet of a GPU. Peaks are those of dense products."""
 
     memory: float
+    """Bytes."""
     bfloat16: float
+    """Peak in FLOP/s."""
     float32: float
-    """Without TF32, which torch leaves off."""
+    """Peak in FLOP/s, without TF32, which torch does not use by default."""
     bandwidth: float
-    """Of the device's memory."""
+    """Bandwidth of the device's memory, bytes a second."""
     intra: float
-    """Of one device to the others of its node, one direction (NVLink)."""
+    """Bandwidth from one device to the others of its node, one direction (NVLink), bytes a second."""
     inter: float
-    """Of one node of 8 to others, one direction (one network port for each device)."""
+    """Bandwidth from a node of 8 devices to others, one direction (a network port for each device), bytes a second."""
     host: float
-    """Between the device and its node's memory, one direction (PCIe)."""
+    """Bandwidth between the device and its node's memory, one direction (PCIe), bytes a second."""
 
 
 GPUS = {
@@ -34,73 +36,75 @@ GPUS = {
     "A100-80GB": Gpu(80e9, 312e12, 19.5e12, 2.0e12, 300e9, 200e9, 32e9),
     "A100-40GB": Gpu(40e9, 312e12, 19.5e12, 1.55e12, 300e9, 200e9, 32e9),
 }
-"""SXM versions; peaks without structured sparsity. Nothing in this project was ever run on one of them."""
+"""Data sheets of the SXM versions; peaks are without structured sparsity. This project was never run on any of them."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one rank has to itself: FLOP/s, bytes a second, seconds for each weight. Ranks on one CPU share the machine's."""
+    """Rates of one rank. If the ranks of a node share one device (a CPU), they are the rates of the whole device."""
 
     name: str
     memory: float
-    """Bytes of a rank."""
+    """Bytes of memory."""
     reserve: float
-    """Bytes gone before the first tensor."""
+    """Bytes that are in use before the first tensor is allocated."""
     matmul: float
-    """FLOP/s of dense products in the weights' type."""
+    """FLOP/s of dense products in the dtype of the weights."""
     attention: float
+    """FLOP/s of attention kernels."""
     dense: float
-    """FLOP/s of the fp32 products of a window's dense gradients."""
+    """FLOP/s of the fp32 products that compute a window's dense gradients."""
     sampled: float
-    """FLOP/s of sampled gradients, 2 for each delta and token."""
+    """FLOP/s of sampled gradients, counting 2 for each delta and token."""
     moved: float | None
-    """Bytes a second of elementwise operations; None: they are in the share (MFU) of matmul."""
+    """Bytes a second of elementwise operations; None: included in the utilization (MFU) of matmul."""
     call: float
-    """Seconds that an operation takes whatever its size; on GPUs in the share (MFU) of matmul."""
+    """Seconds of overhead of an operation of any size; 0 on GPUs, where it is included in the MFU of matmul."""
     decode: float
-    """Dense bytes a second made of packed weights."""
+    """Bytes a second of dense weights that are decoded from packed ones."""
     update: float
-    """Seconds for each own delta of an optimizer step."""
+    """Seconds for each own delta in an optimizer step."""
     evolve: float
-    """Seconds for each own weight of an evolution."""
+    """Seconds for each own weight in an evolution."""
     intra: float
-    """Bytes a second between ranks of a node, one rank's."""
+    """Bytes a second from one rank to the others of its node."""
     inter: float
-    """Bytes a second between nodes, all ranks of a node together."""
+    """Bytes a second from all ranks of a node together to other nodes."""
     host: float
     """Bytes a second between a rank and its node's memory."""
     overlaps: bool
-    """Whether gathering weights hides behind computing."""
+    """Communication of weights overlaps with computation."""
     shared: bool
-    """Whether the ranks of a node share one device, whose rates these are."""
+    """The ranks of a node share one device."""
     measured: bool
+    """The rates were measured, not taken from a data sheet."""
 
-    def of_rank(self, ranks: int) -> "Rates":
-        """What one of several ranks on a node has."""
+    def per_rank(self, ranks: int) -> "Rates":
+        """Divide the rates of a shared device among the ranks of a node; rates of a rank's own device do not change."""
         if not self.shared:
             return self
         faster = ("memory", "matmul", "attention", "dense", "sampled", "moved", "decode", "host")
         slower = ("update", "evolve")
         parts: dict[str, Any] = {key: getattr(self, key) / ranks for key in faster if getattr(self, key)}
         parts |= {key: getattr(self, key) * ranks for key in slower}
-        return replace(self, **parts, intra=self.intra * 2 / max(2, ranks))  # measured with two
+        return replace(self, **parts, intra=self.intra * 2 / max(2, ranks))  # the link was measured with two ranks
 
 
 def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
-    """Rates of a device by its data sheet.
+    """Derive the rates of a device from its data sheet.
 
     Args:
-        cluster: Says which, and what differs from the data sheet.
-        dtype: Of the weights.
-        density: Of the deltas.
+        cluster: The device, and values that replace those of the data sheet.
+        dtype: Dtype of the weights.
+        density: Density of the deltas.
 
     Raises:
-        ValueError: No such device.
+        ValueError: The device is not known.
     """
     if cluster.gpu not in GPUS:
         raise ValueError(
-            f"cluster.gpu={cluster.gpu} is neither one of {', '.join(GPUS)}, cpu, nor a file of measured rates; for another "
-            "device take the nearest and set cluster.memory_gb, .tflops, .intra_gb_s and .inter_gb_s"
+            f"cluster.gpu={cluster.gpu} is neither one of {', '.join(GPUS)}, cpu, nor a file of measured rates; for "
+            "another device take the nearest and set cluster.memory_gb, .tflops, .intra_gb_s and .inter_gb_s"
         )
     gpu = GPUS[cluster.gpu]
     peak = cluster.tflops * 1e12 if cluster.tflops else getattr(gpu, dtype)
@@ -114,9 +118,9 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
         sampled=peak * cluster.mfu * density / cluster.sampled_share,
         moved=None,
         call=0.0,
-        decode=gpu.bandwidth / 4,  # one kernel that reads bits and values and writes each weight once; never run
-        update=120 / gpu.bandwidth,  # every column read and written a few times
-        evolve=200 / gpu.bandwidth,  # keys of three rankings, each twice, and the check
+        decode=gpu.bandwidth / 4,  # one kernel reads bits and values and writes each weight once; never run
+        update=120 / gpu.bandwidth,  # bytes for each delta: every column is read and written a few times
+        evolve=200 / gpu.bandwidth,  # bytes for each weight: keys of three rankings, each read twice, and the check
         intra=cluster.link_share * (cluster.intra_gb_s * 1e9 if cluster.intra_gb_s else gpu.intra),
         inter=cluster.link_share
         * (cluster.inter_gb_s * 1e9 if cluster.inter_gb_s else gpu.inter * cluster.gpus_per_node / 8),
@@ -128,10 +132,10 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
 
 
 def read_rates(file: str) -> dict[str, Rates]:
-    """Rates by type of weights, from a file that ``write_rates`` wrote.
+    """Read the rates for each dtype of weights from a file that ``write_rates`` wrote.
 
     Raises:
-        ValueError: It is not such a file.
+        ValueError: The file cannot be read, or does not hold rates.
     """
     try:
         content = read_json(Path(file), dict[str, dict[str, float | bool | str | None]])
@@ -144,6 +148,7 @@ _MAY_BE_0 = ("call", "reserve")
 
 
 def _checked(rates: Rates) -> Rates:
+    """Return the rates, or raise a ValueError if a value has the wrong type or is not a positive, finite number."""
     for field in fields(Rates):
         value: Any = getattr(rates, field.name)
         if field.type in (str, bool, "str", "bool"):
@@ -159,5 +164,5 @@ def _checked(rates: Rates) -> Rates:
 
 
 def write_rates(file: str, rates: dict[str, Rates]) -> None:
-    """Keep measured rates of each type of weights for later plans."""
-    write_json(Path(file), {dtype: asdict(found) for dtype, found in rates.items()})
+    """Write measured rates for each dtype of weights, for later plans."""
+    write_json(Path(file), {dtype: asdict(values) for dtype, values in rates.items()})

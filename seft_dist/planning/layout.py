@@ -1,70 +1,74 @@
-"""Ways of holding a model on ranks, and what launch/train.py is told to get each of them."""
+"""Layouts of a model on ranks, and the options of launch/train.py that choose them."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from seft_dist.config import ClusterConfig, PlanConfig
-from seft_dist.planning.architectures import Shapes, Weight
+from seft_dist.data.batches import num_micro_batches
+from seft_dist.planning.architectures import ModelShapes, ParameterShape
 
 Packing = Literal["none", "gather", "resident"]
-Held = Literal["single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+LayoutKind = Literal["single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
 @dataclass(frozen=True)
 class Layout:
     """How ranks hold the weights."""
 
-    held: Held
+    held: LayoutKind
+    """Way of sharding or replicating the weights."""
     world_size: int
+    """Number of ranks."""
     per_node: int
-    """Ranks on a node."""
+    """Number of ranks on a node."""
     replicas: int = 1
-    """HSDP: groups of ranks that each hold a whole sharded copy."""
+    """HSDP: number of groups of ranks that each hold a whole sharded copy."""
     packing: Packing = "none"
-    """As ``TrainConfig.packing``."""
+    """Packing of the targets, see ``TrainConfig.packing``."""
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name of the layout in tables."""
         name = f"hsdp x{self.replicas}" if self.held == "hsdp" else self.held
         return name if self.packing == "none" else f"{name}, {self.packing}"
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank stores only its own part of the weights."""
+        """A rank stores only its own part of the weights."""
         return self.held in ("fsdp", "hsdp", "zero3", "zero3_offload")
 
     @property
     def owners(self) -> int:
-        """Ranks that divide each weight among themselves."""
+        """Number of ranks that divide each weight among themselves."""
         return self.world_size // self.replicas
 
     @property
     def nodes(self) -> int:
-        """Nodes in use."""
+        """Number of nodes in use."""
         return -(-self.world_size // self.per_node)
 
-    def own(self, weight: Weight) -> int:
-        """Entries of a weight that the fullest rank owns."""
-        return weight.rows_of(self.owners) if self.held in ("fsdp", "hsdp") else weight.flat_of(self.owners)
+    def own_numel(self, weight: ParameterShape) -> int:
+        """Number of entries of a weight that the fullest rank owns."""
+        by_rows = self.held in ("fsdp", "hsdp")
+        return weight.row_shard_numel(self.owners) if by_rows else weight.flat_shard_numel(self.owners)
 
-    def stored(self, weight: Weight) -> int:
-        """Entries of a weight that the fullest rank stores."""
-        return self.own(weight) if self.sharded else weight.numel
+    def stored_numel(self, weight: ParameterShape) -> int:
+        """Number of entries of a weight that the fullest rank stores."""
+        return self.own_numel(weight) if self.sharded else weight.numel
 
-    def skew(self, shapes: Shapes) -> float:
-        """Target weights of the fullest rank over the mean."""
-        return sum(map(self.own, shapes.targets)) * self.owners / shapes.target_numel
+    def skew(self, shapes: ModelShapes) -> float:
+        """Number of target weights that the fullest rank owns, divided by the mean over ranks."""
+        return sum(map(self.own_numel, shapes.targets)) * self.owners / shapes.target_numel
 
-    def empty_ranks(self, shapes: Shapes) -> int:
-        """Ranks of a group of owners that own nothing of any target."""
+    def empty_ranks(self, shapes: ModelShapes) -> int:
+        """Number of ranks in a group of owners that own no part of any target."""
         by_rows = self.held in ("fsdp", "hsdp")
         lengths = [weight.shape[0] if by_rows else weight.numel for weight in shapes.targets]
         used = max(-(-length // -(-length // self.owners)) for length in lengths)
         return self.owners - used
 
     def options(self, config: PlanConfig) -> list[str]:
-        """Options of launch/train.py that choose this layout."""
+        """Return the options of launch/train.py that choose this layout."""
         if self.held.startswith("zero"):
             suffix = "_bf16" if config.dtype == "bfloat16" else ""
             return ["--deepspeed", f"ds_configs/{self.held}{suffix}.json"]
@@ -73,43 +77,43 @@ class Layout:
         return options + (["--packing", self.packing] if self.packing != "none" else [])
 
 
-def layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
-    """Every way of holding a model on a number of ranks."""
+def possible_layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
+    """List every layout of a model on a number of ranks."""
     if world_size == 1:
         alone = Layout("single", 1, cluster.gpus_per_node)
         return [alone, replace(alone, packing="resident")]
-    kinds: tuple[Held, ...] = ("fsdp", "zero3", "ddp", "zero2", "zero1", "zero0", "zero3_offload")
-    found = [Layout(held, world_size, cluster.gpus_per_node) for held in kinds]
+    kinds: tuple[LayoutKind, ...] = ("fsdp", "zero3", "ddp", "zero2", "zero1", "zero0", "zero3_offload")
+    layouts = [Layout(held, world_size, cluster.gpus_per_node) for held in kinds]
     nodes, rest = divmod(world_size, cluster.gpus_per_node)
-    if not rest:  # whole nodes: copies of the model on groups of nodes
-        found += [
+    if not rest:  # HSDP is considered for whole nodes only, with a copy of the model on each group of nodes
+        layouts += [
             Layout("hsdp", world_size, cluster.gpus_per_node, copies)
             for copies in range(2, nodes + 1)
             if nodes % copies == 0
         ]
     packed = [
         replace(layout, packing=packing)
-        for layout in found
+        for layout in layouts
         if layout.held in ("fsdp", "hsdp")
         for packing in ("gather", "resident")
     ]
-    return found + packed
+    return layouts + packed
 
 
 def world_sizes(cluster: ClusterConfig) -> list[int]:
-    """Numbers of ranks worth looking at: within a node, then whole nodes; each about twice the last."""
+    """Numbers of ranks that a plan considers: powers of two within a node, and of whole nodes, and all nodes."""
     within = [2**i for i in range(cluster.gpus_per_node.bit_length()) if 2**i < cluster.gpus_per_node]
     nodes = [2**i for i in range(cluster.nodes.bit_length()) if 2**i < cluster.nodes]
     return within + [cluster.gpus_per_node * count for count in (*nodes, cluster.nodes)]
 
 
 def packed_bytes(sparsity: float, item: int) -> float:
-    """Bytes of a packed weight: one bit, and a value if it is not pruned."""
+    """Mean bytes of a weight in packed form: one bit, and the value of ``item`` bytes if it is not pruned."""
     return 1 / 8 + item * (1 - sparsity)
 
 
-def micro_batches(config: PlanConfig, layout: Layout) -> int:
-    """Forward passes of a rank in a step."""
+def micro_batches_of(config: PlanConfig, layout: Layout) -> int:
+    """Number of micro-batches of a rank in one step of the planned run."""
     if config.global_batch is None:
         return 1
-    return -(-config.global_batch // (config.batch_size * layout.world_size))
+    return num_micro_batches(config.global_batch, config.batch_size, layout.world_size)

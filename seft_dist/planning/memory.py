@@ -1,4 +1,4 @@
-"""Bytes of the fullest rank, term by term. docs/planning.md has the same formulas in words."""
+"""Memory of the fullest rank, term by term. docs/planning.md has the same formulas in words."""
 
 from dataclasses import dataclass, field
 
@@ -6,43 +6,46 @@ import torch
 
 from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
-from seft_dist.planning.architectures import Shapes
-from seft_dist.planning.layout import Layout, micro_batches, packed_bytes
-from seft_dist.planning.model_trace import Work
+from seft_dist.planning.architectures import ModelShapes
+from seft_dist.planning.layout import Layout, micro_batches_of, packed_bytes
+from seft_dist.planning.model_trace import PassCost
 from seft_dist.sparsity.partition import position_dtype
 
 GB = 1e9
 _DELTA = 20
-"""Bytes of an own delta beside its position: base, value, two moments, age."""
+"""Bytes of an own delta without its position: base, value, two moments, age."""
 _RANKED = 8
 """Bytes for each own weight of the layer that is being ranked: the weight and its key."""
 ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
-"""Of ds_configs/zero3*.json: weights that stay gathered from forward to backward, and that are fetched ahead."""
+"""Settings of ds_configs/zero3*.json: numbers of weights that stay gathered from forward to backward, and of those that
+are fetched ahead."""
 DDP_BROADCASTS = 2.0 * (250 << 20)
-"""Bytes of the two buckets in which DistributedDataParallel has weights on their way when a run begins."""
+"""Bytes of the two buckets in which DistributedDataParallel broadcasts the weights when a run begins."""
 _ITEM = {"bfloat16": 2, "float32": 4}
+"""Bytes of a weight."""
 
-Terms = dict[str, float]
+MemoryTerms = dict[str, float]
+"""Bytes by the name of what needs them."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of a rank."""
+class MemoryEstimate:
+    """Memory of a rank, in bytes."""
 
-    resident: Terms
-    """What stays from step to step."""
-    phases: dict[str, Terms]
-    """What is added in each part of a step."""
+    resident: MemoryTerms
+    """Memory that is in use all the time."""
+    phases: dict[str, MemoryTerms]
+    """Additional memory in each phase of a step."""
     reserve: float
-    """Gone before the first tensor."""
+    """Memory in use before the first tensor is allocated."""
     margin: float
-    """Fragmentation, as a share of what tensors need."""
-    host: Terms = field(default_factory=dict)
-    """In the node's own memory instead, for each rank."""
+    """Fragmentation, as a share of the memory of tensors."""
+    host: MemoryTerms = field(default_factory=dict)
+    """Memory of the node that each rank uses instead of that of its device."""
 
     @property
     def worst(self) -> str:
-        """The phase with the largest need."""
+        """Name of the phase that needs most memory."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
@@ -52,11 +55,11 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes needed of the device."""
+        """Bytes of the device that are needed."""
         return self.tensors * (1 + self.margin) + self.reserve
 
-    def terms(self) -> Terms:
-        """Every term of the worst phase; they add up to ``total``."""
+    def terms(self) -> MemoryTerms:
+        """Return every term of the worst phase; their sum is ``total``."""
         return {
             **self.resident,
             **self.phases[self.worst],
@@ -65,34 +68,34 @@ class Memory:
         }
 
 
-def base_weights(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> Terms:
-    """The weights at rest."""
+def base_weights(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int) -> MemoryTerms:
+    """Memory of the weights as they are stored between their uses."""
     if layout.packing != "resident":
-        return {"base weights": float(item * sum(map(layout.stored, shapes.weights)))}
-    rest = item * sum(layout.stored(weight) for weight in shapes.weights if not weight.target)
-    values = item * (1 - config.sparsity) * sum(map(layout.own, shapes.targets))
+        return {"base weights": float(item * sum(map(layout.stored_numel, shapes.weights)))}
+    rest = item * sum(layout.stored_numel(weight) for weight in shapes.weights if not weight.target)
+    values = item * (1 - config.sparsity) * sum(map(layout.own_numel, shapes.targets))
     return {
-        "base weights, packed values of targets": values,  # their bits are the masks
+        "base weights, packed values of targets": values,  # the bits are not counted: they are SEFT's masks
         "base weights, dense rest": float(rest),
         "one target, dense": float(item * max(weight.numel for weight in shapes.targets)),
         "places of own deltas": config.seft.density
-        * sum(position_dtype(own).itemsize * own for own in map(layout.own, shapes.targets)),
+        * sum(position_dtype(own).itemsize * own for own in map(layout.own_numel, shapes.targets)),
     }
 
 
-def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_end: bool = False) -> Terms:
-    """Weights that are whole for a while on a rank that stores shards.
+def gathered(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int, at_end: bool = False) -> MemoryTerms:
+    """Memory of the weights that are gathered at a time, on a rank that stores shards.
 
     Args:
-        config: The recipe.
-        shapes: The model's.
-        layout: How it is held.
+        config: The planned run.
+        shapes: Shapes of the model.
+        layout: Layout of the run.
         item: Bytes of a weight.
-        at_end: In the backward pass of the first layers.
+        at_end: At the end of the backward pass, when ZeRO-3 has released most weights.
     """
     if not layout.sharded:
         return {}
-    padded = {w.name: layout.own(w) * layout.owners for w in shapes.weights}
+    padded = {w.name: layout.own_numel(w) * layout.owners for w in shapes.weights}
     dense, packed = [0] * len(shapes.kinds), [0.0] * len(shapes.kinds)
     for weight in shapes.weights:
         if weight.layer is not None:
@@ -109,33 +112,35 @@ def gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int, at_e
     root = {"gathered embeddings, head": float((whole - sum(dense)) * item)}
     if layout.packing == "resident":
         return {"gathered layers, packed (2)": 2 * max(packed), **root}
-    # The layer that is computed, and the buffer of the one that is fetched.
+    # The layer that is being computed, and the buffer of the next one, which is being fetched
     layers = {"gathered layers (2)": float(2 * max(dense) * item)}
     if layout.packing == "gather":
         layers["gathered layer, packed"] = max(packed)
     return layers | root
 
 
-def activations(work: Work) -> tuple[Terms, Terms]:
-    """What lives at the loss, and while layers are differentiated."""
-    saved = {"activations": work.saved}
-    head = max(0.0, work.head - work.saved)
-    layers = max(0.0, work.layers - work.saved)
+def activations(cost: PassCost) -> tuple[MemoryTerms, MemoryTerms]:
+    """Memory of activations at the loss, and during the backward pass of the layers."""
+    saved = {"activations": cost.saved}
+    head = max(0.0, cost.head - cost.saved)
+    layers = max(0.0, cost.layers - cost.saved)
     return {**saved, "logits and loss": head}, {**saved, "working tensors of a layer": layers}
 
 
-def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float) -> Memory:
-    """What SEFT needs on the fullest rank.
+def seft_memory(
+    config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, reserve: float
+) -> MemoryEstimate:
+    """Estimate the memory of SEFT on the fullest rank.
 
     Args:
-        config: The recipe.
-        shapes: The model's.
-        layout: How it is held.
-        work: Of one micro-batch.
-        reserve: Bytes that are gone before the first tensor.
+        config: The planned run.
+        shapes: Shapes of the model.
+        layout: Layout of the run.
+        cost: Cost of one micro-batch.
+        reserve: Bytes in use before the first tensor is allocated.
     """
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
-    own = sum(map(layout.own, shapes.targets))
+    own = sum(map(layout.own_numel, shapes.targets))
     deltas = shapes.budget(config.seft.density)
     own_deltas = config.seft.density * own
     rows = sum(weight.target[0] for weight in shapes.targets if weight.target)
@@ -149,38 +154,40 @@ def seft_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         "positions of all deltas": 4 * deltas + 4 * rows,
     }
     grads = {"gradients of all deltas": 4.0 * deltas}
-    earlier = micro_batches(config, layout) > 1  # a micro-batch finds the gradients of those before it
-    head, layers = activations(work)
+    earlier = micro_batches_of(config, layout) > 1  # gradients of the micro-batch before are kept
+    head, layers = activations(cost)
     whole = gathered(config, shapes, layout, item)
     exchange = {"gradients of all deltas, exchange (3)": 12.0 * deltas}
-    phases: dict[str, Terms] = {
+    phases: dict[str, MemoryTerms] = {
         "loss": {**whole, **head, **(grads if earlier else {})},
         "backward": {**whole, **layers, **(grads if earlier else {})},
         "step": exchange,
     }
     if layout.held == "ddp":
         phases["begin of the run"] = {"weights that DDP broadcasts": min(weights["base weights"], DDP_BROADCASTS)}
-    if layout.held in ("fsdp", "hsdp"):  # the root's buffer lives until the first layer has its weights
+    if layout.held in ("fsdp", "hsdp"):  # the root's buffer is freed only when the first layer has its weights
         phases["begin of forward"] = {**whole, "buffer of embeddings, head": whole["gathered embeddings, head"]}
     if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):
-        window = _window_phases(config, shapes, layout, work, grads)
+        window = _window_phases(config, shapes, layout, cost, grads)
         window["evolution"] |= exchange
         if "begin of forward" in phases:
             kept = {key: size for key, size in window["window"].items() if key == "window: accumulated gradient"}
             phases["begin of forward"] |= kept
         phases |= window
     host = weights if offloaded else {}
-    return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
+    return MemoryEstimate(resident, phases, reserve, config.cluster.fragmentation, host)
 
 
-def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, grads: Terms) -> dict[str, Terms]:
-    """A window's step: the loss, its backward pass at the first and at the last layer, and the evolution after it."""
+def _window_phases(
+    config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, grads: MemoryTerms
+) -> dict[str, MemoryTerms]:
+    """Additional memory in a step of a window: at the loss, during and at the end of backward, and in the evolution."""
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
-    whole, (head, layers) = gathered(config, shapes, layout, item), activations(work)
-    own = sum(map(layout.own, shapes.targets))
-    # the window's sums are in fp32 only where they are kept whole and so
+    whole, (head, layers) = gathered(config, shapes, layout, item), activations(cost)
+    own = sum(map(layout.own_numel, shapes.targets))
+    # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
-    ranking = {"ranking of one weight": float(ranked * max(map(layout.own, shapes.targets)))}
+    ranking = {"ranking of one weight": float(ranked * max(map(layout.own_numel, shapes.targets)))}
     if needs.factored:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
         return {
@@ -192,22 +199,22 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
     total = {"window: accumulated gradient": float(each * own)}
     if needs.squares:
         total["window: squares"] = float(each * own)
-    # of candidates only their own sums are left after the first step, the only dense one
+    # With candidates only the first step is dense; after it only the sums of the candidates are kept
     before = total if config.seft.window > 1 and not needs.candidates else {}
     largest = max(shapes.targets, key=lambda weight: weight.numel)
-    # the gradient and what its exchange receives; of half-precision operands also copies in fp32
+    # The gradient, what its exchange receives, and fp32 copies of half-precision operands
     dense = 4.0 * largest.numel * (1 + (layout.owners > 1))
     if item < 4:
         dense += 4.0 * config.batch_size * config.seq_len * sum(largest.target or ())
     one = {"window: dense gradient of one weight, exchange": dense}
     step = {**grads, "window: gradient of the step": float(each * own)}
-    earlier = micro_batches(config, layout) > 1
+    earlier = micro_batches_of(config, layout) > 1
     found = {
         "loss in a window": {**whole, **head, **before, **(step if earlier else {})},
         "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
     }
-    if needs.candidates:  # later steps: their positions and gradients are the whole model's on every rank
+    if needs.candidates:  # in later steps every rank has the positions and gradients of all candidates of the model
         kept = min(1.0, (1 + 2 * config.seft.window_candidates) * config.seft.density)
         of_all = {
             "window: candidates, own sums": (8.0 + shapes.position_bytes) * kept * own,
@@ -215,8 +222,8 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
         }
         found["window of candidates"] = {**whole, **layers, **of_all}
         found["loss in a window of candidates"] = {**whole, **head, **of_all}
-    if not earlier:  # activations go as gradients come
-        rest = {"activations and working tensors of the first layer": work.first}
+    if not earlier:  # activations are freed while gradients are computed, so the end may need more than the beginning
+        rest = {"activations and working tensors of the first layer": cost.first}
         found["end of a window's backward"] = {
             **gathered(config, shapes, layout, item, True),
             **rest,
@@ -227,15 +234,17 @@ def _window_phases(config: PlanConfig, shapes: Shapes, layout: Layout, work: Wor
     return found
 
 
-def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, reserve: float, trained: str) -> Memory:
-    """What AdamW needs on the fullest rank, for all weights or for adapters.
+def adam_memory(
+    config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, reserve: float, trained: str
+) -> MemoryEstimate:
+    """Estimate the memory of training all weights, or LoRA adapters, with AdamW on the fullest rank.
 
     Args:
-        config: The recipe.
-        shapes: The model's.
-        layout: How it is held.
-        work: Of one micro-batch.
-        reserve: Bytes that are gone before the first tensor.
+        config: The planned run.
+        shapes: Shapes of the model.
+        layout: Layout of the run.
+        cost: Cost of one micro-batch.
+        reserve: Bytes in use before the first tensor is allocated.
         trained: "full" or "lora".
     """
     item = _ITEM[config.dtype]
@@ -244,7 +253,7 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))
     divides_grads = layout.sharded or layout.held == "zero2"
     divides_state = divides_grads or layout.held == "zero1"
-    states = 12 if item == 2 else 8  # fp32 copy and two moments
+    states = 12 if item == 2 else 8  # two moments and, of 16-bit weights, a copy in fp32
     resident = {**({} if offloaded else weights), "buffers": float(shapes.buffers)}
     if trained == "lora":
         resident["adapters"] = item * count / (layout.owners if layout.sharded else 1)
@@ -253,7 +262,7 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
     whole = gathered(config, shapes, layout, item)
     if layout.sharded and trained == "full":
         whole["gradients of a layer"] = item * max(shapes.unit_numels())
-    head, layers = activations(work)
+    head, layers = activations(cost)
     if trained == "lora":
         tokens = config.batch_size * config.seq_len
         layers["adapters' activations"] = head["adapters' activations"] = (
@@ -261,11 +270,11 @@ def adam_memory(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, 
         )
     phases = {"loss": {**whole, **head, **grads}, "backward": {**whole, **layers, **grads}, "step": grads}
     host = weights if offloaded else {}
-    return Memory(resident, phases, reserve, config.cluster.fragmentation, host)
+    return MemoryEstimate(resident, phases, reserve, config.cluster.fragmentation, host)
 
 
-def lora_numel(config: PlanConfig, shapes: Shapes) -> int:
-    """Parameters of LoRA on all targets."""
+def lora_numel(config: PlanConfig, shapes: ModelShapes) -> int:
+    """Number of entries in the adapters of LoRA on all targets."""
     total = 0
     for weight in shapes.targets:
         experts = weight.shape[0] if len(weight.shape) == 3 else 1

@@ -1,6 +1,7 @@
-"""What one forward and backward pass costs: the real model class, run on tensors without values.
+"""Cost of one forward and backward pass, traced by running the real model class on fake tensors without values.
 
-Two or a few layers are run; every further layer of the same kind adds what the last of its kind added.
+Only the first few layers are run. Every further layer of the same kind adds the cost that the last traced layer of its
+kind added.
 """
 
 import contextlib
@@ -26,23 +27,24 @@ from seft_dist.modules.experts import first_projection, is_experts
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.install import install
 
-# transformers builds no mask for attention of other people's: the causal kernel is called, as in a run on full blocks.
+# transformers builds no mask for an attention function that it does not know, so the causal kernel is called, as in a
+# training run on full blocks.
 _ATTENTION = "seft_plan"
 AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
-class Work:
-    """Cost of one pass over one micro-batch."""
+class PassCost:
+    """Cost of one forward and backward pass over one micro-batch."""
 
     saved: float
-    """Bytes that live between forward and backward."""
+    """Bytes of the activations that are kept between forward and backward."""
     head: float
-    """Largest bytes alive up to the gradient of the last layer's output (logits and loss are in it)."""
+    """Peak bytes until the gradient of the last layer's output exists, which includes logits and loss."""
     layers: float
-    """Largest bytes alive after that, before the gradient of the first layer's output."""
+    """Peak bytes after that, until the gradient of the first layer's output exists."""
     first: float
-    """Largest bytes alive after that: what the first layer's backward pass needs."""
+    """Peak bytes after that, during the backward pass of the first layer."""
     matmul: float
     """Floating-point operations of matrix products: forward, recomputation, gradients of inputs."""
     attention: float
@@ -50,27 +52,27 @@ class Work:
     moved: float
     """Bytes that all other operations read and write."""
     calls: float
-    """Operations."""
+    """Number of operations."""
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: "PassCost") -> "PassCost":
+        return PassCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def minus(self, other: "Work") -> "Work":
-        """Difference, field by field."""
-        return Work(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+    def minus(self, other: "PassCost") -> "PassCost":
+        """Subtract another cost, field by field."""
+        return PassCost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     @property
     def computed(self) -> tuple[float, float, float, float]:
-        """What takes time: matmul, attention, moved, calls."""
+        """The fields that take time: matmul, attention, moved, calls."""
         return self.matmul, self.attention, self.moved, self.calls
 
     @property
     def peak(self) -> float:
-        """Largest bytes alive."""
+        """Peak bytes of the whole pass."""
         return max(self.head, self.layers, self.first)
 
 
-def trace(
+def trace_pass(
     config: PreTrainedConfig,
     kinds: list[tuple[Any, ...]],
     dtype: torch.dtype,
@@ -78,34 +80,35 @@ def trace(
     length: int,
     checkpoint: bool,
     inputs_kept: bool = False,
-) -> Work:
-    """Work of the whole model, from runs of its first few layers.
+) -> PassCost:
+    """Trace the cost of a pass through the whole model, by running its first few layers.
 
     Args:
-        config: The model's.
-        kinds: Of each decoder layer (``Shapes.kinds``).
-        dtype: Of the weights.
-        batch: Sequences of a micro-batch.
-        length: Tokens of each.
-        checkpoint: Whether decoder layers are computed again in backward.
-        inputs_kept: Whether every linear keeps its input for backward, as those of LoRA and full fine-tuning do.
+        config: Configuration of the model.
+        kinds: Kind of each decoder layer (``ModelShapes.kinds``).
+        dtype: Dtype of the weights.
+        batch: Number of sequences in a micro-batch.
+        length: Number of tokens in a sequence.
+        checkpoint: Decoder layers are computed again in backward.
+        inputs_kept: Every linear keeps its input for backward, as in LoRA and full fine-tuning.
     """
-    runs: dict[int, Work] = {}
+    runs: dict[int, PassCost] = {}
 
-    def first(count: int) -> Work:
+    def first(count: int) -> PassCost:
         if count not in runs:
             runs[count] = _run(config, count, dtype, batch, length, checkpoint, inputs_kept)
         return runs[count]
 
     if len(kinds) == 1:
         return first(1)
-    # the second of two layers says what a layer adds; the first one also pays for what exists once
+    # The cost that a layer adds is the difference of two runs, with and without it. The first layer is not used for
+    # this, because its run also includes everything that exists once. The earliest later layer of each kind is.
     steps = {kinds[i]: i for i in range(len(kinds) - 1, 0, -1)}
     costliest = max(steps.values())
     total = first(costliest + 1)
     for kind in kinds[costliest + 1 :]:
         added = first(steps[kind] + 1).minus(first(steps[kind]))
-        total += Work(added.saved, added.saved, added.saved, 0.0, *added.computed)
+        total += PassCost(added.saved, added.saved, added.saved, 0.0, *added.computed)
     return total
 
 
@@ -126,14 +129,16 @@ def _run(
     length: int,
     checkpoint: bool,
     inputs_kept: bool,
-) -> Work:
-    # Where a hook decides what becomes of saved tensors, SEFT's linears save their inputs (seft_dist/optim/recompute_inputs.py).
+) -> PassCost:
+    """Run the first ``count`` layers forward and backward on fake tensors."""
+    # SEFT's linears save their inputs if a hook handles saved tensors (seft_dist/optim/recompute_inputs.py), so a hook
+    # without effect makes them keep their inputs as other methods do
     hooks = saved_tensors_hooks(Tensor.detach, Tensor.detach) if inputs_kept else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = AutoModelForCausalLM.from_config(
             _shortened(config, count),
             dtype=dtype,
-            # no fused kernel caps its scores
+            # the fused kernels cannot cap attention scores
             attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else _ATTENTION,
             trust_remote_code=False,
         )
@@ -157,21 +162,25 @@ def _run(
             saved = meter.live
             loss.backward()
     computed = (meter.matmul, meter.attention, meter.moved, meter.calls)
-    return Work(saved, meter.part["head"], meter.part["layers"], meter.peak, *computed)
+    return PassCost(saved, meter.part["head"], meter.part["layers"], meter.peak, *computed)
 
 
 class _Meter(TorchDispatchMode):
-    """Follows the memory of every tensor and counts what operations compute and move."""
+    """Dispatch mode that tracks the memory of every tensor, and counts what operations compute and move.
+
+    A storage is counted when an operation first returns it, and until it is freed. Parameters, buffers and the input
+    are not counted; they are passed in as known.
+    """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.live = self.peak = self.matmul = self.attention = self.moved = self.calls = 0
         self.part = {"head": 0, "layers": 0}
-        """Largest bytes alive in the parts of the backward pass that are done."""
+        """Peak bytes of each part of the pass that has ended."""
         self._known = {_storage(tensor) for tensor in known}
 
     def watch(self, part: str) -> Callable[..., None]:
-        """Forward hook of a layer: the gradient of its output ends this part of the backward pass."""
+        """Make a forward hook for a layer, which ends a part of the pass when the gradient of its output exists."""
 
         def done(_: Tensor) -> None:
             self.part[part], self.peak = self.peak, self.live
@@ -209,8 +218,8 @@ class _Meter(TorchDispatchMode):
             self.matmul += 2 * results[0].numel() * inputs[-2].shape[-1]
         elif "scaled_dot_product" in name:
             query, key, value = inputs[1:4] if "backward" in name else inputs[:3]
-            pairs = query.shape[:-1].numel() * key.shape[-2] // 2  # causal
-            backward = 2.5 if "backward" in name else 1
+            pairs = query.shape[:-1].numel() * key.shape[-2] // 2  # half of all pairs, by causality
+            backward = 2.5 if "backward" in name else 1  # five products instead of two
             self.attention += int(2 * backward * pairs * (query.shape[-1] + value.shape[-1]))
         elif not {_storage(t) for t in results} <= {_storage(t) for t in inputs} or name.endswith("_"):
             self.moved += sum(t.numel() * t.element_size() for t in (*inputs, *results))
@@ -221,7 +230,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _even_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What fused experts compute if each gets as many tokens as the others (without values nobody is chosen)."""
+    """Forward pass of fused experts if each gets the same number of tokens; fake tensors cannot decide on a routing."""
     chosen = top_k_index.shape[-1]
     order = top_k_index.reshape(-1).sort(stable=True).indices
     rows = order.numel()

@@ -1,4 +1,4 @@
-"""Rates of the devices of a plan: looked up, read from a file, or measured on this machine, its CPU or one of its GPUs."""
+"""Rates for a plan: from a data sheet, from a file, or measured on this machine's CPU or one of its GPUs."""
 
 import dataclasses
 import os
@@ -25,45 +25,50 @@ from seft_dist.modules.targets import find_targets
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.install import install
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.planning.architectures import Shapes
+from seft_dist.planning.architectures import ModelShapes
 from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
-from seft_dist.planning.model_trace import trace
+from seft_dist.planning.model_trace import trace_pass
 from seft_dist.sparsity.bitmask import pack
 
 _REPEATS = 5
+"""Number of repetitions of a measurement, of which the median is taken."""
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much the rates of a device are measured with."""
+class ProblemSizes:
+    """Sizes of the operations with which the rates of a device are measured."""
 
     linear: tuple[int, int, int]
-    """Tokens enough to keep it busy, inputs and outputs of a linear."""
+    """Number of tokens, inputs and outputs of a linear; enough to keep the device busy."""
     head: int
     """Width of an attention head."""
     numbers: int
-    """Of an elementwise operation: more than a cache holds."""
+    """Number of values in an elementwise operation; more than a cache holds."""
     deltas: int
+    """Number of deltas in an update."""
 
 
 SIZES = {
-    "cpu": Sizes((512, 1024, 2816), 64, 1 << 22, 1 << 18),
-    "cuda": Sizes((2048, 4096, 11008), 128, 1 << 28, 1 << 24),
+    "cpu": ProblemSizes((512, 1024, 2816), 64, 1 << 22, 1 << 18),
+    "cuda": ProblemSizes((2048, 4096, 11008), 128, 1 << 28, 1 << 24),
 }
-"""As in models of about 1 and 7 billion parameters."""
+"""Sizes for each type of device, as in models of about 1 and 7 billion parameters."""
 
 
 def find_rates(config: PlanConfig) -> Rates:
-    """Rates for a plan; those of "cpu" and "cuda" are measured now, which takes about a minute.
+    """Find the rates for a plan. Those of "cpu" and "cuda" are measured, which takes about a minute.
+
+    Args:
+        config: The plan; ``cluster.gpu`` names a device or a file.
 
     Raises:
-        ValueError: No such device, or a file that holds no rates.
+        ValueError: The device is not known, or the file does not hold rates.
     """
     gpu = config.cluster.gpu
     if gpu in ("cpu", "cuda"):
-        one = measure if gpu == "cpu" else measure_gpu
-        measured = {dtype: one(dtype) for dtype in ("float32", "bfloat16")}
+        measure = measure_cpu if gpu == "cpu" else measure_gpu
+        measured = {dtype: measure(dtype) for dtype in ("float32", "bfloat16")}
         if config.save_rates:
             write_rates(config.save_rates, measured)
         rates = measured[config.dtype]
@@ -79,19 +84,19 @@ def find_rates(config: PlanConfig) -> Rates:
     )
 
 
-def measure(dtype: str) -> Rates:
-    """Measure what this machine's CPU does with all of torch's threads, and its links with two ranks.
+def measure_cpu(dtype: str) -> Rates:
+    """Measure the rates of this machine's CPU with all of torch's threads, and of the link between two ranks.
 
     Args:
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
-    intra = _intra()
+    intra = _link_rate()
     return Rates(
-        **computing(dtype, _CPU),
+        **measure_computation(dtype, _CPU),
         name="cpu",
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         reserve=_resident_bytes(),
-        call=_call(getattr(torch, dtype)),
+        call=_call_overhead(getattr(torch, dtype)),
         intra=intra,
         inter=intra,
         host=5e9,
@@ -102,11 +107,11 @@ def measure(dtype: str) -> Rates:
 
 
 def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
-    """Measure what one CUDA device computes and moves; links between devices are an H100's, by its data sheet.
+    """Measure the rates of one CUDA device. Those of the links between devices are from the data sheet of an H100.
 
     Args:
-        dtype: Of the weights.
-        device: None: the current one.
+        dtype: Dtype of the weights.
+        device: The device; None: the current one.
 
     Raises:
         ValueError: There is no CUDA device.
@@ -116,7 +121,7 @@ def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
             "cluster.gpu=cuda: torch sees no CUDA device here; name a kind of device, or use cluster.gpu cpu"
         )
     device = device or torch.device("cuda", torch.cuda.current_device())
-    rates = computing(dtype, device)
+    rates = measure_computation(dtype, device)
     on_host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
     on_device = torch.empty_like(on_host, device=device)
     host = on_host.nbytes / _seconds(lambda: on_device.copy_(on_host, non_blocking=True))
@@ -126,8 +131,8 @@ def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
         **rates,
         name=torch.cuda.get_device_name(device),
         memory=float(memory),
-        reserve=float(memory - free - torch.cuda.memory_reserved(device)),  # what the libraries took
-        call=0.0,  # queued while the device computes
+        reserve=float(memory - free - torch.cuda.memory_reserved(device)),  # used by the context and libraries
+        call=0.0,  # operations are queued while the device computes
         intra=links.intra,
         inter=links.inter,
         host=host,
@@ -137,13 +142,13 @@ def measure_gpu(dtype: str, device: torch.device | None = None) -> Rates:
     )
 
 
-def computing(dtype: str, device: torch.device, sizes: Sizes | None = None) -> dict[str, float]:
-    """The fields of ``Rates`` that are measured in the same way on every kind of device.
+def measure_computation(dtype: str, device: torch.device, sizes: ProblemSizes | None = None) -> dict[str, float]:
+    """Measure those fields of ``Rates`` that are measured in the same way on every type of device.
 
     Args:
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         device: A CPU or a CUDA device.
-        sizes: None: those of the kind of device.
+        sizes: Sizes of the operations; None: those for the type of device.
     """
     torch.manual_seed(0)
     sizes = sizes or SIZES[device.type]
@@ -155,30 +160,30 @@ def computing(dtype: str, device: torch.device, sizes: Sizes | None = None) -> d
     big = torch.randn(sizes.numbers, **on)
     return {
         "matmul": 2 * flops / (_seconds(lambda: x @ weight.T) + _seconds(lambda: y @ weight)),
-        "attention": _attention(sizes, on),
+        "attention": _attention_rate(sizes, on),
         "dense": flops / _seconds(lambda: dense_grad(x, y)),
-        "sampled": _sampled(x, y),
+        "sampled": _sampled_rate(x, y),
         "moved": 3 * big.nbytes / _seconds(lambda: big * big),
-        "decode": _decode(weight.view(-1)),
-        "update": _update(sizes.deltas, **on),
-        "evolve": _evolve(2 * inputs, **on),
+        "decode": _decode_rate(weight.view(-1)),
+        "update": _update_seconds(sizes.deltas, **on),
+        "evolve": _evolution_seconds(2 * inputs, **on),
     }
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median of a few calls that are waited for, after two that warm up."""
+    """Median duration of a few calls, each waited for, after two calls for warming up."""
     run(), run()
     times = []
     for _ in range(_REPEATS):
-        _wait()
+        _synchronize()
         began = time.perf_counter()
         run()
-        _wait()
+        _synchronize()
         times.append(time.perf_counter() - began)
     return sorted(times)[_REPEATS // 2]
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -187,7 +192,8 @@ def _resident_bytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * float(os.sysconf("SC_PAGE_SIZE"))
 
 
-def _attention(sizes: Sizes, on: dict[str, Any]) -> float:
+def _attention_rate(sizes: ProblemSizes, on: dict[str, Any]) -> float:
+    """FLOP/s of causal attention, forward and backward."""
     length, inputs, _ = sizes.linear
     heads = inputs // sizes.head
     query, key, value = (torch.randn(1, heads, length, sizes.head, **on, requires_grad=True) for _ in range(3))
@@ -198,13 +204,13 @@ def _attention(sizes: Sizes, on: dict[str, Any]) -> float:
     return 3.5 * 4 * heads * sizes.head * (length * length / 2) / _seconds(run)
 
 
-def _call(kind: torch.dtype) -> float:
-    """Seconds of an operation without work to speak of, between the others of a model: dispatch, Python, autograd."""
+def _call_overhead(kind: torch.dtype) -> float:
+    """Seconds of an operation on tiny tensors, averaged over a model's pass: dispatch, Python and autograd."""
     layers = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=64, **layers)
     ids = torch.zeros(1, 16, dtype=torch.long)
-    kinds = Shapes.of(config, SeftConfig().targets).kinds
-    calls = trace(config, kinds, kind, batch=1, length=ids.shape[1], checkpoint=False).calls
+    kinds = ModelShapes.of(config, SeftConfig().targets).kinds
+    calls = trace_pass(config, kinds, kind, batch=1, length=ids.shape[1], checkpoint=False).calls
     model: Any = AutoModelForCausalLM.from_config(config, dtype=kind)
     model.requires_grad_(False)
     for target in find_targets(model).values():
@@ -212,7 +218,8 @@ def _call(kind: torch.dtype) -> float:
     return _seconds(lambda: model(input_ids=ids, labels=ids).loss.backward()) / calls
 
 
-def _sampled(x: Tensor, y: Tensor) -> float:
+def _sampled_rate(x: Tensor, y: Tensor) -> float:
+    """FLOP/s of sampled gradients at a density of 1 %."""
     inputs, outputs, device = x.shape[1], y.shape[1], x.device
     positions = torch.randperm(outputs * inputs)[: outputs * inputs // 100].sort().values.to(device, torch.int32)
     support, out = Support((outputs, inputs), [positions]), torch.zeros(len(positions), device=device)
@@ -220,16 +227,18 @@ def _sampled(x: Tensor, y: Tensor) -> float:
     return 2.0 * len(positions) * len(x) / _seconds(lambda: sampled_grad_(out, *given))
 
 
-def _decode(weight: Tensor) -> float:
+def _decode_rate(weight: Tensor) -> float:
+    """Bytes a second of dense weights that are decoded from packed ones with 60 % zeros."""
     weight = weight.masked_fill(torch.rand(weight.shape, device=weight.device) < 0.6, 0)
     bits = pack(weight != 0)
     values, out = encode(weight, bits), torch.empty_like(weight)
     return weight.nbytes / _seconds(lambda: decode(bits, values, out))
 
 
-def _update(count: int, dtype: torch.dtype, device: torch.device) -> float:
+def _update_seconds(count: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds for each delta of an optimizer step: the update, and the write into the weight."""
     numel = 64 * count
-    # of each 64 positions one: a permutation of all of them would take longer than what is measured
+    # One position out of each 64: drawing from a permutation of all positions would take longer than the measurement
     indices = torch.arange(0, numel, 64, device=device) + torch.randint(0, 64, (count,), device=device)
     columns, grad = Columns.grown(indices.int(), torch.randn(count, device=device)), torch.randn(count, device=device)
     weight = torch.zeros(numel, dtype=dtype, device=device)
@@ -243,7 +252,8 @@ def _update(count: int, dtype: torch.dtype, device: torch.device) -> float:
     return _seconds(run) / count
 
 
-def _evolve(width: int, dtype: torch.dtype, device: torch.device) -> float:
+def _evolution_seconds(width: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds for each weight of an evolution, on one square linear with 60 % zeros."""
     seconds = []
     linear = nn.Linear(width, width, bias=False, dtype=dtype, device=device)
     layer = nn.Sequential(linear)
@@ -259,15 +269,15 @@ def _evolve(width: int, dtype: torch.dtype, device: torch.device) -> float:
     return sorted(seconds)[len(seconds) // 2] / width**2
 
 
-def _intra() -> float:
-    """Bytes a second that each of two ranks sends to the other."""
+def _link_rate() -> float:
+    """Bytes a second that each of two processes on this machine sends to the other."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_send, (folder,), nprocs=2)
+        mp.spawn(_measure_gather, (folder,), nprocs=2)
         return float(Path(folder, "rate").read_text())
 
 
-def _send(rank: int, folder: str) -> None:
-    """Gather once on one of two processes. Collective over both."""
+def _measure_gather(rank: int, folder: str) -> None:
+    """Time an all-gather between two processes; the first one writes the rate to a file. Collective over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     own = torch.randn(1 << 22)

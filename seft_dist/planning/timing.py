@@ -1,84 +1,97 @@
-"""Seconds of a step and of a run. docs/planning.md has the formulas."""
+"""Duration of a step and of a run. docs/planning.md has the formulas."""
 
 import dataclasses
 from dataclasses import dataclass
 
 from seft_dist.config import PlanConfig, SeftConfig
 from seft_dist.planning import traffic
-from seft_dist.planning.architectures import Shapes
+from seft_dist.planning.architectures import ModelShapes
 from seft_dist.planning.hardware import Rates
-from seft_dist.planning.layout import Layout, micro_batches
+from seft_dist.planning.layout import Layout, micro_batches_of
 from seft_dist.planning.memory import lora_numel
-from seft_dist.planning.model_trace import Work
-from seft_dist.planning.traffic import Links, Sent
+from seft_dist.planning.model_trace import PassCost
+from seft_dist.planning.traffic import Links, Traffic
 from seft_dist.sparsity.schedule import in_window, is_evolution
 
 
 @dataclass(frozen=True)
-class Time:
-    """Seconds, part by part, and what is sent in them by one rank."""
+class TimeEstimate:
+    """Estimated time of a run in seconds, and the bytes that one rank sends."""
 
     step: dict[str, float]
-    """Of an ordinary step."""
+    """Parts of an ordinary step."""
     window: float
-    """More in each step of a window."""
+    """Additional time in each step of a window."""
     evolution: float
-    """More in each step with an evolution."""
+    """Additional time in each step with an evolution."""
     windows: int
-    """Steps in a window, in the whole run."""
+    """Number of steps in the run that are in a window."""
     evolutions: int
-    sent_step: list[Sent]
-    sent_window: list[Sent]
-    sent_evolution: list[Sent]
+    """Number of evolutions in the run."""
+    sent_step: list[Traffic]
+    """Traffic of an ordinary step."""
+    sent_window: list[Traffic]
+    """Additional traffic in each step of a window."""
+    sent_evolution: list[Traffic]
+    """Additional traffic in each step with an evolution."""
     steps: int
+    """Number of steps in the run."""
     tokens: int
-    """Of a step."""
+    """Number of tokens in a step, over all ranks."""
 
     @property
     def seconds(self) -> float:
-        """Of an ordinary step."""
+        """Seconds of an ordinary step."""
         return sum(self.step.values())
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         total = self.steps * self.seconds + self.windows * self.window + self.evolutions * self.evolution
         return total / 3600
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole run."""
+        """Mean over the whole run."""
         return self.steps * self.tokens / (3600 * self.hours)
 
 
-def tokens_of(config: PlanConfig, layout: Layout) -> int:
-    """Tokens of a step over all ranks."""
+def tokens_per_step(config: PlanConfig, layout: Layout) -> int:
+    """Number of tokens in a step, over all ranks."""
     return config.seq_len * (config.global_batch or config.batch_size * layout.world_size)
 
 
-def dense_flops(config: PlanConfig, shapes: Shapes, work: Work) -> float:
-    """Of the weight gradients of all targets, one micro-batch: as many as their forward pass."""
+def dense_flops(config: PlanConfig, shapes: ModelShapes, cost: PassCost) -> float:
+    """Floating-point operations of the dense gradients of all targets in one micro-batch.
+
+    They are as many as those of the targets' forward pass, which is the traced cost of the pass, without the output
+    head, divided by the number of times that a product of the same size is computed.
+    """
     passes = 3 if config.activation_checkpointing else 2
     head = next((w.numel for w in shapes.weights if w.layer is None and w.target is None and len(w.shape) == 2), 0)
     tokens = config.batch_size * config.seq_len
-    return (work.matmul - 4.0 * tokens * head) / passes
+    return (cost.matmul - 4.0 * tokens * head) / passes
 
 
-def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates) -> Time:
-    """What SEFT takes.
+def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, rates: Rates) -> TimeEstimate:
+    """Estimate the time of a run with SEFT.
 
     Args:
-        config: The recipe.
-        shapes: The model's.
-        layout: How it is held.
-        work: Of one micro-batch.
-        rates: Of one rank.
+        config: The planned run.
+        shapes: Shapes of the model.
+        layout: Layout of the run.
+        cost: Cost of one micro-batch.
+        rates: Rates of one rank.
     """
-    item, links, micro = (2 if config.dtype == "bfloat16" else 4), Links(layout, rates), micro_batches(config, layout)
+    item, links, micro = (
+        (2 if config.dtype == "bfloat16" else 4),
+        Links(layout, rates),
+        micro_batches_of(config, layout),
+    )
     deltas = shapes.budget(config.seft.density)
-    own = sum(map(layout.own, shapes.targets))
-    compute = micro * _pass(work, rates)
-    weight_grads = dense_flops(config, shapes, work)
+    own = sum(map(layout.own_numel, shapes.targets))
+    compute = micro * _pass(cost, rates)
+    weight_grads = dense_flops(config, shapes, cost)
     sampled = micro * weight_grads * deltas / shapes.target_numel / rates.sampled
     sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
@@ -98,7 +111,7 @@ def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
     method = dataclasses.replace(config.seft, steps=config.steps)
     number = range(1, config.steps + 1)
     first = int(config.seft.init == "gradient")
-    return Time(
+    return TimeEstimate(
         step=step,
         window=max(0.0, dense) + sum(s.seconds for s in sent_window),
         evolution=rates.evolve * own + sum(s.seconds for s in sent_evolution),
@@ -108,27 +121,42 @@ def seft_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
         sent_window=sent_window,
         sent_evolution=sent_evolution,
         steps=config.steps,
-        tokens=tokens_of(config, layout),
+        tokens=tokens_per_step(config, layout),
     )
 
 
 def _dense_steps(method: SeftConfig, steps: int) -> int:
-    """Steps of a run that compute dense gradients."""
+    """Number of steps in a run that compute dense gradients."""
     begins = {t for t in range(1, steps + 1) if in_window(method, t) and not (t > 1 and in_window(method, t - 1))}
     if method.window_store != "candidates":
         begins = {t for t in range(1, steps + 1) if in_window(method, t)}
     return len(begins | ({1} if method.init == "gradient" else set()))
 
 
-def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, rates: Rates, trained: str) -> Time:
-    """What AdamW takes, for all weights ("full") or for adapters ("lora")."""
-    item, links, micro = (2 if config.dtype == "bfloat16" else 4), Links(layout, rates), micro_batches(config, layout)
+def adam_time(
+    config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, rates: Rates, trained: str
+) -> TimeEstimate:
+    """Estimate the time of training all weights ("full"), or LoRA adapters ("lora"), with AdamW.
+
+    Args:
+        config: The planned run.
+        shapes: Shapes of the model.
+        layout: Layout of the run.
+        cost: Cost of one micro-batch.
+        rates: Rates of one rank.
+        trained: "full" or "lora".
+    """
+    item, links, micro = (
+        (2 if config.dtype == "bfloat16" else 4),
+        Links(layout, rates),
+        micro_batches_of(config, layout),
+    )
     count = shapes.numel if trained == "full" else lora_numel(config, shapes)
     if trained == "full":
-        more = dense_flops(config, shapes, work)
+        more = dense_flops(config, shapes, cost)
     else:
         more = 6.0 * count * config.batch_size * config.seq_len * (4 / 3 if config.activation_checkpointing else 1)
-    compute = micro * (_pass(work, rates) + more / rates.matmul)
+    compute = micro * (_pass(cost, rates) + more / rates.matmul)
     sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
     exchanges = [s.times(micro if layout.sharded else 1) for s in traffic.adam_step(shapes, links, item, count)]
@@ -138,17 +166,20 @@ def adam_time(config: PlanConfig, shapes: Shapes, layout: Layout, work: Work, ra
         "waiting for weights and gradients": max(0.0, waits + exchanged - compute)
         if rates.overlaps
         else waits + exchanged,
-        "update": rates.update * count / layout.owners / 4,  # in order, not scattered
+        "update": rates.update * count / layout.owners / 4,  # contiguous, so faster than the scattered update of deltas
     }
-    return Time(step, 0.0, 0.0, 0, 0, [*sent, *exchanges], [], [], config.steps, tokens_of(config, layout))
+    return TimeEstimate(
+        step, 0.0, 0.0, 0, 0, [*sent, *exchanges], [], [], config.steps, tokens_per_step(config, layout)
+    )
 
 
-def _decoded(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> float:
-    """Dense bytes that a micro-batch makes of packed weights: each time a layer is computed, or gathered."""
+def _decoded(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int) -> float:
+    """Bytes of dense weights that a micro-batch decodes from packed ones, each time a layer is computed or gathered."""
     passes = {"none": 0, "gather": 2, "resident": 3 if config.activation_checkpointing else 2}
     return float(passes[layout.packing] * item * shapes.target_numel)
 
 
-def _pass(work: Work, rates: Rates) -> float:
-    moved = work.moved / rates.moved if rates.moved else 0.0
-    return work.matmul / rates.matmul + work.attention / rates.attention + moved + work.calls * rates.call
+def _pass(cost: PassCost, rates: Rates) -> float:
+    """Seconds of one forward and backward pass without communication."""
+    moved = cost.moved / rates.moved if rates.moved else 0.0
+    return cost.matmul / rates.matmul + cost.attention / rates.attention + moved + cost.calls * rates.call

@@ -1,132 +1,137 @@
-"""Bytes that a rank sends, by collective and link, and the seconds they take. docs/planning.md has the formulas."""
+"""Bytes that a rank sends, by collective and link, and their duration. docs/planning.md has the formulas."""
 
 from dataclasses import dataclass
 
 from seft_dist.config import PlanConfig
 from seft_dist.optim.window import Needs
-from seft_dist.planning.architectures import Shapes
+from seft_dist.planning.architectures import ModelShapes
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.layout import Layout, packed_bytes
 from seft_dist.sparsity.selection import BINS, DIGITS
 
 
 @dataclass(frozen=True)
-class Sent:
-    """One kind of exchange, of one rank."""
+class Traffic:
+    """Traffic of one rank for one purpose."""
 
     what: str
+    """Description of what is sent."""
     intra: float
-    """Bytes to ranks of the own node."""
+    """Bytes sent to ranks of the same node."""
     inter: float
-    """Bytes to other nodes."""
+    """Bytes sent to other nodes."""
     seconds: float
+    """Duration."""
 
-    def times(self, count: float) -> "Sent":
-        """The same, several times."""
-        return Sent(self.what, self.intra * count, self.inter * count, self.seconds * count)
+    def times(self, count: float) -> "Traffic":
+        """Multiply bytes and duration by a count."""
+        return Traffic(self.what, self.intra * count, self.inter * count, self.seconds * count)
 
 
 @dataclass(frozen=True)
 class Links:
-    """Collectives of a layout on given links."""
+    """Estimates the traffic of collectives, for a layout on links with given rates."""
 
     layout: Layout
     rates: Rates
 
     @property
     def _together(self) -> int:
-        """Ranks of a group of owners on one node."""
+        """Number of ranks of a group of owners that are on one node."""
         return min(self.layout.owners, self.layout.per_node)
 
-    def ring(self, what: str, size: float) -> Sent:
-        """Owners gather ``size`` bytes, or reduce them to owners, along a ring."""
+    def ring(self, what: str, size: float) -> Traffic:
+        """All-gather or reduce-scatter of ``size`` bytes among owners, along a ring."""
         owners, near = self.layout.owners, self._together
         sent = size * (owners - 1) / owners
         if owners <= near:
-            return Sent(what, sent, 0.0, sent / self.rates.intra)
-        # One edge of the ring in ``near`` leaves the node; several rings share its ports.
+            return Traffic(what, sent, 0.0, sent / self.rates.intra)
+        # One of ``near`` edges of the ring leaves the node, and several rings together use all of its ports
         seconds = sent / min(self.rates.intra, self.rates.inter)
-        return Sent(what, sent * (1 - 1 / near), sent / near, seconds)
+        return Traffic(what, sent * (1 - 1 / near), sent / near, seconds)
 
-    def exchange(self, what: str, size: float) -> Sent:
-        """Every owner sends each other one its part of ``size`` bytes."""
+    def exchange(self, what: str, size: float) -> Traffic:
+        """All-to-all of ``size`` bytes among owners: each sends every other owner the part that it owns."""
         owners, near = self.layout.owners, self._together
         intra, inter = size * (near - 1) / owners, size * (owners - near) / owners
-        return Sent(what, intra, inter, max(intra / self.rates.intra, inter * near / self.rates.inter))
+        return Traffic(what, intra, inter, max(intra / self.rates.intra, inter * near / self.rates.inter))
 
-    def replicas(self, what: str, size: float) -> Sent:
+    def replicas(self, what: str, size: float) -> Traffic:
         """All-reduce of ``size`` bytes between the replicas of a rank."""
         sent = 2 * size * (self.layout.replicas - 1) / self.layout.replicas
-        return Sent(what, 0.0, sent, sent * self._together / self.rates.inter)
+        return Traffic(what, 0.0, sent, sent * self._together / self.rates.inter)
 
 
-def weights_gathered(config: PlanConfig, shapes: Shapes, layout: Layout, item: int) -> float:
-    """Bytes of weights that a micro-batch gathers: each layer twice; FSDP keeps the root from forward to backward."""
+def weights_gathered(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int) -> float:
+    """Bytes of weights that a micro-batch gathers.
+
+    Each layer is gathered twice, for forward and for backward. FSDP gathers the root once, and keeps it until backward.
+    """
     each = item if layout.packing == "none" else packed_bytes(config.sparsity, item)
     total = 0.0
     for weight in shapes.weights:
-        padded = layout.own(weight) * layout.owners * (each if weight.target else item)
+        padded = layout.own_numel(weight) * layout.owners * (each if weight.target else item)
         total += padded * (1 if weight.layer is None and layout.held in ("fsdp", "hsdp") else 2)
     return total
 
 
-def gathers(config: PlanConfig, shapes: Shapes, links: Links, item: int, micro: int) -> list[Sent]:
-    """Weights fetched in a step."""
+def gathers(config: PlanConfig, shapes: ModelShapes, links: Links, item: int, micro: int) -> list[Traffic]:
+    """Traffic of a step for gathering weights."""
     layout = links.layout
     if not layout.sharded:
         return []
     size = weights_gathered(config, shapes, layout, item)
-    found = [links.ring("weights", size).times(micro)]
+    traffic = [links.ring("weights", size).times(micro)]
     if layout.held == "zero3_offload":
-        found.append(Sent("weights from host memory", 0, 0, micro * size / layout.owners / links.rates.host))
-    return found
+        traffic.append(Traffic("weights from host memory", 0, 0, micro * size / layout.owners / links.rates.host))
+    return traffic
 
 
-def seft_step(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> list[Sent]:
-    """What a step sends beside weights: the sparse gradients, and new weights where ranks hold copies."""
+def seft_step(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) -> list[Traffic]:
+    """Other traffic of a step with SEFT: the sparse gradients and, if ranks hold copies, the updated weights."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
-    found = [links.exchange("gradients of deltas", 4 * deltas)]
+    traffic = [links.exchange("gradients of deltas", 4 * deltas)]
     if layout.replicas > 1:
-        found.append(links.replicas("gradients between replicas", 4 * deltas / layout.owners))
+        traffic.append(links.replicas("gradients between replicas", 4 * deltas / layout.owners))
     if not layout.sharded:
-        found.append(links.ring("new weights", item * deltas))
-    return found
+        traffic.append(links.ring("new weights", item * deltas))
+    return traffic
 
 
-def seft_window(config: PlanConfig, shapes: Shapes, links: Links, micro: int) -> list[Sent]:
-    """What each step of a window with dense gradients sends more."""
+def seft_window(config: PlanConfig, shapes: ModelShapes, links: Links, micro: int) -> list[Traffic]:
+    """Additional traffic in each step of a window with dense gradients."""
     if not Needs.of(config.seft).dense:
         return []
-    found = [links.exchange("dense gradients", 4 * shapes.target_numel).times(micro)]
+    traffic = [links.exchange("dense gradients", 4 * shapes.target_numel).times(micro)]
     if links.layout.replicas > 1:
         own = 4 * shapes.target_numel / links.layout.owners
-        found.append(links.replicas("dense gradients between replicas", own).times(micro))
-    return found
+        traffic.append(links.replicas("dense gradients between replicas", own).times(micro))
+    return traffic
 
 
-def seft_evolution(config: PlanConfig, shapes: Shapes, links: Links, item: int) -> list[Sent]:
-    """What an evolution sends: rankings (drop, grow, adapt), and all positions."""
+def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) -> list[Traffic]:
+    """Traffic of an evolution: the rankings of drop, grow and adapt, and the positions of all deltas."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
     problems = len(shapes.targets)
     moved = config.seft.drop_fraction * deltas
     radix = 2 * 8 * BINS * len(DIGITS) * problems
     ranked = 3 * min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else 3 * radix
-    found = [
-        *(_factors(shapes, links) if Needs.of(config.seft).factored else []),
+    traffic = _factors(shapes, links) if Needs.of(config.seft).factored else []
+    traffic += [
         links.ring("rankings", ranked),
         links.ring("positions of all deltas", shapes.position_bytes * deltas * layout.skew(shapes)),
     ]
     if not layout.sharded:
-        found.append(links.ring("changes of weights", (8 + item) * 2 * moved))
-    return found
+        traffic.append(links.ring("changes of weights", (8 + item) * 2 * moved))
+    return traffic
 
 
-def _factors(shapes: Shapes, links: Links) -> list[Sent]:
+def _factors(shapes: ModelShapes, links: Links) -> list[Traffic]:
     return [links.ring("row and column sums", 8.0 * sum(sum(w.target) for w in shapes.targets if w.target))]
 
 
-def adam_step(shapes: Shapes, links: Links, item: int, trained: int) -> list[Sent]:
-    """What AdamW's step sends beside weights."""
+def adam_step(shapes: ModelShapes, links: Links, item: int, trained: int) -> list[Traffic]:
+    """Other traffic of a step with AdamW: the gradients."""
     if links.layout.replicas > 1:
         own = item * trained / links.layout.owners
         return [links.ring("gradients", item * trained), links.replicas("gradients between replicas", own)]
