@@ -1,12 +1,13 @@
-"""What saving costs: seconds for which training stands still, seconds until the checkpoint is on disk, bytes, per rank.
+"""Cost of saving a checkpoint: seconds for which training is blocked, seconds until it is on disk, bytes of a rank.
 
     python benchmarks/checkpoint.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2 --densities 0.01 0.05
 
-Peers in the same run, on the same disk: torch.distributed.checkpoint of the whole model's state dict, saved at once and with
-async_save. Both are what a run without our format would write; they hold no optimizer state.
+For comparison the same run saves the whole model's state dict on the same disk by torch.distributed.checkpoint, with
+and without async_save. This is what a run without our format would write; it holds no optimizer state.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -30,7 +31,7 @@ from seft_dist.io import checkpoint
 
 
 def seconds(act: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time of an act on the slowest rank."""
+    """Wall time of a function on the slowest rank, and the function's result."""
     dist.barrier()
     begin = time.perf_counter()
     result = act()
@@ -40,12 +41,12 @@ def seconds(act: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files."""
+    """Total size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def train_step(model: Any, seft: SeftOptimizer, step: int) -> None:
-    """One step on random tokens: what is saved depends on no text."""
+    """Train one step on random tokens; the size of a checkpoint does not depend on the text."""
     ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(step))
     model(input_ids=ids, labels=ids).loss.backward()
     seft.step()
@@ -53,7 +54,7 @@ def train_step(model: Any, seft: SeftOptimizer, step: int) -> None:
 
 
 def measure_ours(model: Any, density: float, repeats: int, folder: Path) -> list[dict[str, Any]]:
-    """Saves of our format, at once and in the background."""
+    """Measure saves in our format, in the foreground and in the background."""
     seft = SeftOptimizer(model, SeftConfig(density=density, interval=1000), lr=1e-3)
     times: dict[str, list[float]] = {"at once": [], "background, stall": [], "background, on disk": [], "a step": []}
     for repeat in range(repeats):
@@ -79,7 +80,7 @@ def measure_ours(model: Any, density: float, repeats: int, folder: Path) -> list
 
 
 def measure_dcp(model: Any, repeats: int, folder: Path) -> list[dict[str, Any]]:
-    """Saves of the whole model by torch.distributed.checkpoint."""
+    """Measure saves of the whole model by torch.distributed.checkpoint."""
     times: dict[str, list[float]] = {"at once": [], "async_save, stall": []}
     for _ in range(repeats):
         for name in times:
@@ -87,7 +88,8 @@ def measure_dcp(model: Any, repeats: int, folder: Path) -> list[dict[str, Any]]:
                 shutil.rmtree(folder, ignore_errors=True)
             state = {"model": get_model_state_dict(model)}
             save = dcp.save if name == "at once" else dcp.async_save
-            took, future = seconds(lambda save=save, state=state: save(state, checkpoint_id=folder))  # type: ignore[misc]
+            act = functools.partial(save, state, checkpoint_id=folder)
+            took, future = seconds(act)
             times[name].append(took)
             if name != "at once":
                 future.result()
@@ -97,7 +99,7 @@ def measure_dcp(model: Any, repeats: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def on_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    """One rank; rank 0 prints."""
+    """Run all measurements on one rank; rank 0 prints them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
     mesh = init_device_mesh("cpu", (args.ranks,))

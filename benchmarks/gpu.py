@@ -1,12 +1,13 @@
-"""The check of a GPU: is it correct, how long does a step take, does the largest model fit; one command, nothing from the network.
+"""Check of a GPU in one command, without a network: correctness, duration of a step, largest model that fits.
 
     python benchmarks/gpu.py --output runs/gpu
     python benchmarks/gpu.py --output runs/gpu --parts sampled step --minutes 3
     python benchmarks/gpu.py --output /tmp/check --device cpu --tiny        # the same code on a CPU: shows that it runs
 
-Every part is a process of its own with a time of its own; one that fails, hangs or breaks the device is recorded with its traceback
-and the next one runs. Writes gpu.json, gpu.md and what the parts wrote (docs/gpu.md says what is in them). Ends with 1 if
-anything failed. Needs torch and transformers, pytest for the tests; what else is missing is recorded as missing.
+Each part is a separate process with a time limit. If it fails, hangs or breaks the device, its traceback is recorded
+and the next part runs. The results are gpu.json, gpu.md and the files of the parts, which docs/gpu.md describes. The
+exit status is 1 if anything failed. torch and transformers are needed, and pytest for the tests; other missing packages
+are recorded.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from gpu_report import markdown
 
 HERE = Path(__file__).resolve().parent
 SHARES = {"correct": 0.28, "sampled": 0.12, "step": 0.30, "70b": 0.25, "plan": 0.05}
-"""Of the time; what a part leaves goes to those after it."""
+"""Share of the time for each part. Time that a part does not use goes to the later parts."""
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "accelerate", "peft", "deepspeed", "numpy", "pytest")
 _GRACE = 10.0
-"""Seconds that a case which has begun may take beyond its part's time, and that a part has to end."""
+"""Seconds by which a case may exceed its part's time, and that a part has to end after a signal."""
 
 
 def about(device: str) -> dict[str, Any]:
-    """Card, driver and versions. Imports nothing: a driver that hangs must not stop this program."""
+    """Describe card, driver and versions, without importing torch: a driver that hangs must not stop this program."""
     found: dict[str, Any] = {"date": f"{datetime.now(UTC):%F %H:%M} UTC", "python": platform.python_version()}
     found |= {"platform": platform.platform(), "device": device}
     for name in PACKAGES:
@@ -57,7 +58,7 @@ def about(device: str) -> dict[str, Any]:
 
 
 def wait_for(pid: int, seconds: float) -> bool:
-    """Whether a child ends in time; it is left for somebody else to wait for."""
+    """Return whether a child process ends in time. The process is not reaped; the caller does that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -67,14 +68,14 @@ def wait_for(pid: int, seconds: float) -> bool:
 
 
 def run_part(name: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One part in a process group of its own, ended when its time is over."""
+    """Run one part in a process group of its own, and kill the group when its time is over."""
     result, log = options.output / f"{name}.json", options.output / f"{name}.log"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / f"gpu_{name}.py"), "--result", str(result), "--device", options.device]
     command += ["--seconds", f"{max(1.0, seconds - _GRACE):.0f}"] + ["--tiny"] * options.tiny
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-    # parts of a large model come and go: without this the allocator could not join what they leave
+    # Large tensors are allocated and freed in turn; without this setting the allocator would fragment
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     began = time.monotonic()
     found: dict[str, Any] = {"status": "ok", "rows": []}
@@ -85,7 +86,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> dict[str
         try:
             ended = wait_for(process.pid, seconds + _GRACE)
         finally:
-            # It and what it has started. It was not waited for yet, so that its number cannot be another's by now.
+            # Kills the part and its children. It was not reaped yet, so its number cannot belong to another process.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
@@ -96,7 +97,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float) -> dict[str
         found |= {"status": "stopped", "why": f"not over after {seconds + _GRACE:.0f} s"}
     elif code != 0:
         found["status"] = "failed"
-        if not failed:  # it did not come to a case, or died in one
+        if not failed:  # the part began no case, or was killed in one
             found["traceback"] = f"exit code {code}\n{log.read_text(errors='replace')[-6000:]}"
     return found | {"seconds": round(time.monotonic() - began, 1)}
 

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_70b.py --result DIR/70b.json
 
-Of 70B, 34B, 13B, 7B and 1B the largest that launch/plan.py says fits: random values, 60 % zeros, created packed on the device one
-weight after another. One sequence of 2,048 tokens, checkpointing, factored windows, 0.2 % deltas: the first support, two
-ordinary steps, one evolution. Beside what was measured stands what the plan says, by the card's data sheet.
+The model is the largest of 70B, 34B, 13B, 7B and 1B that fits by launch/plan.py. It has random values and 60 % zeros,
+and is created packed on the device, one weight after the other. It is trained on one sequence of 2,048 tokens with
+activation checkpointing, factored windows and 0.2 % deltas: the first support, two ordinary steps, one evolution. The
+report has the measured values beside those of the plan, which uses the card's data sheet.
 """
 
 import statistics
@@ -24,7 +25,7 @@ METHOD: dict[str, Any] = {"density": 0.002, "window_store": "factored", "window"
 
 
 def plan_of(part: Part, name: str) -> PlanConfig:
-    """What launch/plan.py would be told."""
+    """Configuration of launch/plan.py for this training."""
     return PlanConfig(
         model=str(part.folder / f"{name}.json"),
         sparsity=SPARSITY,
@@ -37,7 +38,7 @@ def plan_of(part: Part, name: str) -> PlanConfig:
 
 
 def largest(part: Part) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """The largest model whose plan fits the card, its plan, and the plans of all that were looked at."""
+    """Find the largest model that fits the card; returns its name, its plan, and all plans that were made."""
     looked_at = []
     for name in ("tiny",) if part.tiny else NAMES:
         plan = planned(part.folder, name, content_of(name), plan_of(part, name), "resident")
@@ -95,7 +96,7 @@ def train(part: Part) -> dict[str, Any]:
 
 
 def main() -> None:
-    """One case."""
+    """Run the only case of this part."""
     part = Part(__doc__)
     part.case("the largest model on one card", lambda: train(part))
     part.end()

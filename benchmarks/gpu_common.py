@@ -1,6 +1,6 @@
-"""What the parts of benchmarks/gpu.py share: options, cases that fail alone, clocks and peaks of memory, random models.
+"""Shared by the parts of benchmarks/gpu.py: options, isolated cases, clocks, peaks of memory, and random models.
 
-A part is a program of its own. It writes its JSON file again after every case, so that what it had is there when it is stopped.
+A part is a separate program. It writes its JSON file after every case, so the results are kept when it is stopped.
 Only torch and transformers are needed.
 """
 
@@ -58,14 +58,14 @@ SPARSITY = 0.6
 
 
 def content_of(name: str) -> dict[str, Any]:
-    """What the config.json of a model of this shape says."""
+    """Content of the config.json of a model of this shape."""
     shape = {"num_key_value_heads": LLAMAS[name]["num_attention_heads"]} | LLAMAS[name]
     common = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
     return common | {"tie_word_embeddings": False} | shape
 
 
 class Part:
-    """One part: its options, its cases and what came out of them."""
+    """One part of the check: its options, its cases and their results."""
 
     def __init__(self, description: str | None) -> None:
         """Args:
@@ -86,28 +86,28 @@ class Part:
         self._deadline = time.monotonic() + self.options.seconds
         self._broken: str | None = None
         if self.device.type == "cpu":
-            torch.set_num_threads(1)  # a machine that is shared: what is small is not divided
+            torch.set_num_threads(1)  # small operations on a shared machine are faster on one thread
         elif not torch.cuda.is_available():
             raise SystemExit("there is no CUDA device here: use --device cpu --tiny to see that the code runs")
 
     @property
     def left(self) -> float:
-        """Seconds until no further case begins."""
+        """Seconds that remain for further cases."""
         return self._deadline - time.monotonic()
 
     def case(
         self, name: str, run: Callable[[], dict[str, Any]], needs: float = 0.0, about: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Do one measurement; whatever it raises is recorded and the next one can begin.
+        """Run one case. Any exception is recorded, and the next case can run.
 
         Args:
-            name: For tables.
-            run: Gives what was found.
-            needs: Seconds it will take at least.
-            about: What else its row says, also if it fails.
+            name: Name of the case in tables.
+            run: Runs the case and returns its results.
+            needs: Seconds that the case takes at least.
+            about: Further entries of its row, which are recorded even if it fails.
 
         Returns:
-            Its row.
+            The row of the case.
         """
         row: dict[str, Any] = {"case": name, "status": "ok"} | (about or {})
         began = time.monotonic()
@@ -131,17 +131,17 @@ class Part:
         return row
 
     def missing(self, name: str, why: str) -> None:
-        """Record that something is not installed or not possible here."""
+        """Record a case that cannot be run, because something is not installed or not supported here."""
         self.rows.append({"case": name, "status": "missing", "why": why})
         self._write()
 
     def end(self) -> None:
-        """Leave with 1 if a case failed, else 0."""
+        """Exit with status 1 if a case failed, otherwise 0."""
         self._write()
         raise SystemExit(int(any(row["status"] == "failed" for row in self.rows)))
 
     def _note_broken_device(self, name: str, error: Exception) -> None:
-        # After some errors every later call on the device fails, whatever it is.
+        # After some errors every later call on the device fails
         if self.device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
             return
         try:
@@ -156,7 +156,7 @@ class Part:
 
 
 def lacks_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot be tried; None where they can. On CUDA a kernel that fails is a failure, not a lack."""
+    """Return why the Triton kernels cannot be used, or None. On CUDA they are always tried, so errors are reported."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
@@ -173,7 +173,7 @@ def lacks_triton(device: torch.device) -> str | None:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody uses any more."""
+    """Free all unused memory."""
     gc.collect()
     if device.type == "cuda":
         with suppress(RuntimeError):
@@ -181,13 +181,13 @@ def free(device: torch.device) -> None:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all operations."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, waited for, and what it gave."""
+    """Duration of one call, including the work on the device, in seconds, and its result."""
     wait(device)
     began = time.perf_counter()
     result = run()
@@ -196,7 +196,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 7, warmup: int = 2) -> float:
-    """Median seconds of some calls."""
+    """Median duration of several calls, in seconds."""
     for _ in range(warmup):
         run()
     if device.type == "cpu":
@@ -211,7 +211,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 7, w
 
 
 def begin_peak(device: torch.device) -> None:
-    """From here on the largest use of memory is looked for."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -220,14 +220,14 @@ def begin_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes: of a GPU those of tensors, of a CPU all of the process."""
+    """Peak memory since ``begin_peak`` in bytes: of all tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
 def empty_llama(name: str) -> Any:
-    """A model on the meta device, in bf16."""
+    """Build a model on the meta device, in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     content = content_of(name)
@@ -248,7 +248,7 @@ def empty_llama(name: str) -> Any:
 def fill_dense_rest(model: Any, device: torch.device) -> None:
     """Give parameters that are on the meta device random values, and the rotary embedding its frequencies.
 
-    Packed weights, whose outlines are on the meta device for good, are left alone.
+    The placeholders of packed weights stay on the meta device.
     """
     from seft_dist.backends.packed import packed_of
 
@@ -265,14 +265,14 @@ def fill_dense_rest(model: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def prune_(weight: torch.Tensor) -> torch.Tensor:
-    """Set random weights to 0, in place, a piece at a time."""
+    """Set randomly chosen weights to 0, in place, a piece at a time."""
     for piece in weight.view(-1).split(1 << 26):
         piece.masked_fill_(torch.rand(piece.shape, device=piece.device) < SPARSITY, 0)
     return weight
 
 
 def random_llama(name: str, device: torch.device) -> Any:
-    """A dense random model of which 60 % of the target weights are 0."""
+    """Build a dense random model in which 60 % of the target weights are 0."""
     from seft_dist.modules.targets import find_targets
 
     model = empty_llama(name)
@@ -283,7 +283,7 @@ def random_llama(name: str, device: torch.device) -> Any:
 
 
 def packed_llama(name: str, device: torch.device) -> Any:
-    """The same, with its targets created packed, one weight after another: no dense copy of the model ever exists."""
+    """Build such a model with packed targets, one weight after the other, so that no dense copy of the model exists."""
     from seft_dist import pack_weights
     from seft_dist.backends.packed import packed_of
     from seft_dist.modules.targets import find_targets
@@ -302,14 +302,14 @@ def packed_llama(name: str, device: torch.device) -> Any:
 
 def checkpointed(model: Any) -> Any:
     """Compute each decoder layer again in backward."""
-    # renamed in transformers 5.2x; both names are met on machines with GPUs
+    # The method was renamed in transformers 5.2x; GPU machines may have either version
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     return model
 
 
 def random_tokens(model: Any, sequences: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random tokens: no method's time depends on the text."""
+    """Draw random tokens; no method's time depends on the text."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (sequences, tokens), generator=generator).to(device)
     return {"input_ids": ids, "labels": ids}

@@ -1,4 +1,4 @@
-"""Every kernel against its form in torch, and the tests that are marked gpu; part of benchmarks/gpu.py.
+"""Comparison of every kernel with its form in torch, and the tests marked gpu; part of benchmarks/gpu.py.
 
 python benchmarks/gpu_correct.py --result DIR/correct.json
 """
@@ -17,11 +17,11 @@ from gpu_common import Part, lacks_triton
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("float32", "bfloat16")
 SHAPES = [(1, 3, 5, 1.0), (1, 70, 130, 0.1), (63, 37, 129, 0.05), (257, 130, 67, 0.3), (2048, 1030, 517, 0.01)]
-"""Tokens, rows, columns, density: one token, odd sizes, more tokens than a program takes."""
+"""Tokens, rows, columns and density: a single token, odd sizes, and more tokens than one Triton program processes."""
 
 
 def sampled(forms: list[str], kind: str, problem: tuple[int, int, int, float], device: torch.device) -> dict[str, Any]:
-    """Each form that CUDA has, with rows without entries and one with all, beside fp64 on the CPU."""
+    """Compare each form of the sampled gradient with fp64 on the CPU; some rows have no entries and one row has all."""
     from seft_dist.kernels.sampled import FORMS
     from seft_dist.optim.delta import Support
 
@@ -46,7 +46,7 @@ def sampled(forms: list[str], kind: str, problem: tuple[int, int, int, float], d
 
 
 def packing(kind: str, numel: int, device: torch.device) -> dict[str, Any]:
-    """encode and decode, bit for bit, beside boolean indexing; of large weights at places all over it."""
+    """Compare encode and decode with boolean indexing, bit for bit; of large weights only samples."""
     from seft_dist.kernels.packing import decode, encode
     from seft_dist.sparsity.bitmask import pack
 
@@ -69,7 +69,7 @@ def packing(kind: str, numel: int, device: torch.device) -> dict[str, Any]:
 
 
 def far_positions(forms: list[str], rows: int, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Rows whose numbers lie beyond 2^31 in the operands: the last one, the first, and few entries in each."""
+    """Check positions beyond 2^31 in the operands, with a few entries in the first and the last row."""
     from seft_dist.kernels.sampled import FORMS
     from seft_dist.optim.delta import Support
 
@@ -82,7 +82,7 @@ def far_positions(forms: list[str], rows: int, tokens: int, device: torch.device
     positions = (at[:, None] * columns + torch.tensor([0, 17, 63], device=device)).view(-1).int()
     support = Support((rows, columns), [positions])
     expected = (grad[:, at].double().T @ x.double())[:, [0, 17, 63]].view(-1).cpu()
-    for form in set(forms) - {"sampled_addmm"}:  # which would make fp32 copies of the operands
+    for form in set(forms) - {"sampled_addmm"}:  # it would make fp32 copies of the operands
         out = torch.zeros(9, device=device)
         operands = (support.crow, support.col, x, grad)
         FORMS[form](out, support.shape, *operands, True, support.bounds)  # type: ignore[index]
@@ -91,10 +91,10 @@ def far_positions(forms: list[str], rows: int, tokens: int, device: torch.device
 
 
 def suite(part: Part) -> dict[str, Any]:
-    """The tests that are marked gpu, in a process of their own that is stopped in time."""
+    """Run the tests marked gpu in a separate process with a time limit."""
     report, settings = part.folder / "pytest.xml", part.folder / "pytest.ini"
     report.unlink(missing_ok=True)
-    # Not the project's own settings: they name plug-ins that a GPU machine may not have.
+    # The project's own settings are not used: they name plug-ins that a GPU machine may not have
     settings.write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n    slow: takes more than a few seconds\n")
     chosen = ["-m", "gpu"] if part.device.type == "cuda" else ["-k", "cpu and (bf16 or resident)"]
     command = [
@@ -109,10 +109,10 @@ def suite(part: Part) -> dict[str, Any]:
         "--rootdir",
         str(ROOT),
     ]
-    # cuBLAS is deterministic only with a workspace of its own kind
+    # cuBLAS is deterministic only with this workspace
     environment = os.environ | {"DS_ACCELERATOR": part.device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    # a GPU machine's own interpreter: what earlier cases asked Triton for must not reach it
+    # earlier cases may have selected Triton's interpreter, which must not affect the tests
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [*command, *chosen, f"--junitxml={report}", "tests/test_gpu.py"],
@@ -132,7 +132,7 @@ def suite(part: Part) -> dict[str, Any]:
 
 
 def outcome_of(case: ElementTree.Element) -> str:
-    """Of one test, as pytest's report has it."""
+    """Outcome of one test in pytest's XML report."""
     skipped = case.find("skipped")
     if skipped is not None:
         return f"skipped: {skipped.get('message')}"

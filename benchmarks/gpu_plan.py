@@ -1,9 +1,9 @@
-"""What launch/plan.py says of the measured cases, with the card's own rates and with its data sheet's; part of benchmarks/gpu.py.
+"""Plans of the measured cases, by measured rates and by the card's data sheet; part of benchmarks/gpu.py.
 
     python benchmarks/gpu_plan.py --result DIR/plan.json
 
-Measures the card's rates, writes them to DIR/gpu_rates.json (launch/plan.py --cluster.gpu DIR/gpu_rates.json), then plans every
-case that DIR/step.json and DIR/70b.json hold.
+It measures the card's rates, writes them to DIR/gpu_rates.json (launch/plan.py --cluster.gpu DIR/gpu_rates.json), and
+plans every case in DIR/step.json and DIR/70b.json.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PLANNED = {"seft": "SEFT", "packed": "SEFT", "lora": "LoRA", "full": "full"}
 
 
 def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
-    """The card's rates in both types, and what they come to as shares of its data sheet."""
+    """Measure the card's rates for both dtypes, and their ratios to the data sheet."""
     for dtype in ("float32", "bfloat16"):
         if part.device.type == "cuda":
             found[dtype] = measure_gpu(dtype)
@@ -46,14 +46,14 @@ def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
 
 
 def cases_of(part: Part, name: str) -> list[dict[str, Any]]:
-    """What another part has measured; nothing where it did not run."""
+    """Read the rows of another part; empty if it did not run."""
     file = part.folder / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
     return [row for row in rows if row["status"] == "ok" and "seconds" in row]
 
 
 def compare_step(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """A case of the part step."""
+    """Plan a case of the part "step"."""
     seft = {"density": row.get("density") or 0.01, "interval": 6, "window": 1, "steps": 60}
     plan = PlanConfig(
         model="later",
@@ -71,12 +71,12 @@ def compare_step(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any
 
 
 def compare_largest(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """The case of the part 70b."""
+    """Plan the case of the part "70b"."""
     return both(part, row, gpu_70b.plan_of(part, row["model"]), "resident", rates, "SEFT")
 
 
 def both(part: Part, row: dict[str, Any], plan: PlanConfig, packing: str, rates: Rates, method: str) -> dict[str, Any]:
-    """By the data sheet, and by measured rates; each as a share of what was measured."""
+    """Plan by the data sheet and by measured rates, as ratios to the measured values."""
     content = content_of(row["model"])
     measured = dataclasses.replace(plan, cluster=ClusterConfig(nodes=1, gpus_per_node=1))
     says = {

@@ -1,4 +1,4 @@
-"""What launch/plan.py says of one card, for the parts of benchmarks/gpu.py that set it beside what they measured."""
+"""Plans of launch/plan.py for one card, for comparison with the measurements of benchmarks/gpu.py."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from seft_dist.planning.plan import estimate, make_plan
 
 
 def sheet_of(device: torch.device) -> ClusterConfig:
-    """One card by the data sheet that fits its name best, with the memory it has; an H100's for a card that is not known."""
+    """Describe the card by the data sheet with the nearest name (an H100's if unknown) and its actual memory."""
     if device.type != "cuda":
         return ClusterConfig(nodes=1, gpus_per_node=1)
     memory = torch.cuda.mem_get_info(device)[1]
@@ -32,15 +32,15 @@ def planned(
     rates: Rates | None = None,
     method: str = "SEFT",
 ) -> dict[str, Any]:
-    """Bytes and seconds that a plan says.
+    """Plan one case; returns bytes and seconds.
 
     Args:
-        folder: Where the model's config.json is written.
-        name: Of the model.
-        content: Of its config.json.
-        config: Recipe and cluster; its model is that file.
-        packing: Of the weights at rest.
-        rates: Measured ones; None: by the data sheet.
+        folder: Folder for the model's config.json.
+        name: Name of the model.
+        content: Content of its config.json.
+        config: Training settings and cluster; its model is that file.
+        packing: Packing of the weights.
+        rates: Measured rates; None: those of the data sheet.
         method: "SEFT", "LoRA" or "full".
     """
     file = folder / f"{name}.json"

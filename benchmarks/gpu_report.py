@@ -1,13 +1,13 @@
-"""gpu.json of benchmarks/gpu.py as a page with tables."""
+"""Conversion of gpu.json of benchmarks/gpu.py to a Markdown page with tables."""
 
 from typing import Any
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The page.
+    """Write the page.
 
     Args:
-        report: What gpu.json holds.
+        report: Content of gpu.json.
     """
     about = report["about"]
     lines = ["# GPU check", "", f"    {report['command']}", ""]
@@ -24,20 +24,25 @@ def markdown(report: dict[str, Any]) -> str:
         good = [row for row in part["rows"] if row["status"] == "ok"]
         try:
             lines += makers[name](good)
-        except (KeyError, TypeError, ValueError, IndexError) as error:  # a table must not hide the failures below
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ) as error:  # an incomplete table must not hide the failures below
             lines.append(f"(no table: {type(error).__name__}: {error})")
         lines += problems(part)
     return "\n".join(lines) + "\n"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table."""
+    """Return the lines of a table."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     return lines + [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
 
 
 def problems(part: dict[str, Any]) -> list[str]:
-    """What did not run, with tracebacks."""
+    """List the cases that did not run, with their tracebacks."""
     lines = []
     if "why" in part:
         lines += ["", f"{part['status']}: {part['why']}"]
@@ -52,7 +57,7 @@ def problems(part: dict[str, Any]) -> list[str]:
 
 
 def correct(rows: list[dict[str, Any]]) -> list[str]:
-    """Kernels, then tests."""
+    """Tabulate the kernels and the tests."""
     kernels = [row for row in rows if "tests" not in row]
     lines = table(["kernel", "largest difference"], [[row["case"], differences(row)] for row in kernels])
     for row in rows:
@@ -62,13 +67,13 @@ def correct(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def differences(row: dict[str, Any]) -> str:
-    """Of the forms of one kernel; packing is compared bit for bit."""
+    """Differences of the forms of one kernel; packing is compared bit for bit."""
     found = row.get("largest_difference")
     return "none" if found is None else ", ".join(f"{form} {value:.1e}" for form, value in found.items())
 
 
 def sampled(rows: list[dict[str, Any]]) -> list[str]:
-    """Microseconds of every form."""
+    """Tabulate the duration of every form in microseconds."""
     measured = [row for row in rows if "density" in row]
     forms = sorted({form for row in measured for form in row["seconds"]})
     heads = [
@@ -92,7 +97,7 @@ def sampled(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def step(rows: list[dict[str, Any]]) -> list[str]:
-    """Seconds and memory of every method, as ratios to the floor."""
+    """Tabulate duration and memory of every method, as ratios to the floor."""
     heads = ["setting", "method", "density", "ms", "x floor", "peak GB", "x floor"]
     heads += ["evolution step, x floor", "average of 60, x floor"]
     cells = []
@@ -106,13 +111,13 @@ def step(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def times(row: dict[str, Any], key: str) -> str:
-    """A ratio to the floor, if there is one."""
+    """Format a ratio to the floor; empty if there is none."""
     value = row.get(f"{key}_x_floor")
     return "" if value is None else f"{value:.3f}"
 
 
 def largest(rows: list[dict[str, Any]]) -> list[str]:
-    """The largest model beside its plan."""
+    """Tabulate the measurements of the largest model and its plan."""
     lines = []
     for row in rows:
         plan = row["plan"]
@@ -129,13 +134,13 @@ def largest(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def reserved(row: dict[str, Any]) -> str:
-    """What torch's allocator had taken."""
+    """Format the memory that torch's allocator had reserved."""
     value = row.get("peak_reserved")
     return "" if value is None else f"{value / 1e9:.2f}"
 
 
 def plan(rows: list[dict[str, Any]]) -> list[str]:
-    """Rates, then plans over what was measured."""
+    """Tabulate the rates, and the ratios of plans to measurements."""
     lines = []
     for row in rows:
         if "rates" in row:

@@ -1,12 +1,13 @@
-"""Seconds of every form of the sampled gradient over tokens, shapes and densities; part of benchmarks/gpu.py.
+"""Duration of every form of the sampled gradient, by tokens, shape and density; part of benchmarks/gpu.py.
 
     python benchmarks/gpu_sampled.py --result DIR/sampled.json
 
-Beside the forms that seft_dist/kernels/ chooses from there are two that it cannot choose, to compare with: ``forward``, the
-linear's own product, and ``thin``, the dense product for as many weights as there are entries, all of them in a few input
-columns: what a support of whole columns would cost. Of fp32 ``forward`` is without TF32.
+Besides the forms that seft_dist/kernels/ chooses from, two others are measured for comparison: ``forward``, the
+linear's own product (without TF32), and ``thin``, a dense product for the same number of weights in a few whole input
+columns, which is what a support of whole columns would cost.
 
-Writes sampled_times.json beside the result: the table of this card. Copied into seft_dist/kernels/ it decides which form is used.
+The table of this card, sampled_times.json, is written beside the result. Copied into seft_dist/kernels/, it determines
+which form is used.
 """
 
 import functools
@@ -21,11 +22,11 @@ import torch
 from gpu_common import Part, lacks_triton, seconds_of
 
 LAUNCHES = [(16, 128, 4), (8, 256, 4), (32, 64, 4), (32, 128, 8), (16, 256, 8)]
-"""Of the Triton kernel; the fastest on a common case is used for all."""
+"""Launch settings of the Triton kernel; the fastest one on a common case is used for all cases."""
 
 
 def problems(tiny: bool) -> Iterator["Problem"]:
-    """Type, tokens, shape, density; what matters most comes first."""
+    """Yield dtype, tokens, shape and density of each case, the most important ones first."""
     if tiny:
         yield from ((kind, 32, (48, 64), density) for kind in ("bfloat16", "float32") for density in (0.01, 0.2))
         return
@@ -42,7 +43,7 @@ def problems(tiny: bool) -> Iterator["Problem"]:
 
 
 def draw(kind: str, tokens: int, shape: tuple[int, int], density: float, device: torch.device) -> tuple[Any, Any, Any]:
-    """Operands and positions."""
+    """Draw random operands and positions."""
     from seft_dist.optim.delta import Support
 
     rows, columns = shape
@@ -57,13 +58,13 @@ Problem = tuple[str, int, tuple[int, int], float]
 
 
 def measure(problem: Problem, device: torch.device, launch: list[int], check: bool) -> dict[str, Any]:
-    """Seconds of each form that can be had here.
+    """Measure the duration of each form that is available here.
 
     Args:
-        problem: One of ``problems``.
-        device: Where.
-        launch: Of the Triton kernel.
-        check: Whether to compare the forms' results.
+        problem: A case of ``problems``.
+        device: The device.
+        launch: Launch setting of the Triton kernel.
+        check: Compare the results of the forms.
     """
     from seft_dist.kernels.build import library, triton_kernels
     from seft_dist.kernels.sampled import FORMS
@@ -82,7 +83,7 @@ def measure(problem: Problem, device: torch.device, launch: list[int], check: bo
     for form in forms:
         out = torch.zeros(len(support), device=device)
         run = functools.partial(FORMS[form], out, *given, False, support.bounds)
-        if form == "triton":  # as FORMS has it, but with this launch, whatever an older table says
+        if form == "triton":  # the form in FORMS would use the launch setting of an older table
             run = functools.partial(_triton, triton_kernels(), out, given, launch)
         before = _begin(device)
         run()
@@ -122,7 +123,7 @@ def _used(device: torch.device, before: int) -> int | None:
 
 
 def best_launch(part: Part) -> dict[str, Any]:
-    """The fastest way to start the Triton kernel on a common case."""
+    """Find the fastest launch setting of the Triton kernel on a common case."""
     from seft_dist.kernels.build import triton_kernels
 
     kernels = triton_kernels()
@@ -139,7 +140,7 @@ def best_launch(part: Part) -> dict[str, Any]:
 
 
 def write_table(part: Part, launch: list[int], rows: list[dict[str, Any]]) -> None:
-    """The table of this card, beside those of other cards that are known already."""
+    """Add the table of this card to those of other cards."""
     from seft_dist.kernels.choice import TABLE, card_name
 
     known = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
@@ -151,7 +152,7 @@ def write_table(part: Part, launch: list[int], rows: list[dict[str, Any]]) -> No
 
 
 def main() -> None:
-    """Measure until there is no more time."""
+    """Measure cases until the time is over."""
     if "cpu" in sys.argv:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     part = Part(__doc__)

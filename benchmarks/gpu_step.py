@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_step.py --result DIR/step.json
 
-The floor is a frozen model's forward and input gradients (benchmarks/step_methods.py). Every method gets a model of its own;
-seconds are medians of steps that were waited for, the peak is that of an ordinary step. Of SEFT also a step with a window
-and an evolution, and the average over an interval of 60 steps with one of them.
+The floor is a frozen model's forward pass and input gradients (benchmarks/step_methods.py). Each method gets its own
+model. Durations are medians of steps that were waited for, and the peak is that of an ordinary step. For SEFT there is
+also a step with a window and an evolution, and the average over an interval of 60 steps that contains one.
 """
 
 import functools
@@ -22,7 +22,7 @@ from seft_dist import SeftConfig, SeftOptimizer
 
 INTERVAL = 60
 EVERY = 6
-"""Steps from one evolution to the next while it is measured."""
+"""Number of steps from one evolution to the next in the measurement."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name of the setting in tables."""
         return f"{self.model}, {self.sequences} x {self.tokens}, checkpointing {'on' if self.checkpoint else 'off'}"
 
 
@@ -48,19 +48,19 @@ SETTINGS = [
     Setting("7B", 1, 2048, False),
     Setting("1B", 4, 2048, True),
 ]
-"""What matters most comes first: later ones may find no time left."""
+"""The settings, the most important ones first, since the time may not suffice for all."""
 TINY = [Setting("tiny", 2, 32, True)]
 RUNS = [("floor", 0.0), ("seft", 0.01), ("lora", 0.0), ("full", 0.0), ("seft", 0.05), ("packed", 0.01)]
 
 
 def build(setting: Setting, method: str, device: torch.device) -> Any:
-    """A model of a setting, packed at rest for "packed"."""
+    """Build the model of a setting, with packed weights for method "packed"."""
     model = (packed_llama if method == "packed" else random_llama)(setting.model, device)
     return checkpointed(model) if setting.checkpoint else model
 
 
 def measure_plain(setting: Setting, method: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """A method of step_methods.py."""
+    """Measure a method of step_methods.py."""
     model = build(setting, method, device)
     data = random_tokens(model, setting.sequences, setting.tokens, device)
     step = METHODS[method](model, data, 0.0)
@@ -68,7 +68,7 @@ def measure_plain(setting: Setting, method: str, device: torch.device, steps: in
 
 
 def ordinary(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:
-    """Seconds and peak of steps that are all alike, after two."""
+    """Measure duration and peak of equal steps, after two for warming up."""
     step(), step()
     free(device)
     begin_peak(device)
@@ -77,7 +77,7 @@ def ordinary(step: Callable[[], Any], device: torch.device, steps: int) -> dict[
 
 
 def measure_seft(setting: Setting, method: str, density: float, device: torch.device, steps: int) -> dict[str, Any]:
-    """SEFT, dense or packed at rest: ordinary steps, then one with an evolution."""
+    """Measure SEFT with dense or packed weights: ordinary steps, then one with an evolution."""
     model = build(setting, method, device)
     data = random_tokens(model, setting.sequences, setting.tokens, device)
     config = SeftConfig(density=density, interval=EVERY, window=1, steps=10 * EVERY)
@@ -117,7 +117,7 @@ def measure_seft(setting: Setting, method: str, density: float, device: torch.de
 
 
 def measure_compiled(setting: Setting, method: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """The same with every decoder layer compiled."""
+    """Measure SEFT with every decoder layer compiled."""
     model = build(setting, method, device)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
@@ -138,7 +138,7 @@ def measure_compiled(setting: Setting, method: str, device: torch.device, steps:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Seconds and peaks over those of the floor of the same setting, where it could be measured."""
+    """Add ratios to the floor of the same setting, if the floor could be measured."""
     floors = {row["setting"]: row for row in rows if row.get("method") == "floor"}
     for row in rows:
         floor = floors.get(row.get("setting"))
@@ -150,7 +150,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Every setting, every method."""
+    """Measure every method in every setting."""
     part = Part(__doc__)
     device, steps = part.device, 2 if part.tiny else 5
     has_peft = importlib.util.find_spec("peft") is not None

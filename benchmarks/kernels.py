@@ -1,11 +1,12 @@
-"""The kernels against their alternatives: sampled gradients, packed weights, passes of a selection.
+"""Comparison of the kernels with alternatives: sampled gradients, packed weights, passes of a selection.
 
     python benchmarks/kernels.py sampled --threads 2
     python benchmarks/kernels.py packing --threads 1
     python benchmarks/kernels.py selection --threads 2
 
-The forms of a row run in turn, round after round, so that what else happens on the machine meets all of them; times are
-medians, ratios are medians of the rounds' ratios. Inputs are random; every form's result is checked against the first one's.
+The forms of a row run one after the other in every round, so that other load on the machine affects all of them. Times
+are medians, and ratios are medians of the rounds' ratios. Inputs are random, and each form's result is checked against
+the first.
 """
 
 import argparse
@@ -45,7 +46,7 @@ SELECTED = 106_168_320
 
 
 def interleaved(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every form in every round, after one that does not count."""
+    """Measure the duration of every form in every round, after one round for warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(rounds + 1):
         for name, run in forms.items():
@@ -57,12 +58,12 @@ def interleaved(forms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 
 def ratio(of: list[float], to: list[float]) -> float:
-    """Median over rounds."""
+    """Median over the rounds of the ratio of two forms' durations."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
 
 
 def sampled(rounds: int, densities: list[float], tokens: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Each form's time as a share of a dense product and an index."""
+    """Measure each form of the sampled gradient, as a ratio to a dense product with an index."""
     rows = []
     forms: list[Form] = ["dense", "sampled_addmm", "c++"]
     for name, (out, inputs) in SHAPES.items():
@@ -91,7 +92,7 @@ def sampled(rounds: int, densities: list[float], tokens: list[int], dtype: torch
 
 
 def packed(rounds: int, numel: int) -> list[dict[str, Any]]:
-    """GB of dense weights a second, for encode, decode and a copy."""
+    """Measure encode, decode and a copy, in GB of dense weights a second."""
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         mask = torch.rand(numel) < 0.4
@@ -115,7 +116,7 @@ def packed(rounds: int, numel: int) -> list[dict[str, Any]]:
 
 
 def selected(rounds: int, numel: int) -> list[dict[str, Any]]:
-    """The largest 1 % of scores: one ranking of all of them."""
+    """Measure one ranking of all scores for the largest 1 %."""
     scores = torch.randn(numel)
     k = numel // 100
 

@@ -1,11 +1,11 @@
-"""What packed weights cost and save: bytes between ranks, memory at rest and at its peak, seconds of a step.
+"""Costs and savings of packed weights: bytes between ranks, resident and peak memory, duration of a step.
 
     python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2
     python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2 --link 1gbit      # as root
 
-With --link, two ranks run in network namespaces of their own that a veth pair joins, limited by tc in both directions
-(Debian: iproute2). The bytes of a step are then also those that the kernel has counted on the link. Everything is removed
-again at the end. Every way of holding the weights runs in processes of its own, one after the other.
+With --link, two ranks run in separate network namespaces that are joined by a veth pair, which tc limits in both
+directions (Debian: iproute2). Then the bytes that the kernel counts on the link are reported too. Everything is removed
+at the end. Each way of holding the weights runs in its own processes, one after the other.
 """
 
 import argparse
@@ -27,7 +27,7 @@ LINK = "packing"
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One rank: load, train, measure; rank 0 writes the result."""
+    """Load, train and measure on one rank; rank 0 writes the result."""
     import torch
     import torch.distributed as dist
 
@@ -87,7 +87,11 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def train(model: Any, seft: Any, ids: Any, count: int, sent: list[int]) -> tuple[float, list[tuple[float, int, int]]]:
-    """Steps on one batch; the last loss, and of each step but the first its seconds, gathered bytes and bytes on the link."""
+    """Train on one batch.
+
+    Returns:
+        The last loss; and for each step but the first its duration, gathered bytes, and bytes on the link.
+    """
     import torch.distributed as dist
 
     steps = []
@@ -101,7 +105,7 @@ def train(model: Any, seft: Any, ids: Any, count: int, sent: list[int]) -> tuple
         seft.step()
         seft.zero_grad()
         dist.barrier()
-        if step:  # the first one compiles and learns the order
+        if step:  # the first step compiles kernels and records the order of layers
             steps.append((time.perf_counter() - start, sum(sent), link_bytes() - before))
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -123,13 +127,13 @@ def count_gathered(sent: list[int], world_size: int) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process now and at its peak, bytes."""
+    """Current and peak resident memory of this process in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {"now": int(status["VmRSS"].split()[0]) << 10, "peak": int(status["VmHWM"].split()[0]) << 10}
 
 
 def link_bytes() -> int:
-    """Bytes that left through the shaped link, 0 without one."""
+    """Bytes sent through the shaped link; 0 without one."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         if line.strip().startswith(LINK):
             return int(line.split(":")[1].split()[8])
@@ -138,7 +142,7 @@ def link_bytes() -> int:
 
 @contextmanager
 def link(rate: str | None) -> Iterator[list[list[str]]]:
-    """What to put before each rank's command; the namespaces exist meanwhile."""
+    """Context in which the namespaces exist; yields the prefix of each rank's command."""
     if rate is None:
         yield [[]] * 64
         return
@@ -161,12 +165,12 @@ def link(rate: str | None) -> Iterator[list[list[str]]]:
 
 
 def call(*command: str) -> None:
-    """Run a command that must succeed."""
+    """Run a command, and raise an error if it fails."""
     subprocess.run(command, check=True)
 
 
 def measure(options: argparse.Namespace, mode: str, prefixes: list[list[str]]) -> dict[str, Any]:
-    """Run all ranks of one way of holding the weights."""
+    """Run all ranks with one way of holding the weights."""
     result = Path(options.scratch) / f"{mode}.json"
     result.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode, "--result", str(result)]
@@ -184,7 +188,7 @@ def measure(options: argparse.Namespace, mode: str, prefixes: list[list[str]]) -
 
 
 def main() -> None:
-    """Measure what was asked for and print a table."""
+    """Measure the ways that the options name, and print a table."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a link is taken down again
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a pruned causal LM")
@@ -225,7 +229,7 @@ def main() -> None:
 
 
 def crossover(mode: str, row: dict[str, Any], plain: dict[str, Any]) -> None:
-    """The bandwidth below which fewer bytes outweigh the time of packing, if the two were not overlapped."""
+    """Print the bandwidth below which the saved bytes outweigh the time of packing, if the two do not overlap."""
     saved, lost = plain["gathered_MB"] - row["gathered_MB"], row["fastest"] - plain["fastest"]
     if lost > 0 and saved > 0:
         even = 8 * saved / lost

@@ -1,12 +1,12 @@
-"""Memory of real runs, rank by rank, beside what launch/plan.py calculates.
+"""Comparison of the memory of real runs, rank by rank, with the estimates of launch/plan.py.
 
     python benchmarks/plan_memory.py                        # every case, as a table
     python benchmarks/plan_memory.py --model CONFIG.json --dtype float32 --ranks 2 --held fsdp
 
-A case writes a randomly initialised, pruned model of the given shape to disk, loads it as launch/train.py does, in the same
-layout, and trains it for a few steps on gloo ranks, an evolution with a window of two steps among them. Measured is the
-growth of each rank's largest resident set since just before the model was loaded, with an allocator that gives freed memory
-back at once.
+A case writes a randomly initialised, pruned model of the given shape to disk, loads it as launch/train.py does, in the
+same layout, and trains it on gloo ranks for a few steps, which include an evolution with a window of two steps. It
+measures by how much the peak resident set of each rank exceeds that just before the model is loaded, with an allocator
+that returns freed memory to the system at once.
 """
 
 import argparse
@@ -46,7 +46,7 @@ _SPARSITY = 0.6
 
 @dataclass(frozen=True)
 class Case:
-    """A run to plan and to do."""
+    """A run that is planned and measured."""
 
     model: str
     """A key of SHAPES, or a config.json."""
@@ -59,21 +59,21 @@ class Case:
     packing: str = "none"
     steps: int = 3
     seft: dict[str, Any] = field(default_factory=dict)
-    """What differs from the benchmark's own options of the method."""
+    """Options of the method that differ from the benchmark's defaults."""
 
     @property
     def replicas(self) -> int:
-        """Copies of the model on groups of ranks."""
+        """Number of sharded copies of the model."""
         return 2 if self.held == "hsdp" else 1
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """Name of the case in tables."""
         parts = [self.held, str(self.ranks)] + [self.packing] * (self.packing != "none")
         return " ".join(parts + [self.seft[key] for key in ("window_store",) if key in self.seft])
 
     def plan(self, model: str) -> PlanConfig:
-        """What launch/plan.py is told.
+        """Configuration of launch/plan.py.
 
         Args:
             model: A folder or config.json.
@@ -93,16 +93,20 @@ class Case:
         )
 
     def run(self, folder: str, plan: PlanConfig) -> TrainConfig:
-        """What launch/train.py is told.
+        """Configuration of launch/train.py.
 
         Args:
-            folder: The model's.
-            plan: Of ``plan``.
+            folder: Folder of the model.
+            plan: The result of ``plan``.
         """
         zero = self.held.startswith("zero")
         suffix = "_bf16" if self.dtype == "bfloat16" else ""
         return TrainConfig(
-            model=ModelConfig(path=folder, dtype=self.dtype, activation_checkpointing=self.checkpoint),  # type: ignore[arg-type]
+            model=ModelConfig(
+                path=folder,
+                dtype=self.dtype,  # type: ignore[arg-type]
+                activation_checkpointing=self.checkpoint,
+            ),
             data=DataConfig(path="none"),
             output="none",
             seft=plan.seft,
@@ -138,14 +142,14 @@ CASES = [
 
 
 def measure(case: Case, folder: str, plan: PlanConfig, threads: int = 1, frees: bool = True) -> list[dict[str, Any]]:
-    """Each rank's measured bytes, and seconds of each step.
+    """Run a case; returns the measured bytes of each rank, and the duration of each step.
 
     Args:
-        case: What is run.
-        folder: Of its model, written by ``write_model``.
-        plan: Of ``case.plan``; its method and steps are run.
-        threads: Of each rank.
-        frees: Whether freed memory is given back at once, so that the peak is that of tensors; takes time.
+        case: The case.
+        folder: Folder of its model, written by ``write_model``.
+        plan: The result of ``case.plan``, whose method and steps are run.
+        threads: Number of threads of each rank.
+        frees: Return freed memory to the system at once, so that the peak is that of tensors; this takes time.
     """
     context = mp.get_context("fork")  # libraries are loaded once, and shared
     with socket.socket() as probe:
@@ -166,7 +170,9 @@ def _train(
     if frees:
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
     tiny = replace(case, batch=1, length=32)
-    _steps(tiny.run(f"{folder}-tiny", tiny.plan(folder)), ranks, 32)  # what a first step loads and compiles
+    _steps(
+        tiny.run(f"{folder}-tiny", tiny.plan(folder)), ranks, 32
+    )  # warms up: the first step loads and compiles things
     low = _resident()
     seconds = _steps(case.run(folder, plan), ranks, case.length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -197,12 +203,12 @@ def _steps(config: TrainConfig, ranks: distributed.Ranks, length: int) -> list[f
 
 
 def write_model(content: dict[str, Any], folder: str, dtype: str) -> None:
-    """Write a random model with zeros, and beside it, as ``folder``-tiny, one of the same kind to warm up with.
+    """Write a random model with zeros, and a tiny one of the same kind to ``folder``-tiny for warming up.
 
     Args:
-        content: Of its config.json.
-        folder: Where to.
-        dtype: Of its weights.
+        content: Content of its config.json.
+        folder: Folder of the model.
+        dtype: Dtype of its weights.
     """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     kept = {key: value for key, value in content.items() if key not in ("head_dim", "layer_types")}
@@ -228,14 +234,14 @@ def _write(models: list[tuple[str, dict[str, Any]]], dtype: str) -> None:
 
 
 def content_of(model: str) -> dict[str, Any]:
-    """What a case's config.json says."""
+    """Content of the config.json of a case's model."""
     if model not in SHAPES:
         return json.loads(Path(model).read_text())
     return {"model_type": "llama", "vocab_size": 32000, "tie_word_embeddings": False, **SHAPES[model]}
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """One case: calculated and measured bytes of the fullest rank."""
+    """Run one case; returns the estimated and measured bytes of the fullest rank."""
     with tempfile.TemporaryDirectory() as parent:
         folder = f"{parent}/model"
         write_model(content_of(case.model), folder, case.dtype)

@@ -1,9 +1,9 @@
-"""Shapes and ownership of a whole model under real FSDP2, for many ranks on one machine: torch's fake process group.
+"""Comparison of planned and real FSDP2 shards of a whole model, for many ranks on one machine (fake process group).
 
     python benchmarks/plan_ownership.py --model Llama-2-70B --ranks 8 16 64 256 512 768
 
-The model is built on the meta device and sharded by ``fully_shard`` as each of the sampled ranks would; every local shape is
-compared with launch/plan.py's partition.
+The model is built on the meta device and sharded by ``fully_shard`` as each of the sampled ranks would; every local
+shape is compared with launch/plan.py's partition.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from seft_dist.sparsity.partition import Partition
 
 
 def local_sizes(shapes: ModelShapes, rank: int, ranks: int) -> dict[str, int]:
-    """Entries of every parameter on one rank, as fully_shard makes them."""
+    """Number of entries of every parameter on one rank, as fully_shard shards it."""
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(shapes.config)
-        shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())  # type: ignore[arg-type]
+        mesh = fsdp_mesh(torch.device("cpu"), 1)
+        shard_fsdp(model, decoder_layers(model), mesh, False, set())  # type: ignore[arg-type]
         sizes = {}
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
@@ -40,7 +41,7 @@ def local_sizes(shapes: ModelShapes, rank: int, ranks: int) -> dict[str, int]:
 
 
 def check(shapes: ModelShapes, ranks: int, sampled: list[int]) -> str:
-    """One line of the table; raises where plan and fully_shard differ."""
+    """Compare one number of ranks; returns a line of the table, and raises an error if plan and fully_shard differ."""
     layout = Layout("fsdp", ranks, 8)
     for rank in sampled:
         sizes = local_sizes(shapes, rank, ranks)
@@ -65,7 +66,8 @@ def main() -> None:
     began = time.perf_counter()
     shapes = ModelShapes.of(find_architecture(args.model), "all-linear")
     print(
-        "| ranks | ranks compared | own target weights of the fullest, millions | over the mean | without any | ZeRO-3 |"
+        "| ranks | ranks compared | own target weights of the fullest, millions "
+        "| over the mean | without any | ZeRO-3 |"
     )
     print("|---|---|---|---|---|---|")
     for ranks in args.ranks:

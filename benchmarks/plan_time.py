@@ -1,8 +1,9 @@
-"""Seconds of real steps on this machine beside what launch/plan.py predicts from measured rates.
+"""Comparison of the duration of real steps on this machine with the predictions of launch/plan.py.
 
     python benchmarks/plan_time.py
 
-The rates are measured first, by launch/plan.py itself, on matrices of one fixed shape; no case below is used to set them.
+The rates are measured first, by launch/plan.py itself, on matrices of one fixed shape; no case below is used to set
+them.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SHAPES["smollm2"] = {
     "num_key_value_heads": 3,
 }
 _ONCE: dict[str, Any] = {"steps": 8, "seft": {"interval": 4, "window": 1, "end": 4}}
-"""The fourth of eight steps has the only evolution after the first step."""
+"""Of eight steps, the first and the fourth have an evolution."""
 CASES = [
     Case("smollm2", **_ONCE),
     Case("smollm2", checkpoint=True, batch=2, length=512, **_ONCE),
@@ -41,11 +42,11 @@ CASES = [
     Case("deep", "ddp", 2, **_ONCE),
     Case("deep", "zero3", 2, **_ONCE),
 ]
-"""All in fp32."""
+"""The cases, all in fp32."""
 
 
 def measured_rates(folder: str) -> str:
-    """Let launch/plan.py measure this machine; a file of rates."""
+    """Measure this machine by launch/plan.py; returns the path of the file with its rates."""
     file, model = f"{folder}/rates.json", Path(folder, "rates-model.json")
     model.write_text(json.dumps(content_of("deep")))
     tiny = [f"--model={model}", "--dtype=float32", "--seq_len=64", "--global_batch=null"]
@@ -65,7 +66,8 @@ def main() -> None:
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     print(
-        "| model | layout | checkpointing | tokens | s/step planned | measured | ratio | evolution planned | measured | ratio |"
+        "| model | layout | checkpointing | tokens | s/step planned | measured | ratio "
+        "| evolution planned | measured | ratio |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as parent:

@@ -1,10 +1,10 @@
-"""How much of each linear's output the pruning methods lose, on the real inputs of a model's linears.
+"""Error that the pruning methods cause in the output of each linear, on the real inputs of a model's linears.
 
     python benchmarks/pruning.py --dense models/SmolLM2-135M-Instruct --text data/pydoc-topics/train.jsonl
 
-The calibration text runs through the dense model once. Every linear of every decoder layer is then pruned by each method from
-the same statistics, and its error is |X W' - X W|^2 / |X W|^2 over all tokens X of the text, taken from X X^T. Exit
-status 1 if SparseGPT does not lose less than Wanda, or Wanda not less than magnitude, in any linear.
+The calibration text runs through the dense model once. Every linear of every decoder layer is then pruned by each
+method from the same statistics, and its error is |X W' - X W|^2 / |X W|^2 over all tokens X of the text, taken from X
+X^T. Exit status 1 if SparseGPT does not lose less than Wanda, or Wanda not less than magnitude, in any linear.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ALONE = Group(None)
 
 
 def error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
-    """|X (W' - W)|^2 / |X W|^2, from a multiple of X X^T in fp64."""
+    """Compute |X (W' - W)|^2 / |X W|^2 from a multiple of X X^T, fp64."""
     loss, whole = pruned.double() - weight.double(), weight.double()
     return float(((loss @ hessian) * loss).sum() / ((whole @ hessian) * whole).sum())
 
@@ -53,7 +53,7 @@ def measure(
     """Prune the linears of every n-th decoder layer.
 
     Yields:
-        Name of a linear, how weights were ranked, and each method's error.
+        Name of a linear, the ranking, and the error of each method.
     """
     plan = prepare(config, progress=False)
     calibration = open_calibration(plan.stream, plan.sequences, ALONE)

@@ -1,12 +1,12 @@
-"""Latency and size of a pruned model against its dense original in CPU runtimes, as ratios.
+"""Latency and size of a pruned model in CPU runtimes, as ratios to its dense original.
 
     python benchmarks/runtime.py --dense models/SmolLM2-135M-Instruct --pruned models/SmolLM2-135M-Instruct-wanda60 \\
       --work exports/bench --output exports/bench/runtime.json
 
-A forward pass without a key-value cache, of one token (weights are read once for it, as in generation) and of a prompt. Dense
-and pruned run in turn, each first every other time; the ratio is that of the medians. "wall" is latency, "cpu" the processor time
-of the process, which with --threads 1 is the latency on a machine that does nothing else. Logits are compared with torch's in
-float32 of the same model. Exports that --work has already are used again.
+Forward passes without a key-value cache are measured, of one token (which reads all weights once, as in generation) and
+of a prompt. Dense and pruned model alternate, and ratios are those of the medians. "wall" is latency; "cpu" is the
+processor time of the process, which with --threads 1 is the latency on an idle machine. Logits are compared with those
+of the same model in torch, in float32. Exports that exist in --work are used again.
 """
 
 import argparse
@@ -33,12 +33,12 @@ SHAPES = {"1 token": (1, 1), "32 tokens": (1, 32)}
 
 
 def source_of(model: str, dtype: DType = "float32") -> Source:
-    """A model on disk, held in a type."""
+    """Open a model on disk in a dtype."""
     return open_source(ModelConfig(path=model, dtype=dtype))
 
 
 def torch_runner(model: str, dtype: DType) -> Runner:
-    """A model in torch, as transformers runs it."""
+    """Make a runner of a model in torch, as transformers runs it."""
     loaded = load_model(source_of(model, dtype)).eval()
 
     def run(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def torch_runner(model: str, dtype: DType) -> Runner:
 
 
 def exported(model: str, work: Path, kind: str) -> tuple[Path, int]:
-    """Export a model if that was not done; its folder, and bytes of what the runtime reads."""
+    """Export a model if needed; returns its folder, and the bytes that the runtime reads."""
     folder = work / f"{Path(model).name}-{kind}"
     if not folder.exists():
         print(f"exporting {folder}", flush=True)
@@ -65,7 +65,7 @@ def exported(model: str, work: Path, kind: str) -> tuple[Path, int]:
 
 
 def variants(work: Path, threads: int) -> dict[str, Callable[[str], tuple[Runner, int]]]:
-    """Names of what is measured to what gives, for a model, a runner and the bytes it was made from."""
+    """Functions from a model to its runner and the bytes of its files, by the name of the variant."""
 
     def in_torch(model: str, dtype: DType) -> tuple[Runner, int]:
         source = source_of(model)
@@ -93,7 +93,7 @@ def variants(work: Path, threads: int) -> dict[str, Callable[[str], tuple[Runner
 
 
 def latencies(runners: dict[str, Runner], shape: tuple[int, int], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each run, in turn: clock and model to times."""
+    """Measure the models alternately; returns durations in seconds by clock and model."""
     ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in runners} for clock in ("wall", "cpu")}
@@ -101,7 +101,7 @@ def latencies(runners: dict[str, Runner], shape: tuple[int, int], rounds: int) -
         for name in list(runners)[:: 1 if i % 2 else -1]:
             wall, cpu = time.perf_counter(), time.process_time()
             runners[name](ids, mask)
-            if i:  # not the first, which warms up
+            if i:  # the first run is for warming up
                 times["wall"][name].append(time.perf_counter() - wall)
                 times["cpu"][name].append(time.process_time() - cpu)
     return times
@@ -110,7 +110,7 @@ def latencies(runners: dict[str, Runner], shape: tuple[int, int], rounds: int) -
 def measure(
     name: str, make: Callable[[str], tuple[Runner, int]], models: dict[str, str], rounds: int, reference: Any
 ) -> dict[str, Any]:
-    """One row of the table: dense and pruned in one runtime; ``reference`` is the pruned model in torch, float32."""
+    """Measure dense and pruned model in one runtime; ``reference`` is the pruned model in torch, in float32."""
     made = {key: make(path) for key, path in models.items()}
     row: dict[str, Any] = {"what": name, "bytes": {key: size for key, (_, size) in made.items()}}
     for title, shape in SHAPES.items():
@@ -125,7 +125,7 @@ def measure(
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """One line of the tables of docs/exports.md."""
+    """Print one line of the tables in docs/exports.md."""
     cells = [row["what"]]
     for title in SHAPES:
         for clock in ("cpu", "wall"):

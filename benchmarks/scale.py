@@ -1,13 +1,13 @@
-"""How memory, bytes and evolution seconds grow with ranks and with the model; figures for docs/performance.md.
+"""Growth of memory, traffic and evolution time with ranks and with the model; figures for docs/performance.md.
 
     python benchmarks/scale.py ranks --output /tmp/scale/ranks.json          1, 2, 4, 8 gloo ranks, one model
     python benchmarks/scale.py model --output /tmp/scale/model.json          4 gloo ranks, growing models
-    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, first support, up to 1.5 G weights in bf16
-    python benchmarks/scale.py plot /tmp/scale --figures docs/figures
+    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, first support, up to 1.5 G
+    weights in bf16 python benchmarks/scale.py plot /tmp/scale --figures docs/figures
 
-The model is a stack of square linears without biases that exists as shards only: made on the meta device, sharded, filled with
-random values of which 60 % are 0. Memory is what training adds to the peak resident memory of a process. Each measurement has
-processes of its own.
+The model is a stack of square linears without biases. It exists only as shards: it is built on the meta device,
+sharded, and filled with random values of which 60 % are 0. Memory is the increase of a process's peak resident memory
+by training. Each measurement has its own processes.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.config.method import WindowStore
 
 TOKENS = 8
-"""Of a rank and step: activations and products are small beside weights, so that what is measured is the method."""
+"""Tokens of a rank in a step: few, so that the cost of the method is not hidden by activations and products."""
 STEPS = 3
-"""First support at step 1, an evolution at step 2, an ordinary step."""
+"""Number of steps: the first support, an evolution, and an ordinary step."""
 
 
 def make_model(width: int, depth: int, dtype: torch.dtype, sharded: bool) -> nn.Module:
-    """Linears on the meta device, then shards of them."""
+    """Build linears on the meta device, shard them, and fill the shards."""
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Linear(width, width, bias=False, dtype=dtype) for _ in range(depth)])
     if sharded:
@@ -51,7 +51,7 @@ def make_model(width: int, depth: int, dtype: torch.dtype, sharded: bool) -> nn.
     with torch.no_grad():
         for parameter in model.parameters():
             local: Any = parameter.to_local() if sharded else parameter  # type: ignore[attr-defined]
-            for block in local.detach().split(256):  # without a float copy of the whole
+            for block in local.detach().split(256):  # in blocks, to avoid an fp32 copy of the whole weight
                 block.normal_(std=width**-0.5)
                 block[torch.rand(block.shape) < 0.6] = 0
     return model
@@ -63,7 +63,7 @@ def peak_mb() -> float:
 
 
 def train(width: int, depth: int, dtype: torch.dtype, store: WindowStore, sharded: bool, steps: int) -> dict[str, Any]:
-    """Some steps; what they cost."""
+    """Train some steps; returns their costs."""
     began = time.perf_counter()
     model = make_model(width, depth, dtype, sharded)
     made = time.perf_counter() - began
@@ -97,12 +97,12 @@ def train(width: int, depth: int, dtype: torch.dtype, store: WindowStore, sharde
 def on_rank(
     rank: int, world_size: int, folder: str, width: int, depth: int, kind: str, store: WindowStore, steps: int
 ) -> None:
-    """One rank; writes its result to a file of its own."""
+    """Measure on one rank, and write the result to the rank's file."""
     torch.set_num_threads(1)
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # freed blocks go back at once: the need is measured, not the hoard
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)  # returns freed blocks to the system at once
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     dtype, sharded = getattr(torch, kind), world_size > 1
-    train(64, 2, dtype, store, sharded, steps)  # what a first step loads is not counted
+    train(64, 2, dtype, store, sharded, steps)  # warms up: what the first step loads is not counted
     idle = peak_mb()
     result = train(width, depth, dtype, store, sharded, steps)
     result |= {"peak_MB": peak_mb() - idle, "rank": rank}
@@ -112,14 +112,14 @@ def on_rank(
 
 
 def phases_of(row: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Seconds and bytes of the phases of the last evolution."""
+    """Duration and bytes of each phase of the last evolution."""
     return next(step["phases"] for step in reversed(row["steps"]) if step["phases"])
 
 
 def measure(
     world_size: int, width: int, depth: int, kind: str, store: WindowStore = "full", steps: int = STEPS
 ) -> dict[str, Any]:
-    """Run on processes of their own; what the rank with the highest peak saw."""
+    """Run all ranks in new processes; returns the result of the rank with the highest peak."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(on_rank, (world_size, folder, width, depth, kind, store, steps), nprocs=world_size)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
@@ -138,17 +138,17 @@ def measure(
 
 
 def measure_ranks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The same model on more and more ranks."""
+    """Measure one model on increasing numbers of ranks."""
     return (measure(world, args.width, args.depth, args.dtype) for world in args.ranks)
 
 
 def measure_model(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """More and more layers on the same ranks."""
+    """Measure models with increasing numbers of layers on the same ranks."""
     return (measure(max(args.ranks), args.width, depth, args.dtype) for depth in args.depths)
 
 
 def measure_evolution(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One process, as many layers as fit; the first support, which is an evolution too."""
+    """Measure the first support, which is an evolution too, of models of increasing size in one process."""
     return (measure(1, args.width, depth, args.dtype, args.store, steps=1) for depth in args.depths)
 
 
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def plot_all(results: Path, figures: Path) -> None:
-    """PNG files of what the other commands wrote."""
+    """Draw the results of the other commands as PNG files."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -205,12 +205,12 @@ def sent(row: dict[str, Any], window: bool) -> float:
 
 
 def plot_growth(rows: list[dict[str, Any]], across: list[float], label: str, power: int, file: Path) -> None:
-    """Memory and bytes of a rank against something."""
+    """Plot memory and bytes of a rank over the number of ranks or weights."""
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.2))
     left.loglog(across, [row["peak_MB"] for row in rows], "o-", label="measured")
-    first = 0 if power < 0 else -1  # where a fixed part shows least
+    first = 0 if power < 0 else -1  # the point where constant costs matter least
     line = [rows[first]["peak_MB"] * (x / across[first]) ** power for x in across]
     left.loglog(across, line, "--", color="grey", label="proportional" if power > 0 else "1 / ranks")
     left.set_yticks([row["peak_MB"] for row in rows], [f"{row['peak_MB']:.0f}" for row in rows])
@@ -235,7 +235,7 @@ def plot_growth(rows: list[dict[str, Any]], across: list[float], label: str, pow
 
 
 def plot_evolution(rows: list[dict[str, Any]], file: Path) -> None:
-    """Seconds of an evolution's phases against the number of weights."""
+    """Plot the duration of an evolution's phases over the number of weights."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 3.4))

@@ -1,20 +1,21 @@
-"""Kill runs again and again, go on with other ranks, backends and launchers, and check after each kill what is left.
+"""Soak test: kill runs again and again, resume them on other layouts and launchers, and check each time what is left.
 
     python benchmarks/soak.py --output /tmp/soak --kills 300
     python benchmarks/soak.py --config launch/recipes/quickstart.yaml --steps 16 --kills 6 --output /tmp/soak_real
 
-Every attempt starts launch/train.py under a drawn launcher and ends it at a drawn moment of its start-up, its steps or its
-export: SIGKILL to a rank, to the launcher or to everything; now and then a signal that asks it to stop. A run is killed
-until it is finished, at most ``--kills_of_a_run`` times; then the next one begins. Without --config a tiny random model and
-text are made, so that a kill costs seconds.
+Each attempt starts launch/train.py with a random launcher, and ends it at a random moment of its start, its steps or
+its export, by SIGKILL to a rank, to the launcher or to all processes, or sometimes by a signal that asks it to stop. A
+run is killed until it is finished, at most ``--kills_of_a_run`` times; then the next run begins. Without --config a
+tiny random model and text are made, so that a kill costs only seconds.
 
-Checked after each attempt: nothing is left running; the exit code is one that docs/checkpoints.md gives; the newest
-checkpoint is whole and not older than before; no more checkpoints than may be; metrics.jsonl and trace.jsonl have the steps
-from 1 on, each once, at least to that checkpoint; losses are the undisturbed run's. Checked of a finished run: masks,
-supports, weights and zeros too, and that nothing else is in its folder than in the undisturbed one's.
+After each attempt these are checked: no process is left; the exit code is one of docs/checkpoints.md; the newest
+checkpoint is intact and not older than before; there are not too many checkpoints; metrics.jsonl and trace.jsonl have
+every step from 1 to at least that checkpoint exactly once; losses are those of the undisturbed run. Of a finished run
+also masks, supports, weights and zeros are compared, and its folder must hold the same files as that of the undisturbed
+run.
 
-OUTPUT/kills.jsonl has a line for each attempt; the same command again goes on from there. Draws depend on the seed and the
-numbers of run and attempt only.
+OUTPUT/kills.jsonl has a line for each attempt, and the same command continues from there. Random choices depend only on
+the seed and the numbers of run and attempt.
 """
 
 import argparse
@@ -51,7 +52,7 @@ LAYOUTS: dict[str, tuple[list[str], list[str]]] = {
     "zero3": (["deepspeed"], ["--deepspeed", "ds_configs/zero3.json"]),
     "mpi": (["mpirun"], ["--backend", "fsdp"]),
 }
-"""Launcher and options; two ranks, but for the first."""
+"""Launcher and options of each layout; all have two ranks except the first."""
 HOW = {
     "SIGKILL to a rank": 6,
     "SIGKILL to the launcher": 4,
@@ -60,12 +61,12 @@ HOW = {
     "SIGINT to the launcher": 1,
     "SIGUSR1 to a rank": 1,
 }
-"""With weights."""
+"""Kinds of kills, with their relative frequencies."""
 PHASES = ("start-up", "steps", "export")
 
 
 def launcher(layout: str) -> list[str]:
-    """The command in front of the door."""
+    """Return the launcher's part of the command."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
@@ -78,7 +79,7 @@ def launcher(layout: str) -> list[str]:
 
 
 def start(layout: str, args: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
-    """Start an attempt in a session of its own; what it prints goes to OUTPUT.log."""
+    """Start an attempt in its own process session, with its output in OUTPUT.log."""
     ranks = 1 if layout == "single" else 2
     command = [*launcher(layout), DOOR, "--config", str(args.config), "--output", str(output)]
     command += [
@@ -99,12 +100,12 @@ def start(layout: str, args: argparse.Namespace, output: Path) -> subprocess.Pop
 
 
 def processes(output: Path) -> dict[int, bool]:
-    """Everything that was started for a run's folder, and whether it is a rank (else a launcher)."""
+    """Find the processes that belong to a run's folder; True for a rank, False for a launcher."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = entry.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended in this moment
+        except OSError:  # the process has just ended
             continue
         if str(output) in words and DOOR in words:
             before = [word for word in words[1 : words.index(DOOR)] if word != "-u"]
@@ -113,12 +114,12 @@ def processes(output: Path) -> dict[int, bool]:
 
 
 def identity(path: Path) -> int | None:
-    """Number of a file, another once it was replaced; None if there is none."""
+    """Inode number of a file, which changes when the file is replaced; None if there is no file."""
     return path.stat().st_ino if path.exists() else None
 
 
 def last_step(output: Path, earlier: int | None) -> int | None:
-    """The last step that an attempt has recorded; None before it has taken over ``earlier``'s metrics.jsonl."""
+    """Last step that an attempt has recorded; None while metrics.jsonl is still the file of the ``earlier`` attempt."""
     path = output / "metrics.jsonl"
     if identity(path) in (None, earlier):
         return None
@@ -134,7 +135,7 @@ def wait_for(
     earlier: int | None,
     draw: random.Random,
 ) -> None:
-    """Wait for a drawn moment of an attempt, or for its end."""
+    """Wait for a random moment of an attempt, or for its end."""
     begun, steps = time.monotonic(), args.steps
     if moment == "start-up":
         delay = draw.uniform(0, args.startup) if draw.random() < 0.8 else draw.uniform(0, 1)
@@ -150,7 +151,7 @@ def wait_for(
 
 
 def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.Random) -> str | None:
-    """Send what was drawn, to the launcher if there is no rank yet; what was sent, None if nobody is left."""
+    """Send the chosen signal, to the launcher if there is no rank yet; returns what was sent, None if nothing runs."""
     running = processes(output)
     ranks = sorted(pid for pid, is_rank in running.items() if is_rank)
     if how.endswith("rank") and not ranks:
@@ -171,10 +172,10 @@ def hit(process: subprocess.Popen[bytes], output: Path, how: str, draw: random.R
 
 
 def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturbed: bool) -> dict[str, Any]:
-    """One attempt, from its start until nothing of it is left; what happened, and what is wrong with what it left."""
+    """Run one attempt until all of its processes have ended; returns what happened and the problems found."""
     layout, how = draw.choice(args.layouts), draw.choices(list(HOW), list(HOW.values()))[0]
     moment = draw.choices(PHASES, (3, 4, 3))[0]
-    for pid in processes(output):  # of an earlier call of this script that was stopped
+    for pid in processes(output):  # left over from an earlier call of this script
         os.kill(pid, signal.SIGKILL)
     before, earlier, begun = newest(output), identity(output / "metrics.jsonl"), time.monotonic()
     process = start(layout, args, output)
@@ -202,7 +203,7 @@ def attempt(args: argparse.Namespace, output: Path, draw: random.Random, disturb
 
 
 def make_inputs(folder: Path) -> Path:
-    """A tiny random model, text for it, and a recipe."""
+    """Write a tiny random model, text for it, and a recipe."""
     from tests.folders import model_folder, text_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,10 +221,10 @@ def make_inputs(folder: Path) -> Path:
 
 
 def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs and attempts until there are enough kills; every line of the log."""
+    """Run attempts until there are enough kills; returns every line of the log."""
     log_file = args.output / "kills.jsonl"
     log = lines(log_file)
-    if log_file.exists():  # a line that was cut is made again
+    if log_file.exists():  # the attempt of an incomplete line is repeated
         log_file.write_text("".join(json.dumps(line) + "\n" for line in log))
     begun = time.monotonic()
     run = log[-1]["run"] if log else 0
@@ -248,8 +249,8 @@ def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
             Path(f"{output}.log").unlink()
         kills, minutes = sum(one["how"] != "finished" for one in log), (time.monotonic() - begun) / 60
         print(
-            f"kill {kills} of {args.kills}, run {run}.{line['attempt']}, {minutes:.0f} min: {line['layout']:<6} from step "
-            f"{line['from']} to {line['to']}, {line['how']} {line.get('phase', '')}, exit code {line['code']}"
+            f"kill {kills} of {args.kills}, run {run}.{line['attempt']}, {minutes:.0f} min: {line['layout']:<6} from "
+            f"step {line['from']} to {line['to']}, {line['how']} {line.get('phase', '')}, exit code {line['code']}"
             f"{'; PROBLEM: ' + '; '.join(line['problems']) if line['problems'] else ''}",
             flush=True,
         )
@@ -257,7 +258,7 @@ def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summarize(log: list[dict[str, Any]]) -> None:
-    """Print what was done and what was found."""
+    """Print a summary of the attempts and the problems."""
     table = Table(title="Kills by layout and moment")
     for name in ("layout", "how", *PHASES, "while saving", "all"):
         table.add_column(name, justify="left" if name in ("layout", "how") else "right")
@@ -284,7 +285,7 @@ def summarize(log: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Make the undisturbed run, then those that are killed."""
+    """Run the undisturbed run, and then those that are killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="a recipe of launch/train.py; default: a tiny random model")
     parser.add_argument("--output", required=True, type=Path)

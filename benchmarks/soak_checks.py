@@ -1,4 +1,4 @@
-"""What benchmarks/soak.py checks: how an attempt ended, what it left, and a finished run against the undisturbed one."""
+"""Checks of benchmarks/soak.py: exit codes and files of attempts, and a finished run against the undisturbed one."""
 
 import argparse
 import json
@@ -13,23 +13,23 @@ from seft_dist.io.checkpoint.files import rank_file, verify_checksum
 from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 
 LIMIT = 400.0
-"""Seconds within which everything must have ended by itself after a kill: a rank waits up to 300 for one that never came."""
+"""Seconds within which all processes must end after a kill. A rank waits up to 300 seconds for a missing one."""
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file of JSON lines."""
+    """Read the complete lines of a file of JSON lines."""
     text = path.read_bytes() if path.exists() else b""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def newest(output: Path) -> int:
-    """Step of the newest checkpoint, 0 for none."""
+    """Step of the newest checkpoint; 0 if there is none."""
     found = complete(output / "checkpoints")
     return int(found[-1].name.rpartition("-")[2]) if found else 0
 
 
 def wrong_code(found: dict[str, Any]) -> list[str]:
-    """Exit codes are those that docs/checkpoints.md gives; a launcher's own may be another than its ranks'."""
+    """Check the exit code against docs/checkpoints.md; that of a launcher may differ from those of its ranks."""
     code, how, single = found["code"], found["how"], found["layout"] == "single"
     if code is None:
         return [f"did not end within {LIMIT:.0f} s"]
@@ -40,23 +40,23 @@ def wrong_code(found: dict[str, Any]) -> list[str]:
     number = signal.Signals[how.split()[0]]
     if number == signal.SIGKILL:
         allowed = {-9} if single or not how.endswith("rank") else {1} if found["layout"] in ("fsdp", "ddp") else None
-    elif single:  # killed by it, if Python itself was still loading
+    elif single:  # the signal kills Python if it is still starting
         allowed = {130 if number == signal.SIGINT else 0} | ({-number, 1} if found["phase"] == "start-up" else set())
     else:
         allowed = None
-    if allowed is None:  # of torchrun, deepspeed and mpirun: anything but the code that says "never again"
+    if allowed is None:  # torchrun, deepspeed and mpirun may give any code except that for "do not retry"
         return ["exit code 2"] if code == 2 else []
     return [] if code in allowed else [f"exit code {code} after {how}: needs {sorted(allowed)}"]
 
 
 def wrong_state(args: argparse.Namespace, output: Path, before: int) -> list[str]:
-    """What an attempt must have left, however it ended."""
+    """Check the files that every attempt must leave, however it ended."""
     problems = []
     found = complete(output / "checkpoints")
     step = newest(output)
     if step < before:
         problems.append(f"the newest checkpoint was of step {before} and is of {step}")
-    if len(found) > KEEP + 1:  # a kill may come between the new one and the removal of the old one
+    if len(found) > KEEP + 1:  # a kill may come before the old one is removed
         problems.append(f"{len(found)} checkpoints")
     for path in found[-1:]:
         try:
@@ -78,7 +78,7 @@ def wrong_state(args: argparse.Namespace, output: Path, before: int) -> list[str
 
 
 def compare(args: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """A finished run against the undisturbed one."""
+    """Compare a finished run with the undisturbed one."""
     ours, theirs = (lines(folder / "metrics.jsonl") for folder in (output, args.whole))
     digests = [[line["evolution"]["digest"] for line in one if "evolution" in line] for one in (ours, theirs)]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, args.whole))

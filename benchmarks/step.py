@@ -3,12 +3,12 @@
     python benchmarks/step.py --model models/SmolLM2-135M-Instruct-wanda60 --batch 1x256 --densities 0.01
     python benchmarks/step.py --model llama2048 --batch 2x512 --densities 0.005 0.01 0.05
 
-The floor is a frozen model's forward and input gradients: no method that trains its linears can be below it. Each method
-lives in a process of its own (so that its peak memory is known) and does one step when it is its turn; ratios are taken
-inside each round and their median is shown, so a machine that slows down slows all of them. Peak memory is that of an
-ordinary step; the last column also has the first step (SEFT chooses its first support from a dense gradient) and, of an
-evolving run, a window and an evolution. Peers: LoRA and SHiRA of
-PEFT (pip install -e '.[bench]'), full fine-tuning, and two forms of other sparse methods written in step_methods.py.
+The floor is a frozen model's forward pass and input gradients: no method that trains its linears can be faster. Each
+method has its own process, so that its peak memory is known, and does one step in each round. Ratios are computed
+within a round, and their median is shown, so a machine that slows down affects all methods. Peak memory is that of an
+ordinary step; the last column includes the first step (SEFT chooses its first support from a dense gradient) and, with
+evolutions, a window and an evolution. Other methods are LoRA and SHiRA of PEFT (pip install -e '.[bench]'), full
+fine-tuning, and two forms of other sparse methods in step_methods.py.
 """
 
 import argparse
@@ -27,26 +27,26 @@ from step_methods import EVERY, METHODS, draw_batch, load  # beside this file
 from tqdm import tqdm
 
 INTERVAL, WINDOW = 60, 5
-"""What the average over a run is calculated for."""
+"""Interval and window for which the average over a run is calculated."""
 
 
 def worker(pipe: Any, name: str, density: float, args: argparse.Namespace) -> None:
-    """Measure peaks of one method, then do a step each time the pipe asks; answer with seconds and kind."""
+    """Measure peaks of one method, then do a step for each request on the pipe; reply with its duration and kind."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     sequences, tokens = map(int, args.batch.split("x"))
     model = load(args.model)
     step = METHODS[name](model, draw_batch(model, sequences, tokens), density)
-    _use_malloc(mapped_from=1 << 18)  # freed blocks go back at once: peaks are the methods', not malloc's
+    _use_malloc(mapped_from=1 << 18)  # returns freed blocks at once, so that peaks do not include malloc's cache
     first, ordinary = 0, 0
     for number in range(EVERY + 1 if name == "evolving" else 3):
-        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         kind = step()
         peak = _status("VmHWM")
         if number and kind == "step":
             ordinary = max(ordinary, peak)
         first = max(first, peak)
-    _use_malloc(mapped_from=1 << 25)  # what glibc's own rule comes to in training
+    _use_malloc(mapped_from=1 << 25)  # the value that glibc's own rule reaches in training
     pipe.send((ordinary, first))
     while pipe.recv():
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -67,7 +67,7 @@ def _status(name: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of method, density, seconds of each round by kind of step, peak bytes of a step and of all kinds of steps."""
+    """Measure all methods; a row has method, density, durations by kind of step, and peaks of one and all kinds."""
     context = mp.get_context("spawn")
     rows: list[dict[str, Any]] = []
     for name in tqdm(args.methods, desc="memory", unit="method"):
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=worker, args=(theirs, name, density, args), daemon=True)
             process.start()
-            theirs.close()  # else a process that died would be waited for
+            theirs.close()  # otherwise this would wait for ever for a process that died
             peak, peak_of_all = ours.recv()
             rows.append({"method": name, "density": density, "seconds": [], "peak": peak, "peak_of_all": peak_of_all})
             rows[-1] |= {"pipe": ours, "process": process}
@@ -92,14 +92,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def ratio(row: dict[str, Any], floor: dict[str, Any], kind: str = "step") -> float | None:
-    """Median over the rounds of one kind of step's seconds over the floor's in the same round."""
+    """Median over the rounds of the ratio of one kind of step to the floor in the same round."""
     pairs = zip(row["seconds"], floor["seconds"], strict=True)
     found = [seconds / below for (had, seconds), (_, below) in pairs if had == kind]
     return statistics.median(found) if found else None
 
 
 def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print a table, and of evolving runs what an interval costs."""
+    """Print a table and, for runs with evolutions, the average over an interval."""
     floor = next(row for row in rows if row["method"] == "floor")
     base = statistics.median(seconds for _, seconds in floor["seconds"])
     table = Table(
@@ -127,8 +127,8 @@ def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         row["average_ratio"] = (ordinary * row["ratio"] + WINDOW * window + row["evolution_ratio"]) / INTERVAL
         console.print(
             f"density {row['density']:.1%}: a step in a window {window:.3f} x floor; an evolution "
-            f"{row['evolution_ratio']:.3f} x floor ({statistics.median(evolutions):.3f} s); average over an interval of "
-            f"{INTERVAL} with a window of {WINDOW} and one evolution {row['average_ratio']:.3f} x floor"
+            f"{row['evolution_ratio']:.3f} x floor ({statistics.median(evolutions):.3f} s); average over an interval "
+            f"of {INTERVAL} with a window of {WINDOW} and one evolution {row['average_ratio']:.3f} x floor"
         )
 
 

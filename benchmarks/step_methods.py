@@ -1,4 +1,4 @@
-"""What benchmarks/step.py compares: one training step of each method on the same model, as a function without arguments.
+"""Methods that benchmarks/step.py compares: a training step of each on the same model, as a function without arguments.
 
 All methods train every decoder linear, clip to a global norm of 1 and update with AdamW (the floor updates nothing).
 """
@@ -14,14 +14,14 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.modules.targets import find_targets
 
 Step = Callable[[], str]
-"""Does one training step and says what kind it was: "step", "window" or "evolution"."""
+"""Function that does one training step and returns its kind: "step", "window" or "evolution"."""
 _LR = 1e-4
 EVERY = 8
-"""Steps from one evolution of an evolving run to the next."""
+"""Number of steps from one evolution to the next, in runs with evolutions."""
 
 
 def load(model: str) -> Any:
-    """A pruned model in fp32.
+    """Load a pruned model in fp32.
 
     Args:
         model: A folder, or "llama2048": 2 layers of hidden size 2048 with random weights, 60 % of each row zero.
@@ -40,13 +40,13 @@ def load(model: str) -> Any:
 
 
 def draw_batch(model: Any, sequences: int, tokens: int) -> dict[str, Tensor]:
-    """Random tokens: no method's time depends on the text."""
+    """Draw random tokens; no method's time depends on the text."""
     ids = torch.randint(0, model.config.vocab_size, (sequences, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
 
 
 def floor(model: Any, data: dict[str, Tensor], density: float) -> Step:
-    """Forward and the input gradient of every layer; nothing is trained."""
+    """Forward pass and input gradient of every layer; nothing is trained."""
     model.requires_grad_(False)
 
     def step() -> str:
@@ -58,9 +58,10 @@ def floor(model: Any, data: dict[str, Tensor], density: float) -> Step:
 
 
 def seft(model: Any, data: dict[str, Tensor], density: float, evolves: bool = False) -> Step:
-    """This project, between evolutions; with ``evolves`` windows of 3 steps and an evolution at every ``EVERY``-th."""
+    """SEFT between evolutions or, with ``evolves``, with windows of 3 steps and an evolution every ``EVERY`` steps."""
     every = {"interval": EVERY, "window": 3} if evolves else {"interval": 10**6}
-    optimizer = SeftOptimizer(model, SeftConfig(density=density, **every), lr=_LR, max_grad_norm=1.0)  # type: ignore[arg-type]
+    config = SeftConfig(density=density, **every)  # type: ignore[arg-type]
+    optimizer = SeftOptimizer(model, config, lr=_LR, max_grad_norm=1.0)
 
     def step() -> str:
         number = optimizer.num_steps + 1
@@ -127,7 +128,7 @@ class _Scattered(nn.Module):
 
 
 class _MaskedLora(nn.Module):
-    """y = x (W + mask * (B A))^T: what is merged keeps the zeros."""
+    """y = x (W + mask * (B A))^T, so that the merged weight keeps its zeros."""
 
     def __init__(self, inner: nn.Linear, rank: int = 16) -> None:
         super().__init__()
@@ -137,7 +138,8 @@ class _MaskedLora(nn.Module):
         self.b = nn.Parameter(torch.zeros(inner.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.inner.weight + self.mask * (self.b @ self.a), self.inner.bias)  # type: ignore[operator]
+        weight = self.inner.weight + self.mask * (self.b @ self.a)  # type: ignore[operator]
+        return nn.functional.linear(x, weight, self.inner.bias)
 
 
 def _wrapped(model: Any, wrap: Callable[[nn.Linear], nn.Module]) -> Any:
@@ -159,9 +161,9 @@ def masked_lora(model: Any, data: dict[str, Tensor], density: float) -> Step:
 
 
 def evolving(model: Any, data: dict[str, Tensor], density: float) -> Step:
-    """This project with windows and evolutions."""
+    """SEFT with windows and evolutions."""
     return seft(model, data, density, evolves=True)
 
 
 METHODS = {one.__name__: one for one in (floor, seft, evolving, lora, shira, spiel, masked_lora, full)}
-"""Name to what builds a step from a model, a batch and a density."""
+"""Functions that make the step of a method from a model, a batch and a density, by the method's name."""

@@ -1,9 +1,10 @@
-"""A picture of one step on two ranks: when gradients leave, and what is computed meanwhile.
+"""Timeline of one step on two ranks: when gradients are sent, and what is computed meanwhile.
 
     python benchmarks/timeline.py --model models/SmolLM2-135M-Instruct-wanda60 --figure docs/figures/timeline.png
 
-Traced by torch.profiler on rank 0 (FSDP2 over gloo, one thread a rank). An exchange of gradients is drawn from when it is
-given to the communication library to when rank 0 finds it done; --trace writes the whole trace for chrome://tracing or Perfetto.
+torch.profiler traces rank 0 (FSDP2 over gloo, one thread for each rank). An exchange of gradients is drawn from the
+moment when it is started until rank 0 finds it finished; --trace writes the whole trace for chrome://tracing or
+Perfetto.
 """
 
 import argparse
@@ -28,7 +29,7 @@ WARMUP = 3
 
 
 def watch(seft: SeftOptimizer, spans: list[dict[str, float]], stop: threading.Event) -> None:
-    """Note when each exchange begins and is done, every half millisecond."""
+    """Record begin and end of each exchange, by polling every half millisecond."""
     while not stop.is_set():
         now = time.time()
         for number, one in enumerate(list(seft.exchange._sums)):
@@ -41,7 +42,7 @@ def watch(seft: SeftOptimizer, spans: list[dict[str, float]], stop: threading.Ev
 
 
 def step(model: Any, seft: SeftOptimizer, number: int, tokens: int) -> None:
-    """One training step on random tokens, its phases named for the profiler."""
+    """Train one step on random tokens, with its phases named for the profiler."""
     seed = number * dist.get_world_size() + dist.get_rank()
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     with record_function("forward"):
@@ -55,7 +56,7 @@ def step(model: Any, seft: SeftOptimizer, number: int, tokens: int) -> None:
 
 
 def on_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    """One rank; rank 0 traces and draws."""
+    """Run one rank; rank 0 traces and draws."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.ranks)
     mesh = init_device_mesh("cpu", (args.ranks,))
@@ -133,7 +134,7 @@ def draw(
         for first, last in lanes[lane]:
             axes.barh(row, last - first, left=first, color=f"C{row}")
     for first, last, _ in exchanges:
-        width = max(last - first, 0.004 * over)  # else some are too short to be seen
+        width = max(last - first, 0.004 * over)  # a minimum, so that short ones are visible
         axes.barh(len(rows), width, left=first, color="C5")
     axes.axvline(over, color="grey", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(rows) + 1), [*rows, "exchange of gradients"])

@@ -1,13 +1,13 @@
-"""A model of a real shape through every door on one machine: seconds, peak memory and bytes on disk of each step.
+"""All programs of launch/ on a model of a real shape, on one machine: duration, peak memory and disk space of each.
 
     python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk             all steps
     python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk --steps plan evaluate
     python benchmarks/walk.py --output /tmp/walk --show                          the table again
 
-The model has random values (its doors cost what a trained one's cost), is written one layer at a time, and gets a tokenizer
-trained on CPython's documentation, whose text is also what it is pruned with, trained on and evaluated on. A step that is
-done is not done again; its log is in OUTPUT/logs. Memory is that of all processes of a step together: "own" is what only they
-can use (anonymous pages), "resident" also counts pages of files, which the kernel takes back when it needs them.
+The model has random values, whose costs are those of a trained model. It is written one layer at a time, with a
+tokenizer that is trained on CPython's documentation; the same text is used for pruning, training and evaluation. A step
+that is finished is not repeated; its log is in OUTPUT/logs. Memory is that of all processes of a step together: "own"
+counts anonymous pages, and "resident" also pages of files, which the kernel reclaims when it needs them.
 """
 
 import argparse
@@ -47,20 +47,20 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-"""The shape "tiny": every step in seconds, to see that they work."""
+"""The shape "tiny", with which every step takes seconds, for trying the steps."""
 
 
 @dataclass
 class Cost:
-    """What one step took."""
+    """Costs of one step."""
 
     seconds: float
     own_bytes: int
-    """Peak of the anonymous memory of all its processes."""
+    """Peak of the anonymous memory of all processes of the step."""
     resident_bytes: int
-    """Peak of their resident memory, pages of mapped files included."""
+    """Peak of their resident memory, including pages of mapped files."""
     disk_bytes: int
-    """Of what it left behind."""
+    """Bytes of the files that it wrote."""
 
 
 def make_model(shape: dict[str, Any], folder: Path) -> None:
@@ -113,7 +113,7 @@ def make_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 class Walk:
-    """The steps, in the order in which a user would take them; each is a method named ``do_*`` that gives a command."""
+    """The steps, in the order of a user's work. Each is a method named ``do_*`` that returns a command."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.root = args, Path(args.output).resolve()
@@ -128,7 +128,7 @@ class Walk:
         return int(index["metadata"]["total_size"]) // 2
 
     def door(self, name: str, *options: str, ranks: int = 1) -> list[str]:
-        """A command line that starts a door on some ranks."""
+        """Command line that starts a program of launch/ on a number of ranks."""
         started = [sys.executable]
         if ranks > 1:
             started += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -148,7 +148,7 @@ class Walk:
         return self.door("prune", *given, "--output", str(output), *options)
 
     def train(self, output: Path, *options: str, ranks: int = 1) -> list[str]:
-        """Four steps: a first support, an evolution at the second, a checkpoint after each second."""
+        """Command for training four steps: first support, an evolution in step 2, a checkpoint every two steps."""
         given = [
             "--model.path",
             str(self.pruned),
@@ -169,7 +169,7 @@ class Walk:
         return self.train(self.run)
 
     def do_train_killed(self) -> list[str]:
-        """Killed as soon as the checkpoint of step 2 is whole; the step after this one goes on."""
+        """Train, and kill the run as soon as the checkpoint of step 2 is complete; the next step resumes it."""
         return self.train(self.root / "run-killed", "--export", "false")
 
     def do_train_resumed(self) -> list[str]:
@@ -213,7 +213,7 @@ class Walk:
         given = ["--model", str(self.pruned), "--seq_len", str(self.args.seq_len), "--global_batch", "2"]
         return self.door("plan", *given, *cluster, "--seft.density", str(self.args.density))
 
-    # What each step leaves behind, for the bytes on disk.
+    # Files that each step writes, for the disk space
     LEAVES = {
         "make": ["model"],
         "prune_magnitude": ["pruned-magnitude"],
@@ -245,10 +245,10 @@ STEPS = [name.removeprefix("do_") for name in vars(Walk) if name.startswith("do_
 
 
 def take_step(walk: Walk, name: str) -> Cost:
-    """Run one step's command and watch what its processes need.
+    """Run one step's command, and measure the memory of its processes.
 
     Raises:
-        RuntimeError: It failed; its log is named.
+        RuntimeError: The command failed; the message names its log.
     """
     log = walk.root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def take_step(walk: Walk, name: str) -> Cost:
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Anonymous and resident bytes of a process and all below it."""
+    """Anonymous and resident memory of a process and all its descendants, in bytes."""
     own = resident = 0
     try:
         family = [process, *process.children(recursive=True)]
@@ -279,16 +279,17 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
     for one in family:
         try:
             info = one.memory_info()
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just ended
             continue
         own, resident = own + info.rss - info.shared, resident + info.rss
     return own, resident
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print the steps that were taken."""
+    """Print the steps that were run."""
     facts = found["machine"]
-    title = f"{found['shape']}, {found['weights']:,} weights; {facts['cores']} cores, {facts['memory_gb']} GB; {facts['date']}"
+    title = f"{found['shape']}, {found['weights']:,} weights; "
+    title += f"{facts['cores']} cores, {facts['memory_gb']} GB; {facts['date']}"
     table = Table(title=title)
     for column in ("step", "seconds", "own GB", "resident GB", "on disk GB"):
         table.add_column(column, justify="left" if column == "step" else "right")
@@ -299,7 +300,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine of the measurements."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cores": psutil.cpu_count(),

@@ -1,11 +1,12 @@
-"""What each form of an evolution's window costs, and how far its choice differs from the full one's.
+"""Cost of each form of an evolution's window, and the difference of its selection from that of the full form.
 
     python benchmarks/windows.py --model models/SmolLM2-135M-Instruct-wanda60 --text data/pydoc-topics/train.jsonl
 
-Every form starts from the same checkpoint, made with the full form just before a window, sees the same batches and makes the
-same evolution. "grown" and "removed" are the shares of the full form's positions that this form grows or takes out of the mask
-too; a second full window on other text says how much of a choice is the text's. Bytes are held by the window on one process
-(with W ranks each holds 1/W of what is per weight); docs/evolution.md has formulas for the traffic.
+All forms start from the same checkpoint, which the full form made just before a window, and use the same batches up to
+the same evolution. "grown" and "removed" are the shares of the full form's positions that a form also grows, or removes
+from the mask. A second full window on other text shows how much a selection depends on the text. Bytes are those of the
+window on one process (each of W ranks holds 1/W of the part that is per weight); docs/evolution.md has formulas for the
+traffic.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from seft_dist.sparsity.bitmask import unpack
 
 
 def read_batches(path: Path, model: str, count: int, shape: tuple[int, int]) -> list[torch.Tensor]:
-    """Token blocks of a text, in order."""
+    """Read the first blocks of tokens of a text."""
     text = "\n".join(json.loads(line)["text"] for line in path.read_text().splitlines())
     ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text)["input_ids"])
     need = count * shape[0] * shape[1]
@@ -37,14 +38,14 @@ def read_batches(path: Path, model: str, count: int, shape: tuple[int, int]) -> 
 
 
 def load(model_path: str, dtype: torch.dtype, config: SeftConfig) -> tuple[Any, SeftOptimizer]:
-    """The pruned model and an optimizer for it."""
+    """Load the pruned model, and make an optimizer for it."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     model.config.use_cache = False
     return model, SeftOptimizer(model, config, lr=1e-3, max_grad_norm=1.0)
 
 
 def step(model: Any, seft: SeftOptimizer, ids: torch.Tensor) -> float:
-    """One optimizer step; its seconds."""
+    """Do one optimizer step; returns its duration in seconds."""
     begin = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
     seft.step()
@@ -59,7 +60,7 @@ def held(windows: list[Window | None]) -> int:
 
 
 def positions(seft: SeftOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Support and mask of all targets as booleans, one after another."""
+    """Support and mask of all targets, concatenated, as booleans."""
     supports, masks = [], []
     for layer in seft.deltas():
         support = torch.zeros(len(layer.interval), dtype=torch.bool)
@@ -70,7 +71,7 @@ def positions(seft: SeftOptimizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run(args: argparse.Namespace, config: SeftConfig, folder: Path, batches: list[torch.Tensor]) -> dict[str, Any]:
-    """One window and its evolution from the checkpoint."""
+    """Run one window and its evolution from the checkpoint."""
     model, seft = load(args.model, args.dtype, config)
     newest = checkpoint.latest(folder)
     assert newest is not None
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace, config: SeftConfig, folder: Path, batches: lis
 
 
 def compare(name: str, found: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table."""
+    """Compare a form with the full one; returns a row of the table."""
 
     def share(key: str) -> float:
         return int((found[key] & full[key]).sum()) / max(int(full[key].sum()), 1)
@@ -115,8 +116,11 @@ def compare(name: str, found: dict[str, Any], full: dict[str, Any]) -> dict[str,
 
 
 def forms(base: SeftConfig, factors: list[float]) -> dict[str, SeftConfig]:
-    """Names to configurations."""
-    found = {store: dataclasses.replace(base, window_store=store) for store in ("full", "bf16")}  # type: ignore[arg-type]
+    """Configuration of each form, by its name."""
+    found = {
+        store: dataclasses.replace(base, window_store=store)  # type: ignore[arg-type]
+        for store in ("full", "bf16")
+    }
     for factor in factors:
         found[f"candidates, {factor}"] = dataclasses.replace(base, window_store="candidates", window_candidates=factor)
     return found | {"factored": dataclasses.replace(base, window_store="factored")}
