@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py ranks --output /tmp/scale/ranks.json          1, 2, 4, 8 gloo ranks, one model
     python benchmarks/scale.py model --output /tmp/scale/model.json          4 gloo ranks, growing models
-    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, first support, up to 1.5 G
-    weights in bf16 python benchmarks/scale.py plot /tmp/scale --figures docs/figures
+    python benchmarks/scale.py evolution --output /tmp/scale/evolution.json  one process, the first support in bf16
+    python benchmarks/scale.py plot /tmp/scale --figures docs/figures
 
 The model is a stack of square linears without biases. It exists only as shards: it is built on the meta device,
 sharded, and filled with random values of which 60 % are 0. Memory is the increase of a process's peak resident memory

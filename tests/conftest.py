@@ -39,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a tiny run needs: ``pruned``, a model with its tokenizer, and ``text.jsonl``."""
+    """Folder with the inputs of a tiny run: ``pruned``, a model with its tokenizer, and ``text.jsonl``."""
     from tests.folders import model_folder, text_file
 
     folder = tmp_path_factory.mktemp("inputs")

@@ -1,7 +1,8 @@
-"""Run a program of launch/ in a child of a server that has torch and transformers loaded: 0.3 s instead of 10 s of imports.
+"""Run a program of launch/ in a child of a server that has imported torch and transformers: 0.3 s instead of 10 s.
 
-The server is started once for each test process and does nothing but import and fork, so that no thread pool is forked along.
-Programs are started as a user starts them in test_launchers.py, test_stopping.py, test_slurm_train.py and others.
+The server is started once for each test process and does nothing but import and fork, so that no thread pool is forked
+along. Programs are started as a user starts them in test_launchers.py, test_stopping.py, test_slurm_train.py and
+others.
 """
 
 import multiprocessing as mp
@@ -34,7 +35,7 @@ def run_door(
 
     Args:
         script: Below the repository, e.g. "launch/prune.py".
-        arguments: Of its command line.
+        arguments: Arguments of its command line.
         timeout: Seconds after which it is killed.
         env: Variables beside those of the test process; what torch reads when it is loaded has no effect.
 

@@ -52,11 +52,11 @@ def build(
     Args:
         layout: One of ``LAYOUTS``, or "hsdp" (two replicas).
         seft_config: The method.
-        model: What to train; None: the tiny pruned Llama.
-        options: Of SeftOptimizer; ``ds`` adds to the ds_config, ``fsdp`` to the arguments of fully_shard.
+        model: The model to train; None: the tiny pruned Llama.
+        options: Options of SeftOptimizer; ``ds`` adds to the ds_config, ``fsdp`` to the arguments of fully_shard.
 
     Returns:
-        What to call for a forward pass, the optimizer, how to run backward, how to step.
+        The module to call for a forward pass, the optimizer, a function that runs backward, and one that steps.
     """
     ds, fsdp = options.pop("ds", {}), options.pop("fsdp", {})
     model = model if model is not None else prune_(tiny_llama())
@@ -129,7 +129,7 @@ def train(
     Args:
         prepare: Called with the model before it is sharded.
         between: Called after each step with what forward calls.
-        options: Of ``build``.
+        options: Options of ``build``.
 
     Returns:
         losses (averaged over ranks), digests of the evolutions, snapshot, sparsity.

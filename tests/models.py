@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
-"""Of every tiny model, as transformers' configurations name them."""
+"""Sizes of every tiny model, under their names in transformers' configurations."""
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:

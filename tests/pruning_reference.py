@@ -1,8 +1,8 @@
-"""Published pruning algorithms in plain dense torch, written from the papers' pseudo-code; knows nothing of the package.
+"""Published pruning algorithms in plain dense torch, written from the papers' pseudo-code, without the package.
 
-Which weights go is not computed a second time but judged: where two scores are equal to rounding, either choice is right,
-and SparseGPT's later weights and layers follow from it. So the reference takes over the choices, says by how much any of them
-missed the smallest scores, and computes everything else, in fp64.
+The reference does not select weights itself, because two scores may be equal up to rounding: then either selection is
+right, and SparseGPT's later weights and layers depend on it. So it is given the selection, reports by how much that
+misses the smallest scores, and computes everything else in fp64.
 """
 
 import torch
@@ -13,9 +13,10 @@ CLOSE = 1e-5
 
 
 def slack(scores: Tensor, gone: Tensor, count: int, typical: Tensor | None = None) -> float:
-    """By how much a choice misses the ``count`` smallest scores of each row, as a share of what is typical (of the row).
+    """Amount by which a selection misses the ``count`` smallest scores of each row, relative to ``typical``.
 
-    0 if it is right; of the size of rounding errors if it takes the other one of a tie; infinite if the number is wrong.
+    It is 0 for a right selection, as small as rounding errors for another choice among ties, infinite for a wrong
+    count.
     """
     if not bool((gone.sum(1) == count).all()):
         return torch.inf
@@ -57,11 +58,12 @@ def sparsegpt(
         weight: [out, in].
         hessian: [in, in].
         gone: bool [out, in], the weights that are pruned.
-        counts: How many weights of each block should be (of each row of it if ``per_row``), unless ``pattern`` decides.
+        counts: Number of weights to prune in each block (in each of its rows if ``per_row``), unless ``pattern`` is
+            set.
         pattern: N and M.
-        per_row: What a block's choice ranks.
+        per_row: Weights are selected in each row of a block, not in the whole block.
         block: Columns.
-        dampening: As a share of the mean diagonal.
+        dampening: Dampening as a share of the mean diagonal.
 
     Returns:
         The pruned weight, fp64, and the largest slack of a choice, on the roots of the paper's scores.
@@ -94,7 +96,7 @@ def sparsegpt(
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, sequences: list[Tensor], layer: int) -> dict[str, list[Tensor]]:
-    """What each linear of a decoder layer is given, sequence by sequence, in a run of the whole model."""
+    """Inputs of each linear of a decoder layer, for each sequence, in a run of the whole model."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"layers.{layer}." in n}
     seen: dict[str, list[Tensor]] = {name: [] for name in linears}
     handles = [
@@ -109,7 +111,7 @@ def layer_inputs(model: nn.Module, sequences: list[Tensor], layer: int) -> dict[
 
 
 def owl_sparsities(outlier_percent: list[float], sparsity: float, spread: float) -> list[float]:
-    """As the OWL paper's code has it, for layers of one size."""
+    """Sparsities of layers of equal size, computed as in the OWL paper's code."""
     ratios = torch.tensor(outlier_percent, dtype=torch.float64)
     ratios = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * spread * 2)
     return (1 - (ratios - ratios.mean() + (1 - sparsity))).tolist()

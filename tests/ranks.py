@@ -47,7 +47,7 @@ def _main(
 
 
 def return_freed_memory() -> None:
-    """Let this process give freed blocks back at once: else the allocator's hoard is measured, not the program's need."""
+    """Return freed blocks to the system at once, so that measurements do not include the allocator's cache."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD
     libc.malloc_trim(0)  # also what tests before this one have left
@@ -64,11 +64,11 @@ def run_ranks(
     """Run ``fn(rank, world_size, *args)`` on every rank of a new process group.
 
     Args:
-        fn: What a rank does; may be a local function. Its return value is pickled back.
+        fn: Function that each rank runs; it may be local. Its return value is pickled back.
         world_size: Number of ranks.
         timeout: Seconds for all ranks together; then the remaining ones (and only they) are killed.
         start: "fork", or "spawn" for ranks that use a CUDA device (``fn`` must then be a module's own function).
-        backend: Of torch.distributed.
+        backend: Backend of torch.distributed.
 
     Returns:
         Each rank's return value, in rank order.

@@ -91,9 +91,9 @@ class DenseSeft:
     """Sparsity evolution of a whole model in one process, with the arguments of ``SeftOptimizer``.
 
     ``closest`` is the smallest distance seen so far between the last score that was chosen and the first that was not
-    (exact ties aside), as a share of the larger one and a hundredth of what is typical, for a score whose terms cancel has
-    the rounding of its terms: where it is of the size of rounding errors, another order of summation may choose otherwise.
-    ``largest_delta`` is the largest |delta| of any entry in any step.
+    (exact ties aside), as a share of the larger one and a hundredth of what is typical, for a score whose terms cancel
+    has the rounding of its terms: where it is of the size of rounding errors, another order of summation may choose
+    otherwise. ``largest_delta`` is the largest |delta| of any entry in any step.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class DenseSeft:
             layer.write()
 
     def evolves(self, t: int) -> bool:
-        """Whether step ``t`` ends with an evolution (the first support aside)."""
+        """Return whether step ``t`` ends with an evolution, not counting the first support."""
         config = self.config
         last = config.last_step
         return not config.static and t % config.interval == 0 and t >= config.begin and (last is None or t <= last)
@@ -348,7 +348,7 @@ class DenseSeft:
         return grown.view(score.shape)
 
     def _pay(self, layer: Layer, score: Tensor) -> Tensor:
-        """What leaves the mask under an N:M pattern: of each group as many as it has too many."""
+        """Select the positions that leave the mask under an N:M pattern: from each group as many as it has too many."""
         size = self._group_size()
         before, first = layer.mask.view(-1, size), layer.first_mask.view(-1, size)
         out = torch.zeros_like(before)

@@ -1,4 +1,4 @@
-"""What tests/reference.py knows of the steps before an evolution, written from the description of each ``window_store``."""
+"""Window statistics of tests/reference.py, written from the description of each ``window_store``."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass
 class Window:
-    """What a layer has seen since a window began: sums over its steps, before clipping."""
+    """Sums of a layer's gradients over the steps of a window, before clipping."""
 
     gradient: Tensor
     square: Tensor
@@ -36,7 +36,7 @@ class Window:
 
     @property
     def score(self) -> Tensor:
-        """What stands for the gradient where positions are ranked."""
+        """Statistic that is used in place of the gradient when positions are ranked."""
         return (self.outputs.view(-1, 1) * self.inputs).sqrt() if self.store == "factored" else self.gradient
 
     def _stored(self, value: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def digests(output: Path) -> list[str]:
-    """Of all its evolutions."""
+    """Digests of all evolutions of a run."""
     return [record["evolution"]["digest"] for record in records(output) if "evolution" in record]

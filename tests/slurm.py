@@ -79,7 +79,7 @@ class Job:
 
     cluster: "Cluster"
     number: str
-    """As Slurm prints it; "12_3" for a task of an array."""
+    """Number of the job as Slurm prints it; "12_3" for a task of an array."""
     log_file: Path
 
     def __getattr__(self, name: str) -> str:
@@ -152,7 +152,7 @@ class Cluster:
 
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
-    """What its jobs get to see."""
+    """Environment of its jobs."""
 
     @property
     def conf(self) -> Path:
@@ -213,7 +213,7 @@ def start(nodes: int = NODES) -> Iterator[Cluster]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """As of a user's fresh shell, with what keeps tests off the network."""
+    """Environment of a user's new shell, with the variables that keep tests off the network."""
     names = ("HOME", "LANG", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
     kept = {name: os.environ[name] for name in names if name in os.environ}
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"

@@ -352,7 +352,7 @@ def test_memory_of_a_rank_falls_with_the_ranks() -> None:
 
 @pytest.mark.slow
 def test_nothing_dense_outlives_its_layer() -> None:
-    """What a layer more costs one of four ranks: shards of weight, window and deltas; a dense gradient kept would be 4 MB."""
+    """Another layer costs one of four ranks only its shards of weight, window and deltas; a dense gradient has 4 MB."""
     shallow, deep = (peak_of_training(4, depth) for depth in (8, 24))
     print(f"MB of a rank per layer: {(deep - shallow) / 16 / 2**20:.2f}")
     assert deep - shallow < 16 * 3.5 * 2**20

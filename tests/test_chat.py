@@ -1,4 +1,4 @@
-"""What of a conversation is learned: what the template marks, or each turn of the assistant; and what is left out."""
+"""The learned part of conversations: spans that the template marks, or the assistant's turns; and skipped records."""
 
 import datetime
 import json
@@ -64,7 +64,7 @@ def tokenizer(folder: Path) -> Any:
 
 
 def expected(tokenizer: Any, marked: str, messages: Any, tools: Any = None) -> tuple[list[int], list[bool]]:
-    """What transformers says for the template with marks."""
+    """Tokens and mask that transformers computes from the template with marks."""
     found = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -123,8 +123,9 @@ def test_records_without_an_answer_are_skipped_and_counted(
     with caplog.at_level(logging.WARNING):
         found = load_sequences(DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", records))), tokenizer)
     assert len(found) == 2
-    said = "6 of 8 records are left out: 2 without messages; 1 with a message without content; 2 with an answer of blanks; 1"
-    assert said in caplog.text
+    warning = "6 of 8 records are left out: 2 without messages; 1 with a message without content; "
+    warning += "2 with an answer of blanks; 1"
+    assert warning in caplog.text
     instructions = [{"instruction": "a", "output": answer} for answer in answers]
     found = load_sequences(DataConfig(path=str(write_jsonl(tmp_path / "b.jsonl", instructions))), tokenizer)
     assert len(found) == 2

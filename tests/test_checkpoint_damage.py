@@ -118,20 +118,26 @@ def replaced(key: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable
     return lambda tensors: tensors.update({f"{NAME}.{key}": make(tensors[f"{NAME}.{key}"]).contiguous()})
 
 
+def removed(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(f"{NAME}.{key}")
+
+
+_OWN = ("indices", "values", "exp_avg_sq", "age", "mask", "committed", "committed_values", "window.total")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((lambda t, key=key: t.pop(f"{NAME}.{key}"), f"{NAME}: {key} is missing")
-          for key in ("indices", "values", "exp_avg_sq", "age", "mask", "committed", "committed_values", "window.total")),
+        *((removed(key), f"{NAME}: {key} is missing") for key in _OWN),
         (replaced("age", lambda value: value.float()), r"age is float32 .*needs int32"),
         (replaced("values", lambda value: value.double()), "values is float64"),
         (replaced("values", lambda value: value[:-1]), r"values is float32 \[\d+\]; needs float32 \[\d+\]"),
         (replaced("values", lambda value: value.view(1, -1)), r"values is float32 \[1, \d+\]"),
         (replaced("mask", lambda value: value[:-1]), r"mask is uint8 \[127\]; needs uint8 \[128\]"),
         (replaced("indices", lambda value: value.repeat(100)), "needs increasing positions"),
-        (replaced("window.total", lambda value: value[1:]), r"window.total is float32 \[1023\]; needs float32 \[1024\]"),
+        (replaced("window.total", lambda value: value[1:]), r"total is float32 \[1023\]; needs float32 \[1024\]"),
     ],
-)  # fmt: skip
+)
 def test_crafted_tensors(change: Callable[[dict[str, torch.Tensor]], object], message: str, path: Path) -> None:
     rewrite(path, change)
     with pytest.raises(checkpoint.DamagedError, match=message):

@@ -1,4 +1,4 @@
-"""Functions that every rank must enter say so: a caller who reads no further than the docstring must not hang a cluster."""
+"""Docstrings tag the functions that every rank must enter, so that callers who read only them hang no cluster."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def calls(function: ast.FunctionDef) -> Iterator[tuple[str, ast.Call]]:
-    """What a function calls, e.g. "dist.all_reduce"; not what only functions inside it call."""
+    """Names that a function calls, e.g. "dist.all_reduce", without the calls of functions defined inside it."""
     inner = {node for f in functions(function) if f is not function for node in ast.walk(f)}
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and node not in inner and isinstance(node.func, (ast.Name, ast.Attribute)):
@@ -44,7 +44,7 @@ def imported(tree: ast.Module) -> dict[str, str]:
 
 
 def documented(function: ast.FunctionDef, tag: re.Pattern[str], tree: ast.Module | None = None) -> bool:
-    """Whether its docstring has the tag, or that of the class in ``tree`` whose method it is."""
+    """Return whether the docstring of a function, or of the class in ``tree`` whose method it is, has the tag."""
     classes = [node for node in ast.walk(tree or function) if isinstance(node, ast.ClassDef)]
     nodes: list[ast.FunctionDef | ast.ClassDef] = [function, *(c for c in classes if function in c.body)]
     return any(tag.search(ast.get_docstring(node) or "") for node in nodes)

@@ -1,4 +1,4 @@
-"""launch/compare.py on real runs: equal ones, other layouts, deliberate changes of seed, rate, data, weights and files."""
+"""launch/compare.py on real runs: equal ones, other layouts, changed seeds, learning rates, data, weights and files."""
 
 import io
 import json
@@ -26,7 +26,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_code() -> Iterator[None]:
-    """As if nobody edited the package while the tests run."""
+    """Fix the digest of the source, so that edits of the package while the tests run do not matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("seft_dist.session.facts.source_digest", lambda: "0" * 16)
         yield
@@ -47,7 +47,7 @@ def again(single: Path, tmp_path: Path) -> Path:
 
 
 def shown(found: Comparison) -> str:
-    """What a user reads."""
+    """Text that a user reads."""
     from rich.console import Console
 
     console = Console(width=120, record=True, file=io.StringIO())

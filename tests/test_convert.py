@@ -40,7 +40,7 @@ def quantized_folder(pruned: Path, folder: Path, settings: dict[str, Any]) -> Pa
 
 @pytest.mark.parametrize("family", ["llama3", "deepseek_v3"])
 def test_fp8_comes_back_with_its_zeros(family: str, tmp_path: Path) -> None:
-    """Pruned, quantized as published, unpacked: the same names, values to the precision of 8 bits, zeros where they were."""
+    """A pruned model that is quantized and unpacked has the same names, values to 8 bits, and zeros."""
     config = PruneConfig(
         model=ModelConfig(path=str(family_folder(tmp_path / "dense", family))),
         output=str(tmp_path / "pruned"),

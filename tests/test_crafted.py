@@ -1,4 +1,4 @@
-"""Files and options that somebody made wrong on purpose: each door ends with one message that names them, and in time."""
+"""Files and options that are wrong on purpose: each program ends soon, with one message that names them."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 @pytest.fixture(autouse=True)
 def alarm() -> Iterator[None]:
-    """What would never end fails instead."""
+    """Let a test that would never end fail."""
 
     def stop(*_: Any) -> None:
         pytest.fail("does not end")

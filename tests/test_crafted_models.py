@@ -1,4 +1,4 @@
-"""Folders that nobody should have: each is refused by one message, before anything is built, read whole or left behind."""
+"""Wrong model folders: each is refused by one message, before anything is built, read whole or written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Local data files: what is in them decides, not their times; joined text; one bos; whatever is wrong is one message."""
+"""Local data files: content, not times, identifies them; joined text; one bos; one message for whatever is wrong."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def test_text_that_begins_with_bos_has_one(kind: str, tokenizers: Any, tmp_path:
 @pytest.mark.parametrize("join", BETWEEN)
 @pytest.mark.parametrize("kind", ["plain", "llama3", "llama2"])
 def test_joined_records_are_one_text(kind: str, join: Any, tokenizers: Any, tmp_path: Path) -> None:
-    """As papers read WikiText: tokenizer("\\n\\n".join(records))."""
+    """The result is that of the way in which papers read WikiText: tokenizer("\\n\\n".join(records))."""
     tokenizer = tokenizers[kind]
     lines = ["", " = A title = \n", "", *texts()[0].splitlines(), "<s>"]
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": line} for line in lines]))
@@ -105,7 +105,7 @@ def test_joining_is_for_text(tokenizers: Any, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".json", ".parquet"])
 def test_a_file_replaced_in_place_is_read_anew(suffix: str, tokenizers: Any, tmp_path: Path) -> None:
-    """The same name, size and time, as after rsync -t or cp -p."""
+    """The new file has the name, size and time of the old one, as after rsync -t or cp -p."""
     path, other = tmp_path / f"a{suffix}", tmp_path / f"other{suffix}"
 
     def write(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run does about its data: the day it began on is kept, replaced text is refused, bad data ends all ranks alike."""
+"""Data of a run: the day of its start is kept, replaced text is refused, and bad data ends all ranks with one error."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""Where the gradient is exactly 0, and where a weight rounds to 0: the number of zeros stays exact all the same."""
+"""Gradients that are exactly 0 and weights that round to 0: the number of zeros stays exact."""
 
 import copy
 import dataclasses

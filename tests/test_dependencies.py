@@ -1,4 +1,4 @@
-"""What is needed where: the optimizer without what the doors need, and what goes to a machine without network."""
+"""Required packages: the optimizer works without those of launch/, and wheels for a machine without network."""
 
 import importlib
 import subprocess

@@ -48,7 +48,8 @@ def table_of(*policies: Policy) -> str:
 def test_tables_say_what_was_measured_and_warn_of_other_tokenizers() -> None:
     said = table_of(POLICY, POLICY)
     assert said == (
-        "text 5eed: 3 records (all), each a document with an eos behind it; bos: none; 64 tokens in windows of 16, side by side"
+        "text 5eed: 3 records (all), each a document with an eos behind it; bos: none; 64 tokens in windows of 16, "
+        "side by side"
     )
     other = dataclasses.replace(POLICY, tokenizer="dcba", tokens_hash="f00d")
     said = table_of(POLICY, other)

@@ -25,7 +25,7 @@ CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=8)
 
 @dataclass(frozen=True)
 class Wire:
-    """What one of W ranks sends, in bytes."""
+    """Bytes that one of W ranks sends in each collective."""
 
     size: int
 
@@ -38,7 +38,7 @@ class Wire:
         return nbytes * (self.size - 1)
 
     def ragged(self, longest: int, element: int) -> int:
-        """Likewise, of vectors of different lengths."""
+        """Bytes of a gather of vectors of different lengths."""
         return self.every(8) + self.every(longest * element)
 
     def selection(self, form: str, wanted: list[int], competing: list[list[int]]) -> int:
@@ -174,7 +174,7 @@ def global_ranking(rank: int, layers: int, wanted: int, numel: int = LAYER) -> t
 
 
 def test_a_global_ranking_sends_and_holds_counters_only() -> None:
-    """Of the scores only a few layers' exist, and only histograms travel, however many layers and entries there are."""
+    """Only a few layers' scores exist at a time, and only histograms are sent, for any number of layers and entries."""
     cases = ((2, 20_000), (32, 20_000), (32, 400_000))
 
     def on_rank(rank: int, _: int) -> list[tuple[int, int, int]]:

@@ -77,7 +77,7 @@ def test_inputs_that_cannot_be_divided(tmp_path: Path) -> None:
 
 
 def test_torch_holds_the_same_bits(tmp_path: Path) -> None:
-    """What to_sparse_semi_structured stores on a GPU, computed by torch's own reference of it."""
+    """The bits that to_sparse_semi_structured stores on a GPU are computed by torch's own reference implementation."""
     source = opened(model_2_4(tmp_path / "m"))
     for count in count_groups(source):
         weight = source.weights.read(f"{count.name}.weight").view(count.shape)

@@ -1,4 +1,4 @@
-"""Every family of docs/models.md the whole way: prune, SEFT on one process and on two ranks, export, plain transformers."""
+"""Every family of docs/models.md: pruning, SEFT on one process and on two ranks, export, plain transformers."""
 
 import dataclasses
 import json

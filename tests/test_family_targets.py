@@ -1,4 +1,4 @@
-"""Conv1D and fused experts as targets: right gradients, right files, and clear words where something is not supported."""
+"""Conv1D and fused experts as targets: right gradients, right files, clear messages for what is not supported."""
 
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,9 @@ def test_every_kind_of_weight_as_rows_and_back(family: str, kind: type[Target]) 
 
 
 def test_what_cannot_be_handled_is_refused() -> None:
-    config = AutoConfig.for_model(
-        "gpt_oss", vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("gpt_oss", **sizes)
     gpt_oss = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="fused expert weights of GptOssExperts are not supported yet.*transposed"):
         find_targets(gpt_oss)

@@ -1,4 +1,4 @@
-"""Tokenizers as the families publish them: Llama 3's and Qwen's byte-level BPE (tiktoken's kind), with chat templates."""
+"""Tokenizers as they are published: byte-level BPE of Llama 3 and Qwen (tiktoken's kind), with chat templates."""
 
 import base64
 import json
@@ -76,7 +76,7 @@ def test_llama3(tmp_path: Path) -> None:
 
 
 def test_qwen_from_vocabulary_and_merges(tmp_path: Path) -> None:
-    """As Qwen 2 was published: vocab.json and merges.txt, special tokens in the configuration, model_type qwen2."""
+    """The files of Qwen 2: vocab.json and merges.txt, special tokens in the configuration, model_type qwen2."""
     bpe([]).model.save(str(tmp_path))
     first = len(json.loads((tmp_path / "vocab.json").read_text()))
     added = {str(first + i): {"content": token, "special": True} for i, token in enumerate(_CHATML)}

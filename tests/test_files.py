@@ -14,7 +14,7 @@ from seft_dist.files.writing import write_json, write_text
 
 
 class Index(TypedDict):
-    """What a test file must hold."""
+    """Type of a test file."""
 
     weight_map: dict[str, str]
 

@@ -35,7 +35,7 @@ def on_card(mark: Any = None) -> list[Any]:
 
 @pytest.fixture(params=on_card())
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where a test runs; on a CPU without the compiled kernels, so that the code is that of a GPU."""
+    """Device of a test; a CPU is used without the compiled kernels, so that the code is that of a GPU."""
     if request.param == "cpu":
         for module in (adamw, bits, choice, packing, ranking, sampled, scatter):
             monkeypatch.setattr(module, "library", lambda: None)
@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def compute_exactly() -> None:
-    """The same sums every time on a CUDA device, in this process: no TF32, and attention made of matrix products."""
+    """Make sums on a CUDA device deterministic in this process: without TF32, and with attention by matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = False
     for enable in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
         getattr(torch.backends.cuda, enable)(False)
@@ -117,7 +117,7 @@ def test_same_supports_and_masks_as_on_a_cpu(device: torch.device, on_cpu: list[
     for one, other in zip(found, on_cpu, strict=True):
         assert len(one["digests"]) == len(other["digests"]) == 4
         assert one["losses"] == pytest.approx(other["losses"], rel=2e-3)
-        # two scores that are equal to rounding may be told apart otherwise: then few positions differ, in one seed at most
+        # scores that are equal up to rounding may be ranked differently: then few positions differ, in one seed at most
         for name, layer in one["state"].items():
             assert float((layer["mask"] != other["state"][name]["mask"]).float().mean()) < 0.02, name
         if same_topology(one, other):
@@ -220,7 +220,7 @@ def test_an_ordinary_step_does_not_wait(
 
 
 def on_ranks(device: torch.device, world_size: int, backend: str, run: Callable[..., Any]) -> list[Any]:
-    """Run on new processes; with CUDA they are spawned, as a forked one cannot use a device that its parent has used."""
+    """Run on new processes; with CUDA they are spawned, as a forked one cannot use a device that its parent uses."""
     start, backend = ("fork", "gloo") if device.type == "cpu" else ("spawn", backend)
     return run_ranks(run, world_size, device.type, timeout=120, start=start, backend=backend)
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU: the whole of it runs, and what breaks is told while the rest goes on."""
+"""benchmarks/gpu.py on a CPU: all parts run, and a failure is reported while the other parts continue."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ from seft_dist.planning.hardware import read_rates
 
 ROOT = Path(__file__).parents[1]
 HIDDEN = ("datasets", "jsonargparse", "deepspeed", "mpi4py", "sentencepiece", "rich", "matplotlib")
-"""What machines with a GPU were seen to lack, and what the check must do without."""
+"""Packages that GPU machines often lack, and that the check must not need."""
 HIDING = f"""
 import importlib.machinery
 import types

@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher on two hosts: a hostfile, pdsh, and a real sshd that answers for two addresses of this machine."""
+"""DeepSpeed's launcher on two hosts: a hostfile, pdsh, and a real sshd on two addresses of this machine."""
 
 import json
 import os

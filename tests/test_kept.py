@@ -1,4 +1,4 @@
-"""What a model on disk holds reaches its reader: types, heads of their own, zeros, weights too small for a type."""
+"""Models that are read and written keep dtypes, separate heads, zeros, and weights that are too small for a dtype."""
 
 import json
 import logging

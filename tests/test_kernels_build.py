@@ -21,7 +21,7 @@ Results = Any  # multiprocessing's queue
 
 
 def use_kernels(folder: Path, environment: dict[str, str], results: Results) -> None:
-    """What a process does that needs the kernels, with its own folder for them; sends gradient, description, warnings."""
+    """Use the kernels in a process with its own folder for them, and send back gradient, description and warnings."""
     os.setpgrp()
     os.environ.update({"TORCH_EXTENSIONS_DIR": str(folder)} | environment)
     library.cache_clear()

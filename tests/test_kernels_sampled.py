@@ -207,8 +207,8 @@ def test_the_nearest_measured_times_choose(table: Callable[[str], None]) -> None
         '{"a card": []}',
         '{"a card": {"launch": [3, 64, 8], "rows": []}}',
         '{"a card": {"launch": [16, 64, 8], "rows": [{"dtype": "bfloat16"}]}}',
-        '{"a card": {"launch": [16, 64, 8], "rows": [{"dtype": "bfloat16", "tokens": 1, "rows": 1, "columns": 1, "density": 0, '
-        '"seconds": {"dense": 1}}]}}',
+        '{"a card": {"launch": [16, 64, 8], "rows": [{"dtype": "bfloat16", "tokens": 1, "rows": 1, "columns": 1, '
+        '"density": 0, "seconds": {"dense": 1}}]}}',
     ],
 )
 def test_a_damaged_table_is_named_and_left_alone(content: str, table: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""The C++ kernels' tests once more, built with a sanitizer: an access outside of an array ends the process that makes it."""
+"""The tests of the C++ kernels with a sanitizer, which ends the process at an access outside of an array."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_an_access_outside_of_an_array_is_found(run_python: Run) -> None:
-    """What the next test relies on."""
+    """The next test relies on this."""
     script = """
 import ctypes, sys, torch
 from seft_dist.kernels.build import library

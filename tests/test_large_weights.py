@@ -1,7 +1,7 @@
 """Weights of 2^31 positions and more: what is behind that border is as what is before it, in 64 bits instead of 32.
 
-Without their memory: the last rows of a large weight alone, against the same rows as a weight of their own; tiny weights with a
-border that was moved to 64 positions; shapes without values. With it: tests/test_large_memory.py.
+Without their memory: the last rows of a large weight alone, against the same rows as a weight of their own; tiny
+weights with a border that was moved to 64 positions; shapes without values. With it: tests/test_large_memory.py.
 """
 
 import dataclasses

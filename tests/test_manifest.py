@@ -1,4 +1,4 @@
-"""What a manifest says, that manifest and trace outlive a restart, and that neither depends on the layout."""
+"""Content of manifests; manifest and trace survive a restart, and do not depend on the layout."""
 
 import dataclasses
 import json

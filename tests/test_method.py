@@ -99,7 +99,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class NearTieError(Exception):
-    """The two differ where scores are so close that rounding may decide, which depends on the processor: take another seed."""
+    """Both can differ where rounding decides between close scores, which depends on the processor: use another seed."""
 
 
 def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:

@@ -32,7 +32,7 @@ def negative_zeros(weight: Tensor) -> int:
 
 
 def bits(seft: SeftOptimizer) -> list[Tensor]:
-    """Of every whole target. Collective."""
+    """Bits of every whole target. Collective."""
     seft.backend.prepare_write()
     kinds = {2: torch.int16, 4: torch.int32}
     whole = [seft.backend.full(target.weight).clone() for target in seft.backend.holders]

@@ -94,7 +94,7 @@ def count_gathered_bytes() -> list[int]:
 
 
 def bytes_held(seft: SeftOptimizer) -> tuple[int, int]:
-    """Bytes of all memory behind the packed weights and the masks, each counted once; and dense bf16 of the own rows."""
+    """Bytes of all memory of packed weights and masks, each counted once; and bytes of the own rows in dense bf16."""
     backend = seft.backend
     assert isinstance(backend, PackedBackend)
     parts = [packed_of(holder.weight) for holder in backend.holders]
@@ -238,7 +238,7 @@ def test_checkpoints_go_from_packed_to_dense_and_back(tmp_path: Path) -> None:
 
 
 def test_unpacked_again() -> None:
-    """What was packed works without an optimizer, also under gradients, and comes back bit for bit."""
+    """Weights that are unpacked again work without an optimizer, also with gradients, and have the original bits."""
     model: Any = prune_(tiny_llama())
     before: dict[str, Tensor] = {key: value.clone() for key, value in model.state_dict().items()}
     inputs = batch(0)

@@ -1,4 +1,4 @@
-"""N:M patterns on every layout: the masks of one process, also where intervals cut groups, and after a resume elsewhere."""
+"""N:M patterns on every layout: the masks of one process, even if intervals cut groups and after resuming."""
 
 from pathlib import Path
 from typing import Any

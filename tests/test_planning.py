@@ -56,7 +56,7 @@ def small(layers: int, **over: Any) -> Any:
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trace_of_few_layers_is_what_all_layers_really_need(checkpoint: bool, dtype: torch.dtype) -> None:
-    """The same meter around real tensors of the whole model."""
+    """The trace is compared with the same meter around real tensors of the whole model."""
     from seft_dist.io.models import checkpoint_activations
     from seft_dist.modules.targets import find_targets
     from seft_dist.optim.install import install
@@ -172,7 +172,7 @@ def test_full_fine_tuning_needs_more_than_lora_and_seft_less_traffic(plan70: Clu
 
 
 def test_only_peers_keep_the_inputs_of_their_linears() -> None:
-    """Of a Llama: two norms' outputs and the gated product; what o_proj gets, attention keeps for everybody."""
+    """A Llama keeps the outputs of two norms and the gated product; the input of o_proj is kept by attention anyway."""
     config = PlanConfig(model="Llama-2-7B", seq_len=512, batch_size=2, activation_checkpointing=False)
     plan = make_plan(config)
     inputs = 2 * 2 * 512 * 32 * (2 * 4096 + 11008)

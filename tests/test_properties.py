@@ -1,4 +1,4 @@
-"""What must hold in every run, whatever the options: counts, restored bits, stillness off schedule, repeatability."""
+"""Invariants of every run with any options: counts, restored bits, no change off schedule, repeatability."""
 
 import copy
 import dataclasses

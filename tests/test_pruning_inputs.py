@@ -1,4 +1,4 @@
-"""Inputs of pruning that are wrong or odd: degenerate Hessians, masks and layer ratios from files, pruned checkpoints."""
+"""Wrong or unusual inputs of pruning: degenerate Hessians, masks and layer ratios from files, pruned checkpoints."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
-"""Masks and weights against maintained implementations on the same tensors. Optional: put them into a folder of their own,
+"""Masks and weights against maintained implementations on the same tensors. Optional: install them to a folder,
 
-    pip install --no-deps --target OTHERS llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru nvidia-modelopt==0.47.0 \\
-        omegaconf antlr4-python3-runtime==4.9.3 pulp
+    pip install --no-deps --target OTHERS llmcompressor==0.14.0.1 compressed-tensors==0.20.0 loguru \\
+        nvidia-modelopt==0.47.0 omegaconf antlr4-python3-runtime==4.9.3 pulp
     PYTHONPATH=OTHERS python -m pytest tests/test_pruning_maintained.py
 
 (llm-compressor pins an older transformers, so it cannot be a dependency.) docs/pruning.md says when this was run last.

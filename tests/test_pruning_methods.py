@@ -33,7 +33,7 @@ from tests import pruning_reference as reference
 from tests.ranks import run_ranks
 from tests.texts import dense_folder, text_jsonl
 
-# More than 128 inputs: more than one block of SparseGPT; 9 heads and 3 key-value heads as SmolLM2; rows over several tiles
+# More than 128 inputs: several blocks of SparseGPT; 9 heads and 3 key-value heads as SmolLM2; rows over several tiles
 SHAPE: dict[str, Any] = {
     "hidden_size": 144,
     "intermediate_size": 160,

@@ -1,4 +1,4 @@
-"""Pruned and exported folders say the same to the oldest transformers that can read them, an early 5 and the installed one."""
+"""Pruned and exported folders are read equally by the oldest possible transformers, an early 5 and the current one."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def wanted(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Any]:
-    """What the installed version reads."""
+    """Logits and tokens that the installed version computes."""
     return read_by("", folders, tmp_path_factory.mktemp("wanted") / "new")
 
 

@@ -1,4 +1,4 @@
-"""Near-ties: what rounding can have decided is counted for every criterion, on any number of ranks, and little else is."""
+"""Near-ties: selections that rounding can decide are counted for every criterion on any number of ranks, few others."""
 
 import dataclasses
 from typing import Any
@@ -148,7 +148,7 @@ def test_what_falls_the_other_way_was_near(option: str, monkeypatch: pytest.Monk
 
 
 def test_gradients_that_cancel_are_near_whatever_their_score() -> None:
-    """Of 12 weights the gradient is nothing but rounding, and 5 of them are pruned: any 5 may be, and only these 12."""
+    """The gradients of 12 weights are only rounding errors, and 5 are pruned: any 5 of these 12, but no others."""
     draw = torch.Generator().manual_seed(0)
     linear = nn.Linear(24, 16, bias=False)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is in a run's folder when something went wrong before: half starts, damaged files, a second writer."""
+"""Run folders after something went wrong: incomplete starts, damaged files, a second writer."""
 
 import ctypes
 import dataclasses
@@ -165,14 +165,18 @@ def test_a_damaged_trace_is_named(tmp_path: Path) -> None:
 
 
 def refused_in_another_process(folder: Path) -> str:
-    """What a process hears that cannot see this one's names in the kernel, as in a container of its own."""
+    """Error of a process that does not see this one's names in the kernel, as in another container."""
+
+    def unclaimed(folder: Path, deadline: float) -> object:
+        return os.scandir("/")
+
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         answer = "not refused"
         try:
             if ctypes.CDLL(None).unshare(0x40000000):  # CLONE_NEWNET; needs root
-                writer_lock._claimed_name = lambda folder, deadline: os.scandir("/")  # type: ignore[assignment,return-value]
+                writer_lock._claimed_name = unclaimed  # type: ignore[assignment]
             with only_writer(folder):
                 pass
         except ValueError as error:

@@ -30,7 +30,7 @@ class Case:
     scores: list[list[float]]
     eligible: list[list[bool]]
     cuts: list[list[int]]
-    """Where each layer is cut between ranks, increasing; any division in order, not only the even one."""
+    """Positions at which each layer is divided between ranks, increasing, and not only evenly."""
     largest: bool
     problems: list[int]
     wanted: list[int]

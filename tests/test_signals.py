@@ -64,7 +64,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 def test_usr1_that_a_batch_script_ignores_until_the_rank_is_ready_is_caught() -> None:
-    """``trap "" USR1`` in slurm/task.sh: the signal must not end a rank that is loading torch, and must stop one that trains."""
+    """``trap "" USR1`` in slurm/task.sh: the signal must not end a rank that loads torch, but stop one that trains."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         with stop_requests() as request:
@@ -98,7 +98,7 @@ def test_a_launcher_that_ended_during_the_start_is_noticed(capsys: pytest.Captur
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (number - 1) & 1)

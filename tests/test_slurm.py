@@ -36,7 +36,7 @@ def train(cluster: Cluster, tmp_path: Path) -> Path:
 
 
 def attempts(run: Path) -> list[list[str]]:
-    """Of each attempt: how it ended, exit code, newest checkpoint."""
+    """End, exit code and newest checkpoint of each attempt."""
     return [line.split("\t")[2:5] for line in (run / "slurm" / "attempts.tsv").read_text().splitlines()]
 
 
@@ -163,7 +163,7 @@ def test_time_limit(cluster: Cluster, train: Path, tmp_path: Path) -> None:
 
 
 def test_usr1_to_the_ranks_alone(cluster: Cluster, train: Path, tmp_path: Path) -> None:
-    """As with --signal=USR1@300 (no "B:") on the command line: the shell knows of nothing, but the run is not finished."""
+    """With --signal=USR1@300 (no "B:") the batch shell gets no signal, but it notices that the run is not finished."""
     job = start(cluster, train, STEPS="200")
     ranks_run(job)
     cluster.run("scancel", "--signal=USR1", job.number)
@@ -292,7 +292,7 @@ def test_a_job_that_may_not_be_requeued_says_how_to_go_on(cluster: Cluster, trai
 
 
 def test_a_sweep_and_its_table(cluster: Cluster, train: Path, tmp_path: Path) -> None:
-    """One task of the array is stopped and comes back, one is refused, the others do not notice; the table waits for all."""
+    """One task of the array is stopped and resumed, one is refused, the others are not affected; the table has all."""
     (tmp_path / "tasks").write_text("# the runs\n--seed 0\n--seed 1\n--unknown 1\n")
     env = {"TASKS": f"{tmp_path}/tasks", "SWEEP": f"{tmp_path}/s", "STEPS": "8", "STEP_SECONDS": "1.5"}
     said = cluster.run(str(train.with_name("submit_sweep.sh")), cwd=tmp_path, env=env)

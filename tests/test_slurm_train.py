@@ -106,7 +106,7 @@ def test_deepspeeds_launcher(cluster: Cluster, inputs: Path, tmp_path: Path) -> 
 
 
 def test_srun_alone(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
-    """As the README shows it: nothing sets MASTER_ADDR, the ranks find each other by Slurm's variables."""
+    """The command of the README: nothing sets MASTER_ADDR, and the ranks find each other by Slurm's variables."""
     command = ["srun", "--nodes=2", "--ntasks=2", "--export=ALL", sys.executable, str(ROOT / "launch" / "train.py")]
     cluster.run(*command, *options(inputs, 5), "--output", "run", cwd=tmp_path)
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -306,7 +306,7 @@ def wait_for(what: str, check: Callable[[], object], process: subprocess.Popen[b
 
 @pytest.mark.slow
 def test_a_real_study_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """One method, one seed, no search; the door and its run die in the middle, and the next start takes up the checkpoint."""
+    """One method, one seed, no search; study and run are killed, and the next start resumes from the checkpoint."""
     write_tiny(tmp_path / "tiny")
     study = {
         "output": str(tmp_path / "study"),

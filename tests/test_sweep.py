@@ -52,7 +52,7 @@ def write_eval(folder: Path, perplexity: float, how: dict[str, Any] | None = Non
 
 
 def attempts(folder: Path, *ends: tuple[str, int], begun: int | None = None) -> None:
-    """What slurm/common.sh writes down: the ends of attempts, and a folder for each that has begun."""
+    """Write the files of slurm/common.sh: the ends of attempts, and a folder for each that has begun."""
     for i in range(len(ends) if begun is None else begun):
         (folder / "slurm" / f"7-{i}").mkdir(parents=True)
         (folder / "slurm" / f"7-{i}" / "job.txt").touch()

@@ -1,4 +1,4 @@
-"""What would make a host wait for a GPU, found on a CPU."""
+"""Detection on a CPU of operations that would make the host wait for a GPU."""
 
 from typing import Any
 

@@ -102,8 +102,8 @@ def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
             row, column, active = count.first
             raise ValueError(
                 f"not a {pattern} model: {count.name}.weight has {active} active weights in row {row}, columns "
-                f"{column} to {column + size - 1}, {most} are allowed; {sum(c.broken for c in broken):,} such groups in "
-                f"{len(broken)} of {len(counts)} linears. Prune it with launch/prune.py --pattern {pattern}"
+                f"{column} to {column + size - 1}, {most} are allowed; {sum(c.broken for c in broken):,} such groups "
+                f"in {len(broken)} of {len(counts)} linears. Prune it with launch/prune.py --pattern {pattern}"
             )
 
 

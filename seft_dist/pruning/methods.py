@@ -182,7 +182,7 @@ class Pruner:
         return gather_rows(cast_weight(own, weight.dtype)[0], self._ranks)
 
     def _measure_norms(self, calibration: Calibration, receive: Callable[[str, dict[str, Tensor]], None]) -> None:
-        """Measure input norms in the dense model; ``receive`` gets those of a layer while it is in memory. Collective."""
+        """Measure input norms of the dense model; ``receive`` gets those of a layer in memory. Collective."""
 
         def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
             observed = {name: InputNorm(linear) for name, linear in self._inside(layer_name).items()}
