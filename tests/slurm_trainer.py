@@ -2,8 +2,7 @@
 
 SIGUSR1 or SIGTERM: save, exit 0. A finished run: result.json. The environment says what goes wrong:
 STEPS, STEP_SECONDS, SAVE_SECONDS   length of the run, of a step in the first attempt, of a save after a signal
-FAIL_AT, FAIL_CODE                  rank 0 leaves with this code before step FAIL_AT (after the restarts in
-FAIL_RESTARTS)
+FAIL_AT, FAIL_CODE                  rank 0 exits with this code before step FAIL_AT, after FAIL_RESTARTS restarts
 """
 
 import json

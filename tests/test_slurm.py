@@ -163,7 +163,7 @@ def test_time_limit(cluster: Cluster, train: Path, tmp_path: Path) -> None:
 
 
 def test_usr1_to_the_ranks_alone(cluster: Cluster, train: Path, tmp_path: Path) -> None:
-    """With --signal=USR1@300 (no "B:") the batch shell gets no signal, but it notices that the run is not finished."""
+    """With --signal=USR1@300 (no "B:") the batch shell gets no signal, and the run is not finished."""
     job = start(cluster, train, STEPS="200")
     ranks_run(job)
     cluster.run("scancel", "--signal=USR1", job.number)

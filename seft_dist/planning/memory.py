@@ -209,7 +209,7 @@ def _window_phases(
     one = {"window: dense gradient of one weight, exchange": dense}
     step = {**grads, "window: gradient of the step": float(each * own)}
     earlier = micro_batches_of(config, layout) > 1
-    found = {
+    phases = {
         "loss in a window": {**whole, **head, **before, **(step if earlier else {})},
         "window": {**whole, **layers, **before, **one, **(step if earlier else {})},
         "evolution": {**total, **ranking},
@@ -220,18 +220,18 @@ def _window_phases(
             "window: candidates, own sums": (8.0 + shapes.position_bytes) * kept * own,
             "window: candidates": 8.0 * kept * shapes.target_numel,
         }
-        found["window of candidates"] = {**whole, **layers, **of_all}
-        found["loss in a window of candidates"] = {**whole, **head, **of_all}
+        phases["window of candidates"] = {**whole, **layers, **of_all}
+        phases["loss in a window of candidates"] = {**whole, **head, **of_all}
     if not earlier:  # activations are freed while gradients are computed, so the end may need more than the beginning
         rest = {"activations and working tensors of the first layer": cost.first}
-        found["end of a window's backward"] = {
+        phases["end of a window's backward"] = {
             **gathered(config, shapes, layout, item, True),
             **rest,
             **before,
             **one,
             **step,
         }
-    return found
+    return phases
 
 
 def adam_memory(

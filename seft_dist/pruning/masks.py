@@ -105,9 +105,9 @@ class KeyThreshold:
         Returns:
             True where a weight is pruned, bool [n].
         """
-        gone = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
-        gone[take(key, self.threshold, self.ties[layer])] = True
-        return gone
+        selected = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
+        selected[take(key, self.threshold, self.ties[layer])] = True
+        return selected
 
 
 def pruning_keys(scores: Tensor, weight: Tensor) -> Tensor:
@@ -199,8 +199,8 @@ def select_pruned(
     if ranking.kept_of is None and not isinstance(count, Tensor):
         return _smallest(grouped, count)
     order = torch.sort(grouped, dim=1, stable=True).indices
-    gone = torch.arange(width, device=order.device) < torch.as_tensor(count, device=order.device).view(-1, 1)
-    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, gone.expand_as(order)).view(rows, columns)
+    selected = torch.arange(width, device=order.device) < torch.as_tensor(count, device=order.device).view(-1, 1)
+    return torch.zeros_like(grouped, dtype=torch.bool).scatter_(1, order, selected.expand_as(order)).view(rows, columns)
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:

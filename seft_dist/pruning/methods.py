@@ -107,8 +107,8 @@ class Pruner:
     def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
         for name in self._shapes:
             own = self._stream.read_rows(name, *self._own(name))
-            gone = select_pruned(magnitude_scores(own), own, self._ranking(name), self._ranks)
-            yield name, gather_rows(own.masked_fill_(gone, 0.0), self._ranks)
+            selected = select_pruned(magnitude_scores(own), own, self._ranking(name), self._ranks)
+            yield name, gather_rows(own.masked_fill_(selected, 0.0), self._ranks)
 
     def _globally(self) -> Iterator[tuple[str, Tensor]]:
         """Compare the scores of all targets; only this rank's rows of one weight are in memory at a time. Collective.
@@ -153,10 +153,10 @@ class Pruner:
             first, last = self._own(name)
             own = linear.as_rows()[first:last]
             count = self._zeros(name, first, last) if self._zeros is not None else None
-            gone = select_pruned(
+            selected = select_pruned(
                 wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count
             )
-            linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(gone, 0.0), self._ranks))
+            linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
         experts = {name: ExpertHessians(t) for name, t in linears.items() if isinstance(t, ExpertWeight)}

@@ -268,12 +268,12 @@ def _block(weight: Tensor, factor: Tensor, ranking: Ranking, count: int | None, 
     pruned, errors = torch.zeros_like(weight), torch.zeros_like(weight)
     width = ranking.kept_of[1] if ranking.kept_of is not None else 0
     if not width:
-        gone = select_pruned((weight / diagonal).square(), weight, ranking, ranks, count)
+        selected = select_pruned((weight / diagonal).square(), weight, ranking, ranks, count)
     for column in range(weight.shape[1]):
         if width and column % width == 0:
             part = slice(column, column + width)
             chosen = select_pruned((weight[:, part] / diagonal[part]).square(), weight[:, part], ranking, ranks)
-        here = chosen[:, column % width] if width else gone[:, column]
+        here = chosen[:, column % width] if width else selected[:, column]
         old = weight[:, column]
         pruned[:, column] = old.masked_fill(here, 0.0)
         errors[:, column] = (old - pruned[:, column]) / diagonal[column]

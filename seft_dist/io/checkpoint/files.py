@@ -134,12 +134,12 @@ def verify_checksum(file: Path, expected: str) -> None:
     """
     try:
         with open(file, "rb") as handle:
-            found = sha256_of(handle).hexdigest()
+            actual = sha256_of(handle).hexdigest()
     except FileNotFoundError as error:
         raise DamagedError(f"{file} is missing: use an older checkpoint") from error
-    if found != expected:
+    if actual != expected:
         raise DamagedError(
-            f"{file} is damaged: SHA-256 {found[:12]}..., written with {expected[:12]}...; use an older checkpoint"
+            f"{file} is damaged: SHA-256 {actual[:12]}..., written with {expected[:12]}...; use an older checkpoint"
         )
 
 

@@ -53,7 +53,7 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     seft.attach()
     backend = seft.backend
     manifest = open_checkpoint(
-        checkpoint, backend, seft.sparse_state.fingerprint, lambda found: _check_method(seft, found, checkpoint)
+        checkpoint, backend, seft.sparse_state.fingerprint, lambda loaded: _check_method(seft, loaded, checkpoint)
     )
     reader = _Reader(checkpoint, manifest)
     targets = {target["name"]: target for target in manifest["targets"]}
