@@ -229,29 +229,25 @@ def _set_verdict(comparison: Comparison, manifests: tuple[Any, Any]) -> None:
         comparison.why = f"no difference so far, but {comparison.problems[0]}"
         return
     outside = _first_beyond_tolerance(comparison, changed)
-    other_layout = comparison.terms.same_run and comparison.terms.promise != "bits"
-    if (
-        comparison.terms.promise == "tolerance"
-        and not comparison.problems
-        and (parted := _parted_by_near_ties(comparison))
-    ):
+    terms, problems = comparison.terms, comparison.problems
+    other_layout = terms.same_run and terms.promise != "bits"
+    parted = _parted_by_near_ties(comparison) if terms.promise == "tolerance" and not problems else ""
+    if parted:
         comparison.verdict, comparison.why = PARTED, parted
         return
-    if other_layout and not outside and not comparison.problems:
+    if other_layout and not outside and not problems:
         if comparison.weights is None:
             comparison.why = "final weights differ in bits, and were not written: repeat the runs with --export true"
             return
         comparison.verdict, comparison.why = WITHIN, _describe_agreement(comparison)
         return
     comparison.verdict = DIFFERS
-    comparison.why = (outside or "; ".join(comparison.problems) if other_layout else "") or _first_difference(
-        comparison, changed
-    )
-    if other_layout and comparison.terms.promise == "none":
-        comparison.why += f". Nothing is promised {comparison.terms.note}"
-    elif comparison.terms.promise == "none":
-        cause = "; ".join(comparison.terms.reasons[:3])
-        comparison.why += f". Nothing is promised, for these differ: {cause}"
+    why = outside or "; ".join(problems) if other_layout else ""
+    comparison.why = why or _first_difference(comparison, changed)
+    if other_layout and terms.promise == "none":
+        comparison.why += f". Nothing is promised {terms.note}"
+    elif terms.promise == "none":
+        comparison.why += f". Nothing is promised, for these differ: {'; '.join(terms.reasons[:3])}"
 
 
 def _first_beyond_tolerance(comparison: Comparison, changed: list[WeightDifference]) -> str:
@@ -286,11 +282,9 @@ def _parted_by_near_ties(comparison: Comparison) -> str:
     if not comparison.traced or not comparison.differences:
         return ""
     first = next((d for d in comparison.differences if d.moved), None)
-    if (
-        first is None
-        or first.step != comparison.first_evolution
-        or not all(layer.by_near_ties for layer in first.moved)
-    ):
+    if first is None or first.step != comparison.first_evolution:
+        return ""
+    if not all(layer.by_near_ties for layer in first.moved):
         return ""
     until = [d for d in comparison.differences if d.step <= first.step]
     if any({"batch", "lr"} & d.values.keys() or d.loss_relative > LOSS_RELATIVE for d in until):

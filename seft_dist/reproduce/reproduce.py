@@ -92,7 +92,7 @@ def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], s
     """Construct the command of every run.
 
     All runs get options that make them the same run on different layouts: the global batch, the number of threads and
-    the dtype are fixed to those of the first layout.
+    the dtype are given explicitly, because their defaults depend on the layout.
 
     Args:
         config: The layouts and the number of runs on each.
