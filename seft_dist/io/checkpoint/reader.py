@@ -178,15 +178,17 @@ class _Reader:
         return [(rank, own) for rank, own in owned if max(own.start, interval.start) < min(own.stop, interval.stop)]
 
 
-def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) -> LayerDelta:
-    """Assemble this rank's part of one target from the files that overlap it.
+def _read_parts(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) -> dict[str, list[Tensor]]:
+    """Read the parts of one target that overlap this rank's interval, check them, and cut them to it.
 
     The writer's intervals and this rank's interval cut the flattened weight at different positions. Positions are
     stored relative to the whole weight, so values are selected by position; masks are unpacked and sliced, since the
     borders need not be multiples of 8.
+
+    Returns:
+        Pieces of each tensor, in the order of their positions.
     """
-    backend, name = seft.backend, target["name"]
-    interval, device = backend.interval(i), backend.device
+    backend, name, interval = seft.backend, target["name"], seft.backend.interval(i)
     parts: dict[str, list[Tensor]] = {
         key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_OWN]
     }
@@ -217,6 +219,13 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         for key in WINDOW_OWN:
             if f"window.{key}" in stored:
                 parts[key].append(stored[f"window.{key}"][which])
+    return parts
+
+
+def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) -> LayerDelta:
+    """Assemble this rank's part of one target from the files that overlap it."""
+    backend, name = seft.backend, target["name"]
+    parts = _read_parts(seft, reader, target, i)
     kinds = {
         "indices": backend.position_dtype,
         "age": torch.int32,
@@ -226,13 +235,13 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         "positions": backend.position_dtype,
     }
     whole = {
-        key: torch.cat(values or [torch.empty(0, dtype=kinds.get(key, torch.float32))]).to(device)
+        key: torch.cat(values or [torch.empty(0, dtype=kinds.get(key, torch.float32))]).to(backend.device)
         for key, values in parts.items()
     }
     return LayerDelta(
         name=name,
         shape=backend.shapes[i],
-        interval=interval,
+        interval=backend.interval(i),
         mask=pack(whole["mask"]),
         target=target["target"],
         columns=Columns(**{key: whole[key] for key in COLUMNS}),
