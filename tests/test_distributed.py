@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from seft_dist.session import launchers
-from seft_dist.session.distributed import check_agreement, find_ranks, start, together
+from seft_dist.session.agreement import check_agreement, on_all_ranks
+from seft_dist.session.distributed import find_ranks, start
 from seft_dist.session.rendezvous import Meeting, first_host, meet, mpi_meeting_place
 from tests.ranks import run_ranks
 
@@ -23,7 +24,7 @@ def test_an_error_on_one_rank_stops_all() -> None:
                 raise ValueError("no disk")
 
         with pytest.raises(ValueError) as caught:
-            together(start(), work)
+            on_all_ranks(start(), work)
         return str(caught.value)
 
     assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2

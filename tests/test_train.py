@@ -17,8 +17,8 @@ import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.session.cli import parse
 from seft_dist.training import writer_lock
-from seft_dist.training.build import lr_factor
 from seft_dist.training.run_folder import check_run_folder
+from seft_dist.training.step import lr_factor
 from seft_dist.training.trainer import train
 from seft_dist.training.writer_lock import only_writer
 from tests.folders import model_folder, text_file

@@ -143,6 +143,12 @@ class Group:
         return self.start_sum_to_owners(tensor, sizes).wait()
 
 
+def world_group() -> Group:
+    """Return all ranks of this run as a group; one process alone if no process group was started."""
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    return Group(dist.group.WORLD if many else None)
+
+
 class Sum:
     """A sum over ranks that is under way."""
 

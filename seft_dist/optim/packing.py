@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from seft_dist.backends.group import Group
+from seft_dist.backends.group import Group, world_group
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import is_sharded, whole_shape
 from seft_dist.modules.targets import ALL_LINEAR, ExpertWeight, Target, find_targets
@@ -83,8 +82,7 @@ def unpack_weights(model: nn.Module, targets: str = ALL_LINEAR) -> None:
 def _groups(mesh: Any) -> tuple[Group, Group]:
     """Owners and replicas."""
     if mesh is None:
-        many = dist.is_initialized() and dist.get_world_size() > 1
-        return Group(dist.group.WORLD if many else None), Group(None)
+        return world_group(), Group(None)
     axis = mesh.ndim - 1
     owners = Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
     return owners, Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)

@@ -4,16 +4,15 @@ The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate
 tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
 """
 
-import hashlib
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,6 @@ from torch.distributed import distributed_c10d
 
 from seft_dist.session.launchers import read_ranks, variables_of_ranks, whole
 from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_meeting_place
-
-T = TypeVar("T")
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -207,60 +204,6 @@ def shutdown() -> None:
     """End the process group, if there is one. Collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_agreement(ranks: Ranks, settings: str) -> None:
-    """Check that every rank was started with the same settings. Collective.
-
-    Args:
-        ranks: This process.
-        settings: The run's settings as text, e.g. the configuration as JSON.
-
-    Raises:
-        ValueError: Ranks differ from rank 0; raised on every rank, naming those that differ.
-    """
-    if not dist.is_initialized():
-        return
-    digests: list[str] = [""] * ranks.world_size
-    dist.all_gather_object(digests, hashlib.sha256(settings.encode()).hexdigest())
-    different = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ValueError(
-            f"rank {', '.join(different)} was given another configuration than rank 0: every rank needs the same "
-            "options and the same recipe and ds_config files"
-        )
-
-
-def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something local on every rank, such that a user's error on one of them stops all. Collective.
-
-    Without it the other ranks would wait in their next collective for the one that failed.
-
-    Args:
-        ranks: This process.
-        work: Must not enter collectives.
-
-    Returns:
-        What ``work`` returned.
-
-    Raises:
-        ValueError: Of this rank, or naming the rank where it happened.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except ValueError as error:
-        if ranks.world_size == 1:
-            raise
-        problem = str(error)
-    if ranks.world_size > 1:
-        problems: list[str | None] = [None] * ranks.world_size
-        dist.all_gather_object(problems, problem)
-        failed = [rank for rank, text in enumerate(problems) if text is not None]
-        if failed:
-            where = "" if len(failed) == ranks.world_size else f"rank {failed[0]}: "
-            raise ValueError(f"{where}{problems[failed[0]]}")
-    return cast(T, result)
 
 
 def _ranks_on_this_machine() -> int:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
 from seft_dist.modules.targets import weight_name
 from seft_dist.optim.state import fingerprint
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.method import Method
@@ -67,9 +67,8 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
                 prints[i] += fingerprint(part, start)
                 start += part.numel()
 
-    together(ranks, read)
-    if ranks.world_size > 1:
-        dist.all_reduce(prints)
+    on_all_ranks(ranks, read)
+    sum_over_ranks(ranks, prints)
     known = dict(zip(others, prints.tolist(), strict=True))
     known |= {name: method.fingerprints[i] for name, i in targets.items()}
     rows = [[name, list(tensors[name].shape) if name in tensors else None, known[name]] for name in sorted(known)]
@@ -133,10 +132,7 @@ def _weight_names(method: Method) -> dict[str, int]:
 def _shared_out(items: Sequence[int], digest: Callable[[int], bytes], ranks: Ranks) -> list[bytes]:
     """Digests of all items, each made by one rank. Collective."""
     own = [digest(item) for item in items[ranks.rank :: ranks.world_size]]
-    if ranks.world_size == 1:
-        return own
-    every: list[list[bytes]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(every, own)
+    every = gather_objects(ranks, own)
     return [every[i % ranks.world_size][i // ranks.world_size] for i in range(len(items))]
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
@@ -36,6 +35,7 @@ from seft_dist.files.writing import put_aside, write_bytes, write_text
 from seft_dist.kernels.describe import describe
 from seft_dist.optim.evolution import EvolutionReport
 from seft_dist.session import facts
+from seft_dist.session.agreement import gather_objects
 from seft_dist.session.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.metrics import FILE as METRICS
@@ -232,11 +232,7 @@ def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}
     mine["kernels"] = describe(ranks.device)
-    every = [mine] * ranks.world_size
-    if ranks.world_size > 1:
-        every = [{}] * ranks.world_size
-        dist.all_gather_object(every, mine)
-    counts = Counter(json.dumps(one) for one in every)
+    counts = Counter(json.dumps(host) for host in gather_objects(ranks, mine))
     return [json.loads(text) | {"ranks": count} for text, count in counts.items()]
 
 

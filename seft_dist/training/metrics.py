@@ -191,7 +191,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def stopped(config: TrainConfig, signal: str, step: int) -> None:
+def print_stopped(config: TrainConfig, signal: str, step: int) -> None:
     """Say that a signal has stopped the run. For rank 0."""
     say(
         f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "

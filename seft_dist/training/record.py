@@ -55,7 +55,7 @@ class Record:
         self._trace = None
         if config.trace:
             assert isinstance(method, TrainedSeft)  # checked in the configuration
-            self._trace = Trace(Path(config.output), method, writes=ranks.is_main)
+            self._trace = Trace(Path(config.output), method, ranks)
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. Collective with a trace, else local.

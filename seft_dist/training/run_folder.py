@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
@@ -33,8 +32,9 @@ from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
+from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.distributed import Ranks
 from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.method import Method
 from seft_dist.training.metrics import say
@@ -145,10 +145,8 @@ def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: 
     """
     if config.data.date is not None or not uses_date(tokenizer):
         return config
-    day = [_day_of(config) if ranks.is_main else ""]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(day)  # midnight may be between two ranks
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day[0]))
+    day = broadcast_object(ranks, _day_of(config) if ranks.is_main else "")  # midnight may be between two ranks
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
 def _day_of(config: TrainConfig) -> str:
@@ -206,13 +204,13 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) ->
             are done than there are to be, or all checkpoints are damaged.
     """
     folder = Path(config.output) / CHECKPOINTS
-    found = together(ranks, lambda: checkpoint.complete(folder))
+    found = on_all_ranks(ranks, lambda: checkpoint.complete(folder))
     for path in reversed(found):
         try:
             extra = _checked(path, method.load(path))
         except checkpoint.DamagedError as error:
             problem = str(error)
-            together(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
+            on_all_ranks(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
         if method.num_steps > config.steps:
@@ -220,7 +218,7 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) ->
                 f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
             )
         return extra["state"]
-    together(ranks, lambda: _check_new(folder))
+    on_all_ranks(ranks, lambda: _check_new(folder))
     return None
 
 

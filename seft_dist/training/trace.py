@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from seft_dist.data.batches import Batch
 from seft_dist.data.sequences import IGNORE
 from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.session.agreement import sum_over_ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch
 from seft_dist.sparsity.scores import mix
@@ -37,20 +38,20 @@ FILE = "trace.jsonl"
 class Trace:
     """Hashes each rank's part of every step, adds the parts up, and writes them down on rank 0."""
 
-    def __init__(self, folder: Path, seft: SeftOptimizer, *, writes: bool) -> None:
+    def __init__(self, folder: Path, seft: SeftOptimizer, ranks: Ranks) -> None:
         """Args:
         folder: Of the run.
         seft: What is trained; the steps that it has done already stay in the file, later ones of an earlier attempt are
             removed.
-        writes: True on rank 0.
+        ranks: This process; rank 0 writes.
 
         Raises:
             OSError: The file cannot be read or written.
         """
-        self._seft = seft
+        self._seft, self._ranks = seft, ranks
         self._masks: list[tuple[Tensor, Tensor]] | None = None
         self._seft.sparse_state.near_ties = [0] * len(seft.target_names)
-        self._lines = StepLines(folder / FILE, seft.num_steps) if writes else None
+        self._lines = StepLines(folder / FILE, seft.num_steps) if ranks.is_main else None
         if self._lines is not None:
             if self._lines.put_aside is not None:
                 say(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
@@ -71,8 +72,7 @@ class Trace:
         """
         seft = self._seft
         batch = sum((hash_of_batch(one) for one in micro), torch.zeros((), dtype=torch.int64))
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(batch)
+        sum_over_ranks(self._ranks, batch)
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()
         near = seft.sparse_state.near_ties
