@@ -145,7 +145,7 @@ class FsdpBackend(DenseBackend):
             gather = vars(self._model.get_submodule(name)).get("seft_gather")
             if gather is not None and gather.capacity is not None:
                 unit = self._model.get_submodule(name)
-                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]
+                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]  # type: ignore[comparison-overlap]
                 inside = {i: _stored(self.own(i)) for i in targets}
                 found.append((gather, _most_values(parameters) - sum(inside.values()), inside))
         return found

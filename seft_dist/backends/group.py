@@ -25,7 +25,8 @@ def all_gather_single(
     """
     newer = getattr(dist, "all_gather_single", None)  # since torch 2.13, which warns of the older name
     gather = dist.all_gather_into_tensor if newer is None else newer
-    return gather(output, given, group=group, async_op=async_op)
+    work: dist.Work | None = gather(output, given, group=group, async_op=async_op)
+    return work
 
 
 class Group:

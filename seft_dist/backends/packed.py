@@ -12,7 +12,6 @@ Whoever uses it by mistake gets an error, not zeros.
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,8 +97,8 @@ def packed_of(parameter: Tensor) -> PackedWeight | None:
 
 def outline(weight: PackedWeight) -> nn.Parameter:
     """What stands in a module in a packed weight's place: shape and type without values."""
-    parameter: Any = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
-    parameter.seft_packed = weight
+    parameter = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
+    parameter.seft_packed = weight  # type: ignore[attr-defined]
     return parameter
 
 

@@ -109,7 +109,8 @@ class Spp(Adapted):
 
 def _forward(target: nn.Linear, a: nn.Parameter, b: nn.Parameter, method: Adapted) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return _AdaptedLinear.apply(x, target.weight, target.bias, a, b, method)
+        output: Tensor = _AdaptedLinear.apply(x, target.weight, target.bias, a, b, method)
+        return output
 
     return forward
 

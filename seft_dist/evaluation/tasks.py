@@ -39,7 +39,7 @@ SEED = 1234
 """lm_eval's own default: which few-shot examples are drawn, and sampling where a task asks for it."""
 
 
-class RankedLM(HFLM):
+class RankedLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """lm_eval's model of transformers, its requests dealt out to the ranks of a group. Every method is **collective**.
 
     lm_eval sees one process: each rank hands the same requests in and gets all answers back.
@@ -95,7 +95,8 @@ class RankedLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         if self._group.size > 1:
             settings["synced_gpus"] = True  # a rank whose texts are finished goes on until all are
-        return super()._model_generate(context, max_length, stop, **settings)
+        generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
+        return generated
 
     def _deal(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
         """Answers to all requests, each asked on one rank; every rank asks equally many. Collective."""

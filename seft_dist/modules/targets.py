@@ -39,7 +39,8 @@ class ExpertWeight:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as it is held now."""
-        return getattr(self.module, self.key)
+        weight: nn.Parameter = getattr(self.module, self.key)
+        return weight
 
 
 Target = Any
@@ -64,7 +65,7 @@ def matrix(target: Target) -> tuple[int, int]:
 
 def as_rows(target: Target) -> Tensor:
     """A whole weight as a view [out, in] (experts one below the other), e.g. for pruning row by row."""
-    weight = target.weight.detach()
+    weight: Tensor = target.weight.detach()
     if is_conv1d(target):
         return weight.T
     return weight.view(-1, weight.shape[-1])

@@ -107,7 +107,8 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain dicts and lists, for JSON or YAML."""
-    return _plain(dataclasses.asdict(config))
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
 
 
 def to_yaml(config: Any) -> str:
@@ -157,7 +158,8 @@ class _Parser(ArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._file = str(cfg_path)
         try:
-            return super().parse_path(cfg_path, *args, **kwargs)
+            values: Namespace = super().parse_path(cfg_path, *args, **kwargs)
+            return values
         except UnicodeDecodeError as error:
             self.error(f"not UTF-8 text ({error.reason} at byte {error.start})", error)
         finally:

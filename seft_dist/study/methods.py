@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,13 @@ def _repeated(values: list[Any]) -> bool:
     return len(set(texts)) < len(texts)
 
 
-def _config_of(config: StudyConfig, options: dict[str, Any], train: DataConfig, read: Any, name: str) -> TrainConfig:
+def _config_of(
+    config: StudyConfig,
+    options: dict[str, Any],
+    train: DataConfig,
+    read: Callable[[Sequence[str], str], TrainConfig],
+    name: str,
+) -> TrainConfig:
     """The configuration of a run whose steps are what the budget allows."""
     data = {"data.seq_len": train.seq_len} | told(train, "data.")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}

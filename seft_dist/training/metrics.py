@@ -85,7 +85,7 @@ class Metrics:
         """Of the last record."""
         self._config, self._writes = config, writes
         self._last_time = time.perf_counter()
-        self._begin = self._last_time - state.get("seconds", 0.0)
+        self._begin: float = self._last_time - state.get("seconds", 0.0)
         self._last_tokens = self.tokens
         self._losses: list[float] = state.get("losses", [])
         self._trackers: list[Any] = []
