@@ -31,11 +31,11 @@ def compare(first: Path, second: Path, output: Path | None = None, weights: bool
     from seft_dist.reproduce.compare import compare, write_json
     from seft_dist.reproduce.compare_report import print_comparison
 
-    found = compare(first, second, weights=weights)
-    print_comparison(found, Console())
+    comparison = compare(first, second, weights=weights)
+    print_comparison(comparison, Console())
     if output is not None:
-        write_json(found, output)
-    sys.exit(0 if found.held else 1)
+        write_json(comparison, output)
+    sys.exit(0 if comparison.held else 1)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ def main() -> None:
     """Make the runs, compare them, show a table."""
     own, options = sys.argv[1:], []
     if "--" in own:
-        place = own.index("--")
-        own, options = own[:place], own[place + 1 :]
+        separator = own.index("--")
+        own, options = own[:separator], own[separator + 1 :]
     config = parse(ReproduceConfig, own, description=__doc__)
     # Each run gets an output of its own, so the options need not have one.
     train = parse(TrainConfig, ["--output", config.output, *options], description="Options behind --:")

@@ -18,7 +18,7 @@ from seft_dist.session.signals import StopRequest, stop_requests
 
 def show(folder: Path) -> None:
     """Print the tables of a study as they were written last."""
-    from seft_dist.study.found import read_results
+    from seft_dist.study.results import read_results
     from seft_dist.study.tables import print_results, table_console
 
     print_results(read_results(folder), table_console())
@@ -38,5 +38,5 @@ def main(request: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    with stop_requests() as asked:
-        run(lambda: main(asked))
+    with stop_requests() as request:
+        run(lambda: main(request))

@@ -30,7 +30,7 @@ def main(request: StopRequest | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with stop_requests(process_ends=True) as asked:  # before anything is loaded that takes long
+    with stop_requests(process_ends=True) as request:  # before anything is loaded that takes long
         from seft_dist.session.cli import run
 
-        run(partial(main, asked))
+        run(partial(main, request))

@@ -93,13 +93,13 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 
 def test_a_signal_before_the_first_step(inputs: Path, tmp_path: Path) -> None:
     def on_rank(rank: int, world: int) -> Stopped:
-        settle = trainer.settle_batch
+        fill_in = trainer.fill_in_global_batch
 
         def signalled(*args: Any) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
-            return settle(*args)
+            return fill_in(*args)
 
-        trainer.settle_batch = signalled  # type: ignore[assignment]
+        trainer.fill_in_global_batch = signalled  # type: ignore[assignment]
         result = train_until_stopped(make_config(inputs, tmp_path / "run"))
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
         return result

@@ -50,15 +50,15 @@ class Adapted(Baseline):
         """fp32, the weight to compute with, from the frozen weight (fp32) and the factor, of any equal shape. Differentiable."""
 
     def install(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, target in self.targets.items():
             rows, columns = whole_shape(target.weight)
             shapes = self.shapes(rows, columns)
             a = nn.init.kaiming_uniform_(torch.empty(shapes[0]), a=5**0.5)
             pair = [nn.Parameter(values.to(self.backend.device)) for values in (a, torch.zeros(shapes[1]))]
-            found |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
+            parameters |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
             target.forward = _forward(target, pair[0], pair[1], self)
-        return found
+        return parameters
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         values = {part.name: part.values.view(part.parameter.shape) for part in self.values.parts}

@@ -98,9 +98,9 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
 
 
 def _calibration_text(config: TrainConfig, sequences: Sequence[Sample]) -> list[Tensor]:
-    wanted, found = config.baseline.sequences, len(sequences)
-    if found < wanted:
+    wanted, available = config.baseline.sequences, len(sequences)
+    if available < wanted:
         raise ValueError(
-            f"baseline.sequences={wanted}, but the training data has {found} sequences: lower it, or use more text"
+            f"baseline.sequences={wanted}, but the training data has {available} sequences: lower it, or use more text"
         )
     return sample_sequences(sequences, wanted, config.baseline.seed)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seft_dist.baselines.values import MOMENTS, Part
+from seft_dist.baselines.values import MOMENTS, ParameterPart
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
 from seft_dist.io.checkpoint.files import everywhere, rank_file
 from seft_dist.io.checkpoint.schema import Manifest
@@ -70,9 +70,9 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
     method.attach()
     backend = method.backend
     manifest = open_checkpoint(
-        checkpoint, backend, method.fingerprints, lambda found: _check_method(method, found, checkpoint)
+        checkpoint, backend, method.fingerprints, lambda manifest: _check_method(method, manifest, checkpoint)
     )
-    found: list[dict[str, Tensor]] = []
+    states: list[dict[str, Tensor]] = []
 
     def read() -> None:
         try:
@@ -80,13 +80,13 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
                 safe_open(checkpoint / rank_file(rank, manifest["world_size"]), framework="pt")
                 for rank in range(manifest["world_size"])
             ]
-            found.extend(_assemble(part, files) for part in method.values.parts)
+            states.extend(_assemble(part, files) for part in method.values.parts)
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
     everywhere(backend, read)
     with backend.writing():
-        for part, state in zip(method.values.parts, found, strict=True):
+        for part, state in zip(method.values.parts, states, strict=True):
             method.values.restore(part, state, manifest["num_steps"])
         method.values.publish()
     method.num_steps = manifest["num_steps"]
@@ -104,7 +104,7 @@ def _check_method(method: "Baseline", manifest: Manifest, checkpoint: Path) -> N
         )
 
 
-def _assemble(part: Part, files: list[Any]) -> dict[str, Tensor]:
+def _assemble(part: ParameterPart, files: list[Any]) -> dict[str, Tensor]:
     """A part's values and moments from whoever wrote them."""
     length = part.values.numel()
     whole = {key: torch.full((length,), torch.nan) for key in _KEYS}

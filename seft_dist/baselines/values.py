@@ -27,7 +27,7 @@ _BUCKET = 1 << 22
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """This rank's part of one trained parameter."""
 
     name: str
@@ -43,7 +43,7 @@ class Part:
     is_sharded: bool
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter) -> "Part":
+    def of(cls, name: str, parameter: nn.Parameter) -> "ParameterPart":
         """The stored part of a parameter."""
         held, start = stored_part(parameter)
         numel = 1
@@ -68,7 +68,7 @@ class Values:
         """
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self.parts = [Part.of(name, parameter) for name, parameter in parameters.items()]
+        self.parts = [ParameterPart.of(name, parameter) for name, parameter in parameters.items()]
         self._backend = backend
         self._adamw = torch.optim.AdamW([part.values for part in self.parts], **adam) if self.parts else None
 
@@ -120,14 +120,14 @@ class Values:
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
         sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
         squares = torch.where(sharded, self._backend.owners.sum(squares * sharded), squares)
-        found = squares.tolist()
-        bad = [part.name for part, value in zip(self.parts, found, strict=True) if not value < math.inf]
+        sums = squares.tolist()
+        bad = [part.name for part, value in zip(self.parts, sums, strict=True) if not value < math.inf]
         if bad:
             raise FloatingPointError(
                 f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} of {len(self.parts)} parameters); "
                 "nothing was changed. Lower the learning rate, or look at this batch"
             )
-        return math.sqrt(math.fsum(found))
+        return math.sqrt(math.fsum(sums))
 
     def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
         """One step of AdamW; the parameters then hold what they have become. Inside ``Backend.writing()``.
@@ -162,13 +162,13 @@ class Values:
         for part in self.parts:
             part.parameter.grad = None
 
-    def state(self, part: Part) -> dict[str, Tensor]:
+    def state(self, part: ParameterPart) -> dict[str, Tensor]:
         """The values and AdamW's moments of a part, fp32 [n] each."""
         assert self._adamw is not None
         moments = self._adamw.state.get(part.values, {})
         return {"values": part.values} | {key: moments.get(key, torch.zeros_like(part.values)) for key in MOMENTS}
 
-    def restore(self, part: Part, state: Mapping[str, Tensor], steps: int) -> None:
+    def restore(self, part: ParameterPart, state: Mapping[str, Tensor], steps: int) -> None:
         """Take over what ``state`` gave after so many steps; ``publish`` once after all."""
         assert self._adamw is not None
         part.values.copy_(state["values"])

@@ -4,12 +4,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.baselines import VARIANTS, BaselineConfig, Method, check_method, with_variant
+from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 
-Backend = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+BackendName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
 _MONTH = 30 * 24 * 3600
 
@@ -22,7 +22,7 @@ class TrainConfig:
     data: DataConfig
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
-    method: Method = "seft"
+    method: MethodName = "seft"
     """Method of training (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and "spiel", which are
     settings of it; or to compare with: "none" (nothing, the pruned model is written as it is), "lora", "lora_merged" (pruned
     again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
@@ -37,7 +37,7 @@ class TrainConfig:
     """Sequences of one optimizer step over all ranks: as many forward passes as that takes are accumulated, and every
     token that is learnt weighs the same. None: batch_size for each rank; a resumed run keeps what it began with, on any
     number of ranks. A ds_config's batch sizes must agree or be "auto"."""
-    backend: Backend = "auto"
+    backend: BackendName = "auto"
     """How weights are held on several ranks: "fsdp" (FSDP2, sharded), "ddp" (a full copy each), "deepspeed" (chosen by
     --deepspeed), "single" (one process), or "auto": deepspeed if --deepspeed is given, else fsdp if there are several
     ranks, else single."""
@@ -120,7 +120,7 @@ class TrainConfig:
         """True if the method is SEFT, with any settings."""
         return self.method in VARIANTS
 
-    def settled(self) -> "TrainConfig":
+    def with_method_settings(self) -> "TrainConfig":
         """Return this configuration with the settings of SEFT that its method stands for."""
         return dataclasses.replace(self, seft=with_variant(self.method, self.seft))
 

@@ -63,7 +63,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     return config
 
 
-def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
+def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
     """Make what reads many lists of options, none of them the command line of this process.
 
     Args:
@@ -127,8 +127,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
-        if getattr(error, "from_any_rank", False) or _speaks_first():
-            print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
+        if getattr(error, "from_any_rank", False) or _is_first_to_report():
+            print(f"{Path(sys.argv[0]).name}: error: {error}{_raised_in(error)}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -175,7 +175,7 @@ class _Parser(ArgumentParser):
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
         if self.raises:
             raise ValueError(" ".join(message.split()))
-        if _speaks_first():
+        if _is_first_to_report():
             print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -191,11 +191,11 @@ def _load_yaml(text: str) -> Any:
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
-    found = []
+    optional = []
     for name, hint in typing.get_type_hints(config_class).items():
         if isinstance(hint, types.UnionType):
-            found += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
-    return typing.cast(list[tuple[str, type]], found)
+            optional += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+    return typing.cast(list[tuple[str, type]], optional)
 
 
 def _build(config_class: type[T], values: Namespace) -> T:
@@ -232,7 +232,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _speaks_first() -> bool:
+def _is_first_to_report() -> bool:
     """True on exactly one of the ranks that fail: the first to ask, or rank 0 while there is no process group."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -248,7 +248,7 @@ def _speaks_first() -> bool:
         return True
 
 
-def _origin(error: BaseException) -> str:
+def _raised_in(error: BaseException) -> str:
     """Where an error arose, if not in a check of ours: such a message alone may not be enough to find the cause."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()

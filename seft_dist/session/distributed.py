@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from seft_dist.session.launchers import read_ranks, variables_of_ranks, whole
-from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_meeting_place
+from seft_dist.session.launchers import read_integer, read_ranks, variables_of_ranks
+from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_rendezvous_address
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -39,7 +39,7 @@ class Ranks:
     """Where the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
     device: torch.device = torch.device("cpu")
     """Where this process computes."""
-    told_by: str = ""
+    variables: str = ""
     """The variables that said so, with their values, for messages."""
 
     @property
@@ -61,19 +61,19 @@ def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
         ValueError: The launcher's variables are incomplete, are no numbers, or contradict each other or an outer
             launcher's.
     """
-    told = read_ranks(_environment(env))
-    if told is None:
+    launched = read_ranks(_environment(env))
+    if launched is None:
         return Ranks(device=_device(0))
-    if told.world_size > 1 and told.local_rank is None and torch.cuda.device_count() > 1:
-        raise ValueError(f"{told.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
-    local = told.local_rank or 0
+    if launched.world_size > 1 and launched.local_rank is None and torch.cuda.device_count() > 1:
+        raise ValueError(f"{launched.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
+    local = launched.local_rank or 0
     return Ranks(
-        rank=told.rank,
+        rank=launched.rank,
         local_rank=local,
-        world_size=told.world_size,
-        launcher=told.launcher,
+        world_size=launched.world_size,
+        launcher=launched.launcher,
         device=_device(local),
-        told_by=told.variables,
+        variables=launched.variables,
     )
 
 
@@ -139,7 +139,7 @@ def start(
 
 
 # Variables that may change a result, or say how it was made; none of them holds a secret.
-_TELLING = (
+_REPORTED_PREFIXES = (
     "OMP_",
     "MKL_",
     "KMP_",
@@ -167,13 +167,13 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     env = _environment(env)
     slurm = {
         "job_id": env.get("SLURM_JOB_ID"),
-        "restart_count": whole(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
+        "restart_count": read_integer(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
         "nodes": env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"),
     }
     return {
         "host": socket.gethostname(),
         "slurm": slurm if slurm["job_id"] else None,
-        "environment": {name: env[name] for name in sorted(env) if name.startswith(_TELLING)},
+        "environment": {name: env[name] for name in sorted(env) if name.startswith(_REPORTED_PREFIXES)},
     }
 
 
@@ -224,7 +224,7 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
     """
     if ranks.world_size == 1:  # needs no address and no port, whatever an earlier launcher has left over
         return dist.HashStore()
-    address, port = _meeting_place(ranks)
+    address, port = _rendezvous_address(ranks)
     wait, env = min(timeout, LONGEST_WAIT), os.environ
     if ranks.launcher == "torch" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if env.get("GROUP_WORLD_SIZE") != "1":
@@ -238,33 +238,33 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
             ) from error
         agent.set_timeout(timedelta(seconds=timeout))
         return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", agent)
-    told_by = f"{ranks.told_by}, MASTER_ADDR={address}, MASTER_PORT={port}"
-    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, told_by=told_by)
+    variables = f"{ranks.variables}, MASTER_ADDR={address}, MASTER_PORT={port}"
+    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, variables=variables)
     store = meet(meeting, wait)
     store.set_timeout(timedelta(seconds=timeout))
     return store
 
 
-def _meeting_place(ranks: Ranks) -> tuple[str, int]:
+def _rendezvous_address(ranks: Ranks) -> tuple[str, int]:
     """MASTER_ADDR and MASTER_PORT; set where the launcher did not."""
     env = _environment()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         if ranks.launcher == "mpi":
-            address, port = mpi_meeting_place(ranks.world_size, ranks.told_by)
+            address, port = mpi_rendezvous_address(ranks.world_size, ranks.variables)
         elif ranks.launcher == "slurm":
-            job = whole(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
-            step = whole(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+            job = read_integer(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+            step = read_integer(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
             address = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
             port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
         else:
             raise ValueError(
-                f"{ranks.told_by}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; for one "
+                f"{ranks.variables}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; for one "
                 "process unset RANK and WORLD_SIZE, which are left over"
             )
         env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | env
         os.environ.update({name: env[name] for name in missing})
-    port = whole(env, "MASTER_PORT")
+    port = read_integer(env, "MASTER_PORT")
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT={port}: needs a port, 1 to 65535")
     return env["MASTER_ADDR"], port

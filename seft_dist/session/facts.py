@@ -24,16 +24,16 @@ _MAX_UNTRACKED = 100
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, the libraries, CUDA, NCCL and the driver; None for what is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "seft_dist": _version("seft_dist")}
-    found |= {name: _version(name) for name in _PACKAGES}
-    found["torch"] = torch.__version__  # with the build, e.g. +cpu
-    found["cuda"] = torch.version.cuda
+    installed: dict[str, str | None] = {"python": platform.python_version(), "seft_dist": _version("seft_dist")}
+    installed |= {name: _version(name) for name in _PACKAGES}
+    installed["torch"] = torch.__version__  # with the build, e.g. +cpu
+    installed["cuda"] = torch.version.cuda
     has_gpu = torch.cuda.is_available()
-    found["cudnn"] = str(torch.backends.cudnn.version()) if has_gpu else None
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else None
+    installed["cudnn"] = str(torch.backends.cudnn.version()) if has_gpu else None
+    installed["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else None
     driver = Path("/proc/driver/nvidia/version")
-    found["driver"] = driver.read_text().splitlines()[0] if driver.is_file() else None
-    return found
+    installed["driver"] = driver.read_text().splitlines()[0] if driver.is_file() else None
+    return installed
 
 
 def numerics() -> dict[str, Any]:

@@ -18,8 +18,8 @@ _LAUNCHERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a launcher has told this process."""
+class LauncherRanks:
+    """What a launcher has given this process."""
 
     launcher: str
     """"torch" (torchrun, deepspeed, accelerate, or by hand), "mpi" or "slurm"."""
@@ -31,8 +31,8 @@ class Told:
     """What said so, for messages, e.g. "RANK=0, WORLD_SIZE=8"."""
 
 
-def read_ranks(env: Mapping[str, str]) -> Told | None:
-    """Find what a launcher has told this process.
+def read_ranks(env: Mapping[str, str]) -> LauncherRanks | None:
+    """Find what a launcher has given this process.
 
     Args:
         env: The environment, without empty variables.
@@ -46,8 +46,8 @@ def read_ranks(env: Mapping[str, str]) -> Told | None:
     for launcher, rank, world_size, local_rank in _LAUNCHERS:
         if not _complete(env, launcher, rank, world_size, local_rank):
             continue
-        number, size = whole(env, rank), whole(env, world_size)
-        local = whole(env, local_rank) if local_rank in env else None
+        number, size = read_integer(env, rank), read_integer(env, world_size)
+        local = read_integer(env, local_rank) if local_rank in env else None
         if not 0 <= number < size:
             raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
         if local is not None and local < 0:
@@ -55,11 +55,11 @@ def read_ranks(env: Mapping[str, str]) -> Told | None:
         if launcher == "torch" and size > 1:
             _refuse_other_ranks(env, number, size)
         variables = f"{rank}={number}, {world_size}={size}"
-        return Told(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
+        return LauncherRanks(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
     return None
 
 
-def whole(env: Mapping[str, str], name: str) -> int:
+def read_integer(env: Mapping[str, str], name: str) -> int:
     """Read a variable that must be a whole number.
 
     Raises:
@@ -85,7 +85,7 @@ def variables_of_ranks(env: Mapping[str, str]) -> str:
 
 
 def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str, local_rank: str) -> bool:
-    """Whether a launcher has told this process who it is."""
+    """Whether a launcher has given this process who it is."""
     # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
     # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
     if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
@@ -123,7 +123,7 @@ def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
     for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
         if not _complete(env, launcher, rank, world_size, local_rank):
             continue
-        outer, tasks = whole(env, rank), whole(env, world_size)
+        outer, tasks = read_integer(env, rank), read_integer(env, world_size)
         if tasks > 1 and (size % tasks or number * tasks // size != outer):
             raise ValueError(
                 f"RANK={number}, WORLD_SIZE={size}, but {rank}={outer}, {world_size}={tasks}: one of them is left over from "

@@ -30,11 +30,11 @@ class Meeting:
     """Where rank 0 listens."""
     rank: int
     world_size: int
-    told_by: str
+    variables: str
     """The variables that say so, with their values, e.g. "RANK=0, WORLD_SIZE=8"."""
 
     @property
-    def place(self) -> str:
+    def endpoint(self) -> str:
         """Address and port, for messages."""
         return f"{self.address}:{self.port} (MASTER_ADDR, MASTER_PORT)"
 
@@ -63,15 +63,15 @@ def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dis
     try:
         if store.add(f"{_HERE}{meeting.rank}", 1) > 1:
             raise ValueError(
-                f"two processes are rank {meeting.rank} at {meeting.place}: variables of an earlier or another run are "
-                f"set ({meeting.told_by}), or another run uses this port; unset them, or set another MASTER_PORT"
+                f"two processes are rank {meeting.rank} at {meeting.endpoint}: variables of an earlier or another run are "
+                f"set ({meeting.variables}), or another run uses this port; unset them, or set another MASTER_PORT"
             )
         if store.add(_ARRIVED, 1) == meeting.world_size:
             store.set(_ALL, "")
         _wait_for_all(store, meeting, seconds, end, notice)
     except dist.DistNetworkError as error:
         raise RanksMissingError(
-            f"rank {meeting.rank} lost rank 0 at {meeting.place} while ranks were meeting: see what rank 0 said"
+            f"rank {meeting.rank} lost rank 0 at {meeting.endpoint} while ranks were meeting: see what rank 0 said"
         ) from error
     return store
 
@@ -91,11 +91,11 @@ def _open_store(meeting: Meeting, seconds: float) -> dist.Store:
             ) from error
         if rank == 0:
             raise OSError(
-                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.place} ({reason}): MASTER_ADDR must name "
+                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.endpoint} ({reason}): MASTER_ADDR must name "
                 "this machine"
             ) from error
         raise RanksMissingError(
-            f"rank {rank} found no rank 0 at {meeting.place} within {seconds:g} s. {_advice(meeting)}"
+            f"rank {rank} found no rank 0 at {meeting.endpoint} within {seconds:g} s. {_advice(meeting)}"
         ) from error
 
 
@@ -117,15 +117,15 @@ def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: floa
                 f"{_listed(missing)} of {meeting.world_size} did not come within {seconds:g} s. {_advice(meeting)}"
             )
         if meeting.rank == 0 and missing:
-            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.told_by})", file=sys.stderr)
+            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.variables})", file=sys.stderr)
             said = True
 
 
 def _advice(meeting: Meeting) -> str:
-    names = " ".join(entry.partition("=")[0] for entry in meeting.told_by.split(", "))
+    names = " ".join(entry.partition("=")[0] for entry in meeting.variables.split(", "))
     return (
-        f"{meeting.told_by} say that there are {meeting.world_size}: see whether the others have started and reach "
-        f"{meeting.place}; if this was to be one process, the variables are left over: unset {names}"
+        f"{meeting.variables} say that there are {meeting.world_size}: see whether the others have started and reach "
+        f"{meeting.endpoint}; if this was to be one process, the variables are left over: unset {names}"
     )
 
 
@@ -141,12 +141,12 @@ def _listed(ranks: list[int]) -> str:
     return f"rank {', '.join(texts[:8])}{', ...' if len(texts) > 8 else ''}"
 
 
-def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
+def mpi_rendezvous_address(world_size: int, variables: str) -> tuple[str, int]:
     """Agree through MPI on the machine of rank 0 and a free port there. Collective.
 
     Args:
         world_size: Ranks, as the environment says.
-        told_by: The variables that say so.
+        variables: The variables that say so.
 
     Raises:
         ValueError: mpi4py is not installed, or MPI itself knows another number of ranks.
@@ -161,7 +161,7 @@ def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
     world = MPI.COMM_WORLD
     if world.Get_size() != world_size:
         raise ValueError(
-            f"{told_by}, but MPI itself knows {world.Get_size()} ranks: the variables are left over from a shell that "
+            f"{variables}, but MPI itself knows {world.Get_size()} ranks: the variables are left over from a shell that "
             "mpirun has started (unset them), or mpi4py was built for another MPI than this mpirun's"
         )
     hosts = world.allgather(socket.gethostname())
@@ -181,7 +181,7 @@ def first_host(nodelist: str) -> str:
     Raises:
         ValueError: It cannot be read.
     """
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    if found is None:
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if match is None:
         raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR and MASTER_PORT")
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in match.groups())

@@ -30,11 +30,11 @@ from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.source import locate
 from seft_dist.session import facts
 from seft_dist.session.cli import to_yaml
-from seft_dist.study.found import Part, Start
 from seft_dist.study.methods import read_methods
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import check_parts, find_parts, stamp_of
 from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
+from seft_dist.study.results import Start, TextPart
 from seft_dist.study.split import FOLDER as DATA
 from seft_dist.study.split import Split, source_hash, write_split
 from seft_dist.training.writer_lock import LOCK, only_writer
@@ -61,7 +61,7 @@ class _Record(TypedDict):
     date: str
     """Day that chat templates which write it get to see."""
     split: dict[str, Any] | None
-    parts: dict[str, Part]
+    parts: dict[str, TextPart]
     bases: dict[str, _Base]
     starts: list[Start]
 
@@ -88,18 +88,18 @@ def open_study(config: StudyConfig) -> Plan:
     with only_writer(folder, _PATIENCE):
         known = _read_known(folder)
         rule = _split(config, split, folder, known)
-        found = check_parts(parts, known["parts"] if known else {})
+        facts_now = check_parts(parts, known["parts"] if known else {})
         if known:
-            _refuse_other_parts(folder, known["parts"], found)
-        digests = {f"part {name}": part["digest"] for name, part in found.items()}
-        models = {name: _base(base, parts["train"], found, known) for name, base in bases.items()}
+            _refuse_other_parts(folder, known["parts"], facts_now)
+        digests = {f"part {name}": part["digest"] for name, part in facts_now.items()}
+        models = {name: _base(base, parts["train"], facts_now, known) for name, base in bases.items()}
         digests |= {f"base {name}": base["digest"] for name, base in models.items()}
         if known:
             _refuse_other_bases(folder, known["bases"], models)
         bases = {name: dataclasses.replace(base, model=_made_or_located(base)) for name, base in bases.items()}
         plan = Plan(config, folder, bases, methods, read_measures(config, parts, digests), digests)
         starts = [*(known["starts"] if known else []), _start(folder)]
-        parts_now = {**(known["parts"] if known else {}), **found}
+        parts_now = {**(known["parts"] if known else {}), **facts_now}
         bases_now = {**(known["bases"] if known else {}), **models}
         record = _Record(format=FORMAT, date=day, split=rule, parts=parts_now, bases=bases_now, starts=starts)
         write_json(folder / RECORD, record)
@@ -159,7 +159,7 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
     return rule
 
 
-def _refuse_other_parts(folder: Path, before: dict[str, Part], now: dict[str, Part]) -> None:
+def _refuse_other_parts(folder: Path, before: dict[str, TextPart], now: dict[str, TextPart]) -> None:
     changed = [
         name
         for name in ("train", "validation", "test")
@@ -172,7 +172,7 @@ def _refuse_other_parts(folder: Path, before: dict[str, Part], now: dict[str, Pa
         )
 
 
-def _base(base: Base, train: DataConfig, parts: dict[str, Part], known: _Record | None) -> _Base:
+def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Record | None) -> _Base:
     """Digest of a base: of its files, or of all by which it is pruned."""
     path = str(base.model) if base.prune is None else base.prune.model.path
     source = locate(path)
@@ -198,8 +198,8 @@ def _hash_of_files(stamp: list[list[Any]]) -> str:
 
 
 def _hash_of_text(path: str) -> str:
-    place = Path(path).expanduser()
-    return hash_files(find_data_files(place, path)[0]) if place.exists() else path
+    location = Path(path).expanduser()
+    return hash_files(find_data_files(location, path)[0]) if location.exists() else path
 
 
 def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:

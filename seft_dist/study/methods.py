@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from seft_dist.config import DataConfig, StudyConfig, TrainConfig
-from seft_dist.session.cli import parser_of
-from seft_dist.study.options import arguments, as_text, flatten, told
+from seft_dist.session.cli import option_reader
+from seft_dist.study.options import arguments, as_text, changed_options, flatten
 
 NONE = "none"
 """Value of ``method`` for a base that is measured as it is."""
@@ -68,15 +68,15 @@ class Method:
         Returns:
             E.g. "optim.lr=0.004 is the largest tried".
         """
-        found = []
+        texts = []
         for name, values in self.grid.items():
             if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
                 continue
             value = setting.options[name]
             for word, edge in (("smallest", min(values)), ("largest", max(values))):
                 if value == edge:
-                    found.append(f"{name}={as_text(value)} is the {word} tried")
-        return found
+                    texts.append(f"{name}={as_text(value)} is the {word} tried")
+        return texts
 
 
 def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
@@ -89,7 +89,7 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
     Raises:
         ValueError: An option is unknown, wrong, or the study's own business; or the grids differ in size.
     """
-    read = parser_of(TrainConfig)
+    read = option_reader(TrainConfig)
     shared = flatten(config.train, "train")
     _refuse_own(shared, "train")
     shared = {key: value for key, value in shared.items() if not key.startswith("data.")}  # in ``train`` already
@@ -143,7 +143,7 @@ def _config_of(
     name: str,
 ) -> TrainConfig:
     """The configuration of a run whose steps are what the budget allows."""
-    data = {"data.seq_len": train.seq_len} | told(train, "data.")
+    data = {"data.seq_len": train.seq_len} | changed_options(train, "data.")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     given = data | {"batch_size": defaults["batch_size"]} | options
     batch = given.get("global_batch") or given["batch_size"]
@@ -163,9 +163,9 @@ def _config_of(
 def _refuse_unequal(config: StudyConfig, methods: list[Method]) -> None:
     sizes = {method.name: len(method.settings) for method in methods if method.settings}
     if len(set(sizes.values())) > 1 and not config.unequal_grids:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"different numbers of settings would be tried: {told}. Needs the same number for each method, since whoever may "
+            f"different numbers of settings would be tried: {sizes_text}. Needs the same number for each method, since whoever may "
             "choose among more looks better; or unequal_grids: true"
         )
 

@@ -27,12 +27,12 @@ def flatten(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     return flat
 
 
-def below(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def options_of_group(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The options of a group, e.g. of "data", without its name."""
     return {key[len(prefix) + 1 :]: value for key, value in options.items() if key.startswith(f"{prefix}.")}
 
 
-def told(config: Any, prefix: str) -> dict[str, Any]:
+def changed_options(config: Any, prefix: str) -> dict[str, Any]:
     """The options by which a configuration is made that is not all defaults.
 
     Args:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
-from seft_dist.session.cli import parser_of, to_dict
+from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Method, Setting, with_seed
-from seft_dist.study.options import arguments, flatten, told
+from seft_dist.study.options import arguments, changed_options, flatten
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
@@ -163,7 +163,7 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
     Raises:
         ValueError: Options are unknown or wrong.
     """
-    read = parser_of(PruneConfig)
+    read = option_reader(PruneConfig)
     bases = {}
     for name, entry in config.bases.items():
         what = f"bases.{name}"
@@ -179,7 +179,7 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
             )
         calibrated = options.get("method") not in ("magnitude", "mask") or options.get("layer_ratios") == "owl"
         if calibrated and "data.path" not in options:
-            options = told(train, "data.") | options
+            options = changed_options(train, "data.") | options
         model = Path(config.output) / BASES / name / MODEL
         bases[name] = Base(name, model, read(arguments(options | {"output": str(model)}), what))
     return bases
@@ -196,7 +196,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
     Raises:
         ValueError: Options are unknown or wrong.
     """
-    read = parser_of(EvaluateConfig)
+    read = option_reader(EvaluateConfig)
     given = flatten(config.evaluate, "evaluate")
     for key in given:
         if key in ("models", "output", "threads", "config", "print_config", "help", "data.path") or key.startswith(
@@ -208,7 +208,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
     for part in (VALIDATION, TEST, FORGETTING):
         if part not in parts:
             continue
-        own = told(parts[part], "data.")
+        own = changed_options(parts[part], "data.")
         options = own | {key: value for key, value in given.items() if key not in tasks or part == TEST}
         if part == FORGETTING:  # its own kind and columns
             kept = {

@@ -59,8 +59,8 @@ class Durations:
             running: Tasks that are being done, with their seconds until now and the share that is done.
             jobs: How many are done at a time.
         """
-        keys = {task.key for task, _, _ in running}
-        waiting = [(task.kind, task.method) for task in survey.ready if task.key not in keys] + survey.later
+        running_keys = {task.key for task, _, _ in running}
+        waiting = [(task.kind, task.method) for task in survey.ready if task.key not in running_keys] + survey.later
         guesses = [self._guess_now(kind, method, running) for kind, method in waiting]
         ends = []
         for task, seconds, share in running:

@@ -21,9 +21,9 @@ from typing import Protocol
 from seft_dist.files.writing import write_json, write_text
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.signals import StopRequest
-from seft_dist.study.found import Failure
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import DONE, Progress
+from seft_dist.study.results import Failure
 from seft_dist.study.state import (
     COMMANDS,
     DIVERGED,
@@ -34,16 +34,16 @@ from seft_dist.study.state import (
     State,
     Survey,
     Task,
-    drop_model,
     has_diverged,
     read_failure,
+    remove_model,
 )
 from seft_dist.training.writer_lock import TakenError, only_writer
 
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
-_LOOK_AGAIN = 2.0  # seconds between two looks at what other runners have done
-_TELL_AGAIN = 10.0  # seconds between two writings of the tables
+_SURVEY_EVERY = 2.0  # seconds between two looks at what other runners have done
+_TABLES_EVERY = 10.0  # seconds between two writings of the tables
 _MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
 
 
@@ -73,7 +73,7 @@ def launch(task: Task, command: list[str], log: Path) -> Process:
 
 
 @dataclass
-class Running:
+class RunningTask:
     """A task that this runner runs."""
 
     task: Task
@@ -112,7 +112,7 @@ class Runner:
             after,
             launch,
         )
-        self._running: list[Running] = []
+        self._running: list[RunningTask] = []
         self._failed: dict[str, Failure] = {}
         self._starts: dict[str, int] = {}
         self._since = time.time()
@@ -123,8 +123,8 @@ class Runner:
         Returns:
             Why tasks failed, in this or in another runner since this one began; their cells are incomplete.
         """
-        survey, looked, taken, stopping = self.state.survey(), -_LOOK_AGAIN, 0, False
-        told = time.monotonic()
+        survey, looked, taken, stopping = self.state.survey(), -_SURVEY_EVERY, 0, False
+        written = time.monotonic()
         try:
             while True:
                 ended = self._reap()
@@ -132,7 +132,7 @@ class Runner:
                     stopping = True
                     for one in self._running:
                         one.process.terminate()
-                if ended or time.monotonic() > looked + _LOOK_AGAIN:
+                if ended or time.monotonic() > looked + _SURVEY_EVERY:
                     survey, looked = self.state.survey(), time.monotonic()
                     taken = 0 if stopping else self._start(survey)
                 self._progress.show(survey, [(one.task, one.since) for one in self._running], taken)
@@ -140,9 +140,9 @@ class Runner:
                     for task, seconds, how in ended:
                         self._progress.ended(task, seconds, how)
                     self._tidy()
-                if ended and time.monotonic() > told + _TELL_AGAIN:
+                if ended and time.monotonic() > written + _TABLES_EVERY:
                     self._after(self.state, survey)
-                    told = time.monotonic()
+                    written = time.monotonic()
                 if not self._running and (stopping or not taken):
                     return list(self._failed.values())
                 time.sleep(_POLL)
@@ -203,7 +203,7 @@ class Runner:
         self._starts[task.key] = self._starts.get(task.key, 0) + 1
         with task.log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
-        self._running.append(Running(task, command, self._launch(task, command, task.log), slot, lock))
+        self._running.append(RunningTask(task, command, self._launch(task, command, task.log), slot, lock))
         self._progress.began(task)
 
     def _command(self, task: Task, slot: int) -> list[str]:
@@ -236,11 +236,11 @@ class Runner:
                 continue
             self._running.remove(one)
             self._record(one, code)
-            ended.append((one.task, time.time() - one.since, self._judge(one, code)))
+            ended.append((one.task, time.time() - one.since, self._note_outcome(one, code)))
             one.lock.close()
         return ended
 
-    def _record(self, one: Running, code: int) -> None:
+    def _record(self, one: RunningTask, code: int) -> None:
         line = {
             "task": one.task.kind,
             "method": one.task.method,
@@ -254,7 +254,7 @@ class Runner:
         with (one.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _judge(self, one: Running, code: int) -> str:
+    def _note_outcome(self, one: RunningTask, code: int) -> str:
         """Take note of how a task ended; says it in words."""
         task = one.task
         if self.state.is_done(task):
@@ -276,6 +276,6 @@ class Runner:
         for run in self.state.idle_models():
             try:
                 with only_writer(run.parent, 0):
-                    drop_model(run)
+                    remove_model(run)
             except TakenError:
                 continue

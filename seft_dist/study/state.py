@@ -12,9 +12,9 @@ from pathlib import Path
 
 from seft_dist.files.reading import read_json
 from seft_dist.results.run_files import Model, read_evaluations
-from seft_dist.study.found import Failure
 from seft_dist.study.methods import Method, Setting
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
+from seft_dist.study.results import Failure
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
 from seft_dist.training.run_folder import CHECKPOINTS, is_finished
 
@@ -179,12 +179,12 @@ class State:
         path = self.plan.measured_file(cell, part)
         if path not in self._models:
             try:
-                found = read_evaluations(path)["models"][MEASURED]
+                measured = read_evaluations(path)["models"][MEASURED]
             except (OSError, ValueError, KeyError):
                 return None
-            if "perplexity" not in found:
+            if "perplexity" not in measured:
                 return None
-            self._models[path] = found
+            self._models[path] = measured
         return self._models[path]
 
     def diverged(self, cell: Cell) -> bool:
@@ -204,10 +204,10 @@ class State:
         for setting, cell in zip(method.settings, self.plan.search_cells(method), strict=True):
             if self.diverged(cell):
                 continue
-            found = self.measured(cell, VALIDATION)
-            if found is None:
+            measured = self.measured(cell, VALIDATION)
+            if measured is None:
                 return False, None
-            value = found["perplexity"] if math.isfinite(found["perplexity"]) else math.inf
+            value = measured["perplexity"] if math.isfinite(measured["perplexity"]) else math.inf
             if best is None or value < best[0]:
                 best = (value, setting)
         return True, best[1] if best else None
@@ -254,7 +254,7 @@ def has_diverged(run: Path) -> bool:
     return False
 
 
-def drop_model(run: Path) -> None:
+def remove_model(run: Path) -> None:
     """Remove a run's exported model and checkpoints; its result stays."""
     for name in (MODEL, CHECKPOINTS):
         shutil.rmtree(run / name, ignore_errors=True)

@@ -11,12 +11,12 @@ from rich.console import Console
 from seft_dist.config import StudyConfig
 from seft_dist.session.distributed import find_ranks
 from seft_dist.session.signals import StopRequest, name_of
+from seft_dist.study.collect import collect
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
-from seft_dist.study.found import write_results
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import Progress
-from seft_dist.study.results import collect
+from seft_dist.study.results import write_results
 from seft_dist.study.runner import Launch, Runner, launch
 from seft_dist.study.state import State, Survey
 from seft_dist.study.tables import print_results, table_console, write_tables
@@ -47,7 +47,7 @@ def run_study(
         )
     console = console or table_console()
     console.print(f"Study {config.output}: reading texts and models ...", highlight=False, markup=False)
-    plan = dataclasses.replace(open_study(config), config=settle_threads(config))
+    plan = dataclasses.replace(open_study(config), config=fill_in_threads(config))
     with Progress(plan, console) as progress:
         runner = Runner(plan, scripts, progress, request, lambda state, survey: write(plan, state, survey), launch)
         failures = runner.run()
@@ -65,7 +65,7 @@ def run_study(
     return 1 if failures or survey.done < survey.total else 0
 
 
-def settle_threads(config: StudyConfig) -> StudyConfig:
+def fill_in_threads(config: StudyConfig) -> StudyConfig:
     """Fill in the CPU threads of a process."""
     if config.threads is not None:
         return config

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.files.writing import write_text
-from seft_dist.study.found import Results, Row, Search
+from seft_dist.study.results import Results, Row, Search
 from seft_dist.study.statistics import CONFIDENCE, Difference, Spread
 
 _LEFT = ("method", "base", "chosen", "tried: validation perplexity", "own settings", "part", "text", "at the edge")
@@ -143,12 +143,12 @@ def _options(search: Search) -> str:
 
 
 def _tried(search: Search) -> str:
-    found = []
+    texts = []
     for one in search["tried"]:
         value = f"{one['validation']:.3f}" if one["validation"] is not None else one["status"]
         value = "not finite" if value == "finished" else value
-        found.append(f"{one['setting']}: {value}")
-    return "; ".join(found) or "-"
+        texts.append(f"{one['setting']}: {value}")
+    return "; ".join(texts) or "-"
 
 
 def _chosen(search: Search) -> str:
@@ -263,8 +263,8 @@ def _methods_csv(results: Results) -> str:
 
 
 def _columns(name: str, value: Spread | None) -> dict[str, object]:
-    found = value or {"mean": "", "deviation": ""}
-    return {f"{name} mean": found["mean"], f"{name} deviation": found["deviation"]}
+    shown = value or {"mean": "", "deviation": ""}
+    return {f"{name} mean": shown["mean"], f"{name} deviation": shown["deviation"]}
 
 
 def _runs_csv(results: Results) -> str:

@@ -60,12 +60,12 @@ def write_diagnosis(
 
 def _layers(method: Method) -> list[dict[str, Any]]:
     """This rank's part of everything trained: what is too large or not finite shows here."""
-    found = []
+    rows = []
     for name, state in method.states():
         row: dict[str, Any] = {"name": name, "own_values": len(state["values"])}
         for key, column in state.items():
             largest = float(column.abs().max()) if len(column) else 0.0
             row[f"largest_{key}"] = largest if math.isfinite(largest) else str(largest)
             row[f"not_finite_{key}"] = int(column.isfinite().logical_not().sum())
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows

@@ -91,5 +91,5 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
 
 def _autos(tree: Any, path: str) -> list[str]:
     if isinstance(tree, dict):
-        return [found for key, value in tree.items() for found in _autos(value, f"{path}.{key}")]
+        return [auto_path for key, value in tree.items() for auto_path in _autos(value, f"{path}.{key}")]
     return [path] if tree == "auto" else []

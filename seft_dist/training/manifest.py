@@ -39,7 +39,7 @@ from seft_dist.session.agreement import gather_objects
 from seft_dist.session.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.metrics import FILE as METRICS
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.step_lines import StepLines
 
 FILE = "manifest.json"
@@ -208,7 +208,7 @@ def _read_old(folder: Path, done: int) -> dict[str, Any]:
         return read_manifest(folder)
     except ValueError as error:
         aside = put_aside(folder / FILE)
-        say(f"{error}\nit is now {aside.name}: {FILE} goes on without the attempts before this one")
+        print_line(f"{error}\nit is now {aside.name}: {FILE} goes on without the attempts before this one")
     steps = StepLines.read(folder / METRICS)
     evolutions = [
         {"step": step, "digest": line["evolution"]["digest"]}

@@ -92,7 +92,7 @@ class Metrics:
         if not writes:
             return
         self._lines = StepLines(Path(config.output) / FILE, start)
-        _tell_what_is_missing(config, self._lines, start, state.get("records"))
+        _warn_of_missing_lines(config, self._lines, start, state.get("records"))
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -178,7 +178,7 @@ class Metrics:
             tracker.finish()
 
 
-def summary(result: dict[str, Any]) -> None:
+def print_summary(result: dict[str, Any]) -> None:
     """Print a run's result as a table. For rank 0."""
     table = Table(title="Run", show_header=False)
     for name, value in _flat(result, numbers_only=False).items():
@@ -186,14 +186,14 @@ def summary(result: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line about the run. For rank 0."""
     print(line, file=sys.stderr, flush=True)
 
 
 def print_stopped(config: TrainConfig, signal: str, step: int) -> None:
     """Say that a signal has stopped the run. For rank 0."""
-    say(
+    print_line(
         f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "
         "goes on from there"
     )
@@ -219,15 +219,15 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
     return trackers
 
 
-def _tell_what_is_missing(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
+def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
     """Say so if the steps done had other lines than are there: ``records`` of them, None if a checkpoint does not say."""
     wanted = {step for step in range(1, done + 1) if step % config.log_every == 0} - set(lines.steps)
     count = len(wanted) if records is None else records - len(lines.steps)
     if lines.put_aside is not None:
-        say(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
+        print_line(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
     if count > 0:
         named = f", among them those of steps {as_ranges(wanted)}" if wanted else ""
-        say(
+        print_line(
             f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has them"
         )
 

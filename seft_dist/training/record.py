@@ -10,7 +10,7 @@ from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest
 from seft_dist.training.method import Method, TrainedSeft
-from seft_dist.training.run_folder import Origin
+from seft_dist.training.run_folder import RunOrigin
 from seft_dist.training.trace import Trace
 
 
@@ -24,7 +24,7 @@ class Record:
         source: Source,
         method: Method,
         *,
-        origin: Origin,
+        origin: RunOrigin,
         backend: str,
         ds: DsConfig | None,
     ) -> None:

@@ -37,7 +37,7 @@ from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.distributed import Ranks
 from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.method import Method
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.writer_lock import LOCK
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
@@ -76,9 +76,9 @@ def check_run_folder(config: TrainConfig) -> None:
         path = folder / name
         wrong = path.exists() and path.is_dir() != (name in _FOLDERS)
         if wrong or (name == MODEL and path.is_symlink()):
-            found = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+            present = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
             needed = "a folder" if name in _FOLDERS else "a file"
-            raise ValueError(f"{path} is {found}: the run writes {needed} there; remove it, or choose another output")
+            raise ValueError(f"{path} is {present}: the run writes {needed} there; remove it, or choose another output")
 
 
 def _left_by_a_start(path: Path) -> bool:
@@ -100,7 +100,9 @@ def open_run_folder(config: TrainConfig) -> None:
         write_text(folder / CONFIG, to_yaml(config))  # first: it says that the folder is a run's
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
         if (folder / RESULT).exists():
-            say(f"{folder / RESULT} cannot be read: it is now {put_aside(folder / RESULT).name}, and the run goes on")
+            print_line(
+                f"{folder / RESULT} cannot be read: it is now {put_aside(folder / RESULT).name}, and the run goes on"
+            )
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
     checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
@@ -108,7 +110,7 @@ def open_run_folder(config: TrainConfig) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
     """Fill in the global batch: that of the run which goes on, else batch_size for each rank.
 
     Args:
@@ -123,14 +125,14 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
     global_batch = config.batch_size * world_size
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
-            global_batch = _checked(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
+            global_batch = _check_extra(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
             break
         except ValueError:  # resume() says what is wrong with it
             continue
     return dataclasses.replace(config, global_batch=global_batch)
 
 
-def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
+def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
     """Fill in the day that a chat template sees as today, if it looks at it. Collective.
 
     It is that of the run which goes on, else this day; so a run has the same tokens on every day it goes on.
@@ -161,7 +163,7 @@ def _day_of(config: TrainConfig) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class RunOrigin:
     """What a run is made from: if any of it were another, its steps would be another run's."""
 
     model: str
@@ -174,7 +176,7 @@ class Origin:
     """Of the data order."""
 
 
-def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict[str, Any]:
+def checkpoint_extra(config: TrainConfig, origin: RunOrigin, state: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds beside the optimizer.
 
     Args:
@@ -185,7 +187,7 @@ def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict
     return {"state": state, "origin": dataclasses.asdict(origin), "config": to_dict(config)}
 
 
-def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) -> dict[str, Any] | None:
+def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin) -> dict[str, Any] | None:
     """Go on from the newest checkpoint that is whole, if there is one. Collective.
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
@@ -197,17 +199,17 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) ->
         origin: What it is made from.
 
     Returns:
-        The state given to ``extra_of``; None for a new run.
+        The state given to ``checkpoint_extra``; None for a new run.
 
     Raises:
         ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more steps
             are done than there are to be, or all checkpoints are damaged.
     """
     folder = Path(config.output) / CHECKPOINTS
-    found = on_all_ranks(ranks, lambda: checkpoint.complete(folder))
-    for path in reversed(found):
+    checkpoints = on_all_ranks(ranks, lambda: checkpoint.complete(folder))
+    for path in reversed(checkpoints):
         try:
-            extra = _checked(path, method.load(path))
+            extra = _check_extra(path, method.load(path))
         except checkpoint.DamagedError as error:
             problem = str(error)
             on_all_ranks(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
@@ -233,10 +235,10 @@ def _check_new(folder: Path) -> None:
 
 
 def _put_aside(path: Path, problem: str) -> None:
-    say(f"{problem}\nput aside as {put_aside(path)}; going on from the checkpoint before it")
+    print_line(f"{problem}\nput aside as {put_aside(path)}; going on from the checkpoint before it")
 
 
-class _Origin(TypedDict):
+class _RunOrigin(TypedDict):
     model: str
     data: str
     sequences: int
@@ -245,12 +247,12 @@ class _Origin(TypedDict):
 
 
 class _Extra(TypedDict):
-    origin: _Origin
+    origin: _RunOrigin
     state: dict[str, Any]
 
 
-def _checked(path: Path, extra: dict[str, Any]) -> _Extra:
-    """What ``extra_of`` gave, as a checkpoint holds it."""
+def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
+    """What ``checkpoint_extra`` gave, as a checkpoint holds it."""
     if "origin" not in extra:
         raise ValueError(
             f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints of its "

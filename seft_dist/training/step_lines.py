@@ -65,7 +65,7 @@ def as_ranges(steps: Iterable[int]) -> str:
 
 def _read(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], bool]:
     """Lines that can be read, by step, and whether any other can not; a last one that was cut is nothing."""
-    found: dict[int, tuple[str, dict[str, Any]]] = {}
+    lines: dict[int, tuple[str, dict[str, Any]]] = {}
     last, damaged = 0, False
     for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         if not raw.endswith(b"\n"):  # cut when the run was stopped
@@ -76,8 +76,8 @@ def _read(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], bool]:
         except (ValueError, KeyError, TypeError, RecursionError):
             step = None
         if isinstance(step, int) and step > last:
-            found[step] = (raw.decode(), record)
+            lines[step] = (raw.decode(), record)
             last = step
         else:
             damaged = True
-    return found, damaged
+    return lines, damaged

@@ -29,7 +29,7 @@ from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch
 from seft_dist.sparsity.scores import mix
 from seft_dist.training.fingerprint import as_hex
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "trace.jsonl"
@@ -54,10 +54,10 @@ class Trace:
         self._lines = StepLines(folder / FILE, seft.num_steps) if ranks.is_main else None
         if self._lines is not None:
             if self._lines.put_aside is not None:
-                say(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
+                print_line(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
             missing = set(range(1, seft.num_steps + 1)) - set(self._lines.steps)
             if missing:
-                say(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
+                print_line(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
 
     @torch.no_grad()
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
@@ -139,8 +139,8 @@ def hash_of_batch(batch: Batch) -> Tensor:
     """
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     there = batch["attention_mask"].cpu() if "attention_mask" in batch else torch.ones_like(ids)
-    places = torch.arange(ids.shape[1]).expand_as(ids)
-    tokens = mix(mix(places + 1) + mix(ids * 2 + (labels != IGNORE))) * there
+    token_positions = torch.arange(ids.shape[1]).expand_as(ids)
+    tokens = mix(mix(token_positions + 1) + mix(ids * 2 + (labels != IGNORE))) * there
     learnt = (labels != IGNORE).any(1)
     return mix(tokens.sum(1))[learnt].sum()
 

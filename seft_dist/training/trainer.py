@@ -24,20 +24,20 @@ from seft_dist.training.build import TrainingRun, build, check_baseline, check_t
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
-from seft_dist.training.metrics import Metrics, check_trackers, print_stopped, say, summary
+from seft_dist.training.metrics import Metrics, check_trackers, print_line, print_stopped, print_summary
 from seft_dist.training.record import Record
 from seft_dist.training.run_folder import (
     CHECKPOINTS,
     DELTA,
     MODEL,
     RESULT,
-    Origin,
+    RunOrigin,
     check_run_folder,
-    extra_of,
+    checkpoint_extra,
+    fill_in_date,
+    fill_in_global_batch,
     open_run_folder,
     resume,
-    settle_batch,
-    settle_date,
 )
 from seft_dist.training.step import Stepper
 from seft_dist.training.writer_lock import only_writer
@@ -91,19 +91,19 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Finished |
 def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished | Stopped:
     on_all_ranks(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     on_all_ranks(ranks, lambda: check_trackers(config))
-    given = config.settled()
-    config = on_all_ranks(ranks, lambda: settle_batch(given, ranks.world_size))
+    given = config.with_method_settings()
+    config = on_all_ranks(ranks, lambda: fill_in_global_batch(given, ranks.world_size))
     ds = on_all_ranks(ranks, lambda: read_ds_config(config, ranks.world_size))
     check_agreement(ranks, to_yaml(config) + repr(ds))
     source = on_all_ranks(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
     tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(config.model))
-    config = settle_date(config, tokenizer, ranks)
+    config = fill_in_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
     on_all_ranks(ranks, lambda: check_baseline(config, source, data))
     run = build(config, ranks, source, ds)
     check_tokens(data, run.model, ranks)
     run.method.attach()
-    origin = Origin(
+    origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
         data=data_fingerprint(data, ranks),
         sequences=data.num_sequences,
@@ -115,7 +115,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds)
     _restore_scheduler(run, state)
     if ranks.is_main:
-        say(f"kernels: {describe(ranks.device)}")
+        print_line(f"kernels: {describe(ranks.device)}")
     metrics = Metrics(config, writes=ranks.is_main, start=run.method.num_steps, state=state.get("metrics"))
     try:
         stopped = fit(run, data, origin, metrics, record, request)
@@ -131,7 +131,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
 
 
 def fit(
-    run: TrainingRun, data: BatchStream, origin: Origin, metrics: Metrics, record: Record, request: StopRequest
+    run: TrainingRun, data: BatchStream, origin: RunOrigin, metrics: Metrics, record: Record, request: StopRequest
 ) -> Stopped | None:
     """Take all optimizer steps that are left, and save checkpoints. Collective.
 
@@ -166,7 +166,7 @@ def fit(
             if is_saved or agreement.stop_signal:
                 metrics.sync()
                 record.sync()
-                saver.start(extra_of(config, origin, _state_of(run, metrics)))
+                saver.start(checkpoint_extra(config, origin, _state_of(run, metrics)))
             if agreement.stop_signal:
                 saver.finish()
                 return Stopped(name_of(agreement.stop_signal), step) if step < config.steps else None
@@ -248,7 +248,7 @@ def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record
     record.finish(loss)
     if run.ranks.is_main:
         write_json(folder / RESULT, result)
-        summary(result)
+        print_summary(result)
     wait_for_all_ranks()  # no rank returns before the files are there
     return result
 
