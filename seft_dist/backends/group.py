@@ -4,9 +4,14 @@ Sums that decide anything are made in rank order from the ranks' own terms, so t
 whatever algorithm the communication library chooses.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup as ProcessGroup  # for other rooms, which do not import the library
+
+T = TypeVar("T")
 
 
 def all_gather_single(
@@ -111,6 +116,14 @@ class Group:
         padded = tensor.new_zeros(max(lengths))
         padded[: tensor.numel()] = tensor
         return [row[:length] for row, length in zip(self.stack(padded), lengths, strict=True)]
+
+    def gather_objects(self, item: T) -> list[T]:
+        """Gather one picklable object from each rank, in rank order; their bytes are not counted."""
+        if self.size == 1:
+            return [item]
+        items = [item] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
 
     def twin(self) -> "Group":
         """The same ranks with a queue of their own, so that its calls may cross those of this group."""

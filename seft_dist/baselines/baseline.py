@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
@@ -19,6 +18,7 @@ from seft_dist.baselines.values import Values
 from seft_dist.config import TrainConfig
 from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.source import Source
 from seft_dist.modules.targets import ExpertWeight, check_criteria, find_targets, is_conv1d
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey

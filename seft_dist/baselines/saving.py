@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seft_dist.baselines.values import MOMENTS, ParameterPart
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
 from seft_dist.io.checkpoint.files import everywhere, rank_file
 from seft_dist.io.checkpoint.schema import Manifest
+from seft_dist.io.weight_files import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from seft_dist.baselines.baseline import Baseline

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from seft_dist.backends.fsdp import FsdpBackend, reshard
 from seft_dist.backends.group import world_group
@@ -25,6 +24,7 @@ from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
 from seft_dist.evaluation.policy import Policy, describe, policy_of
 from seft_dist.files import writing
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 from seft_dist.modules.targets import find_targets

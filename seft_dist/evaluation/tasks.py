@@ -18,20 +18,20 @@ from typing import Any
 
 import lm_eval  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import lm_eval.utils  # type: ignore[import-untyped,import-not-found,unused-ignore]
-import torch.distributed as dist
 import yaml
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
 from seft_dist.data.data_files import BUILDERS
 from seft_dist.data.records import reason
 from seft_dist.files.reading import check_yaml, read_text
+from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -104,8 +104,7 @@ class RankedLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
         if size == 1 or not requests:
             return ask(requests)
         filled = requests + [requests[-1]] * (-len(requests) % size)
-        answers: list[list[Any]] = [[] for _ in range(size)]
-        dist.all_gather_object(answers, ask(filled[self._group.rank :: size]), group=self._group.group)
+        answers = self._group.gather_objects(ask(filled[self._group.rank :: size]))
         return [answers[number % size][number // size] for number in range(len(requests))]
 
 

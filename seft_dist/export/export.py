@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from seft_dist.config import DType, ModelConfig
 from seft_dist.export.delta import DeltaWriter, apply_delta, name_of
 from seft_dist.export.folders import new_folder, save_settings
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import load_model, named_state
 from seft_dist.io.packed import PackedSize, PackedWeights, PackedWriter
 from seft_dist.io.source import Source, open_source

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.sparsity.bitmask import unpack
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seft_dist.backends.fsdp import pack_gathers
 from seft_dist.backends.gather import GatherSize
@@ -17,6 +16,7 @@ from seft_dist.config import TrainConfig
 from seft_dist.data.batches import BatchStream, check_vocabulary
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import pad_id
+from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 from seft_dist.io.models import Sharding, load_model
 from seft_dist.io.source import Source
 from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_per_machine_first

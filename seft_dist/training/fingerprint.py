@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
+from seft_dist.io.weight_files import SafetensorError
 from seft_dist.modules.targets import weight_name
 from seft_dist.optim.state import fingerprint
 from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
 from seft_dist.baselines.lora import ADAPTER
@@ -32,6 +31,7 @@ from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
+from seft_dist.io.library_types import PreTrainedTokenizerBase
 from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.distributed import Ranks
