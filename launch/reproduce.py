@@ -3,8 +3,8 @@
     python launch/reproduce.py --output runs/twice -- --config launch/recipes/quickstart.yaml --steps 10
     python launch/reproduce.py --output runs/layouts --layouts "single:1, fsdp:2, zero3:2" -- --config R.yaml
 
-Behind "--": the options of launch/train.py. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2 if the
-options cannot be used.
+Behind "--": the options of launch/train.py. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2
+if the options cannot be used.
 """
 
 import sys

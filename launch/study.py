@@ -3,9 +3,9 @@
     python launch/study.py --config launch/recipes/study_tiny.yaml --jobs 2
     python launch/study.py --show runs/study-tiny
 
-A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on one
-machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1 if a process
-failed, 2 if the study cannot be made so.
+A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on
+one machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1
+if a process failed, 2 if the study cannot be made so.
 """
 
 import sys

@@ -3,12 +3,12 @@
     masked_lora    W + mask * (B A) alpha / r            A [r, in], B [out, r]
     spp            W + W * (A' c) alpha / r              A [r, in], each row for out / r rows of W; c [out]
 
-Zeros of W are zeros of both. Neither the weight that is computed with nor its gradient outlives a linear's pass; backward
-makes it again, as engines gather the frozen weight again.
+Zeros of W are zeros of both. Neither the weight that is computed with nor its gradient outlives a linear's pass;
+backward makes it again, as engines gather the frozen weight again.
 
-Sources: Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv 2410.03750
-(SparsePEFT); Lu, Zhou, Xu, Zhang, Gao, Li, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language
-Models", arXiv 2405.16057.
+Sources: Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
+    2410.03750 (SparsePEFT); Lu, Zhou, Xu, Zhang, Gao, Li, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning
+    for Large Language Models", arXiv 2405.16057.
 """
 
 from abc import abstractmethod
@@ -33,21 +33,21 @@ class Adapted(Baseline):
 
     @property
     def scale(self) -> float:
-        """Factor alpha / rank, by which the added matrix is multiplied."""
+        """Scale alpha / rank of the added matrix."""
         return self.config.baseline.alpha / self.config.baseline.rank
 
     @abstractmethod
     def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A, which begins as in LoRA, and B, which begins as 0, for a weight [rows, columns]."""
+        """Return the shapes of A, which begins as in LoRA, and B, which begins as 0, for a weight [rows, columns]."""
 
     @abstractmethod
     def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        """fp32 [out, in], from A and B. Differentiable."""
+        """Compute the factor, fp32 [out, in], from A and B. Differentiable."""
 
     @staticmethod
     @abstractmethod
     def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        """fp32, the weight to compute with, from the frozen weight (fp32) and the factor, of any equal shape. Differentiable."""
+        """Combine the frozen fp32 weight and the factor, of equal shape, to the weight to compute with. Differentiable."""
 
     def install(self) -> dict[str, nn.Parameter]:
         parameters: dict[str, nn.Parameter] = {}

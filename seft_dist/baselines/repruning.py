@@ -1,7 +1,8 @@
-"""Pruning a merged model again, to the zeros that each row had before.
+"""Pruning a merged model again, to as many zeros as each row had before.
 
-Wanda's way, as launch/prune.py prunes: the merged model goes to a folder, and comes back from it a decoder layer at a
-time, each layer seeing what the pruned layers before it produce. So no rank ever holds a layer more than its own part.
+It is done by Wanda, as launch/prune.py does it: the merged model is written to a folder and read back one decoder
+layer at a time, and each layer sees what the pruned layers before it produce. So no rank ever holds more than its own
+part and one layer.
 """
 
 import shutil
@@ -30,7 +31,7 @@ MERGED = "merged"
 
 
 def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sample]) -> None:
-    """See before training that a model can be pruned again after it. Two passes of a sequence through the model.
+    """Check before training that the model can be pruned again after it. Takes two forward passes of one sequence.
 
     Args:
         config: The run.
@@ -46,8 +47,8 @@ def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sam
     outside = [name for name in stream.find_targets(config.seft.targets) if not name.startswith(f"{prefix}.")]
     if outside:
         raise ValueError(
-            f"target {outside[0]} is outside the decoder layers ({prefix}), which is all that lora_merged can prune again: "
-            "choose other seft.targets, or method masked_lora"
+            f"target {outside[0]} is outside the decoder layers ({prefix}), which is all that lora_merged can prune "
+            "again: choose other seft.targets, or method masked_lora"
         )
     open_calibration(stream, chosen[:1], Group(None))
 

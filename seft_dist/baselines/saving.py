@@ -3,8 +3,8 @@
     NAME.values, .exp_avg, .exp_avg_sq    fp32 [n], of a trained parameter's part that the rank held
     NAME.start                            int64 [1], flat position of its first value in the whole parameter
 
-Parameters that every rank holds whole are in the first rank's file only. ``method`` in checkpoint.json says which method it
-is, by ``name``, and what it was set to. Any number of ranks can go on.
+Parameters that every rank holds whole are in the first rank's file only. ``method`` in checkpoint.json says which
+method it is, by ``name``, and what it was set to. Any number of ranks can go on.
 """
 
 import json
@@ -57,11 +57,11 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
     """Go on from a checkpoint. Collective.
 
     Args:
-        method: Without a step done, on the model that the run began with.
-        checkpoint: What a saver has written.
+        method: A new method without a step done, on the model that the run began with.
+        checkpoint: Folder that a ``BaselineSaver`` has written.
 
     Returns:
-        The caller's ``extra``.
+        The ``extra`` that the caller gave when the checkpoint was saved.
 
     Raises:
         DamagedError: A file is missing, cut or altered; nothing was changed.
@@ -105,7 +105,7 @@ def _check_method(method: "Baseline", manifest: Manifest, checkpoint: Path) -> N
 
 
 def _assemble(part: ParameterPart, files: list[Any]) -> dict[str, Tensor]:
-    """A part's values and moments from whoever wrote them."""
+    """Put a part's values and moments together from the files of the ranks that wrote them."""
     length = part.values.numel()
     whole = {key: torch.full((length,), torch.nan) for key in _KEYS}
     for file in files:

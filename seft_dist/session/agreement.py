@@ -1,6 +1,6 @@
-"""What the ranks of a run tell each other outside the training step: errors, settings, counts and small objects.
+"""Small exchanges between the ranks of a run: errors, settings, counts, objects.
 
-Nothing here is sent where there is one rank only, so the callers need not tell one process from many.
+With one rank nothing is sent, so that callers need no branch for a single process.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something local on every rank, such that a user's error on one of them stops all. Collective.
+    """Run local work on every rank; a user's error on one of them stops all. Collective.
 
     Without it the other ranks would wait in their next collective for the one that failed.
 
     Args:
         ranks: This process.
-        work: Must not enter collectives.
+        work: Called once on every rank; must not enter collectives.
 
     Returns:
         The value that ``work`` returned on this rank.
@@ -47,11 +47,11 @@ def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def one_rank_per_machine_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something on one rank of each machine, then on the others, which find what the first has cached. Collective.
+    """Run work on one rank of each machine, then on the others, which use what the first has cached. Collective.
 
     Args:
         ranks: This process.
-        work: Must not enter collectives. Every rank calls it once.
+        work: Called once on every rank; must not enter collectives.
 
     Returns:
         The value that ``work`` returned on this rank.

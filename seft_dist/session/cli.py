@@ -1,6 +1,6 @@
-"""What every door in launch/ shares: options from a dataclass, and errors of users without a traceback.
+"""The command lines of launch/: options from a dataclass, and errors of users without a traceback.
 
-A door is four lines::
+A program needs these lines::
 
     def main() -> None:
         config = parse(PruneConfig, description=__doc__)
@@ -64,7 +64,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
 
 
 def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
-    """Make what reads many lists of options, none of them the command line of this process.
+    """Make a function that reads lists of options other than the command line of this process.
 
     Args:
         config_class: A dataclass of ``seft_dist.config``.
@@ -86,7 +86,7 @@ def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
 
 @functools.cache
 def _raising_parser(config_class: type) -> "_Parser":
-    """Made once: that takes longer than all it reads."""
+    """Make the parser of a configuration once: that takes longer than all it reads."""
     parser = _parser(config_class, None)
     parser.raises = True
     return parser
@@ -106,7 +106,7 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain dicts and lists, for JSON or YAML."""
+    """Convert a configuration dataclass to plain dicts and lists, for JSON or YAML."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
 
@@ -117,11 +117,11 @@ def to_yaml(config: Any) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a door: errors of users print one message, on one rank, and no traceback.
+    """Run a program of launch/: errors of users print one message, on one rank, and no traceback.
 
-    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command would
-    fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs
-    or ranks that were lost, and keep their traceback.
+    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command
+    would fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions
+    are bugs or ranks that were lost, and keep their traceback.
     """
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     try:
@@ -135,7 +135,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class _Parser(ArgumentParser):
-    """Prints the one line that matters on an error, and the fields of optional groups in the help."""
+    """A parser that prints one line on an error, and the fields of optional groups in the help."""
 
     raises = False
     """True: an error is a ValueError, and does not end the process."""
@@ -181,7 +181,7 @@ class _Parser(ArgumentParser):
 
 
 def _load_yaml(text: str) -> Any:
-    """As jsonargparse does, but aliases that multiply and bottomless nesting are an error."""
+    """Load YAML as jsonargparse does, but refuse aliases that multiply and bottomless nesting."""
     if len(text) > 200 or "*" in text:
         try:
             check_yaml(text, "the YAML")
@@ -226,14 +226,14 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
+    """Convert tuples to lists: YAML has no tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_first_to_report() -> bool:
-    """True on exactly one of the ranks that fail: the first to ask, or rank 0 while there is no process group."""
+    """Return true on exactly one of the ranks that fail: the first to ask, or rank 0 if there is no process group."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         try:
@@ -249,7 +249,7 @@ def _is_first_to_report() -> bool:
 
 
 def _raised_in(error: BaseException) -> str:
-    """Where an error arose, if not in a check of ours: such a message alone may not be enough to find the cause."""
+    """Name the line that raised an error outside our own code: its message alone may not show the cause."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()
     ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the door itself

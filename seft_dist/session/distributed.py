@@ -1,7 +1,8 @@
-"""Who am I among the ranks: the only file of the project that reads the environment.
+"""This process among the ranks, and its process group; the only file of the project that reads the environment.
 
-The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``; each
-tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
+The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``,
+each of which has its own variables for a process's rank. Nothing here was ever run on a GPU: the nccl lines are
+untested.
 """
 
 import os
@@ -36,11 +37,11 @@ class Ranks:
     world_size: int = 1
     """Processes of the run."""
     launcher: str = "python"
-    """Where the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
+    """Launcher that the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
     device: torch.device = torch.device("cpu")
-    """Where this process computes."""
+    """Device on which this process computes."""
     variables: str = ""
-    """The variables that said so, with their values, for messages."""
+    """Environment variables that the numbers came from, with their values, for messages."""
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +79,7 @@ def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
 
 
 def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that are not empty."""
+    """Return the environment variables that are not empty."""
     return {name: value for name, value in (os.environ if env is None else env).items() if value.strip()}
 
 
@@ -105,7 +106,7 @@ def start(
         This process's ranks.
 
     Raises:
-        ValueError: What the environment says about ranks cannot be.
+        ValueError: The environment's variables of ranks contradict each other.
         OSError: Ranks did not come, or cannot reach each other.
     """
     ranks = find_ranks()
@@ -156,7 +157,7 @@ _REPORTED_PREFIXES = (
 
 
 def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the environment says about this process's start, for the manifest of a run.
+    """Collect facts about this process's start from the environment, for the manifest of a run.
 
     Args:
         env: The environment; None: the process's own.
@@ -178,7 +179,7 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
-    """Processes of the launcher above this rank that should outlive it; others, when one has ended.
+    """Find the processes of the launcher above this rank that should outlive it; others, when one has ended.
 
     Args:
         env: The environment; None: the process's own.
@@ -207,7 +208,7 @@ def shutdown() -> None:
 
 
 def _ranks_on_this_machine() -> int:
-    """Number of ranks with this rank's host name. Collective once there is a process group."""
+    """Count the ranks with this rank's host name. Collective once there is a process group."""
     if not dist.is_initialized():
         return 1
     names: list[str] = [""] * dist.get_world_size()
@@ -216,11 +217,11 @@ def _ranks_on_this_machine() -> int:
 
 
 def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
-    """Where the ranks find each other; None: where torch looks under several agents of torchrun.
+    """Open the store in which the ranks find each other; None: torch opens its own, under several agents of torchrun.
 
-    Under torchrun the ranks have been started together, and its agent holds the store. With a static rendezvous (torchrun
-    --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new rank would find the addresses of the
-    ranks that are gone. Several agents may have counted different restarts.
+    Under torchrun the ranks have been started together, and its agent holds the store. With a static rendezvous
+    (torchrun --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new rank would find the
+    addresses of the ranks that are gone. Several agents may have counted different restarts.
     """
     if ranks.world_size == 1:  # needs no address and no port, whatever an earlier launcher has left over
         return dist.HashStore()
@@ -233,8 +234,8 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
             agent = dist.TCPStore(address, port, ranks.world_size, False, timeout=timedelta(seconds=wait))
         except dist.DistError as error:
             raise OSError(
-                f"no torchrun at {address}:{port} (MASTER_ADDR, MASTER_PORT): the variables are left over from a shell that "
-                "torchrun has started (unset TORCHELASTIC_USE_AGENT_STORE, RANK and WORLD_SIZE), or it has ended"
+                f"no torchrun at {address}:{port} (MASTER_ADDR, MASTER_PORT): the variables are left over from a shell "
+                "that torchrun has started (unset TORCHELASTIC_USE_AGENT_STORE, RANK and WORLD_SIZE), or it has ended"
             ) from error
         agent.set_timeout(timedelta(seconds=timeout))
         return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", agent)
@@ -246,7 +247,7 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
 
 
 def _rendezvous_address(ranks: Ranks) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT; set where the launcher did not."""
+    """Return MASTER_ADDR and MASTER_PORT, and set them where the launcher did not."""
     env = _environment()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
@@ -259,8 +260,8 @@ def _rendezvous_address(ranks: Ranks) -> tuple[str, int]:
             port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
         else:
             raise ValueError(
-                f"{ranks.variables}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; for one "
-                "process unset RANK and WORLD_SIZE, which are left over"
+                f"{ranks.variables}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; "
+                "for one process unset RANK and WORLD_SIZE, which are left over"
             )
         env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | env
         os.environ.update({name: env[name] for name in missing})

@@ -19,11 +19,11 @@ from seft_dist.training.manifest import read_manifest
 
 
 def collect(state: State, survey: Survey) -> Results:
-    """Read everything that is there.
+    """Collect the results of all runs and measurements that are complete.
 
     Args:
-        state: Of the study.
-        survey: Its newest.
+        state: State of the study.
+        survey: The newest survey of it.
     """
     plan, record = state.plan, read_record(state.plan.folder)
     cells = {method.name: _final_cells(state, method) for method in plan.methods}
@@ -141,7 +141,7 @@ def _mean(runs: Sequence[RunRow], name: str) -> float | None:
 
 
 def _versus(runs: Sequence[RunRow], reference: Sequence[RunRow]) -> Difference | None:
-    """Paired by seed; a base, which has none, stands beside every seed of the other."""
+    """Compare runs with the reference, paired by seed; a base, which has no seed, is paired with every seed."""
     own = {run["seed"]: run["test"] for run in runs if run["test"] is not None}
     others = {run["seed"]: run["test"] for run in reference if run["status"] == "finished" and run["test"] is not None}
     if None in own and own.keys() != others.keys():

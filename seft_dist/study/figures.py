@@ -31,7 +31,7 @@ _AXES = {
     "memory": "peak memory, GB",
 }
 _FAR = 1.0
-"""A base whose perplexity is farther from those of the methods than so many times their range is told in the legend only."""
+"""A base whose perplexity is farther from the methods' than so many times their range is named in the legend only."""
 
 
 class _Line(TypedDict):
@@ -46,11 +46,11 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     A figure for which no run has numbers is left out.
 
     Args:
-        results: Of the study.
-        folder: Of the study, with its cells.
+        results: Results of the study.
+        folder: Folder of the study, with its cells.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -73,7 +73,7 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 
 
 def _looks(results: Results) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in all figures."""
+    """Choose the colour and marker of each method, the same in all figures."""
     names = [row["method"] for row in results["rows"]]
     return {
         name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}

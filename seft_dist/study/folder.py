@@ -1,12 +1,12 @@
-"""A study's folder: begun, gone on with, or refused because it holds another study.
+"""A study's folder: a new one, one that is resumed, or one that is refused because it holds another study.
 
-STUDY/study.yaml              the study as it was asked for last; study-1.yaml, ... as it was before
+STUDY/study.yaml              the newest configuration of the study; study-1.yaml, ... as it was before
      /study.json              what its results depend on (parts, bases), and every start: command, machine, versions, code
      /code-*.diff             uncommitted changes of the code that started it
      /data/PART.jsonl         parts that data.split made
      /bases/NAME/model        models that the study has pruned, with prune.log beside them
      /cells/NAME-HASH/        one run and its measurements: cell.json, commands.jsonl, *.log, run/, test-HASH.json, ...
-     /results.json, .md, .csv, runs.csv, figures/     what came out
+     /results.json, .md, .csv, runs.csv, figures/     the results
 """
 
 import dataclasses
@@ -73,10 +73,11 @@ def open_study(config: StudyConfig) -> Plan:
         config: The study.
 
     Returns:
-        What there is to do, done or not.
+        All bases, runs and measurements of the study, done or not.
 
     Raises:
-        ValueError: It cannot be done so, the folder holds something else, or results in it depend on another text or base.
+        ValueError: The study cannot be made so, the folder holds something else, or results in it depend on another
+            text or base.
     """
     folder = Path(config.output)
     parts, split = find_parts(config)
@@ -127,7 +128,7 @@ def _read_known(folder: Path) -> _Record | None:
     if not (folder / RECORD).exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output={folder} is a file: needs a folder")
-        # Of a start that was killed, or of a batch script
+        # left by a start that was killed, or by a batch script
         left = (LOCK, DATA, WORKERS, "code-")
         others = [path.name for path in folder.iterdir() if not path.name.startswith(left)] if folder.is_dir() else []
         if others:
@@ -140,7 +141,7 @@ def _read_known(folder: Path) -> _Record | None:
 
 
 def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Record | None) -> dict[str, Any] | None:
-    """Make the parts of the split, unless they are there."""
+    """Write the parts of the split, unless they are there."""
     if split is None:
         return known["split"] if known else None
     text_field = flatten(config.train, "train").get("data.text_field", "text")
@@ -150,8 +151,8 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
         if {**before, "path": ""} != {**rule, "path": ""}:
             changed = sorted(key for key in before.keys() | rule.keys() if before.get(key) != rule.get(key))
             raise ValueError(
-                f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it depends on that; "
-                "go back to it, or choose another output"
+                f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it "
+                "depends on that; go back to it, or choose another output"
             )
         return before
     (folder / DATA).mkdir(exist_ok=True)
@@ -167,13 +168,13 @@ def _refuse_other_parts(folder: Path, before: dict[str, TextPart], now: dict[str
     ]
     if changed:
         raise ValueError(
-            f"{folder} was begun with another text: {', '.join(changed)} has other records now. Every result in it depends on "
-            "them; go back to that text, or choose another output"
+            f"{folder} was begun with another text: {', '.join(changed)} has other records now. Every result in it "
+            "depends on them; go back to that text, or choose another output"
         )
 
 
 def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Record | None) -> _Base:
-    """Digest of a base: of its files, or of all by which it is pruned."""
+    """Hash a base: its files, or everything that its pruning depends on."""
     path = str(base.model) if base.prune is None else base.prune.model.path
     source = locate(path)
     stamp = stamp_of(str(source), "*.safetensors") + stamp_of(str(source / "config.json"))
@@ -206,8 +207,8 @@ def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _
     changed = [name for name in now if name in before and before[name]["digest"] != now[name]["digest"]]
     if changed:
         raise ValueError(
-            f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were different. "
-            "Give the new one another name, or choose another output"
+            f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were "
+            "different. Give the new one another name, or choose another output"
         )
 
 
@@ -228,7 +229,7 @@ def _start(folder: Path) -> Start:
 
 
 def _write_yaml(folder: Path, config: StudyConfig) -> None:
-    """Keep the YAML as it was before, if it asks for something else now."""
+    """Write study.yaml, and keep the one before under another name if it differs."""
     path, text = folder / YAML, to_yaml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         number = 1

@@ -1,4 +1,4 @@
-"""The methods of a study: their options, their grids, and the runs' configurations that come of them."""
+"""The methods of a study: their options, their grids, and the configurations of their runs."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ class Setting:
     """One point of a method's grid."""
 
     options: dict[str, Any]
-    """The options of the grid, with the values of this point; empty without a grid."""
+    """Options of the grid with the values of this point; empty without a grid."""
     config: TrainConfig
     """The whole run, but for its folder and seeds."""
 
@@ -52,7 +52,7 @@ class Method:
     name: str
     base: str
     options: dict[str, Any]
-    """Its own, without its grid."""
+    """The method's own options, without its grid."""
     grid: dict[str, list[Any]]
     settings: list[Setting]
     """Every combination of the grid's values; empty if nothing is trained."""
@@ -80,7 +80,7 @@ class Method:
 
 
 def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
-    """Work out every run's configuration, but for folders and seeds.
+    """Make every run's configuration, except folders and seeds.
 
     Args:
         config: The study.
@@ -142,7 +142,7 @@ def _config_of(
     read: Callable[[Sequence[str], str], TrainConfig],
     name: str,
 ) -> TrainConfig:
-    """The configuration of a run whose steps are what the budget allows."""
+    """Make the configuration of a run with as many steps as the budget allows."""
     data = {"data.seq_len": train.seq_len} | changed_options(train, "data.")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     given = data | {"batch_size": defaults["batch_size"]} | options
@@ -165,17 +165,17 @@ def _refuse_unequal(config: StudyConfig, methods: list[Method]) -> None:
     if len(set(sizes.values())) > 1 and not config.unequal_grids:
         sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"different numbers of settings would be tried: {sizes_text}. Needs the same number for each method, since whoever may "
-            "choose among more looks better; or unequal_grids: true"
+            f"different numbers of settings would be tried: {sizes_text}. Needs the same number for each method, since "
+            "whoever may choose among more looks better; or unequal_grids: true"
         )
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """The same run with another seed, in every place that the method reads one from.
+    """Return the same run with another seed, in every field from which the method reads one.
 
     Args:
         config: The run.
-        seed: Of the data order, of random criteria, and of whatever else a method draws.
+        seed: Seed of the data order, of random criteria, and of whatever else a method draws.
     """
     config = dataclasses.replace(config, seed=seed)
     for field in dataclasses.fields(config):

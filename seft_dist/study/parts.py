@@ -17,7 +17,7 @@ _NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records"
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
-    """Find out where each part is, or will be once the text is split.
+    """Find the location of each part, also of those that the split has yet to write.
 
     Args:
         config: The study.
@@ -26,7 +26,7 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
         The parts that there are, and the rule of the split.
 
     Raises:
-        ValueError: A part is missing, told twice, or its options are wrong.
+        ValueError: A part is missing, given twice, or its options are wrong.
     """
     shared = options_of_group(flatten(config.train, "train"), "data")
     wrong = [f"data.{name}" for name in _NO_RECORD if name in shared]
@@ -48,14 +48,14 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
     for name in (name for name in PARTS if name in made or name in given):
         own: Any = {"path": str(Path(config.output) / FOLDER / f"{name}.jsonl")} if name in made else given[name]
         own = flatten(own if isinstance(own, dict) else {"path": own}, f"data.{name}")
-        # Forgetting is of another kind more often than not
+        # The forgetting text is usually of another kind.
         options = {key: value for key, value in shared.items() if name != "forgetting" or key == "seq_len"} | own
         parts[name] = read(arguments(options), f"data.{name}")
     return parts, split
 
 
 def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
-    """Path, size and time of change of each file; empty for what is not on this machine."""
+    """Return path, size and time of change of each file; empty if there is none on this machine."""
     location = Path(path).expanduser()
     files = sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
@@ -66,11 +66,11 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
     """Read all parts, unless they are as they were, and refuse a record that is in two of them.
 
     Args:
-        parts: From ``find_parts``, the files of the split written.
-        known: What this gave before.
+        parts: The parts that ``find_parts`` gave; the files of the split are written.
+        known: Facts that an earlier call returned.
 
     Returns:
-        What is known of each part.
+        Facts about each part.
 
     Raises:
         ValueError: A part cannot be read, or records of two parts are equal.
@@ -90,8 +90,8 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
             if common:
                 shown = contents[first].record_hashes[min(common)]
                 raise ValueError(
-                    f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in one part "
-                    "only. Remove them from one of the files, or let data.split with by: hash make the parts"
+                    f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in "
+                    "one part only. Remove them from one of the files, or let data.split with by: hash make the parts"
                 )
     train = contents["train"].paragraphs
     return {
@@ -109,7 +109,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
 
 
 def _options(part: DataConfig) -> dict[str, Any]:
-    """Those that decide which records there are."""
+    """Return the options that decide which records a part has."""
     kept = {key: value for key, value in to_dict(part).items() if key not in ("seq_len", "date", "join")}
     return kept
 

@@ -1,7 +1,7 @@
 """The results of a study, as results.json holds them: a row a method, what each method has searched, and every run.
 
-It holds all that tables and figures show but the learning curves, so they can be shown again anywhere. This file and the
-tables import no torch, so that --show is quick.
+It holds all that tables and figures show but the learning curves, so they can be shown again anywhere. This file and
+the tables import no torch, so that --show is quick.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ class TextPart(TypedDict):
     """Facts about one part of the data; an entry of study.json."""
 
     options: dict[str, Any]
-    """Its DataConfig."""
+    """The part's DataConfig, without what does not change its records."""
     stamp: list[list[Any]]
     """Path, size and time of its files, by which it is known again without being read."""
     digest: str
@@ -167,7 +167,7 @@ def read_results(folder: Path) -> Results:
     """Read results.json.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
 
     Raises:
         ValueError: There is none, or it is damaged or of another version.

@@ -1,8 +1,8 @@
-"""Runs what a study lacks, each task a process of its own, several at a time, beside other runners on the same folder.
+"""Runs the missing tasks of a study, each as a process of its own; several runners may share a study.
 
-A task belongs to a folder (a cell or a base), and only who holds that folder's lock runs it: two runners, on one machine
-or on several, never do the same twice. A runner that was killed leaves its runs behind; they hold their own folders, so
-the next runner waits for them.
+A task belongs to a folder (a cell or a base), and only the holder of that folder's lock runs it: two runners, on one
+machine or on several, never run the same task twice. A runner that was killed leaves its runs behind; they hold their
+own folders, so the next runner waits for them.
 """
 
 import json
@@ -42,7 +42,7 @@ from seft_dist.training.writer_lock import TakenError, only_writer
 
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
-_SURVEY_EVERY = 2.0  # seconds between two looks at what other runners have done
+_SURVEY_EVERY = 2.0  # seconds between two surveys of what other runners have done
 _TABLES_EVERY = 10.0  # seconds between two writings of the tables
 _MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
 
@@ -65,7 +65,7 @@ Launch = Callable[[Task, list[str], Path], Process]
 
 
 def launch(task: Task, command: list[str], log: Path) -> Process:
-    """Start a process of its own session: Ctrl-C reaches the runner, which tells it to save."""
+    """Start a process in a session of its own: Ctrl-C reaches the runner only, which asks the process to save."""
     with log.open("ab") as file:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -85,7 +85,7 @@ class RunningTask:
 
 
 class Runner:
-    """Runs a study's tasks until nothing is left that it could run."""
+    """Runs a study's tasks until none is left that can be run."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class Runner:
         """Args:
         plan: The study.
         scripts: Folder of launch/train.py and its like.
-        progress: Tells the user.
+        progress: Shows the user what happens.
         request: Asks this process to stop.
-        after: Is called from time to time when tasks have ended; writes the tables.
+        after: Called from time to time when tasks have ended; writes the tables.
         launch: Starts a process.
         """
         self.plan, self.state = plan, State(plan)
@@ -121,7 +121,7 @@ class Runner:
         """Run everything that can be run.
 
         Returns:
-            Why tasks failed, in this or in another runner since this one began; their cells are incomplete.
+            Failures of tasks, in this or in another runner since this one began; their cells are incomplete.
         """
         survey, looked, taken, stopping = self.state.survey(), -_SURVEY_EVERY, 0, False
         written = time.monotonic()
@@ -180,7 +180,7 @@ class Runner:
         return True
 
     def _claim(self, task: Task) -> ExitStack | None:
-        """The lock of a task's folder; None: somebody has it, or has done the task by now."""
+        """Take the lock of a task's folder; None if another runner holds it or has done the task by now."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(only_writer(task.folder, 0))
@@ -207,7 +207,7 @@ class Runner:
         self._progress.began(task)
 
     def _command(self, task: Task, slot: int) -> list[str]:
-        """The command of a task; what it reads is written into the task's folder."""
+        """Make the command of a task, and write the files that it reads into the task's folder."""
         config = self.plan.config
         launcher = shlex.split(config.launcher.replace("{slot}", str(slot))) if config.launcher else [sys.executable]
         threads = [f"--threads={config.threads}"] if config.threads else []
@@ -228,7 +228,7 @@ class Runner:
         return [*launcher, str(self._scripts / "evaluate.py"), *given]
 
     def _reap(self) -> list[tuple[Task, float, str]]:
-        """See which processes have ended: the tasks, their seconds, and how it went."""
+        """Find the processes that have ended: their tasks, seconds and outcomes."""
         ended = []
         for one in list(self._running):
             code = one.process.poll()
@@ -255,7 +255,7 @@ class Runner:
             file.write(json.dumps(line) + "\n")
 
     def _note_outcome(self, one: RunningTask, code: int) -> str:
-        """Take note of how a task ended; says it in words."""
+        """Record the outcome of a task, and return it in words."""
         task = one.task
         if self.state.is_done(task):
             return DONE
@@ -272,7 +272,7 @@ class Runner:
         return f"failed with code {code}, see {task.log}"
 
     def _tidy(self) -> None:
-        """Remove models that nothing needs any more."""
+        """Remove the models that no task needs any more."""
         for run in self.state.idle_models():
             try:
                 with only_writer(run.parent, 0):

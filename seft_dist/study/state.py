@@ -2,7 +2,7 @@
 
 CELL/failed.json      the last try of a task ended with an error: which task, when, its code and log
 CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
-CELL/diverged.json    a loss or gradient of the run was not finite: no try would end otherwise, so that is its result
+CELL/diverged.json    a loss or gradient of the run was not finite: every try would end so, and this is its result
 """
 
 import math
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Names it among all tasks."""
+        """Name that identifies the task among all."""
         return f"{self.folder.name} {self.kind}"
 
     @property
@@ -62,7 +62,7 @@ class Survey:
     done: int = 0
     """Tasks that are done."""
     chosen: dict[str, Setting] = field(default_factory=dict)
-    """Methods that have chosen."""
+    """Chosen settings by method; methods that have none yet are missing."""
 
     @property
     def total(self) -> int:
@@ -71,7 +71,7 @@ class Survey:
 
 
 class State:
-    """Looks at a study's files."""
+    """The state of a study, found by reading its files."""
 
     def __init__(self, plan: Plan) -> None:
         """Args:
@@ -82,7 +82,7 @@ class State:
         self._finished: set[Path] = set()
 
     def survey(self) -> Survey:
-        """Look at everything."""
+        """Find the tasks that are done, ready and waiting."""
         survey = Survey()
         for base in self.plan.bases.values():
             if base.prune is None:
@@ -125,7 +125,7 @@ class State:
         return self.plan.final_cells(method, setting) if setting is not None or not method.settings else []
 
     def _unknown_of(self, method: Method) -> list[tuple[str, str]]:
-        """Tasks of a method that has not chosen yet."""
+        """List the final tasks of a method whose setting is not chosen yet."""
         seeds = self.plan.config.seeds
         trains = len(seeds) - (self.plan.config.first_seed in seeds)
         return [(TRAIN, method.name)] * trains + [(part, method.name) for part in self._final_parts] * len(seeds)
@@ -192,11 +192,11 @@ class State:
         return (self.plan.cell_folder(cell) / DIVERGED).is_file()
 
     def choice(self, method: Method) -> tuple[bool, Setting | None]:
-        """The setting with the smallest perplexity on the validation part.
+        """Choose the setting with the smallest perplexity on the validation part.
 
         Returns:
-            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where nothing is
-            trained, or all have diverged.
+            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where
+            nothing is trained, or all have diverged.
         """
         if not method.is_searched:
             return True, method.settings[0] if method.settings else None
@@ -213,7 +213,7 @@ class State:
         return True, best[1] if best else None
 
     def idle_models(self) -> list[Path]:
-        """Runs whose models and checkpoints nothing needs any more, by ``keep``; those that still have them."""
+        """List the runs that still have models or checkpoints which nothing needs any more, by ``keep``."""
         if self.plan.config.keep == "all":
             return []
         needed: dict[Path, bool] = {}
@@ -236,7 +236,7 @@ class State:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Why the last try in a base's or cell's folder ended with an error; None: it did not."""
+    """Read the failure of the last try in a base's or cell's folder; None if it did not end with an error."""
     try:
         return read_json(folder / FAILED, Failure)
     except (OSError, ValueError):

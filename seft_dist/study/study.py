@@ -26,13 +26,13 @@ from seft_dist.training.writer_lock import PATIENCE, TakenError, only_writer
 def run_study(
     config: StudyConfig, scripts: Path, request: StopRequest, console: Console | None = None, launch: Launch = launch
 ) -> int:
-    """Run what a study lacks, and write what came out. Every run is a process of its own.
+    """Run the missing tasks of a study and write its results. Every run is a process of its own.
 
     Args:
         config: The study.
         scripts: Folder of launch/train.py and its like.
         request: Asks this process to stop: runs then save and end.
-        console: Where to tell about it; None: the terminal.
+        console: Console to print on; None: the terminal.
         launch: Starts a process.
 
     Returns:
@@ -77,9 +77,9 @@ def write(plan: Plan, state: State, survey: Survey, patience: float = 0.0) -> No
 
     Args:
         plan: The study.
-        state: Of it.
-        survey: Its newest.
-        patience: Seconds to wait for another runner that is writing them; after that they are left to it.
+        state: State of the study.
+        survey: The newest survey of it.
+        patience: Seconds to wait for another runner that is writing them; after that nothing is written.
     """
     with contextlib.suppress(TakenError), only_writer(plan.folder, patience):
         results = collect(state, survey)

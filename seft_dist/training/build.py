@@ -72,7 +72,7 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
 
 
 def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
-    """Refuse, before a model is loaded, what a comparison method would miss in the end.
+    """Refuse, before a model is loaded, a comparison method that would fail at its end.
 
     Raises:
         ValueError: A package is not installed, or the model cannot be pruned again.
@@ -179,13 +179,13 @@ def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
 
 
 def check_tokens(data: BatchStream, model: PreTrainedModel, ranks: Ranks) -> None:
-    """Check that the model has an embedding for every token of the data, and for its position if those are learned. Collective.
+    """Check that the model has embeddings for all tokens of the data, and for learned positions. Collective.
 
     Each rank looks at its share of the sequences.
 
     Args:
         data: This rank's batches.
-        model: What is trained.
+        model: The model that is trained.
         ranks: This process.
 
     Raises:

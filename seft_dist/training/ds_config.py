@@ -19,9 +19,9 @@ class DsConfig:
     """A ds_config, ready to use."""
 
     content: dict[str, Any]
-    """What DeepSpeed gets."""
+    """Settings for DeepSpeed."""
     optimizer: dict[str, Any]
-    """What SeftOptimizer gets: lr, betas, eps, weight_decay, max_grad_norm."""
+    """Arguments of SeftOptimizer: lr, betas, eps, weight_decay, max_grad_norm."""
 
     @property
     def stage(self) -> int:
@@ -49,7 +49,7 @@ class DsConfig:
 
 
 def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
-    """Read the ds_config and fill in what the run's own options say.
+    """Read the ds_config and fill in the batch sizes of the run's own options.
 
     Args:
         config: The run; its global batch is known.

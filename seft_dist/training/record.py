@@ -1,4 +1,4 @@
-"""What a run leaves for whoever wants the same result: the manifest always, the trace if it was asked for."""
+"""The exact record of a run, for repeating it: always the manifest, and the trace if the configuration has one."""
 
 from pathlib import Path
 
@@ -28,15 +28,15 @@ class Record:
         backend: str,
         ds: DsConfig | None,
     ) -> None:
-        """Write down the start of the run, or of its going on. Collective.
+        """Write down the start of the run or of a further attempt. Collective.
 
         Args:
             config: The run, resolved; its folder exists.
             ranks: This process.
             source: The model that training starts from.
-            method: What is trained, the steps of a checkpoint already restored.
-            origin: What the run is made from.
-            backend: What holds the weights, e.g. "zero3".
+            method: The method, the steps of a checkpoint already restored.
+            origin: Fingerprints of model and data.
+            backend: Backend that holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
         """
         self._method = method
@@ -64,7 +64,7 @@ class Record:
             step: Counted from 1.
             micro: This rank's batches.
             loss: Mean over the ranks.
-            tokens: Of this step, over all ranks.
+            tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
         """
         self._manifest.evolution(self._method.evolution)
@@ -75,7 +75,7 @@ class Record:
         """Record the end of a run that has done all its steps. Collective.
 
         Args:
-            loss: Of the last record of the metrics; None: there was no step.
+            loss: Loss of the last record of the metrics; None: there was no step.
         """
         self._manifest.finish(self._method.num_steps, loss, topology_hashes(self._method))
 
@@ -85,6 +85,6 @@ class Record:
             self._trace.sync()
 
     def close(self) -> None:
-        """End the files."""
+        """Close the files."""
         if self._trace is not None:
             self._trace.close()

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and going on from its newest checkpoint.
+"""The folder of a run: its files, a check before it is written to, and resuming from its newest checkpoint.
 
 config.yaml         the resolved configuration, written before step 1
 metrics.jsonl       see training/metrics.py
@@ -47,7 +47,7 @@ _FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a result: an empty or damaged one, as a full disk leaves it, is none."""
+    """Return whether a folder holds a run's result; an empty or damaged file, as a full disk leaves it, is none."""
     try:
         return bool(read_json(folder / RESULT, dict[str, Any]))
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def check_run_folder(config: TrainConfig) -> None:
             raise ValueError(
                 f"{folder} is not empty and holds no run: choose another output (found {', '.join(sorted(others)[:3])})"
             )
-    # What only the end of the run would meet
+    # Found now, since only the end of the run would run into it.
     for name in (*_FOLDERS, *_FILES):
         path = folder / name
         wrong = path.exists() and path.is_dir() != (name in _FOLDERS)
@@ -82,14 +82,14 @@ def check_run_folder(config: TrainConfig) -> None:
 
 
 def _left_by_a_start(path: Path) -> bool:
-    """True for what is in the folder before config.yaml is: a batch script's record, or what a killed start has left."""
+    """Return whether a path may exist before config.yaml: a batch script's record, or a killed start's file."""
     if path.name == CHECKPOINTS:
         return path.is_dir() and not any(path.iterdir())
     return path.name in (SLURM, LOCK, CONFIG + PART)
 
 
 def open_run_folder(config: TrainConfig) -> None:
-    """Save the configuration in the run's folder, and clear away what a killed attempt has left. On rank 0.
+    """Save the configuration in the run's folder, and remove what a killed attempt has left. On rank 0.
 
     Raises:
         ValueError: It cannot be written.
@@ -111,7 +111,7 @@ def open_run_folder(config: TrainConfig) -> None:
 
 
 def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Fill in the global batch: that of the run which goes on, else batch_size for each rank.
+    """Fill in the global batch: that of the run that is resumed, else batch_size for each rank.
 
     Args:
         config: The run.
@@ -133,9 +133,9 @@ def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
-    """Fill in the day that a chat template sees as today, if it looks at it. Collective.
+    """Fill in the day that a chat template sees as today, if the template uses it. Collective.
 
-    It is that of the run which goes on, else this day; so a run has the same tokens on every day it goes on.
+    It is that of the run that is resumed, else this day; so a run has the same tokens on every day.
 
     Args:
         config: The run.
@@ -164,46 +164,46 @@ def _day_of(config: TrainConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrigin:
-    """What a run is made from: if any of it were another, its steps would be another run's."""
+    """Fingerprints of a run's model and data: with others, its steps would be those of another run."""
 
     model: str
-    """From ``model_fingerprint``."""
+    """Fingerprint that ``model_fingerprint`` gives."""
     data: str
-    """From ``data_fingerprint``."""
+    """Fingerprint that ``data_fingerprint`` gives."""
     sequences: int
     global_batch: int
     seed: int
-    """Of the data order."""
+    """Seed of the data order."""
 
 
 def checkpoint_extra(config: TrainConfig, origin: RunOrigin, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the optimizer.
+    """Make the part of a checkpoint that is not the optimizer's.
 
     Args:
         config: The run.
-        origin: Is compared when the run goes on.
-        state: What the caller wants back from ``resume``; JSON.
+        origin: Fingerprints to compare when the run is resumed.
+        state: State of the caller that ``resume`` is to return; JSON.
     """
     return {"state": state, "origin": dataclasses.asdict(origin), "config": to_dict(config)}
 
 
 def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin) -> dict[str, Any] | None:
-    """Go on from the newest checkpoint that is whole, if there is one. Collective.
+    """Resume from the newest checkpoint that is whole, if there is one. Collective.
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
 
     Args:
         config: The run.
         ranks: This process.
-        method: A new one; afterwards it is that of the checkpoint.
-        origin: What it is made from.
+        method: A new method; it takes over the state of the checkpoint.
+        origin: Fingerprints of its model and data.
 
     Returns:
         The state given to ``checkpoint_extra``; None for a new run.
 
     Raises:
-        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more steps
-            are done than there are to be, or all checkpoints are damaged.
+        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more
+            steps are done than there are to be, or all checkpoints are damaged.
     """
     folder = Path(config.output) / CHECKPOINTS
     checkpoints = on_all_ranks(ranks, lambda: checkpoint.complete(folder))
@@ -225,12 +225,12 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin)
 
 
 def _check_new(folder: Path) -> None:
-    """A run that had checkpoints never begins anew by itself, not even at a later attempt."""
+    """Refuse to begin anew where all checkpoints are damaged, also at a later attempt."""
     damaged = sorted(path.name for path in folder.glob("damaged-*"))
     if damaged:
         raise ValueError(
-            f"all checkpoints in {folder} are damaged ({', '.join(damaged)}): restore one from a backup as step-*, or remove "
-            "the run's folder to begin anew"
+            f"all checkpoints in {folder} are damaged ({', '.join(damaged)}): restore one from a backup as step-*, or "
+            "remove the run's folder to begin anew"
         )
 
 
@@ -252,11 +252,11 @@ class _Extra(TypedDict):
 
 
 def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
-    """What ``checkpoint_extra`` gave, as a checkpoint holds it."""
+    """Check the part of a checkpoint that ``checkpoint_extra`` made."""
     if "origin" not in extra:
         raise ValueError(
-            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints of its "
-            "own, of this version; choose another output"
+            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints "
+            "of its own, of this version; choose another output"
         )
     return check_kind(extra, TypeAdapter(_Extra), f"extra of {path}")
 
@@ -264,12 +264,12 @@ def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
 def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     if then["model"] != now["model"]:
         raise ValueError(
-            f"{path} was made from another base model: its targets are those of this one, but other weights or settings in "
-            "config.json differ; load the pruned model it began with, or choose another output"
+            f"{path} was made from another base model: its targets are those of this one, but other weights or "
+            "settings in config.json differ; load the pruned model it began with, or choose another output"
         )
     other = [f"{key} is {now[key]}, was {then[key]}" for key in now if now[key] != then[key]]
     if other:
         raise ValueError(
-            f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use the "
-            "same data, seed and global_batch as before (any number of ranks will do), or another output"
+            f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use "
+            "the same data, seed and global_batch as before (any number of ranks will do), or another output"
         )

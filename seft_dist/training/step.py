@@ -28,7 +28,7 @@ from seft_dist.training.record import Record
 
 @dataclass
 class LocalStep:
-    """A step as this rank knows it, before the ranks have compared notes."""
+    """A step as this rank knows it, before the ranks have exchanged losses."""
 
     step: int
     loss: Tensor
@@ -40,7 +40,7 @@ class LocalStep:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know of each other after the backward pass of a step that is recorded; the same on every rank."""
+    """Facts that the ranks have exchanged after the backward pass of a recorded step; the same on every rank."""
 
     losses: list[float]
     """Mean over all loss tokens, for each step since the one that was recorded before."""
@@ -55,15 +55,15 @@ class Agreement:
 class Stepper:
     """Takes the optimizer steps of a run and records them.
 
-    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged only in steps
-    that are recorded or saved, or that change masks or supports; no other step waits for the device.
+    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged only in
+    steps that are recorded or saved, or that change masks or supports; no other step waits for the device.
     """
 
     def __init__(
         self, run: TrainingRun, metrics: Metrics, record: Record, request: StopRequest, saver: BackgroundSaver
     ) -> None:
         """Args:
-        run: What is trained.
+        run: The parts of the run.
         metrics: Gets loss, learning rate and speed.
         record: Gets the exact state, for comparisons of runs.
         request: Asks this rank to stop.
@@ -82,7 +82,7 @@ class Stepper:
             is_saved: True: a checkpoint follows.
 
         Returns:
-            What the ranks agreed on; None for a step in which they did not exchange anything but gradients.
+            Facts that the ranks have exchanged; None for a step in which they exchanged gradients only.
 
         Raises:
             FloatingPointError: A loss or gradient is not finite; the weights were not changed by this step.
@@ -123,7 +123,7 @@ def forward_backward(run: TrainingRun, micro_batches: list[Batch]) -> Tensor:
     Every loss token of the step weighs the same, whichever rank and micro-batch it falls into.
 
     Args:
-        run: What is trained.
+        run: The parts of the run.
         micro_batches: This rank's.
 
     Returns:
@@ -149,7 +149,7 @@ def forward_backward(run: TrainingRun, micro_batches: list[Batch]) -> Tensor:
 
 
 def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
-    """Mean loss of a micro-batch; without loss tokens any number that has a gradient, to be multiplied by 0."""
+    """Compute the mean loss of a micro-batch; without loss tokens any number with a gradient, to be multiplied by 0."""
     inputs = {key: value.to(run.ranks.device) for key, value in batch.items()}
     if loss_tokens:
         loss: Tensor = run.called(**inputs).loss
@@ -200,7 +200,7 @@ def update_weights(run: TrainingRun, step: int) -> float:
     """Set the learning rate and let the optimizer take its step. Collective.
 
     Args:
-        run: What is trained.
+        run: The parts of the run.
         step: Counted from 1.
 
     Returns:
@@ -238,10 +238,10 @@ def lr_factor(optim: AdamConfig, step: int, steps: int) -> float:
 
 
 def _seed_of_step(seed: int, step: int, rank: int) -> int:
-    """Random numbers of a step are a function of these three: a resumed run draws what the whole one would have."""
+    """Derive a step's seed from these three alone: a resumed run draws the numbers of the uninterrupted one."""
     return int.from_bytes(hashlib.sha256(f"step {seed} {step} {rank}".encode()).digest()[:8], "little", signed=True)
 
 
 def _count_tokens(micro_batches: list[Batch]) -> int:
-    """Number of tokens that this rank processes in a step; batches without loss tokens only fill up a step."""
+    """Count the tokens that this rank processes in a step; batches without loss tokens only fill up a step."""
     return sum(int(batch["attention_mask"].sum()) for batch in micro_batches if count_loss_tokens(batch))

@@ -40,8 +40,8 @@ class Trace:
 
     def __init__(self, folder: Path, seft: SeftOptimizer, ranks: Ranks) -> None:
         """Args:
-        folder: Of the run.
-        seft: What is trained; the steps that it has done already stay in the file, later ones of an earlier attempt are
+        folder: Folder of the run.
+        seft: The optimizer; the steps that it has done already stay in the file, later ones of an earlier attempt are
             removed.
         ranks: This process; rank 0 writes.
 
@@ -67,7 +67,7 @@ class Trace:
             step: Counted from 1.
             micro: This rank's batches.
             loss: Mean over the ranks.
-            tokens: Of this step, over all ranks.
+            tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
         """
         seft = self._seft
@@ -76,7 +76,7 @@ class Trace:
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()
         near = seft.sparse_state.near_ties
-        if moved:  # those of a window's candidates are counted in an earlier step, and told with the evolution
+        if moved:  # ties of a window's candidates are counted in an earlier step, and written with the evolution
             seft.sparse_state.near_ties = [0] * len(table)
         if self._lines is None:
             return
@@ -101,7 +101,7 @@ class Trace:
         self._lines.add(record)
 
     def _rows(self, moved: bool) -> Tensor:
-        """This rank's terms, int64 [targets, 4 + 3 BUCKETS]."""
+        """Compute this rank's terms of the hashes and sketches, int64 [targets, 4 + 3 BUCKETS]."""
         seft = self._seft
         if moved or self._masks is None:
             self._masks = [
@@ -127,15 +127,15 @@ class Trace:
             self._lines.sync()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         if self._lines is not None:
             self._lines.close()
 
 
 def hash_of_batch(batch: Batch) -> Tensor:
-    """Hash of the sequences of a batch, int64 [] on the CPU; their order and padding do not show.
+    """Hash the sequences of a batch, int64 [] on the CPU; their order and padding change nothing.
 
-    A sequence without any label to learn adds nothing: a rank for which a step has none left gets such a one.
+    A sequence without a loss token adds nothing: a rank for which a step has no sequence left gets such a one.
     """
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     there = batch["attention_mask"].cpu() if "attention_mask" in batch else torch.ones_like(ids)
@@ -146,7 +146,7 @@ def hash_of_batch(batch: Batch) -> Tensor:
 
 
 def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a run's trace, floats as floats; none if there is no trace.
+    """Read the steps of a run's trace, floats as floats; none if there is no trace.
 
     Raises:
         ValueError: A line cannot be read.

@@ -136,9 +136,9 @@ def fit(
     """Take all optimizer steps that are left, and save checkpoints. Collective.
 
     Args:
-        run: What is trained.
+        run: The parts of the run.
         data: This rank's micro-batches.
-        origin: What the run is made from; goes into the checkpoints.
+        origin: Fingerprints of model and data, for the checkpoints.
         metrics: Gets loss, learning rate and speed of every step.
         record: Gets the exact state after each recorded step.
         request: Asks this rank to stop.
