@@ -9,7 +9,7 @@ from typing import Any
 
 from seft_dist.results.run_files import how_measured, read_evaluations, read_result, unlike
 from seft_dist.study.folder import read_record
-from seft_dist.study.methods import Method
+from seft_dist.study.methods import StudyMethod
 from seft_dist.study.options import as_text
 from seft_dist.study.plan import FORGETTING, TEST, VALIDATION, Cell, Plan
 from seft_dist.study.results import FORMAT, Results, Row, RunRow, Search, Tried
@@ -27,12 +27,12 @@ def collect(state: State, survey: Survey) -> Results:
     """
     plan, record = state.plan, read_record(state.plan.folder)
     cells = {method.name: _final_cells(state, method) for method in plan.methods}
-    runs = {name: [_run_row(state, cell) for cell in of] for name, of in cells.items()}
+    runs = {name: [_run_row(state, cell) for cell in method_cells] for name, method_cells in cells.items()}
     reference = plan.config.default_reference
     made = {
         cell.label: made_with(plan.run_folder(cell))
-        for of in cells.values()
-        for cell in of
+        for method_cells in cells.values()
+        for cell in method_cells
         if cell.config is not None and state.finished(plan.run_folder(cell))
     }
     return Results(
@@ -51,13 +51,13 @@ def collect(state: State, survey: Survey) -> Results:
         made_with=next(iter(made.values()), {}),
         rows=[_row(plan, method, runs[method.name], runs[reference], survey) for method in plan.methods],
         searches=[_search(state, method) for method in plan.methods if method.settings],
-        runs=[row for of in runs.values() for row in of],
+        runs=[row for rows in runs.values() for row in rows],
         parts=record["parts"],
         starts=record["starts"],
     )
 
 
-def _final_cells(state: State, method: Method) -> list[Cell]:
+def _final_cells(state: State, method: StudyMethod) -> list[Cell]:
     is_known, setting = state.choice(method)
     if not is_known or (setting is None and method.settings):
         return []
@@ -102,7 +102,7 @@ def _status(state: State, cell: Cell, part: str) -> str:
     return "failed" if read_failure(state.plan.cell_folder(cell)) is not None else "missing"
 
 
-def _row(plan: Plan, method: Method, runs: list[RunRow], reference: list[RunRow], survey: Survey) -> Row:
+def _row(plan: Plan, method: StudyMethod, runs: list[RunRow], reference: list[RunRow], survey: Survey) -> Row:
     done = [run for run in runs if run["status"] == "finished"]
     steps = [run["seconds"] / run["steps"] for run in done if run["seconds"] is not None and run["steps"]]
     chosen = survey.chosen.get(method.name)
@@ -152,7 +152,7 @@ def _versus(runs: Sequence[RunRow], reference: Sequence[RunRow]) -> Difference |
     return difference([float(own[seed] or 0) for seed in seeds], [float(others[seed] or 0) for seed in seeds])
 
 
-def _search(state: State, method: Method) -> Search:
+def _search(state: State, method: StudyMethod) -> Search:
     is_known, setting = state.choice(method)
     tried = []
     for one, cell in zip(method.settings, state.plan.search_cells(method), strict=bool(method.is_searched)):
@@ -180,8 +180,8 @@ def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[s
     for part in (part for part in (TEST, FORGETTING) if part in state.plan.measures):
         how = {
             cell.label: how_measured(read_evaluations(state.plan.measured_file(cell, part)), MEASURED)
-            for of in cells.values()
-            for cell in of
+            for method_cells in cells.values()
+            for cell in method_cells
             if state.measured(cell, part) is not None
         }
         if apart := unlike(how):

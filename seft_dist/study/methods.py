@@ -46,7 +46,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Method:
+class StudyMethod:
     """One row of the tables."""
 
     name: str
@@ -79,7 +79,7 @@ class Method:
         return texts
 
 
-def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
+def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
     """Make every run's configuration, except folders and seeds.
 
     Args:
@@ -106,7 +106,7 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
                 raise ValueError(
                     f"{what} trains nothing, but has {', '.join(own.keys() - {'method'})}: needs only base"
                 )
-            methods.append(Method(name, base, {}, {}, []))
+            methods.append(StudyMethod(name, base, {}, {}, []))
             continue
         grid = {key: list(value) for key, value in own.items() if isinstance(value, list)}
         options = {key: value for key, value in own.items() if key not in grid}
@@ -117,7 +117,7 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             settings.append(Setting(point, _config_of(config, shared | options | point, train, read, what)))
-        methods.append(Method(name, base, options, grid, settings))
+        methods.append(StudyMethod(name, base, options, grid, settings))
     _refuse_unequal(config, methods)
     return methods
 
@@ -160,7 +160,7 @@ def _config_of(
     return read(arguments(saves | given | own), name)
 
 
-def _refuse_unequal(config: StudyConfig, methods: list[Method]) -> None:
+def _refuse_unequal(config: StudyConfig, methods: list[StudyMethod]) -> None:
     sizes = {method.name: len(method.settings) for method in methods if method.settings}
     if len(set(sizes.values())) > 1 and not config.unequal_grids:
         sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -14,7 +14,7 @@ from typing import Any
 
 from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
 from seft_dist.session.cli import option_reader, to_dict
-from seft_dist.study.methods import Method, Setting, with_seed
+from seft_dist.study.methods import Setting, StudyMethod, with_seed
 from seft_dist.study.options import arguments, changed_options, flatten
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
@@ -74,7 +74,7 @@ class Plan:
     config: StudyConfig
     folder: Path
     bases: dict[str, Base]
-    methods: list[Method]
+    methods: list[StudyMethod]
     measures: dict[str, Measure]
     digests: dict[str, str]
     """Hashes of the contents of bases and parts, by "base NAME" and "part NAME"."""
@@ -83,12 +83,12 @@ class Plan:
     names: dict[str, str] = field(default_factory=dict)
     """Names of cells by the hashes in them."""
 
-    def search_cells(self, method: Method) -> list[Cell]:
+    def search_cells(self, method: StudyMethod) -> list[Cell]:
         """Return the runs among which a setting is chosen, in the order of ``method.settings``; none without a choice."""
         seed = self.config.first_seed
         return [self.cell(method, setting, seed) for setting in method.settings] if method.is_searched else []
 
-    def final_cells(self, method: Method, setting: Setting | None) -> list[Cell]:
+    def final_cells(self, method: StudyMethod, setting: Setting | None) -> list[Cell]:
         """Return the runs that are measured on the test part.
 
         Args:
@@ -99,14 +99,14 @@ class Plan:
             return [self.cell(method, None, None)]
         return [self.cell(method, setting, seed) for seed in self.config.seeds]
 
-    def cell(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
+    def cell(self, method: StudyMethod, setting: Setting | None, seed: int | None) -> Cell:
         """Return the cell of a setting with a seed, its run's configuration complete except the folder."""
         key = (method.name, setting.text if setting else "-", seed)
         if key not in self.cells:
             self.cells[key] = self._make(method, setting, seed)
         return self.cells[key]
 
-    def _make(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
+    def _make(self, method: StudyMethod, setting: Setting | None, seed: int | None) -> Cell:
         base = self.bases[method.base]
         if setting is None or seed is None:
             name = self._named(f"none-{base.name}", {"base": self.digests[f"base {base.name}"]})

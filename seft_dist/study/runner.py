@@ -130,12 +130,12 @@ class Runner:
                 ended = self._reap()
                 if self._request.number and not stopping:
                     stopping = True
-                    for one in self._running:
-                        one.process.terminate()
+                    for running in self._running:
+                        running.process.terminate()
                 if ended or time.monotonic() > looked + _SURVEY_EVERY:
                     survey, looked = self.state.survey(), time.monotonic()
                     taken = 0 if stopping else self._start(survey)
-                self._progress.show(survey, [(one.task, one.since) for one in self._running], taken)
+                self._progress.show(survey, [(running.task, running.since) for running in self._running], taken)
                 if ended:
                     for task, seconds, how in ended:
                         self._progress.ended(task, seconds, how)
@@ -147,9 +147,9 @@ class Runner:
                     return list(self._failed.values())
                 time.sleep(_POLL)
         finally:
-            for one in self._running:  # only after an error, or a second Ctrl-C
-                one.process.kill()
-                one.lock.close()
+            for running in self._running:  # only after an error, or a second Ctrl-C
+                running.process.kill()
+                running.lock.close()
 
     def _start(self, survey: Survey) -> int:
         """Start as many tasks as there is room for; returns how many are being run by others, as far as it looked."""
@@ -157,7 +157,7 @@ class Runner:
         for task in survey.ready:
             if len(self._running) >= self.plan.config.jobs:
                 break
-            if any(one.task.folder == task.folder for one in self._running) or self._has_failed(task):
+            if any(running.task.folder == task.folder for running in self._running) or self._has_failed(task):
                 continue
             lock = self._claim(task)
             if lock is None:
@@ -197,7 +197,7 @@ class Runner:
     def _begin(self, task: Task, lock: ExitStack) -> None:
         if task.kind == TRAIN and task.cell is not None:
             self.state.begin_anew(self.plan.run_folder(task.cell))
-        slot = min(set(range(self.plan.config.jobs)) - {one.slot for one in self._running})
+        slot = min(set(range(self.plan.config.jobs)) - {running.slot for running in self._running})
         command = self._command(task, slot)
         (task.folder / FAILED).unlink(missing_ok=True)
         self._starts[task.key] = self._starts.get(task.key, 0) + 1
@@ -230,33 +230,33 @@ class Runner:
     def _reap(self) -> list[tuple[Task, float, str]]:
         """Find the processes that have ended: their tasks, seconds and outcomes."""
         ended = []
-        for one in list(self._running):
-            code = one.process.poll()
+        for running in list(self._running):
+            code = running.process.poll()
             if code is None:
                 continue
-            self._running.remove(one)
-            self._record(one, code)
-            ended.append((one.task, time.time() - one.since, self._note_outcome(one, code)))
-            one.lock.close()
+            self._running.remove(running)
+            self._record(running, code)
+            ended.append((running.task, time.time() - running.since, self._note_outcome(running, code)))
+            running.lock.close()
         return ended
 
-    def _record(self, one: RunningTask, code: int) -> None:
+    def _record(self, running: RunningTask, code: int) -> None:
         line = {
-            "task": one.task.kind,
-            "method": one.task.method,
-            "command": shlex.join(one.command),
+            "task": running.task.kind,
+            "method": running.task.method,
+            "command": shlex.join(running.command),
             "host": socket.gethostname(),
-            "began": datetime.fromtimestamp(one.since, timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - one.since, 1),
+            "began": datetime.fromtimestamp(running.since, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - running.since, 1),
             "code": code,
             "jobs": self.plan.config.jobs,
         }
-        with (one.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
+        with (running.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _note_outcome(self, one: RunningTask, code: int) -> str:
+    def _note_outcome(self, running: RunningTask, code: int) -> str:
         """Record the outcome of a task, and return it in words."""
-        task = one.task
+        task = running.task
         if self.state.is_done(task):
             return DONE
         if task.kind == TRAIN and code and task.cell is not None and has_diverged(self.plan.run_folder(task.cell)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from seft_dist.files.reading import read_json
 from seft_dist.results.run_files import Model, read_evaluations
-from seft_dist.study.methods import Method, Setting
+from seft_dist.study.methods import Setting, StudyMethod
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
 from seft_dist.study.results import Failure
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
@@ -121,10 +121,10 @@ class State:
     def _final_parts(self) -> list[str]:
         return [part for part in (TEST, FORGETTING) if part in self.plan.measures]
 
-    def _final_of(self, method: Method, setting: Setting | None) -> list[Cell]:
+    def _final_of(self, method: StudyMethod, setting: Setting | None) -> list[Cell]:
         return self.plan.final_cells(method, setting) if setting is not None or not method.settings else []
 
-    def _unknown_of(self, method: Method) -> list[tuple[str, str]]:
+    def _unknown_of(self, method: StudyMethod) -> list[tuple[str, str]]:
         """List the final tasks of a method whose setting is not chosen yet."""
         seeds = self.plan.config.seeds
         trains = len(seeds) - (self.plan.config.first_seed in seeds)
@@ -191,7 +191,7 @@ class State:
         """Tell whether a run ended because a loss or gradient was not finite."""
         return (self.plan.cell_folder(cell) / DIVERGED).is_file()
 
-    def choice(self, method: Method) -> tuple[bool, Setting | None]:
+    def choice(self, method: StudyMethod) -> tuple[bool, Setting | None]:
         """Choose the setting with the smallest perplexity on the validation part.
 
         Returns:
