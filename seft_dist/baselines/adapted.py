@@ -68,7 +68,7 @@ class Adapted(Baseline):
                 factor = self.factor(values[f"{name}.A"], values[f"{name}.B"])
                 merged = self.combined(held.float(), factor.view(-1)[start : start + held.numel()])
                 keep_active_(merged, held != 0, held.dtype)
-                merged.masked_fill_(held == 0, 0.0)  # without a sign
+                merged.masked_fill_(held == 0, 0.0)  # no -0.0
                 held.copy_(cast_weight(merged, held.dtype)[0])
                 del target.forward
         return {}
@@ -99,7 +99,7 @@ class Spp(Adapted):
         return (rank, columns), (rows, 1)
 
     def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        each = torch.arange(len(b), device=b.device) * len(a) // len(b)  # which row of A a row of the weight has
+        each = torch.arange(len(b), device=b.device) * len(a) // len(b)  # row of A for each row of the weight
         return a[each] * b * self.scale
 
     @staticmethod

@@ -177,9 +177,9 @@ class Baseline(ABC):
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
                 "keeping zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
             )
-        check_pattern(backend, self.config.seft, masks)  # if it has one
+        check_pattern(backend, self.config.seft, masks)  # does nothing without a pattern
 
-    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # nothing to do is right for all
+    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # doing nothing is right for all methods
         """Do nothing: gradients are exchanged in ``step()``, or by FSDP2 in every backward pass."""
 
     def moves(self, step: int) -> bool:

@@ -22,7 +22,7 @@ from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"
 """Folder of a run with what lora has trained, as PEFT reads it."""
-_NAME = "default"  # PEFT's for the only adapter
+_NAME = "default"  # PEFT's name for the only adapter
 
 
 def check_peft() -> None:

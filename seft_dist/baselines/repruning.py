@@ -66,9 +66,9 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
     config, backend = method.config, method.backend
     folder, ranks = ending.folder / MERGED, backend.owners
     if ending.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was stopped here
+        shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that was stopped here
     export_model(method.model, backend.full, folder, ending.source, writes=ending.is_main, targets=method.target_names)
-    ranks.sum(torch.zeros(1))  # nobody reads before it is there
+    ranks.sum(torch.zeros(1))  # no rank reads before the folder is there
     merged = StreamedModel(open_source(ModelConfig(path=str(folder))), ending.device)
     before = StreamedModel(ending.source, torch.device("cpu"))
     targets = merged.find_targets(config.seft.targets)
@@ -93,7 +93,7 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
     )
     for name, weight in pruner.pruned():
         yield name, from_rows(targets[name], weight)
-    ranks.sum(torch.zeros(1))  # everybody has read it
+    ranks.sum(torch.zeros(1))  # every rank has read it
     if ending.is_main:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -166,7 +166,7 @@ class _Parser(ArgumentParser):
             self._file = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if len(message) > _LONGEST_MESSAGE:  # it may repeat a whole file
+        if len(message) > _LONGEST_MESSAGE:  # the message may repeat a whole file
             message = message[:_LONGEST_MESSAGE] + " ..."
         if getattr(self, "_file", ""):
             message = f"{self._file}: {message}"
@@ -238,7 +238,7 @@ def _is_first_to_report() -> bool:
     if dist is not None and dist.is_available() and dist.is_initialized():
         try:
             return bool(dist.distributed_c10d._get_default_store().add("seft_dist/error", 1) == 1)
-        except RuntimeError:  # the store went down with a rank that failed before, and said so
+        except RuntimeError:  # the store has ended with a rank that failed earlier and has reported it
             return False
     from seft_dist.session.distributed import find_ranks
 
@@ -252,5 +252,5 @@ def _raised_in(error: BaseException) -> str:
     """Name the line that raised an error outside our own code: its message alone may not show the cause."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()
-    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the door itself
+    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the program itself
     return "" if ours else f"\n(raised in {frame.filename}:{frame.lineno})"

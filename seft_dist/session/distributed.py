@@ -128,7 +128,7 @@ def start(
         )
         distributed_c10d._set_pg_timeout(limit)
         distributed_c10d._get_default_store().set_timeout(limit)
-        # The groups of a device mesh (HSDP) and of DeepSpeed take these, whatever the default group has: 30 minutes
+        # Groups of a device mesh (HSDP) and of DeepSpeed take these defaults, 30 minutes, not those of the default group.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_machine())
@@ -139,7 +139,7 @@ def start(
     return ranks
 
 
-# Variables that may change a result, or say how it was made; none of them holds a secret.
+# Variables that may change a result or show how it was made; none of them holds a secret.
 _REPORTED_PREFIXES = (
     "OMP_",
     "MKL_",
@@ -192,11 +192,13 @@ def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in env:
         return (parent,)
-    if "CROSS_RANK" not in env:  # set by deepspeed's process on each machine, itself started by what the user started
+    if (
+        "CROSS_RANK" not in env
+    ):  # deepspeed's process on each machine sets it; that process is a child of the one that the user started
         return ()
     try:
         stat = Path(f"/proc/{parent}/stat").read_text()
-    except OSError:  # the parent has ended in this moment, or this is no Linux
+    except OSError:  # the parent has just ended, or this is not Linux
         return (os.getppid(),)
     return parent, int(stat.rpartition(")")[2].split()[1])
 
@@ -281,6 +283,6 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
     # DeepSpeed calls collectives by the names they had before torch 2.13: nothing that its user could change.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if ranks.device.type == "cpu":
-        # Else the first init compiles a shared-memory extension: minutes, and a lock that blocks later runs if killed.
+        # Otherwise the first init compiles a shared-memory extension, which takes minutes and, if killed, leaves a lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)

@@ -34,7 +34,7 @@ def versions() -> dict[str, str | None]:
     """Find the versions of Python, the libraries, CUDA, NCCL and the driver; None for what is not there."""
     installed: dict[str, str | None] = {"python": platform.python_version(), "seft_dist": _version("seft_dist")}
     installed |= {name: _version(name) for name in _PACKAGES}
-    installed["torch"] = torch.__version__  # with the build, e.g. +cpu
+    installed["torch"] = torch.__version__  # includes the build, e.g. +cpu
     installed["cuda"] = torch.version.cuda
     has_gpu = torch.cuda.is_available()
     installed["cudnn"] = str(torch.backends.cudnn.version()) if has_gpu else None

@@ -112,13 +112,15 @@ def _has_terminal() -> bool:
 def _is_task_of_slurm() -> bool:
     try:
         return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
 
 
 def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
     """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
-    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:  # torchrun, deepspeed: one agent for each outer task
+    if (
+        "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env
+    ):  # torchrun and deepspeed start one agent for each outer task
         return
     for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
         if not _complete(env, launcher, rank, world_size, local_rank):

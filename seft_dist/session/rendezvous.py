@@ -109,7 +109,7 @@ def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: floa
             return
         except dist.DistNetworkError:
             raise
-        except dist.DistError:  # so far nobody was lost
+        except dist.DistError:  # a timeout: no rank was lost so far
             pass
         missing = [rank for rank in range(meeting.world_size) if not store.check([f"{_HERE}{rank}"])]
         if time.monotonic() >= end and missing:

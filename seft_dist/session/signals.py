@@ -42,7 +42,7 @@ class StopRequest:
             find_launcher: Finds its processes; gives others when one has ended.
         """
         self._find_launcher, self._launcher = find_launcher, find_launcher()
-        # One that ended while this process was starting
+        # Compare with the parents at the start, so that a launcher that has ended since is noticed.
         self._launcher = self._ancestors[: len(self._launcher)]
 
     @property

@@ -115,7 +115,7 @@ def _quality(results: Results, name: str, axes: "Axes") -> bool:
         if min(means) - _FAR * range_ <= value <= max(means) + _FAR * range_:
             label = f"{row['method']} (nothing trained)"
             handles.append(axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.5, label=label))
-        else:  # a line there would press all methods into one
+        else:  # a line there would squeeze all methods together
             handles += axes.plot([], [], " ", label=f"{row['method']}: {value:,.4g} (outside)")
     axes.set(
         title=f"{results['name']}: quality and cost",

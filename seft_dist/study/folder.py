@@ -128,7 +128,7 @@ def _read_known(folder: Path) -> _Record | None:
     if not (folder / RECORD).exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output={folder} is a file: needs a folder")
-        # left by a start that was killed, or by a batch script
+        # These may be left by a start that was killed, or by a batch script.
         left = (LOCK, DATA, WORKERS, "code-")
         others = [path.name for path in folder.iterdir() if not path.name.startswith(left)] if folder.is_dir() else []
         if others:
@@ -190,7 +190,7 @@ def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Rec
 
 def _hash_of_files(stamp: list[list[Any]]) -> str:
     if not stamp:
-        return ""  # whoever loads the model says what is wrong
+        return ""  # loading the model will report what is wrong
     digest = hashlib.sha256()
     for name, _, _ in stamp:
         with open(name, "rb") as file:

@@ -92,7 +92,9 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
     read = option_reader(TrainConfig)
     shared = flatten(config.train, "train")
     _refuse_own(shared, "train")
-    shared = {key: value for key, value in shared.items() if not key.startswith("data.")}  # in ``train`` already
+    shared = {
+        key: value for key, value in shared.items() if not key.startswith("data.")
+    }  # they are part of ``train`` already
     methods = []
     for name, entry in config.methods.items():
         what = f"methods.{name}"
@@ -181,7 +183,7 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
     for field in dataclasses.fields(config):
         inner: Any = getattr(config, field.name)
         if dataclasses.is_dataclass(inner) and not isinstance(inner, type) and hasattr(inner, "seed"):
-            # A configuration refuses what its method does not read
+            # A configuration refuses a setting that its method does not read.
             with contextlib.suppress(ValueError):
                 changes: dict[str, Any] = {field.name: dataclasses.replace(inner, seed=seed)}
                 config = dataclasses.replace(config, **changes)

@@ -125,7 +125,7 @@ class Plan:
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
         digest = digest_of(identity)
-        if digest not in self.names:  # else two methods have a run in common
+        if digest not in self.names:  # otherwise two methods share a run
             known = next((self.folder / CELLS).glob(f"*-{digest}"), None)
             label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:_LONGEST_NAME]
             self.names[digest] = known.name if known else f"{label}-{digest}"
@@ -210,7 +210,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
             continue
         own = changed_options(parts[part], "data.")
         options = own | {key: value for key, value in given.items() if key not in tasks or part == TEST}
-        if part == FORGETTING:  # its own kind and columns
+        if part == FORGETTING:  # it has its own kind and columns
             kept = {
                 key: value for key, value in options.items() if not key.startswith("data.") or key == "data.seq_len"
             }

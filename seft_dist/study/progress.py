@@ -34,7 +34,7 @@ class Durations:
                     key = (str(line["task"]), str(line["method"]))
                     sums[key] = sums.get(key, 0.0) + float(line["seconds"])
                 except (ValueError, KeyError, TypeError):
-                    continue  # cut by a kill
+                    continue  # the line was cut when its runner was killed
             for (kind, method), seconds in sums.items():
                 self.add(kind, method, seconds)
 

@@ -44,7 +44,7 @@ SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
 _SURVEY_EVERY = 2.0  # seconds between two surveys of what other runners have done
 _TABLES_EVERY = 10.0  # seconds between two writings of the tables
-_MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
+_MOST_STARTS = 3  # most starts of a task that ends neither with a result nor with an error
 
 
 class Process(Protocol):
@@ -176,7 +176,7 @@ class Runner:
         failure = read_failure(task.folder)
         if failure is None or failure["when"] < self._since or failure["task"] != task.kind:
             return False
-        self._failed[task.key] = failure  # in another runner, a moment ago
+        self._failed[task.key] = failure  # it has just failed in another runner
         return True
 
     def _claim(self, task: Task) -> ExitStack | None:
@@ -184,7 +184,7 @@ class Runner:
         with ExitStack() as stack:
             try:
                 stack.enter_context(only_writer(task.folder, 0))
-                if task.cell is not None:  # a run whose runner was killed
+                if task.cell is not None:  # the run may go on although its runner was killed
                     with only_writer(self.plan.run_folder(task.cell), 0):
                         pass
             except TakenError:

@@ -52,7 +52,7 @@ def write_diagnosis(
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
     except OSError:
-        return None  # the error itself is what must be seen
+        return None  # a full disk must not hide the error itself
     goes_on = f"the same command goes on from {newest}" if newest else "no checkpoint was written yet"
     print(f"rank {ranks.rank}: stopped after step {method.num_steps}: {path}; {goes_on}", file=sys.stderr, flush=True)
     return path

@@ -43,7 +43,7 @@ class DsConfig:
 
         try:
             DeepSpeedConfig(copy.deepcopy(self.content))
-        except Exception as error:  # assertions, its own and pydantic's errors, whatever a wrong type leads to
+        except Exception as error:  # DeepSpeed raises assertions, pydantic's errors and whatever a wrong type leads to
             reason = " ".join(str(error).split())
             raise ValueError(f"DeepSpeed refuses the ds_config: {type(error).__name__}: {reason[:400]}") from error
 

@@ -22,10 +22,10 @@ from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.method import Method
 
-_PIECE = 1 << 24  # values that a rank reads at a time
+_PIECE = 1 << 24  # number of values that a rank reads at a time
 _CACHED = 1 << 14  # values hashed at a time, so few that they stay in the cache
 _SEQUENCES = 1 << 14
-# Entries of config.json that say how the file came to be, or what loading and training set anew
+# Entries of config.json that describe how the file was made, or that loading and training overwrite.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
 _OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM does not have

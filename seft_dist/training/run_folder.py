@@ -97,7 +97,7 @@ def open_run_folder(config: TrainConfig) -> None:
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, to_yaml(config))  # first: it says that the folder is a run's
+        write_text(folder / CONFIG, to_yaml(config))  # first, since this file marks the folder as a run's
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
         if (folder / RESULT).exists():
             print_line(
@@ -106,7 +106,7 @@ def open_run_folder(config: TrainConfig) -> None:
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
     checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
-    for name in (MODEL, ADAPTER, MERGED):  # of an attempt that was stopped while it exported
+    for name in (MODEL, ADAPTER, MERGED):  # left by an attempt that was stopped while it exported
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -127,7 +127,7 @@ def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
         try:
             global_batch = _check_extra(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
             break
-        except ValueError:  # resume() says what is wrong with it
+        except ValueError:  # resume() reports what is wrong with it
             continue
     return dataclasses.replace(config, global_batch=global_batch)
 
@@ -147,7 +147,9 @@ def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
     """
     if config.data.date is not None or not uses_date(tokenizer):
         return config
-    day = broadcast_object(ranks, _day_of(config) if ranks.is_main else "")  # midnight may be between two ranks
+    day = broadcast_object(
+        ranks, _day_of(config) if ranks.is_main else ""
+    )  # two ranks may start before and after midnight
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
@@ -155,7 +157,7 @@ def _day_of(config: TrainConfig) -> str:
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
             day = checkpoint.read_manifest(path)["extra"]["config"]["data"]["date"]
-        except (ValueError, KeyError, TypeError):  # resume() says what is wrong with it
+        except (ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
             continue
         if isinstance(day, str):
             return day

@@ -88,7 +88,8 @@ class Stepper:
             FloatingPointError: A loss or gradient is not finite; the weights were not changed by this step.
         """
         run, config = self._run, self._run.config
-        torch.manual_seed(_seed_of_step(config.seed, step, run.ranks.rank))  # of dropout; nothing to save
+        # For dropout. It is derived anew in each step, so that no checkpoint needs the state of a generator.
+        torch.manual_seed(_seed_of_step(config.seed, step, run.ranks.rank))
         loss = forward_backward(run, micro_batches)
         self._unrecorded.append(LocalStep(step, loss, _count_tokens(micro_batches)))
 
@@ -141,9 +142,9 @@ def forward_backward(run: TrainingRun, micro_batches: list[Batch]) -> Tensor:
         if run.engine is None:
             loss.backward()
         else:
-            run.engine.backward(loss * len(micro_batches))  # divides by their number
+            run.engine.backward(loss * len(micro_batches))  # the engine divides by their number
             if not is_last:
-                run.engine.step()  # only counts micro-batches here
+                run.engine.step()  # before the last one it only counts micro-batches
         total += loss.detach().float()
     return total
 
@@ -207,9 +208,9 @@ def update_weights(run: TrainingRun, step: int) -> float:
         The learning rate it used.
     """
     group = run.method.param_groups[0]
-    if run.scheduler is None:  # else DeepSpeed's scheduler has set it
+    if run.scheduler is None:  # otherwise DeepSpeed's scheduler has set it
         group["lr"] = run.peak_lr * lr_factor(run.config.optim, step, run.config.steps)
-    lr = float(group["lr"])  # of this step: the engine's scheduler moves on at the end of it
+    lr = float(group["lr"])  # read now: the engine's scheduler changes it at the end of the step
     if run.engine is not None:
         run.engine.step()
     else:

@@ -68,7 +68,7 @@ def _read(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], bool]:
     lines: dict[int, tuple[str, dict[str, Any]]] = {}
     last, damaged = 0, False
     for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if not raw.endswith(b"\n"):  # cut when the run was stopped
+        if not raw.endswith(b"\n"):  # the line was cut when the run was stopped
             continue
         try:
             record = json.loads(raw)

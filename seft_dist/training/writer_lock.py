@@ -70,7 +70,7 @@ def _made(folder: Path) -> Iterator[None]:
     """Make a folder and those above it, and at the end remove those of them that are empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        if not folder.exists():  # a file is refused by whoever knows what it should be
+        if not folder.exists():  # if it is a file, check_run_folder refuses it with a better message
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output={folder} cannot be made: {error}") from error
@@ -78,7 +78,7 @@ def _made(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # not empty: the run's
+            with contextlib.suppress(OSError):  # a folder that is not empty belongs to the run
                 path.rmdir()
 
 
@@ -92,7 +92,7 @@ def _locked_file(folder: Path, deadline: float) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # first: whoever opened it before finds out in _lock that it is gone
+        path.unlink(missing_ok=True)  # before closing: a process that has opened it finds in _lock that it is gone
         os.close(handle)
 
 
@@ -100,7 +100,7 @@ def _lock(path: Path, deadline: float) -> int:
     """Open and lock a file, waiting for the process that has it, and return its descriptor."""
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # its maker may have removed it again
+            path.parent.mkdir(parents=True, exist_ok=True)  # the process that made it may have removed it again
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ValueError(f"output={path.parent} cannot be written: {error}") from error
@@ -129,7 +129,7 @@ def _lock(path: Path, deadline: float) -> int:
             os.truncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return handle
-        os.close(handle)  # its owner has ended and removed it in this moment
+        os.close(handle)  # its owner has just ended and removed it
 
 
 def _is_at(handle: int, path: Path) -> bool:
