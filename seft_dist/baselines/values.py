@@ -187,6 +187,5 @@ def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
     """
     least = torch.full((), least_size(dtype), dtype=values.dtype, device=values.device)
     lost = (values.abs() < least) & active
-    values.copy_(
-        torch.where(lost, torch.copysign(least, values), values)
-    )  # indexing by a mask would wait for the device
+    # Not values[lost] = ...: indexing by a mask would wait for the device.
+    values.copy_(torch.where(lost, torch.copysign(least, values), values))

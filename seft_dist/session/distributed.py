@@ -192,9 +192,8 @@ def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in env:
         return (parent,)
-    if (
-        "CROSS_RANK" not in env
-    ):  # deepspeed's process on each machine sets it; that process is a child of the one that the user started
+    # deepspeed's process on each machine sets it; that process is a child of the one that the user started.
+    if "CROSS_RANK" not in env:
         return ()
     try:
         stat = Path(f"/proc/{parent}/stat").read_text()

@@ -118,9 +118,8 @@ def _is_task_of_slurm() -> bool:
 
 def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
     """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
-    if (
-        "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env
-    ):  # torchrun and deepspeed start one agent for each outer task
+    # torchrun and deepspeed start one agent for each outer task, whose variables remain.
+    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
         return
     for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
         if not _complete(env, launcher, rank, world_size, local_rank):

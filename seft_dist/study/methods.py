@@ -92,9 +92,8 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
     read = option_reader(TrainConfig)
     shared = flatten(config.train, "train")
     _refuse_own(shared, "train")
-    shared = {
-        key: value for key, value in shared.items() if not key.startswith("data.")
-    }  # they are part of ``train`` already
+    # Options of data are part of ``train`` already.
+    shared = {key: value for key, value in shared.items() if not key.startswith("data.")}
     methods = []
     for name, entry in config.methods.items():
         what = f"methods.{name}"

@@ -147,9 +147,8 @@ def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
     """
     if config.data.date is not None or not uses_date(tokenizer):
         return config
-    day = broadcast_object(
-        ranks, _day_of(config) if ranks.is_main else ""
-    )  # two ranks may start before and after midnight
+    # Rank 0 decides: two ranks may start before and after midnight.
+    day = broadcast_object(ranks, _day_of(config) if ranks.is_main else "")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
