@@ -230,6 +230,15 @@ def test_bad_models_are_refused_before_anything_is_written(inputs: Path, tmp_pat
     assert not output.exists()
 
 
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model_folder(tmp_path / "pruned", vocab_size=32)
+    text_file(tmp_path / "text.jsonl")
+    for world_size in (1, 2):
+        message = failure(make_config(tmp_path, tmp_path / "run", batch_size=6), world_size)
+        assert "but the model has 32 embeddings: needs the model's own tokenizer" in message
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:
     other = model_folder(tmp_path / "other", num_hidden_layers=1)
     (other / "config.json").write_text((inputs / "pruned" / "config.json").read_text())
