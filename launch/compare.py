@@ -17,8 +17,8 @@ from seft_dist.session.cli import run
 def compare(first: Path, second: Path, output: Path | None = None, weights: bool = True) -> None:
     """Compare two runs: are they equal, and if not, where do they first differ and by how much?
 
-    Exit status: 0 if docs/numerics.md is kept (all bits equal on the same layout, its tolerances on another), 1 if not, 2 if
-    something cannot be read.
+    Exit status: 0 if docs/numerics.md is kept (all bits equal on the same layout, its tolerances on another), 1 if
+    not, 2 if something cannot be read.
 
     Args:
         first: Folder of a run of launch/train.py, or its manifest.json alone.
@@ -31,11 +31,11 @@ def compare(first: Path, second: Path, output: Path | None = None, weights: bool
     from seft_dist.reproduce.compare import compare, write_json
     from seft_dist.reproduce.compare_report import print_comparison
 
-    found = compare(first, second, weights=weights)
-    print_comparison(found, Console())
+    comparison = compare(first, second, weights=weights)
+    print_comparison(comparison, Console())
     if output is not None:
-        write_json(found, output)
-    sys.exit(0 if found.held else 1)
+        write_json(comparison, output)
+    sys.exit(0 if comparison.held else 1)
 
 
 if __name__ == "__main__":

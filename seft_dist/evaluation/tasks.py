@@ -18,20 +18,20 @@ from typing import Any
 
 import lm_eval  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import lm_eval.utils  # type: ignore[import-untyped,import-not-found,unused-ignore]
-import torch.distributed as dist
 import yaml
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
 from seft_dist.data.data_files import BUILDERS
 from seft_dist.data.records import reason
 from seft_dist.files.reading import check_yaml, read_text
+from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -39,7 +39,7 @@ SEED = 1234
 """lm_eval's own default: which few-shot examples are drawn, and sampling where a task asks for it."""
 
 
-class RankedLM(HFLM):
+class RankedLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """lm_eval's model of transformers, its requests dealt out to the ranks of a group. Every method is **collective**.
 
     lm_eval sees one process: each rank hands the same requests in and gets all answers back.
@@ -95,7 +95,8 @@ class RankedLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         if self._group.size > 1:
             settings["synced_gpus"] = True  # a rank whose texts are finished goes on until all are
-        return super()._model_generate(context, max_length, stop, **settings)
+        generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
+        return generated
 
     def _deal(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
         """Answers to all requests, each asked on one rank; every rank asks equally many. Collective."""
@@ -103,8 +104,7 @@ class RankedLM(HFLM):
         if size == 1 or not requests:
             return ask(requests)
         filled = requests + [requests[-1]] * (-len(requests) % size)
-        answers: list[list[Any]] = [[] for _ in range(size)]
-        dist.all_gather_object(answers, ask(filled[self._group.rank :: size]), group=self._group.group)
+        answers = self._group.gather_objects(ask(filled[self._group.rank :: size]))
         return [answers[number % size][number // size] for number in range(len(requests))]
 
 

@@ -164,7 +164,7 @@ class _Meter(TorchDispatchMode):
     """Follows the memory of every tensor and counts what operations compute and move."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.matmul = self.attention = self.moved = self.calls = 0
         self.part = {"head": 0, "layers": 0}
         """Largest bytes alive in the parts of the backward pass that are done."""
@@ -217,7 +217,7 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _even_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.sparsity.bitmask import unpack
 
 
@@ -46,7 +46,7 @@ class KeptIndex:
         Raises:
             ValueError: The tensor is none of the three kinds, or positions are outside or repeated.
         """
-        value = self._file.get_tensor(self._keys[name])
+        value: Tensor = self._file.get_tensor(self._keys[name])
         shape = self._shapes[name]
         numel = prod(shape)
         if value.dtype in (torch.bool, torch.uint8) and tuple(value.shape) == shape:

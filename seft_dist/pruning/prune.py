@@ -6,7 +6,6 @@ layer is what prunes that layer.
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,22 +159,21 @@ def _write(plan: Plan, pulled: _Pulled, pruner: Pruner, ranks: Group) -> None:
     config, source = plan.config, plan.stream.source
     output = Path(config.output).expanduser()
     tokenizer = locate(config.model.tokenizer) if config.model.tokenizer else None
-    staged = output.with_name(output.name + ".new")
-    first = ranks.rank == 0
-    if first:
-        shutil.rmtree(staged, ignore_errors=True)
-    try:
-        names = list(plan.targets)
-        export_model(plan.stream.model, pulled, staged, source, writes=first, tokenizer=tokenizer, targets=names)
-        if first:
-            _warn_off_target(list(pulled.counts.values()), plan, pruner)
-            write_json(staged / "pruning.json", _record(plan, pulled, pruner))
-    except BaseException:
-        if first:
-            shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if first:
-        staged.rename(output)
+
+    def write_record(folder: Path) -> None:
+        _warn_off_target(list(pulled.counts.values()), plan, pruner)
+        write_json(folder / "pruning.json", _record(plan, pulled, pruner))
+
+    export_model(
+        plan.stream.model,
+        pulled,
+        output,
+        source,
+        writes=ranks.rank == 0,
+        tokenizer=tokenizer,
+        targets=list(plan.targets),
+        finish=write_record,
+    )
     ranks.sum(torch.zeros(1))  # nobody goes on before the folder is there
 
 

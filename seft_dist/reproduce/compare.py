@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from seft_dist.files.writing import write_text
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, Terms, layout_name, terms
 from seft_dist.reproduce.step_diff import StepDifference, first_of, metrics_of, step_differences
 from seft_dist.reproduce.weights_diff import WeightDifference, compare_weights, tampered, unlike_tensors

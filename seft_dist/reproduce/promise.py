@@ -132,7 +132,7 @@ def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(attempt: dict[str, Any]) -> dict[str, Any]:
-    found = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
+    found: dict[str, Any] = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
     for kind in ("device", "cpu", "kernels"):
         found[kind] = ", ".join(sorted({str(host.get(kind)) for host in attempt["hosts"]}))
     return found

@@ -51,7 +51,7 @@ class SweepRun:
     @property
     def finished(self) -> bool:
         """True if the run has a result."""
-        return self.measured["status"] == "finished"
+        return bool(self.measured["status"] == "finished")
 
 
 @dataclass(frozen=True)
