@@ -8,6 +8,7 @@ from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, che
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
+from seft_dist.config.teacher import TeacherConfig
 
 BackendName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
@@ -30,6 +31,7 @@ class TrainConfig:
     seft: SeftConfig = field(default_factory=SeftConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     steps: int = 1000
     """Optimizer steps of the run."""
     batch_size: int = 1

@@ -18,7 +18,7 @@ Promise = Literal["bits", "tolerance", "none"]
 # Options that change no result, or whose effect the fingerprints show.
 _FREE = (
     *("output", "trace", "timeout", "log_every", "save_every", "export", "trackers", "keep", "seft.selection"),
-    *("model.path", "model.tokenizer", "model.dtype", "data.", "global_batch", "seft.steps"),
+    *("model.path", "model.tokenizer", "model.dtype", "data.", "global_batch", "seft.steps", "teacher.path"),
 )
 # Options that say how the work is divided; the layout shows what came of them.
 _LAYOUT = (
@@ -111,6 +111,8 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     """What decides about the result."""
     attempt = manifest["attempts"][-1]
     config = attempt["config"]
+    if not config.get("teacher", {}).get("path"):  # its other options say nothing; earlier versions had none of them
+        config = {key: value for key, value in config.items() if key != "teacher"}
     found = {
         key: value
         for key, value in flat(config).items()
@@ -120,7 +122,7 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     found |= {f"optim.{key}": _plain(update[key]) for key in _UPDATE}
     found["scheduler of the ds_config"] = (attempt["layout"]["deepspeed"] or {}).get("scheduler")
     found |= {"model": manifest["model"], "data": manifest["data"]["fingerprint"], "dtype": manifest["dtype"]}
-    return found | {"global_batch": manifest["data"]["global_batch"]}
+    return found | {"global_batch": manifest["data"]["global_batch"], "teacher": manifest.get("teacher")}
 
 
 def _layout(attempt: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_p
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.method import BASELINES, Method, TrainedSeft
+from seft_dist.training.teacher import Teacher, load_teacher
 
 _SEQUENCES = 1 << 14
 """Most sequences that are looked at in one go."""
@@ -44,6 +45,8 @@ class TrainingRun:
     backend: str = "single"
     """Backend that holds the weights, as result.json and manifest.json name it."""
     peak_lr: float = 0.0
+    teacher: Teacher | None = None
+    """Model whose predictions are learnt, if there is one."""
 
     @property
     def scheduler(self) -> Any:
@@ -83,7 +86,9 @@ def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> No
         check_repruning(config, source, data.sequences)
 
 
-def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> TrainingRun:
+def build(
+    config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None, teacher: Source | None = None
+) -> TrainingRun:
     """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. Collective.
 
     Args:
@@ -91,6 +96,7 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
         ranks: This process.
         source: The pruned model.
         ds: None without DeepSpeed.
+        teacher: Model whose predictions are learnt, if there is one.
 
     Raises:
         ValueError: The model cannot be used.
@@ -117,11 +123,12 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
     )
     if config.packing == "gather":
         _print_packed_units(pack_gathers(model), ranks)
+    taught = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
-        return TrainingRun(config, ranks, source, model, model, method, backend=backend, peak_lr=args["lr"])
+        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], taught)
     seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.steps), **args)
-    run = TrainingRun(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
+    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)

@@ -105,6 +105,7 @@ def open_manifest(
     ranks: Ranks,
     *,
     model: str,
+    teacher: str | None,
     dtype: str,
     dropout: bool,
     data: dict[str, Any],
@@ -118,6 +119,7 @@ def open_manifest(
         config: The run, resolved; its folder exists.
         ranks: This process.
         model: Fingerprint that ``model_fingerprint`` gives.
+        teacher: Fingerprint of the teacher's weights, if there is one.
         dtype: Type of the weights, e.g. "float32".
         dropout: True: the model draws random numbers.
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
@@ -145,7 +147,8 @@ def open_manifest(
         "optimizer": ds.optimizer if ds else None,
         "config": dataclasses.asdict(config),
     }
-    content: dict[str, Any] = {"format": FORMAT, "model": model, "dtype": dtype, "dropout": dropout, "data": data}
+    content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "data": data}
+    content |= {"dtype": dtype, "dropout": dropout}
     content["attempts"] = [*old["attempts"], attempt]
     content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= done]
     if old.get("damaged"):

@@ -45,6 +45,7 @@ class Record:
             config,
             ranks,
             model=origin.model,
+            teacher=origin.teacher,
             dtype=str(source.dtype).removeprefix("torch."),
             dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
             data=data,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.baselines.lora import ADAPTER
 from seft_dist.baselines.repruning import MERGED
@@ -175,6 +175,8 @@ class RunOrigin:
     global_batch: int
     seed: int
     """Seed of the data order."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights; None: there is none."""
 
 
 def checkpoint_extra(config: TrainConfig, origin: RunOrigin, state: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +247,7 @@ class _RunOrigin(TypedDict):
     sequences: int
     global_batch: Annotated[int, Field(ge=1)]
     seed: int
+    teacher: NotRequired[str | None]  # checkpoints of earlier versions had no teacher
 
 
 class _Extra(TypedDict):
@@ -268,9 +271,19 @@ def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None
             f"{path} was made from another base model: its targets are those of this one, but other weights or "
             "settings in config.json differ; load the pruned model it began with, or choose another output"
         )
-    other = [f"{key} is {now[key]}, was {then[key]}" for key in now if now[key] != then[key]]
+    if then.get("teacher") != now["teacher"]:
+        raise ValueError(
+            f"{path} was made with {_describe_teacher(then.get('teacher'))}, this run has {_describe_teacher(now['teacher'])}: "
+            "use teacher.path as before, or choose another output"
+        )
+    data = [key for key in now if key not in ("model", "teacher")]
+    other = [f"{key} is {now[key]}, was {then[key]}" for key in data if now[key] != then[key]]
     if other:
         raise ValueError(
             f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use "
             "the same data, seed and global_batch as before (any number of ranks will do), or another output"
         )
+
+
+def _describe_teacher(fingerprint: str | None) -> str:
+    return "no teacher" if fingerprint is None else f"a teacher of fingerprint {fingerprint}"

@@ -152,13 +152,14 @@ def forward_backward(run: TrainingRun, micro_batches: list[Batch]) -> Tensor:
 def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
     """Compute the mean loss of a micro-batch; without loss tokens any number with a gradient, to be multiplied by 0."""
     inputs = {key: value.to(run.ranks.device) for key, value in batch.items()}
-    if loss_tokens:
-        loss: Tensor = run.called(**inputs).loss
-        return loss
-    # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
-    del inputs["labels"]
-    logits: Tensor = run.called(**inputs).logits
-    return logits.float().mean()
+    if not loss_tokens:
+        # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
+        del inputs["labels"]
+    if run.teacher is not None:
+        return run.teacher.loss(run.called, inputs)
+    outputs = run.called(**inputs)
+    loss: Tensor = outputs.loss if loss_tokens else outputs.logits.float().mean()
+    return loss
 
 
 def agree(ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver: BackgroundSaver) -> Agreement:

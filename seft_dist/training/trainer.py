@@ -40,6 +40,7 @@ from seft_dist.training.run_folder import (
     resume,
 )
 from seft_dist.training.step import Stepper
+from seft_dist.training.teacher import check_teacher
 from seft_dist.training.writer_lock import only_writer
 
 
@@ -100,7 +101,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     config = fill_in_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
     on_all_ranks(ranks, lambda: check_baseline(config, source, data))
-    run = build(config, ranks, source, ds)
+    run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
     check_tokens(data, run.model, ranks)
     run.method.attach()
     origin = RunOrigin(
@@ -109,6 +110,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
+        teacher=run.teacher.fingerprint if run.teacher else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
