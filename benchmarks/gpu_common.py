@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from seft_dist.files.writing import write_json
+
 LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 256,
@@ -150,9 +152,7 @@ class Part:
             self._broken = name
 
     def _write(self) -> None:
-        part = self.options.result.with_suffix(".part")
-        part.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
-        part.replace(self.options.result)
+        write_json(self.options.result, {"rows": self.rows})
 
 
 def lacks_triton(device: torch.device) -> str | None:

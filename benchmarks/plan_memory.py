@@ -35,6 +35,7 @@ from seft_dist.planning.plan import estimate, make_plan
 from seft_dist.session import distributed
 from seft_dist.training.build import build
 from seft_dist.training.ds_config import read_ds_config
+from seft_dist.training.step import forward_backward, update_weights
 
 SHAPES: dict[str, dict[str, int]] = {
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16},
@@ -194,8 +195,8 @@ def _steps(config: TrainConfig, ranks: distributed.Ranks, length: int) -> list[f
             dist.barrier()
         began = time.perf_counter()
         ids = torch.randint(0, source.config.vocab_size, (config.batch_size, length), generator=generator)
-        run.accumulate([{"input_ids": ids, "labels": ids}])
-        run.update(step)
+        forward_backward(run, [{"input_ids": ids, "labels": ids}])
+        update_weights(run, step)
         if dist.is_initialized():
             dist.barrier()
         seconds.append(time.perf_counter() - began)

@@ -17,8 +17,8 @@ from seft_dist.session.cli import run
 def compare(first: Path, second: Path, output: Path | None = None, weights: bool = True) -> None:
     """Compare two runs: are they equal, and if not, where do they first differ and by how much?
 
-    Exit status: 0 if docs/numerics.md is kept (all bits equal on the same layout, its tolerances on another), 1 if not, 2 if
-    something cannot be read.
+    Exit status: 0 if docs/numerics.md is kept (all bits equal on the same layout, its tolerances on another), 1 if
+    not, 2 if something cannot be read.
 
     Args:
         first: Folder of a run of launch/train.py, or its manifest.json alone.

@@ -189,7 +189,7 @@ def check(model: str, pattern: str = "2:4", targets: str = "all-linear") -> None
     Args:
         model: Folder or hub name of the model, plain or packed.
         pattern: N:M.
-        targets: Which linears, as seft.targets.
+        targets: Linears to look at, chosen as by seft.targets.
     """
     from seft_dist.export.semi_structured import count_groups, pattern_table, refuse_broken
 
@@ -204,7 +204,7 @@ def openvino(model: str, output: Path, weights: Literal["float32", "float16", "i
     Args:
         model: Folder or hub name of the model, plain or packed.
         output: Folder to make; it must not exist.
-        weights: How weights are stored.
+        weights: Format in which weights are stored.
     """
     from seft_dist.export.runtime import export_openvino
 

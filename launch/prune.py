@@ -14,19 +14,18 @@ from seft_dist.session.cli import parse, run, to_yaml
 def main() -> None:
     config = parse(PruneConfig, description=__doc__)
 
-    import torch.distributed as dist
     from rich.console import Console
 
-    from seft_dist.backends.group import Group
+    from seft_dist.backends.group import world_group
     from seft_dist.io.tables import sparsity_table
     from seft_dist.pruning.prune import prepare, prune
-    from seft_dist.session.distributed import check_agreement, shutdown, start, together
+    from seft_dist.session.agreement import check_agreement, on_all_ranks
+    from seft_dist.session.distributed import shutdown, start
 
     ranks = start()
     check_agreement(ranks, to_yaml(config))
-    plan = together(ranks, lambda: prepare(config, device=ranks.device, progress=ranks.is_main))
-    group = Group(dist.group.WORLD if ranks.world_size > 1 else None)
-    counts = prune(plan, group, progress=ranks.is_main)
+    plan = on_all_ranks(ranks, lambda: prepare(config, device=ranks.device, progress=ranks.is_main))
+    counts = prune(plan, world_group(), progress=ranks.is_main)
     if ranks.is_main:
         title = f"{config.output or config.model.path}: {config.method}"
         Console().print(sparsity_table({"pruned": counts}, title))

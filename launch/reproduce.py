@@ -3,8 +3,8 @@
     python launch/reproduce.py --output runs/twice -- --config launch/recipes/quickstart.yaml --steps 10
     python launch/reproduce.py --output runs/layouts --layouts "single:1, fsdp:2, zero3:2" -- --config R.yaml
 
-Behind "--": the options of launch/train.py. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2 if the
-options cannot be used.
+Behind "--": the options of launch/train.py. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2
+if the options cannot be used.
 """
 
 import sys
@@ -18,8 +18,8 @@ def main() -> None:
     """Make the runs, compare them, show a table."""
     own, options = sys.argv[1:], []
     if "--" in own:
-        place = own.index("--")
-        own, options = own[:place], own[place + 1 :]
+        separator = own.index("--")
+        own, options = own[:separator], own[separator + 1 :]
     config = parse(ReproduceConfig, own, description=__doc__)
     # Each run gets an output of its own, so the options need not have one.
     train = parse(TrainConfig, ["--output", config.output, *options], description="Options behind --:")

@@ -3,9 +3,9 @@
     python launch/study.py --config launch/recipes/study_tiny.yaml --jobs 2
     python launch/study.py --show runs/study-tiny
 
-A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on one
-machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1 if a process
-failed, 2 if the study cannot be made so.
+A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on
+one machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1
+if a process failed, 2 if the study cannot be made so.
 """
 
 import sys
@@ -18,7 +18,7 @@ from seft_dist.session.signals import StopRequest, stop_requests
 
 def show(folder: Path) -> None:
     """Print the tables of a study as they were written last."""
-    from seft_dist.study.found import read_results
+    from seft_dist.study.results import read_results
     from seft_dist.study.tables import print_results, table_console
 
     print_results(read_results(folder), table_console())
@@ -38,5 +38,5 @@ def main(request: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    with stop_requests() as asked:
-        run(lambda: main(asked))
+    with stop_requests() as request:
+        run(lambda: main(request))

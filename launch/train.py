@@ -21,16 +21,16 @@ def main(request: StopRequest | None = None) -> None:
     config = parse(TrainConfig, description=__doc__)
 
     from seft_dist.session.distributed import shutdown
-    from seft_dist.training.trainer import train
+    from seft_dist.training.trainer import Stopped, train
 
-    result = train(config, request)
+    outcome = train(config, request)
     shutdown()
-    if result.get("stopped") == "SIGINT":
+    if isinstance(outcome, Stopped) and outcome.signal == "SIGINT":
         sys.exit(130)  # as everything that Ctrl-C ends: a script must not go on with its next command
 
 
 if __name__ == "__main__":
-    with stop_requests(process_ends=True) as asked:  # before anything is loaded that takes long
+    with stop_requests(process_ends=True) as request:  # before anything is loaded that takes long
         from seft_dist.session.cli import run
 
-        run(partial(main, asked))
+        run(partial(main, request))

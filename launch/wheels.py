@@ -24,7 +24,7 @@ def write_placeholder(folder: Path, version: str) -> Path:
     """Make an empty wheel that is called torch, so that pip resolves everything else beside that release.
 
     Args:
-        folder: Where it goes.
+        folder: Gets the wheel.
         version: The release it stands for.
 
     Returns:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
-from seft_dist.training.trainer import train
+from seft_dist.training.trainer import Finished, Stopped, train
 from tests.ranks import run_ranks
 
 STEPS = 10
@@ -41,6 +41,20 @@ def ds_file(folder: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
+def train_to_end(config: TrainConfig) -> dict[str, Any]:
+    """Train on the ranks that are there; what result.json holds."""
+    outcome = train(config)
+    assert isinstance(outcome, Finished), outcome
+    return outcome.result
+
+
+def train_until_stopped(config: TrainConfig) -> Stopped:
+    """Train on the ranks that are there, with a signal on its way."""
+    outcome = train(config)
+    assert isinstance(outcome, Stopped), outcome
+    return outcome
+
+
 def run_train(
     config: TrainConfig, world_size: int = 1, before: Callable[[], None] | None = None, timeout: float = 120
 ) -> dict[str, Any]:
@@ -56,7 +70,7 @@ def run_train(
     def on_rank(rank: int, world: int) -> dict[str, Any]:
         if before is not None:
             before()
-        return train(config)
+        return train_to_end(config)
 
     return run_ranks(on_rank, world_size, timeout=timeout)[0]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from seft_dist.config import StudyConfig
 from seft_dist.session.signals import StopRequest
-from seft_dist.study.found import Results, read_results
+from seft_dist.study.results import Results, read_results
 from seft_dist.study.runner import Process
 from seft_dist.study.state import PRUNE, TRAIN, Task
 from seft_dist.study.study import run_study

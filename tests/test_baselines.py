@@ -23,11 +23,14 @@ from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.session.distributed import start
+from seft_dist.training import step as training_step
 from seft_dist.training import trainer
-from seft_dist.training.build import Run, lr_factor, read_batches
+from seft_dist.training.build import TrainingRun, read_batches
+from seft_dist.training.step import lr_factor
+from seft_dist.training.trainer import Stopped
 from tests.folders import model_folder
 from tests.ranks import run_ranks
-from tests.runs import make_config, records, run_train
+from tests.runs import make_config, records, run_train, train_to_end, train_until_stopped
 from tests.test_families import prepare, train_config, zeros
 from tests.test_train import failure
 
@@ -52,13 +55,13 @@ def run_seen(config: TrainConfig, world_size: int = 1) -> tuple[dict[str, Any], 
     def on_rank(rank: int, world: int) -> tuple[dict[str, Any], Any]:
         finish, seen = trainer.finish, []
 
-        def watched(run: Run, *rest: Any) -> dict[str, Any]:
+        def watched(run: TrainingRun, *rest: Any) -> dict[str, Any]:
             with torch.no_grad():
                 seen.append(run.model.eval()(input_ids=IDS).logits.float().tolist())
             return finish(run, *rest)
 
         trainer.finish = watched  # type: ignore[assignment]
-        return trainer.train(config), seen[0]
+        return train_to_end(config), seen[0]
 
     result, logits = run_ranks(on_rank, world_size)[0]
     return result, torch.tensor(logits)
@@ -139,16 +142,26 @@ def signalled_in(number: int) -> Callable[[], None]:
     """Send SIGTERM to this rank in the update of a step: the run stops after the next one."""
 
     def patch() -> None:
-        update = Run.update
+        update = training_step.update_weights
 
-        def signalled(run: Run, step: int) -> float:
+        def signalled(run: TrainingRun, step: int) -> float:
             if step == number:
                 os.kill(os.getpid(), signal.SIGTERM)
             return update(run, step)
 
-        Run.update = signalled  # type: ignore[method-assign,assignment]
+        training_step.update_weights = signalled
 
     return patch
+
+
+def run_stopped(config: TrainConfig, world_size: int = 1, *, before: Callable[[], None]) -> Stopped:
+    """Train in forked ranks, each with ``before`` called first; where the run stopped."""
+
+    def on_rank(rank: int, world: int) -> Stopped:
+        before()
+        return train_until_stopped(config)
+
+    return run_ranks(on_rank, world_size)[0]
 
 
 @pytest.mark.slow
@@ -160,7 +173,7 @@ def test_a_stopped_run_goes_on(method: str, ranks: int, inputs: Path, tmp_path: 
     whole = run_train(config_of(method, inputs, tmp_path / "whole", **over), ranks)
     for name, ranks_after in (("same", ranks), *([("other", 3 - ranks)] if method == "masked_full" else [])):
         run = config_of(method, inputs, tmp_path / name, **over)
-        assert run_train(run, ranks, before=signalled_in(3))["step"] == 4
+        assert run_stopped(run, ranks, before=signalled_in(3)).step == 4
         result = run_train(run, ranks_after)
         assert result["steps"] == 8 and result["sparsity"] == whole["sparsity"]
         if name == "same":
@@ -353,7 +366,7 @@ def test_refused_before_anything_is_written(inputs: Path, tmp_path: Path, monkey
 
 def test_a_checkpoint_of_another_method_is_refused(inputs: Path, tmp_path: Path) -> None:
     output, short = tmp_path / "run", {"steps": 4, "save_every": 2, "export": False}
-    assert run_train(config_of("spp", inputs, output, **short), before=signalled_in(2))["step"] == 3
+    assert run_stopped(config_of("spp", inputs, output, **short), before=signalled_in(2)).step == 3
     assert "name is masked_full, was spp" in failure(config_of("masked_full", inputs, output, **short))
     assert "name='spp' there, unknown here" in failure(make_config(inputs, output, **short))
     other = BaselineConfig(rank=4, alpha=9.0)

@@ -181,7 +181,7 @@ def test_no_update_leaves_an_active_weight_at_0(
     assert (weight.to(dtype) != 0).all() and (weight.bfloat16() != 0).all()
     assert weight[:3].tolist() == [least, least, -least]
     assert float(weight[3].abs()) < 1e-7 and float(weight[4].abs()) < 1e-9
-    assert (weight[5], columns.values[6]) == (least, before[6])
+    assert weight[5] == least and columns.values[6] == before[6]
 
 
 def test_smallest_sizes() -> None:

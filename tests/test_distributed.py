@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from seft_dist.session import launchers
-from seft_dist.session.distributed import check_agreement, find_ranks, start, together
-from seft_dist.session.rendezvous import Meeting, first_host, meet, mpi_meeting_place
+from seft_dist.session.agreement import check_agreement, on_all_ranks
+from seft_dist.session.distributed import find_ranks, start
+from seft_dist.session.rendezvous import Meeting, first_host, meet, mpi_rendezvous_address
 from tests.ranks import run_ranks
 
 
@@ -23,7 +24,7 @@ def test_an_error_on_one_rank_stops_all() -> None:
                 raise ValueError("no disk")
 
         with pytest.raises(ValueError) as caught:
-            together(start(), work)
+            on_all_ranks(start(), work)
         return str(caught.value)
 
     assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
@@ -166,8 +167,8 @@ def free_port() -> int:
 
 
 def meeting(port: int, rank: int, world_size: int) -> Meeting:
-    told_by = f"RANK={rank}, WORLD_SIZE={world_size}"
-    return Meeting(address="127.0.0.1", port=port, rank=rank, world_size=world_size, told_by=told_by)
+    variables = f"RANK={rank}, WORLD_SIZE={world_size}"
+    return Meeting(address="127.0.0.1", port=port, rank=rank, world_size=world_size, variables=variables)
 
 
 def test_ranks_meet_and_missing_ones_are_named(capfd: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +259,7 @@ def test_mpi_that_knows_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch)
     fake = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=alone), __spec__=object())
     monkeypatch.setitem(sys.modules, "mpi4py", fake)
     with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=4, but MPI itself knows 1 ranks: .*unset them"):
-        mpi_meeting_place(4, "OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4")
+        mpi_rendezvous_address(4, "OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=4")
 
 
 @pytest.mark.parametrize(

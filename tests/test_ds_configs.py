@@ -9,8 +9,8 @@ import pytest
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.session.cli import parse
-from seft_dist.training.trainer import train
 from tests.ranks import run_ranks
+from tests.runs import train_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -42,7 +42,7 @@ def test_ds_config_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = train(config)
+            result = train_to_end(config)
         return result, [str(warning.message) for warning in caught if "config" in str(warning.message).lower()]
 
     result, complaints = run_ranks(on_rank, 2)[0]
@@ -95,5 +95,5 @@ def test_recipe_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
     ]
     argv += ["--save_every", "0"]
     world_size = 1 if "single" in path.stem else 2
-    result = run_ranks(lambda rank, world: train(parse(TrainConfig, argv)), world_size)[0]
+    result = run_ranks(lambda rank, world: train_to_end(parse(TrainConfig, argv)), world_size)[0]
     assert result["sparsity"]["layers_off_target"] == 0 and result["loss"] < 8

@@ -20,6 +20,7 @@ from seft_dist.pruning.prune import prune_folder
 from seft_dist.training import trainer
 from tests.families import FAMILIES, family_folder
 from tests.ranks import run_ranks
+from tests.runs import train_to_end
 from tests.texts import text_jsonl
 
 STEPS = 4
@@ -69,7 +70,7 @@ def train_and_look(config: TrainConfig) -> tuple[dict[str, Any], Tensor]:
         return finish(run, *rest)
 
     setattr(trainer, "finish", look_then_finish)  # noqa: B010  # in a forked process
-    return trainer.train(config), seen[0]
+    return train_to_end(config), seen[0]
 
 
 def digests(output: Path) -> list[str]:

@@ -39,6 +39,27 @@ FLOORS = {
     "study": 13,
 }
 
+# Who may import a framework: rooms, and files with a reason of their own. All others go through these.
+CONFINED = {
+    "torch.distributed": {
+        "session",
+        "backends",
+        "planning/rates.py",  # measures how fast two processes exchange data
+    },
+    "transformers": {
+        "io",
+        "data",
+        "planning",
+        "backends/shards.py",  # makes modules whose weights come later
+        "evaluation/tasks.py",  # seeds as lm_eval does
+        "export/convert.py",
+        "export/demo.py",
+    },
+    "safetensors": {"io"},
+    "datasets": {"data"},
+    "mpi4py": {"session"},
+}
+
 MAX_FILE = 400
 MAX_FUNCTION = 60
 
@@ -94,8 +115,16 @@ def test_every_room_has_a_floor_and_says_what_it_is() -> None:
 def test_the_pure_floor_knows_numbers_only() -> None:
     for path in (ROOT / "seft_dist" / "sparsity").glob("*.py"):
         for name in imports_of(path):
-            assert not name.startswith("torch.distributed"), f"{name_of(path)} imports {name}"
             assert name.split(".")[0] not in {"os", "pathlib", "io", "sys"}, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("framework", CONFINED)
+def test_frameworks_stay_in_their_rooms(framework: str) -> None:
+    allowed = {ROOT / "seft_dist" / name for name in CONFINED[framework]}
+    for path in PACKAGE:
+        if not allowed & {path, *path.parents}:
+            found = [name for name in imports_of(path) if f"{name}.".startswith(f"{framework}.")]
+            assert not found, f"{name_of(path)} imports {found}: only {sorted(CONFINED[framework])} may"
 
 
 @pytest.mark.parametrize("path", [p for p in PACKAGE if FLOORS.get(room_of(p), 9) < 5], ids=name_of)

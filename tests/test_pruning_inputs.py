@@ -184,7 +184,7 @@ def test_wrong_indices_are_refused(dense: Path, tmp_path: Path) -> None:
     for path, message in (("text", "is no safetensors file"), ("gone", "is no file")):
         with pytest.raises(ValueError, match=message):
             prune_folder(configure(dense, tmp_path / "out", method="mask", mask=str(tmp_path / path)), progress=False)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.new").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
 def test_pruned_checkpoints_are_recognised_and_shown(

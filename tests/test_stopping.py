@@ -20,13 +20,14 @@ import torch
 
 import tests.preload  # noqa: F401
 from seft_dist.io.checkpoint import latest
+from seft_dist.training import step as training_step
 from seft_dist.training import trainer
-from seft_dist.training.build import Run
+from seft_dist.training.build import TrainingRun
 from seft_dist.training.method import TrainedSeft
-from seft_dist.training.trainer import train
+from seft_dist.training.trainer import Stopped, train
 from tests.folders import model_folder, text_file
 from tests.ranks import run_ranks
-from tests.runs import digests, ds_file, make_config, records
+from tests.runs import digests, ds_file, make_config, records, train_to_end, train_until_stopped
 from tests.test_launchers import BIN, ROOT, SCRIPT, port
 
 pytestmark = pytest.mark.timeout(600)
@@ -62,11 +63,11 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     if name == "zero3":
         over["deepspeed"] = ds_file(tmp_path, {"zero_optimization": {"stage": 3}})
     whole = run_ranks(
-        lambda rank, world: train(make_config(inputs, tmp_path / "whole", **over)), world_size, timeout=LIMIT
+        lambda rank, world: train_to_end(make_config(inputs, tmp_path / "whole", **over)), world_size, timeout=LIMIT
     )
     config = make_config(inputs, tmp_path / "run", **over)
 
-    def interrupted(rank: int, world: int) -> dict[str, Any]:
+    def interrupted(rank: int, world: int) -> Stopped:
         if rank == world - 1:
 
             def signals() -> None:
@@ -75,13 +76,13 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
                     time.sleep(0.002)
 
             when_step(tmp_path / "run", 4, signals)
-        return train(config)
+        return train_until_stopped(config)
 
     stopped = run_ranks(interrupted, world_size, timeout=LIMIT)
     assert stopped == [stopped[0]] * world_size
-    assert stopped[0]["stopped"] == number.name and 4 <= stopped[0]["step"] < 60
+    assert stopped[0].signal == number.name and 4 <= stopped[0].step < 60
     assert not (tmp_path / "run" / "result.json").exists()
-    resumed = run_ranks(lambda rank, world: train(config), world_size, timeout=LIMIT)
+    resumed = run_ranks(lambda rank, world: train_to_end(config), world_size, timeout=LIMIT)
     of_attempts = {"seconds": 0, "peak_memory_bytes": 0}
     assert resumed[0] | of_attempts == whole[0] | of_attempts
     assert [line["loss"] for line in records(tmp_path / "run")] == [
@@ -91,19 +92,19 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 
 
 def test_a_signal_before_the_first_step(inputs: Path, tmp_path: Path) -> None:
-    def on_rank(rank: int, world: int) -> dict[str, Any]:
-        settle = trainer.settle_batch
+    def on_rank(rank: int, world: int) -> Stopped:
+        fill_in = trainer.fill_in_global_batch
 
         def signalled(*args: Any) -> Any:
             os.kill(os.getpid(), signal.SIGTERM)
-            return settle(*args)
+            return fill_in(*args)
 
-        trainer.settle_batch = signalled  # type: ignore[assignment]
-        result = train(make_config(inputs, tmp_path / "run"))
+        trainer.fill_in_global_batch = signalled  # type: ignore[assignment]
+        result = train_until_stopped(make_config(inputs, tmp_path / "run"))
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was before
         return result
 
-    assert run_ranks(on_rank, 1) == [{"stopped": "SIGTERM", "step": 1}]
+    assert run_ranks(on_rank, 1) == [Stopped("SIGTERM", 1)]
 
 
 def test_masks_that_disagree_stop_the_run_with_a_diagnosis(inputs: Path, tmp_path: Path) -> None:
@@ -112,9 +113,9 @@ def test_masks_that_disagree_stop_the_run_with_a_diagnosis(inputs: Path, tmp_pat
     config = make_config(inputs, output, batch_size=6, backend="ddp", save_every=2)
 
     def on_rank(rank: int, world: int) -> str:
-        update = Run.update
+        update = training_step.update_weights
 
-        def flipping(run: Run, step: int) -> float:
+        def flipping(run: TrainingRun, step: int) -> float:
             if step == 5 and rank == 1:
                 assert isinstance(run.method, TrainedSeft)
                 mask = run.method.sparse_state.masks[2]
@@ -122,7 +123,7 @@ def test_masks_that_disagree_stop_the_run_with_a_diagnosis(inputs: Path, tmp_pat
                 mask[byte] &= mask[byte] - 1
             return update(run, step)
 
-        Run.update = flipping  # type: ignore[method-assign,assignment]
+        training_step.update_weights = flipping
         with pytest.raises(RuntimeError) as caught:
             train(config)
         return str(caught.value)
@@ -136,7 +137,7 @@ def test_masks_that_disagree_stop_the_run_with_a_diagnosis(inputs: Path, tmp_pat
         assert found["newest_checkpoint"].endswith(("step-00000002", "step-00000004"))
         assert len(found["sequences_of_the_step"][0]) == 6
     # The checkpoint is as good as it was.
-    resumed = run_ranks(lambda rank, world: train(dataclasses.replace(config, save_every=0)), 2)
+    resumed = run_ranks(lambda rank, world: train_to_end(dataclasses.replace(config, save_every=0)), 2)
     assert resumed[0]["sparsity"]["layers_off_target"] == 0 and resumed[0]["steps"] == 10
 
 
@@ -144,13 +145,13 @@ def test_a_loss_that_is_not_finite_leaves_a_diagnosis(inputs: Path, tmp_path: Pa
     output = tmp_path / "run"
 
     def on_rank(rank: int, world: int) -> str:
-        accumulate = Run.accumulate
+        forward_backward = training_step.forward_backward
 
-        def spoiled(run: Run, batches: list[Any]) -> Any:
-            loss, count = accumulate(run, batches)
-            return (loss * torch.inf if rank == 1 and run.method.num_steps == 4 else loss), count
+        def spoiled(run: TrainingRun, micro_batches: list[Any]) -> Any:
+            loss = forward_backward(run, micro_batches)
+            return loss * torch.inf if rank == 1 and run.method.num_steps == 4 else loss
 
-        Run.accumulate = spoiled  # type: ignore[method-assign,assignment]
+        training_step.forward_backward = spoiled
         with pytest.raises(FloatingPointError) as caught:
             train(make_config(inputs, output, batch_size=6, save_every=2))
         return str(caught.value)
@@ -190,11 +191,11 @@ def test_a_damaged_checkpoint_is_put_aside(
     world_size: int, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(inputs, output := tmp_path / "run", batch_size=2, save_every=5)
-    whole = run_ranks(lambda rank, world: train(config), world_size)
+    whole = run_ranks(lambda rank, world: train_to_end(config), world_size)
     as_if_killed_after(output, 10)
     file = output / "checkpoints" / "step-00000010" / f"rank-0000{world_size - 1}-of-0000{world_size}.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    resumed = run_ranks(lambda rank, world: train(config), world_size)
+    resumed = run_ranks(lambda rank, world: train_to_end(config), world_size)
     of_attempts = {"seconds": 0, "peak_memory_bytes": 0}
     assert resumed[0] | of_attempts == whole[0] | of_attempts
     kept = {path.name for path in (output / "checkpoints").iterdir()}

@@ -17,8 +17,8 @@ import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
 from seft_dist.session.cli import parse
 from seft_dist.training import writer_lock
-from seft_dist.training.build import lr_factor
 from seft_dist.training.run_folder import check_run_folder
+from seft_dist.training.step import lr_factor
 from seft_dist.training.trainer import train
 from seft_dist.training.writer_lock import only_writer
 from tests.folders import model_folder, text_file
@@ -228,6 +228,15 @@ def test_bad_models_are_refused_before_anything_is_written(inputs: Path, tmp_pat
     float32 = ModelConfig(path=str(inputs / "pruned"), dtype="float32")
     assert "bf16" in failure(make_config(inputs, output, deepspeed=ds, model=float32))
     assert not output.exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model_folder(tmp_path / "pruned", vocab_size=32)
+    text_file(tmp_path / "text.jsonl")
+    for world_size in (1, 2):
+        message = failure(make_config(tmp_path, tmp_path / "run", batch_size=6), world_size)
+        assert "but the model has 32 embeddings: needs the model's own tokenizer" in message
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(inputs: Path, tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ class Zero3Backend(DenseBackend):
         return Partition(weight.ds_numel, weight.ds_tensor.numel(), self.owners.size)
 
     def local(self, i: int) -> Tensor:
-        return self._weight(i).ds_tensor.detach().view(-1)[: len(self.interval(i))]
+        shard: Tensor = self._weight(i).ds_tensor
+        return shard.detach().view(-1)[: len(self.interval(i))]
 
     def prepare_write(self) -> None:
         pass

@@ -153,7 +153,7 @@ class FsdpBackend(DenseBackend):
             unit = self._model.get_submodule(name)
             gather = attachment_of(unit).gather
             if gather is not None and gather.capacity is not None:
-                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]
+                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]  # type: ignore[comparison-overlap]
                 inside = {i: _stored(self.own(i)) for i in targets}
                 units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
         return units

@@ -4,10 +4,15 @@ Sums that decide anything are made in rank order from the ranks' own terms, so t
 whatever algorithm the communication library chooses.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup as ProcessGroup  # for other rooms, which do not import the library
 from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 
 
 def all_gather_single(
@@ -26,7 +31,8 @@ def all_gather_single(
     """
     newer = getattr(dist, "all_gather_single", None)  # since torch 2.13, which warns of the older name
     gather = dist.all_gather_into_tensor if newer is None else newer
-    return gather(output, given, group=group, async_op=async_op)
+    work: dist.Work | None = gather(output, given, group=group, async_op=async_op)
+    return work
 
 
 class Group:
@@ -112,6 +118,14 @@ class Group:
         padded[: tensor.numel()] = tensor
         return [row[:length] for row, length in zip(self.stack(padded), lengths, strict=True)]
 
+    def gather_objects(self, item: T) -> list[T]:
+        """Gather one picklable object from each rank, in rank order; their bytes are not counted."""
+        if self.size == 1:
+            return [item]
+        items = [item] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
     def twin(self) -> "Group":
         """Make a group of the same ranks with a queue of its own, whose calls may come between those of this group."""
         if self.group is None:
@@ -153,6 +167,12 @@ def shard_groups(mesh: DeviceMesh) -> tuple[Group, Group]:
     axis = mesh.ndim - 1
     owners = Group(mesh.get_group(axis) if mesh.size(axis) > 1 else None)
     return owners, Group(mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None)
+
+
+def world_group() -> Group:
+    """Return all ranks of this run as a group; one process alone if no process group was started."""
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    return Group(dist.group.WORLD if many else None)
 
 
 class Sum:

@@ -3,12 +3,12 @@
     masked_lora    W + mask * (B A) alpha / r            A [r, in], B [out, r]
     spp            W + W * (A' c) alpha / r              A [r, in], each row for out / r rows of W; c [out]
 
-Zeros of W are zeros of both. Neither the weight that is computed with nor its gradient outlives a linear's pass; backward
-makes it again, as engines gather the frozen weight again.
+Zeros of W are zeros of both. Neither the weight that is computed with nor its gradient outlives a linear's pass;
+backward makes it again, as engines gather the frozen weight again.
 
-Sources: Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv 2410.03750
-(SparsePEFT); Lu, Zhou, Xu, Zhang, Gao, Li, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language
-Models", arXiv 2405.16057.
+Sources: Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
+    2410.03750 (SparsePEFT); Lu, Zhou, Xu, Zhang, Gao, Li, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning
+    for Large Language Models", arXiv 2405.16057.
 """
 
 from abc import abstractmethod
@@ -33,32 +33,32 @@ class Adapted(Baseline):
 
     @property
     def scale(self) -> float:
-        """Factor alpha / rank, by which the added matrix is multiplied."""
+        """Scale alpha / rank of the added matrix."""
         return self.config.baseline.alpha / self.config.baseline.rank
 
     @abstractmethod
     def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A, which begins as in LoRA, and B, which begins as 0, for a weight [rows, columns]."""
+        """Return the shapes of A, which begins as in LoRA, and B, which begins as 0, for a weight [rows, columns]."""
 
     @abstractmethod
     def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        """fp32 [out, in], from A and B. Differentiable."""
+        """Compute the factor, fp32 [out, in], from A and B. Differentiable."""
 
     @staticmethod
     @abstractmethod
     def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        """fp32, the weight to compute with, from the frozen weight (fp32) and the factor, of any equal shape. Differentiable."""
+        """Combine the frozen fp32 weight and the factor, of equal shape, to the weight to compute with. Differentiable."""
 
     def install(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, target in self.targets.items():
             rows, columns = whole_shape(target.weight)
             shapes = self.shapes(rows, columns)
             a = nn.init.kaiming_uniform_(torch.empty(shapes[0]), a=5**0.5)
             pair = [nn.Parameter(values.to(self.backend.device)) for values in (a, torch.zeros(shapes[1]))]
-            found |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
+            parameters |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
             target.module.forward = _forward(target.module, pair[0], pair[1], self)
-        return found
+        return parameters
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         values = {part.name: part.values.view(part.parameter.shape) for part in self.values.parts}
@@ -68,7 +68,7 @@ class Adapted(Baseline):
                 factor = self.factor(values[f"{name}.A"], values[f"{name}.B"])
                 merged = self.combined(held.float(), factor.view(-1)[start : start + held.numel()])
                 keep_active_(merged, held != 0, held.dtype)
-                merged.masked_fill_(held == 0, 0.0)  # without a sign
+                merged.masked_fill_(held == 0, 0.0)  # no -0.0
                 held.copy_(cast_weight(merged, held.dtype)[0])
                 target.unbind_forward()
         return {}
@@ -99,7 +99,7 @@ class Spp(Adapted):
         return (rank, columns), (rows, 1)
 
     def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        each = torch.arange(len(b), device=b.device) * len(a) // len(b)  # which row of A a row of the weight has
+        each = torch.arange(len(b), device=b.device) * len(a) // len(b)  # row of A for each row of the weight
         return a[each] * b * self.scale
 
     @staticmethod
@@ -109,7 +109,8 @@ class Spp(Adapted):
 
 def _forward(target: nn.Linear, a: nn.Parameter, b: nn.Parameter, method: Adapted) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return _AdaptedLinear.apply(x, target.weight, target.bias, a, b, method)
+        output: Tensor = _AdaptedLinear.apply(x, target.weight, target.bias, a, b, method)
+        return output
 
     return forward
 

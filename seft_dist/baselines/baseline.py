@@ -1,4 +1,4 @@
-"""The base class of the comparison methods: it finds targets, takes optimizer steps, counts zeros and ends in a plain model."""
+"""The base class of the comparison methods: finding targets, optimizer steps, counting zeros, ending in a plain model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
@@ -20,6 +19,7 @@ from seft_dist.baselines.values import Values
 from seft_dist.config import TrainConfig
 from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.source import Source
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
@@ -57,10 +57,10 @@ class Baseline(ABC):
     """Fields of BaselineConfig that decide what is trained."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, adam: dict[str, Any]) -> None:
-        """Finds the targets; reads no weight yet.
+        """Find the targets; no weight is read yet.
 
         Args:
-            model: As it was loaded: whole, or sharded by FSDP2.
+            model: The model as it was loaded, whole or sharded by FSDP2.
             config: The run.
             adam: ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``max_grad_norm``.
 
@@ -83,8 +83,8 @@ class Baseline(ABC):
         for name, target in self.targets.items():
             if target.kind not in self.takes:
                 raise ValueError(
-                    f"method={self.name} is not supported for {name}, a weight of {target.kind}: needs {' or '.join(self.takes)}; "
-                    "choose seft.targets without it, or another method (docs/baselines.md)"
+                    f"method={self.name} is not supported for {name}, a weight of {target.kind}: needs "
+                    f"{' or '.join(self.takes)}; choose seft.targets without it, or another method (docs/baselines.md)"
                 )
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Baseline(ABC):
         """Turn what was trained into weights of a plain model. Collective.
 
         Args:
-            ending: Where it came from, and where files go.
+            ending: The pruned model that training started from, and the folder that gets files.
 
         Returns:
             Entries for result.json.
@@ -107,7 +107,7 @@ class Baseline(ABC):
         return {}
 
     def active_of(self, i: int) -> Tensor | None:
-        """Mark the values of trained part i that may change and must not become 0: bool [n], or None if any value may do both."""
+        """Mark the values of trained part i that may change but not become 0: bool [n]; None if any value may do both."""
         return None
 
     @property
@@ -173,13 +173,13 @@ class Baseline(ABC):
         sparsity = 1 - sum(self.active) / sum(prod(shape) for shape in backend.shapes)
         if sparsity < LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
             raise ValueError(
-                f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about keeping "
-                "zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
+                f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
+                "keeping zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
             )
-        check_pattern(backend, self.config.seft, masks)  # if it has one
+        check_pattern(backend, self.config.seft, masks)  # does nothing without a pattern
 
-    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # nothing to do is right for all
-        """Gradients are exchanged in ``step()``, or by FSDP2 in every backward pass: nothing to tell."""
+    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # doing nothing is right for all methods
+        """Do nothing: gradients are exchanged in ``step()``, or by FSDP2 in every backward pass."""
 
     def moves(self, step: int) -> bool:
         """Tell whether masks or supports change in a step, which they never do here."""
@@ -187,7 +187,7 @@ class Baseline(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average, clip, update. Collective.
+        """Average the gradients over the ranks, clip them and update the trained values. Collective.
 
         Raises:
             FloatingPointError: A gradient is not finite; nothing was changed.
@@ -211,7 +211,7 @@ class Baseline(ABC):
         self.values.forget()
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target as its weights are now. Collective."""
+        """Count the zeros of every target as its weights are now. Collective."""
         backend = self.backend
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
@@ -226,12 +226,12 @@ class Baseline(ABC):
             yield active[:0], active
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """This rank's trained values and their moments, by the parameters' names."""
+        """Yield this rank's trained values and their moments, by the parameters' names."""
         for part in self.values.parts:
             yield part.name, self.values.state(part)
 
     def saver(self, folder: Path) -> BackgroundSaver:
-        """Writes this method's checkpoints."""
+        """Make the object that writes this method's checkpoints."""
         return BaselineSaver(self, folder)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"
 """Folder of a run with what lora has trained, as PEFT reads it."""
-_NAME = "default"  # PEFT's for the only adapter
+_NAME = "default"  # PEFT's name for the only adapter
 
 
 def check_peft() -> None:
@@ -77,7 +77,7 @@ class Lora(Baseline):
         return {"extra_bytes": sum(values.numel() * values.element_size() for values in adapter.values())}
 
     def _merge(self) -> None:
-        """Add the adapters to the weights, and take them out of the model."""
+        """Add the adapters to the weights and remove them from the model."""
         with self.backend.writing():
             for name, target in self.targets.items():
                 layer: Any = self.model.get_submodule(name)
@@ -92,7 +92,7 @@ class Lora(Baseline):
 
 @contextmanager
 def _stand_ins(targets: dict[str, Target], device: torch.device) -> Iterator[None]:
-    """Whole fp32 weights in place of the targets', without memory.
+    """Put whole fp32 weights that take no memory in the targets' places while the context lasts.
 
     PEFT gives its matrices the weight's type, and takes a DTensor for a part of a linear that is computed in parts.
     """

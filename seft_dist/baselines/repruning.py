@@ -1,7 +1,8 @@
-"""Pruning a merged model again, to the zeros that each row had before.
+"""Pruning a merged model again, to as many zeros as each row had before.
 
-Wanda's way, as launch/prune.py prunes: the merged model goes to a folder, and comes back from it a decoder layer at a
-time, each layer seeing what the pruned layers before it produce. So no rank ever holds a layer more than its own part.
+It is done by Wanda, as launch/prune.py does it: the merged model is written to a folder and read back one decoder
+layer at a time, and each layer sees what the pruned layers before it produce. So no rank ever holds more than its own
+part and one layer.
 """
 
 import shutil
@@ -29,7 +30,7 @@ MERGED = "merged"
 
 
 def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sample]) -> None:
-    """See before training that a model can be pruned again after it. Two passes of a sequence through the model.
+    """Check before training that the model can be pruned again after it. Takes two forward passes of one sequence.
 
     Args:
         config: The run.
@@ -45,8 +46,8 @@ def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sam
     outside = [name for name in stream.find_targets(config.seft.targets) if not name.startswith(f"{prefix}.")]
     if outside:
         raise ValueError(
-            f"target {outside[0]} is outside the decoder layers ({prefix}), which is all that lora_merged can prune again: "
-            "choose other seft.targets, or method masked_lora"
+            f"target {outside[0]} is outside the decoder layers ({prefix}), which is all that lora_merged can prune "
+            "again: choose other seft.targets, or method masked_lora"
         )
     open_calibration(stream, chosen[:1], Group(None))
 
@@ -64,9 +65,9 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
     config, backend = method.config, method.backend
     folder, ranks = ending.folder / MERGED, backend.owners
     if ending.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was stopped here
+        shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that was stopped here
     export_model(method.model, backend.full, folder, ending.source, writes=ending.is_main, targets=method.target_names)
-    ranks.sum(torch.zeros(1))  # nobody reads before it is there
+    ranks.sum(torch.zeros(1))  # no rank reads before the folder is there
     merged = StreamedModel(open_source(ModelConfig(path=str(folder))), ending.device)
     before = StreamedModel(ending.source, torch.device("cpu"))
     targets = merged.find_targets(config.seft.targets)
@@ -91,15 +92,15 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
     )
     for name, weight in pruner.pruned():
         yield name, targets[name].from_rows(weight)
-    ranks.sum(torch.zeros(1))  # everybody has read it
+    ranks.sum(torch.zeros(1))  # every rank has read it
     if ending.is_main:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _calibration_text(config: TrainConfig, sequences: Sequence[Sample]) -> list[Tensor]:
-    wanted, found = config.baseline.sequences, len(sequences)
-    if found < wanted:
+    wanted, available = config.baseline.sequences, len(sequences)
+    if available < wanted:
         raise ValueError(
-            f"baseline.sequences={wanted}, but the training data has {found} sequences: lower it, or use more text"
+            f"baseline.sequences={wanted}, but the training data has {available} sequences: lower it, or use more text"
         )
     return sample_sequences(sequences, wanted, config.baseline.seed)

@@ -3,8 +3,8 @@
     NAME.values, .exp_avg, .exp_avg_sq    fp32 [n], of a trained parameter's part that the rank held
     NAME.start                            int64 [1], flat position of its first value in the whole parameter
 
-Parameters that every rank holds whole are in the first rank's file only. ``method`` in checkpoint.json says which method it
-is, by ``name``, and what it was set to. Any number of ranks can go on.
+Parameters that every rank holds whole are in the first rank's file only. ``method`` in checkpoint.json says which
+method it is, by ``name``, and what it was set to. Any number of ranks can go on.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seft_dist.baselines.values import MOMENTS, Part
+from seft_dist.baselines.values import MOMENTS, ParameterPart
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
 from seft_dist.io.checkpoint.files import everywhere, rank_file
 from seft_dist.io.checkpoint.schema import CheckpointManifest
+from seft_dist.io.weight_files import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from seft_dist.baselines.baseline import Baseline
@@ -57,11 +57,11 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
     """Go on from a checkpoint. Collective.
 
     Args:
-        method: Without a step done, on the model that the run began with.
-        checkpoint: What a saver has written.
+        method: A new method without a step done, on the model that the run began with.
+        checkpoint: Folder that a ``BaselineSaver`` has written.
 
     Returns:
-        The caller's ``extra``.
+        The ``extra`` that the caller gave when the checkpoint was saved.
 
     Raises:
         DamagedError: A file is missing, cut or altered; nothing was changed.
@@ -70,9 +70,9 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
     method.attach()
     backend = method.backend
     manifest = open_checkpoint(
-        checkpoint, backend, method.fingerprints, lambda found: _check_method(method, found, checkpoint)
+        checkpoint, backend, method.fingerprints, lambda manifest: _check_method(method, manifest, checkpoint)
     )
-    found: list[dict[str, Tensor]] = []
+    states: list[dict[str, Tensor]] = []
 
     def read() -> None:
         try:
@@ -80,13 +80,13 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
                 safe_open(checkpoint / rank_file(rank, manifest["world_size"]), framework="pt")
                 for rank in range(manifest["world_size"])
             ]
-            found.extend(_assemble(part, files) for part in method.values.parts)
+            states.extend(_assemble(part, files) for part in method.values.parts)
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
     everywhere(backend, read)
     with backend.writing():
-        for part, state in zip(method.values.parts, found, strict=True):
+        for part, state in zip(method.values.parts, states, strict=True):
             method.values.restore(part, state, manifest["num_steps"])
         method.values.publish()
     method.num_steps = manifest["num_steps"]
@@ -104,8 +104,8 @@ def _check_method(method: "Baseline", manifest: CheckpointManifest, checkpoint: 
         )
 
 
-def _assemble(part: Part, files: list[Any]) -> dict[str, Tensor]:
-    """A part's values and moments from whoever wrote them."""
+def _assemble(part: ParameterPart, files: list[Any]) -> dict[str, Tensor]:
+    """Put a part's values and moments together from the files of the ranks that wrote them."""
     length = part.values.numel()
     whole = {key: torch.full((length,), torch.nan) for key in _KEYS}
     for file in files:

@@ -27,7 +27,7 @@ _BUCKET = 1 << 22
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """This rank's part of one trained parameter."""
 
     name: str
@@ -43,8 +43,8 @@ class Part:
     is_sharded: bool
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter) -> "Part":
-        """The stored part of a parameter."""
+    def of(cls, name: str, parameter: nn.Parameter) -> "ParameterPart":
+        """Make the part of a parameter that this rank stores."""
         held, start = stored_part(parameter)
         numel = 1
         for side in whole_shape(parameter):
@@ -52,7 +52,7 @@ class Part:
         return cls(name, parameter, numel, start, held, held.float(), is_sharded(parameter))
 
     def grad(self) -> Tensor:
-        """fp32 [n], the gradient since the last step: this rank's, or if sharded the mean over the ranks."""
+        """Return the gradient since the last step, fp32 [n]: this rank's, or if sharded the mean over the ranks."""
         grad = self.parameter.grad
         return torch.zeros_like(self.values) if grad is None else stored_part(grad)[0].float()
 
@@ -62,13 +62,14 @@ class Values:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], backend: Backend, adam: Mapping[str, Any]) -> None:
         """Args:
-        parameters: Name to parameter; sharded ones as FSDP2 holds them between two steps. They get gradients from now on.
+        parameters: Name to parameter; sharded ones as FSDP2 holds them between two steps. They get gradients from now
+            on.
         backend: Knows the ranks.
         adam: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
         """
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self.parts = [Part.of(name, parameter) for name, parameter in parameters.items()]
+        self.parts = [ParameterPart.of(name, parameter) for name, parameter in parameters.items()]
         self._backend = backend
         self._adamw = torch.optim.AdamW([part.values for part in self.parts], **adam) if self.parts else None
 
@@ -78,7 +79,7 @@ class Values:
         return self._adamw.param_groups if self._adamw is not None else [{"lr": 0.0}]
 
     def grads(self) -> list[Tensor]:
-        """Each part's gradient, averaged over the ranks, fp32 [n]. Collective."""
+        """Return each part's gradient, averaged over the ranks, fp32 [n]. Collective."""
         grads = [part.grad() for part in self.parts]
         owners = self._backend.owners
         if owners.size == 1:
@@ -90,7 +91,7 @@ class Values:
         return grads
 
     def _buckets(self) -> Iterator[list[int]]:
-        """Parts that are not sharded, as many at a time as travel together: small ones many, a large one alone.
+        """Group the parts that are not sharded into buckets: many small ones, or one large one.
 
         ``Group.sum`` gathers every rank's terms, so that what travels together is in memory once for each rank.
         """
@@ -111,8 +112,8 @@ class Values:
         """Compute the norm of the whole gradient, and wait for the device, once in a step. Collective.
 
         Args:
-            grads: From ``grads``.
-            step: Of the run, for the message.
+            grads: The averaged gradients that ``grads`` returns.
+            step: Step of the run, for the message.
 
         Raises:
             FloatingPointError: It is not finite; names the parameter, on every rank.
@@ -120,21 +121,21 @@ class Values:
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
         sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
         squares = torch.where(sharded, self._backend.owners.sum(squares * sharded), squares)
-        found = squares.tolist()
-        bad = [part.name for part, value in zip(self.parts, found, strict=True) if not value < math.inf]
+        sums = squares.tolist()
+        bad = [part.name for part, value in zip(self.parts, sums, strict=True) if not value < math.inf]
         if bad:
             raise FloatingPointError(
                 f"step {step}: the gradient of {bad[0]} is not finite ({len(bad)} of {len(self.parts)} parameters); "
                 "nothing was changed. Lower the learning rate, or look at this batch"
             )
-        return math.sqrt(math.fsum(found))
+        return math.sqrt(math.fsum(sums))
 
     def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
-        """One step of AdamW; the parameters then hold what they have become. Inside ``Backend.writing()``.
+        """Take one step of AdamW and write the new values into the parameters. Inside ``Backend.writing()``.
 
         Args:
-            grads: Clipped.
-            active_of: Which values of a part must not become 0, bool [n]; None: they may.
+            grads: Clipped gradients, fp32 [n] each.
+            active_of: Marks the values of a part that must not become 0, bool [n]; None: all may.
         """
         if self._adamw is None:
             return
@@ -149,7 +150,7 @@ class Values:
         self.publish()
 
     def publish(self) -> None:
-        """Let the parameters hold the fp32 values in their own type. Inside ``Backend.writing()``.
+        """Write the fp32 values into the parameters, in their own type. Inside ``Backend.writing()``.
 
         No active weight becomes 0 by that: ``keep_active_`` has seen to it.
         """
@@ -162,14 +163,14 @@ class Values:
         for part in self.parts:
             part.parameter.grad = None
 
-    def state(self, part: Part) -> dict[str, Tensor]:
-        """The values and AdamW's moments of a part, fp32 [n] each."""
+    def state(self, part: ParameterPart) -> dict[str, Tensor]:
+        """Return the values and AdamW's moments of a part, fp32 [n] each."""
         assert self._adamw is not None
         moments = self._adamw.state.get(part.values, {})
         return {"values": part.values} | {key: moments.get(key, torch.zeros_like(part.values)) for key in MOMENTS}
 
-    def restore(self, part: Part, state: Mapping[str, Tensor], steps: int) -> None:
-        """Take over what ``state`` gave after so many steps; ``publish`` once after all."""
+    def restore(self, part: ParameterPart, state: Mapping[str, Tensor], steps: int) -> None:
+        """Load a part's values and moments after so many steps; call ``publish`` once after all parts."""
         assert self._adamw is not None
         part.values.copy_(state["values"])
         moments = {key: state[key].to(part.values.device) for key in MOMENTS}
@@ -180,10 +181,11 @@ def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
     """Keep weights that are no zeros of the mask from becoming 0, in place: they would count as pruned.
 
     Args:
-        values: fp32, any shape.
-        active: bool, same shape: in the mask.
+        values: The weights, fp32 of any shape.
+        active: bool of the same shape, true for weights in the mask.
         dtype: Type that the weights will be held in.
     """
     least = torch.full((), least_size(dtype), dtype=values.dtype, device=values.device)
     lost = (values.abs() < least) & active
-    values.copy_(torch.where(lost, torch.copysign(least, values), values))  # no index, which would wait for the device
+    # Not values[lost] = ...: indexing by a mask would wait for the device.
+    values.copy_(torch.where(lost, torch.copysign(least, values), values))

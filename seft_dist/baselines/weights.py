@@ -55,7 +55,7 @@ class NormsAndBiases(Baseline):
     may_be_dense = True
 
     def install(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, module in self.model.named_modules():
             is_norm = "Norm" in type(module).__name__
             is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
@@ -63,12 +63,12 @@ class NormsAndBiases(Baseline):
                 if id(parameter) in self._kept_back or not is_vector(parameter):
                     continue
                 if is_norm or (is_linear and key == "bias"):
-                    found[f"{name}.{key}"] = parameter
-        if not found:
+                    parameters[f"{name}.{key}"] = parameter
+        if not parameters:
             raise ValueError(
                 f"{type(self.model).__name__} has no norms with parameters and no biases: choose another method"
             )
-        return found
+        return parameters
 
     def attach(self) -> None:
         if self._backend is None:

@@ -10,6 +10,7 @@ from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
 from seft_dist.config.results import EvaluateConfig, SweepConfig
 from seft_dist.config.study import StudyConfig
+from seft_dist.config.teacher import TeacherConfig
 from seft_dist.config.training import ReproduceConfig, TrainConfig
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "Selection",
     "StudyConfig",
     "SweepConfig",
+    "TeacherConfig",
     "TrainConfig",
 ]

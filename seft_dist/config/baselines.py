@@ -7,7 +7,7 @@ from typing import Any, Literal
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.method import SeftConfig
 
-Method = Literal[
+MethodName = Literal[
     "seft",
     "seft_static",
     "seft_static_random",

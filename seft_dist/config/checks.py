@@ -1,4 +1,4 @@
-"""How a knob says that its value cannot be."""
+"""Checks of configuration values, and the message for a value that cannot be used."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ def check_numbers(config: Any, prefix: str = "") -> None:
 
     Args:
         config: The dataclass; those inside it check themselves.
-        prefix: What stands before its fields' names on the command line, e.g. "optim.".
+        prefix: Prefix of its fields' names on the command line, e.g. "optim.".
 
     Raises:
         ValueError: A number is not finite, too large, or too small to be told from 0.

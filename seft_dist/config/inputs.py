@@ -11,7 +11,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and how its weights are held."""
+    """The model, and the type in which its weights are held."""
 
     path: str
     """Folder of a Hugging Face causal LM (config.json, *.safetensors, tokenizer), or a hub name."""
@@ -29,7 +29,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which records, and how they become token sequences."""
+    """The records to read, and the way they become token sequences."""
 
     path: str
     """A file (.txt, .json, .jsonl, .parquet), a folder of such files, or the hub name of a dataset. A .txt file is one
@@ -39,7 +39,7 @@ class DataConfig:
     split: str = "train"
     """Split of a hub dataset; local files are one split named "train"."""
     kind: Literal["auto", "text", "instruction", "chat"] = "auto"
-    """How a record is read: "text" (packed into full blocks), "instruction" (prompt and answer; loss on the answer),
+    """Kind of records: "text" (packed into full blocks), "instruction" (prompt and answer; loss on the answer),
     "chat" (a list of messages; loss on the assistant's turns); "auto" decides by the columns."""
     text_field: str = "text"
     """Column with the text."""
@@ -54,9 +54,10 @@ class DataConfig:
     tools_field: str = "tools"
     """Column with an optional list of tools (JSON schemas), handed to the chat template with the messages."""
     join: Literal["documents", "concatenate", "newline", "blank_line"] = "documents"
-    """How text records become one stream. "documents": each with the special tokens that the tokenizer adds and an eos
-    behind it. The others make one text of all records, with nothing, "\\n" or "\\n\\n" between them, and tokenise that: at
-    most one bos, no eos. Papers on pruning join WikiText's lines, one record each, with "blank_line"."""
+    """Way to join text records to one stream. "documents": each with the special tokens that the tokenizer adds and
+    an eos behind it. The others make one text of all records, with nothing, "\\n" or "\\n\\n" between them, and
+    tokenise that: at most one bos, no eos. Papers on pruning join WikiText's lines, one record each, with
+    "blank_line"."""
     date: str | None = None
     """Day that a chat template which writes today's date gets to see, YYYY-MM-DD. None: today; a run keeps the day on
     which it began."""

@@ -24,10 +24,10 @@ class SeftConfig:
     """The method: how many deltas, where they may go, when they move (docs/algorithm.md)."""
 
     density: float = 0.01
-    """Share of each target weight's positions that carry a trainable delta, above 0 and at most 1. It may not exceed the
-    share of active (non-zero) weights of any target."""
+    """Share of each target weight's positions that carry a trainable delta, above 0 and at most 1. It may not exceed
+    the share of active (non-zero) weights of any target."""
     targets: str = "all-linear"
-    """Which linears get deltas: "all-linear" (every nn.Linear except the output head and tied weights), or a regular
+    """Linears that get deltas: "all-linear" (every nn.Linear except the output head and tied weights), or a regular
     expression that is searched in module names, e.g. "q_proj|v_proj"."""
     steps: int | None = None
     """Optimizer steps of the whole run, T of the drop schedule. None: unknown, the drop fraction stays constant.
@@ -37,9 +37,9 @@ class SeftConfig:
     window: int = 1
     """Optimizer steps, ending with the evolution's, over which the dense gradient is accumulated. At most interval."""
     window_store: WindowStore = "full"
-    """What a rank keeps of the window's gradient (docs/evolution.md): "full" (fp32 at every own weight), "bf16" (half of it),
-    "candidates" (dense in the window's first step; then only the support and the best candidates to grow and to prune), or
-    "factored" (row and column sums; no dense gradient is ever computed)."""
+    """Form in which a rank keeps the window's gradient (docs/evolution.md): "full" (fp32 at every own weight), "bf16"
+    (half of it), "candidates" (dense in the window's first step; then only the support and the best candidates to
+    grow and to prune), or "factored" (row and column sums; no dense gradient is ever computed)."""
     window_candidates: float = 1.0
     """With window_store "candidates": how many a layer keeps of each kind, as a multiple of its budget; at least
     drop_fraction. An evolution grows at most as many."""
@@ -52,10 +52,12 @@ class SeftConfig:
     drop_fraction: float = 0.2
     """Share of the support that moves in an evolution at the start of the run, f0, 0 to 1."""
     drop_schedule: DropSchedule = "cosine"
-    """How the moving share falls to 0 at the last step: "cosine", "linear", or "constant" (does not fall)."""
+    """Schedule by which the moving share falls to 0 at the last step: "cosine", "linear", or "constant" (it does not
+    fall)."""
     on_drop: OnDrop = "commit_reactivated"
-    """What a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at reactivated
-    positions (base 0), whose delta becomes the base. "keep": every dropped delta becomes part of the base."""
+    """Weight that a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at
+    reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta becomes part of the
+    base."""
     reactivation: float = 1.0
     """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the mask never moves."""
     init: Init = "gradient"
@@ -64,22 +66,27 @@ class SeftConfig:
     moments: Moments = "zero"
     """Adam moments of a grown entry: "zero" (age 0) or "seeded" from the window's mean gradient and mean square."""
     drop: Drop = "magnitude"
-    """What is dropped: smallest "magnitude" |delta|, smallest "movement" -delta x accumulated gradient, or "random"."""
+    """Criterion for dropping: smallest "magnitude" |delta|, smallest "movement" -delta x accumulated gradient, or
+    "random"."""
     grow: Grow = "gradient"
-    """What is grown: largest |accumulated "gradient"|, largest row/column second "momentum" (SM3), or "random"."""
+    """Criterion for growing: largest |accumulated "gradient"|, largest row/column second "momentum" (SM3), or
+    "random"."""
     adapt: Adapt = "sensitivity"
-    """What leaves the mask again: smallest "sensitivity" |weight x accumulated gradient|, smallest "activation"
-    |weight| x input norm (Wanda), smallest "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned model)."""
+    """Criterion for pruning again: smallest "sensitivity" |weight x accumulated gradient|, smallest "activation"
+    |weight| x input norm (Wanda), smallest "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned
+    model)."""
     scope: Scope = "layer"
-    """Where Adapt ranks: inside each "layer", which keeps its own target, or "global" over all of them with one target."""
+    """Scope in which Adapt ranks: inside each "layer", which keeps its own sparsity, or "global" over all of them, with
+    one sparsity."""
     pattern: str | None = None
-    """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active (in
-    YAML with quotation marks). None: any position may be active."""
+    """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active
+    (in YAML with quotation marks). None: any position may be active."""
     selection: Selection = "auto"
-    """Form of the distributed top-k: "gather" candidates, "radix" histograms, or "auto", the one that moves fewer bytes. All
-    give the same result."""
+    """Form of the distributed top-k: "gather" candidates, "radix" histograms, or "auto", the one that moves fewer
+    bytes. All give the same result."""
     decay: Decay = "weight"
-    """What weight_decay shrinks: the "weight" (base + delta, as torch.optim.AdamW) or only the "delta" (towards the base)."""
+    """Values that weight_decay shrinks: the "weight" (base + delta, as torch.optim.AdamW) or only the "delta" (towards
+    the base)."""
     allow_dense: bool = False
     """True: accept a model whose targets have no pruned positions."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""What an N:M pattern is: at most N of M consecutive inputs of a row are active, e.g. "2:4"."""
+"""N:M patterns: at most N of M consecutive inputs of a row are active, e.g. "2:4"."""
 
 _LARGEST_GROUP = 64
 
@@ -28,7 +28,7 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
 
     Args:
         pattern: "N:M" or None.
-        scope: Of Adapt.
+        scope: Scope in which Adapt ranks.
         adapt: Its criterion.
         reactivation: Largest share of grown entries that were pruned.
 
@@ -45,6 +45,6 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
         )
     if adapt == "none" and reactivation:
         raise ValueError(
-            f"adapt=none with pattern={pattern}: needs another adapt criterion, or reactivation 0; what is reactivated and "
-            "not paid for breaks the pattern"
+            f"adapt=none with pattern={pattern}: needs another adapt criterion, or reactivation 0; what is reactivated "
+            "and not paid for breaks the pattern"
         )

@@ -11,11 +11,11 @@ _NODES, _DEVICES = 100_000, 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """What the ranks run on. Values that are left out come from the GPU's data sheet."""
+    """Devices that the ranks run on. Values that are left out come from the GPU's data sheet."""
 
     gpu: str = "H100-80GB"
-    """Kind of device: H100-80GB, H200-141GB, A100-80GB, A100-40GB, "cpu" or "cuda" (this machine; its rates are measured
-    first, about a minute), or a file of rates that was measured before (see save_rates)."""
+    """Kind of device: H100-80GB, H200-141GB, A100-80GB, A100-40GB, "cpu" or "cuda" (this machine; its rates are
+    measured first, about a minute), or a file of rates that was measured before (see save_rates)."""
     nodes: int = 8
     """Most nodes that may be used."""
     gpus_per_node: int = 8
@@ -25,15 +25,15 @@ class ClusterConfig:
     tflops: float | None = None
     """Dense peak of a device in the weights' type, 10^12 operations a second."""
     mfu: float = 0.4
-    """Share of that peak that training reaches (model FLOP/s utilisation), above 0 and at most 1. An assumption; not used
-    for measured rates."""
+    """Share of that peak that training reaches (model FLOP/s utilisation), above 0 and at most 1. An assumption; not
+    used for measured rates."""
     sampled_share: float = 0.25
-    """Time of a weight gradient sampled at the deltas, as a share of the dense one's. An assumption; not used for measured
-    rates."""
+    """Time of a weight gradient sampled at the deltas, as a share of the dense one's. An assumption; not used for
+    measured rates."""
     intra_gb_s: float | None = None
-    """What one device sends inside its node, 10^9 bytes a second, in one direction."""
+    """Bandwidth of one device inside its node, 10^9 bytes a second, in one direction."""
     inter_gb_s: float | None = None
-    """What one whole node sends to others, 10^9 bytes a second, in one direction."""
+    """Bandwidth of one whole node to others, 10^9 bytes a second, in one direction."""
     link_share: float = 0.7
     """Share of these bandwidths that collectives reach, above 0 and at most 1. An assumption; not used for measured
     rates."""

@@ -17,20 +17,21 @@ class PruneConfig:
     data: DataConfig | None = None
     """Calibration text; needed by wanda, sparsegpt and OWL."""
     method: Literal["wanda", "sparsegpt", "magnitude", "mask", "none"] = "wanda"
-    """What is pruned: the smallest |weight| x norm of its input ("wanda"), what costs least once the others make up for
-    it ("sparsegpt", also changes the weights that stay), the smallest |weight| ("magnitude"), or what a file of kept
-    positions leaves out ("mask"). "none" prunes nothing: it shows the zeros that a model has."""
+    """Pruning criterion: the smallest |weight| x norm of its input ("wanda"), what costs least once the others make
+    up for it ("sparsegpt", also changes the weights that stay), the smallest |weight| ("magnitude"), or what a file
+    of kept positions leaves out ("mask"). "none" prunes nothing: it shows the zeros that a model has."""
     sparsity: float | None = None
     """Share of the targets' weights that become 0, above 0 and below 1. None: what the pattern says, else 0.6."""
     pattern: str | None = None
     """N:M, e.g. "2:4": of M weights that follow each other in a row, N stay. None: unstructured."""
     group: Literal["auto", "row", "layer", "global"] = "auto"
-    """Where weights are ranked against each other: inside each output "row", over the whole weight of a linear ("layer"),
+    """Scope in which weights are ranked: inside each output "row", over the whole weight of a linear ("layer"),
     or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer" for
     sparsegpt, "row" for the others."""
     layer_ratios: str = "uniform"
-    """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a JSON
-    or YAML file from names (of decoder layers or linears) to sparsities; what it does not name gets --sparsity."""
+    """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a
+    JSON or YAML file from names (of decoder layers or linears) to sparsities; what it does not name gets
+    --sparsity."""
     owl_threshold: float = 5.0
     """OWL: a score above this many times the mean of its decoder layer is an outlier (M in the paper)."""
     owl_lambda: float = 0.08
@@ -38,10 +39,10 @@ class PruneConfig:
     mask: str | None = None
     """Method "mask": a safetensors file with, for each target, its kept positions (docs/pruning.md)."""
     dampening: float = 0.01
-    """SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal; raised tenfold, twice at most, where
-    the Hessian cannot be inverted."""
+    """SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal; raised tenfold, twice at most,
+    where the Hessian cannot be inverted."""
     targets: str = "all-linear"
-    """Which linears are pruned: as seft.targets."""
+    """Linears that are pruned, chosen as by seft.targets."""
     sequences: int = 128
     """Calibration sequences of data.seq_len tokens."""
     seed: int = 0

@@ -22,16 +22,17 @@ class EvaluateConfig:
     batch_size: int = 4
     """Sequences of a rank in one forward pass."""
     stride: int | None = None
-    """Perplexity of a text in sliding windows of data.seq_len tokens that begin every so many tokens, below data.seq_len:
-    each token is scored once, with at least data.seq_len - stride tokens before it. None: windows side by side (blocks),
-    the first token of each not scored. Chats and instructions have no windows: each record is a sequence of its own."""
+    """Perplexity of a text in sliding windows of data.seq_len tokens that begin every so many tokens, below
+    data.seq_len: each token is scored once, with at least data.seq_len - stride tokens before it. None: windows side
+    by side (blocks), the first token of each not scored. Chats and instructions have no windows: each record is a
+    sequence of its own."""
     max_tokens: int | None = None
     """Measure perplexity on at most this many tokens. None: all."""
     tasks: str | None = None
     """Tasks of lm-evaluation-harness (extra "eval"), with commas in between, e.g. "arc_easy,boolq". None: none."""
     task_files: dict[str, str] = field(default_factory=dict)
-    """Tasks whose records are read from a file (.json, .jsonl, .parquet), as task: file, instead of the hub. The file has
-    the columns of the task's data set; it serves for the questions and for few-shot examples."""
+    """Tasks whose records are read from a file (.json, .jsonl, .parquet), as task: file, instead of the hub. The file
+    has the columns of the task's data set; it serves for the questions and for few-shot examples."""
     tasks_path: str | None = None
     """Folder with task descriptions of your own (.yaml), as lm-eval's --include_path."""
     fewshot: int | None = None
@@ -41,7 +42,7 @@ class EvaluateConfig:
     chat_template: bool = False
     """True: put the questions into the tokenizer's chat template, as lm-eval's --apply_chat_template."""
     targets: str = "all-linear"
-    """Which linears the sparsity report covers: as seft.targets."""
+    """Linears that the sparsity report covers, chosen as by seft.targets."""
     threads: int | None = None
     """CPU threads of a rank. None: the machine's cores divided by the ranks on it (CPU runs only)."""
     output: str | None = None

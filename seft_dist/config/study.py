@@ -15,17 +15,17 @@ class StudyConfig:
     output: str
     """Folder of the study. The same command again goes on with what is missing; several at a time share the work."""
     bases: dict[str, dict[str, Any]]
-    """Models that methods start from, by name: either {path: FOLDER}, or options of launch/prune.py by their dotted names,
-    e.g. {model.path: FOLDER, method: wanda, sparsity: 0.6}, by which it is pruned once into OUTPUT/bases/NAME. Without
-    data.path the calibration text is the training part."""
+    """Models that methods start from, by name: either {path: FOLDER}, or options of launch/prune.py by their dotted
+    names, e.g. {model.path: FOLDER, method: wanda, sparsity: 0.6}, by which it is pruned once into OUTPUT/bases/NAME.
+    Without data.path the calibration text is the training part."""
     data: dict[str, Any]
-    """The parts of the text: train, validation, test and forgetting (may be missing), each a path or options of a data set
-    ({path: ..., kind: ...}); or split: {path: FILE, shares: {train: 4, validation: 1, test: 1}, by: hash (or index), repeated:
-    keep (or drop)}, which makes those that shares names. No record may be in two parts."""
+    """The parts of the text: train, validation, test and forgetting (may be missing), each a path or options of a
+    data set ({path: ..., kind: ...}); or split: {path: FILE, shares: {train: 4, validation: 1, test: 1}, by: hash (or
+    index), repeated: keep (or drop)}, which makes those that shares names. No record may be in two parts."""
     methods: dict[str, dict[str, Any]]
-    """The methods that are compared, by name: options of launch/train.py by their dotted names. A list is a grid, out of
-    which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from another base,
-    "method: none" measures the base as it is."""
+    """The methods that are compared, by name: options of launch/train.py by their dotted names. A list is a grid, out
+    of which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from
+    another base, "method: none" measures the base as it is."""
     tokens: int
     """Budget: tokens that each run is trained on, in sequences of data.seq_len; rounded down to whole optimizer steps."""
     base: str | None = None
@@ -33,8 +33,8 @@ class StudyConfig:
     train: dict[str, Any] = field(default_factory=dict)
     """Options of launch/train.py that all methods share; a method's own win."""
     evaluate: dict[str, Any] = field(default_factory=dict)
-    """Options of launch/evaluate.py, e.g. {data.seq_len: 512, stride: 256}. Tasks are asked of the final runs only. What is not
-    said about data is as in training."""
+    """Options of launch/evaluate.py, e.g. {data.seq_len: 512, stride: 256}. Tasks are asked of the final runs only.
+    What is not said about data is as in training."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the final runs, with the chosen settings; each is both the run's seed and seft.seed."""
     search_seed: int | None = None
@@ -44,15 +44,16 @@ class StudyConfig:
     reference: str | None = None
     """Method with which the others are compared, seed by seed. None: the first of methods."""
     keep: Keep = "chosen"
-    """Choice of the runs that keep their exported models and checkpoints once they are measured: "all", those with a "chosen"
-    setting, or "none". What is to be measured in another way later is trained again where its model is gone."""
+    """Choice of the runs that keep their exported models and checkpoints once they are measured: "all", those with a
+    "chosen" setting, or "none". What is to be measured in another way later is trained again where its model is
+    gone."""
     jobs: int = 1
     """Processes at a time."""
     threads: int | None = None
     """CPU threads of a process. None: the machine's cores divided by jobs."""
     launcher: str | None = None
-    """Words in front of launch/train.py, evaluate.py and prune.py, e.g. "torchrun --standalone --nproc-per-node 8"; {slot} in it
-    becomes 0 to jobs - 1, e.g. "env CUDA_VISIBLE_DEVICES={slot} python". None: python."""
+    """Words in front of launch/train.py, evaluate.py and prune.py, e.g. "torchrun --standalone --nproc-per-node 8";
+    {slot} in it becomes 0 to jobs - 1, e.g. "env CUDA_VISIBLE_DEVICES={slot} python". None: python."""
     figures: bool = True
     """False: no figures (they need matplotlib)."""
 

@@ -4,12 +4,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from seft_dist.config.baselines import VARIANTS, BaselineConfig, Method, check_method, with_variant
+from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
+from seft_dist.config.teacher import TeacherConfig
 
-Backend = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+BackendName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
 _MONTH = 30 * 24 * 3600
 
@@ -22,13 +23,15 @@ class TrainConfig:
     data: DataConfig
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
-    method: Method = "seft"
-    """Method of training (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and "spiel", which are
-    settings of it; or to compare with: "none" (nothing, the pruned model is written as it is), "lora", "lora_merged" (pruned
-    again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
+    method: MethodName = "seft"
+    """Method of training (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and
+    "spiel", which are settings of it; or to compare with: "none" (nothing, the pruned model is written as it is),
+    "lora", "lora_merged" (pruned again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights),
+    "norms_and_biases" (PERP)."""
     seft: SeftConfig = field(default_factory=SeftConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     steps: int = 1000
     """Optimizer steps of the run."""
     batch_size: int = 1
@@ -37,10 +40,10 @@ class TrainConfig:
     """Sequences of one optimizer step over all ranks: as many forward passes as that takes are accumulated, and every
     token that is learnt weighs the same. None: batch_size for each rank; a resumed run keeps what it began with, on any
     number of ranks. A ds_config's batch sizes must agree or be "auto"."""
-    backend: Backend = "auto"
-    """How weights are held on several ranks: "fsdp" (FSDP2, sharded), "ddp" (a full copy each), "deepspeed" (chosen by
-    --deepspeed), "single" (one process), or "auto": deepspeed if --deepspeed is given, else fsdp if there are several
-    ranks, else single."""
+    backend: BackendName = "auto"
+    """Backend that holds weights on several ranks: "fsdp" (FSDP2, sharded), "ddp" (a full copy each), "deepspeed"
+    (chosen by --deepspeed), "single" (one process), or "auto": deepspeed if --deepspeed is given, else fsdp if there
+    are several ranks, else single."""
     deepspeed: str | None = None
     """A ds_config file, e.g. ds_configs/zero3.json: train with DeepSpeed."""
     replicas: int = 1
@@ -48,19 +51,21 @@ class TrainConfig:
     offload: bool = False
     """FSDP only: keep the weight shards in CPU memory (DeepSpeed: use ds_configs/zero3_offload.json)."""
     packing: Packing = "none"
-    """What zeros cost, with the same results bit for bit (docs/packing.md). "gather": FSDP ranks send each other bits and
-    non-zero values; the weights at rest stay dense. "resident": the targets stay packed at rest as well, on FSDP ranks or in
-    one process, and are dense one at a time while they are computed with."""
+    """Treatment of zeros in memory and traffic; the results are the same bits (docs/packing.md). "gather": FSDP
+    ranks send each other bits and non-zero values; the weights at rest stay dense. "resident": the targets stay
+    packed at rest as well, on FSDP ranks or in one process, and are dense one at a time while they are computed
+    with."""
     seed: int = 0
     """Seed of the data order."""
     log_every: int = 1
-    """Optimizer steps between records in metrics.jsonl and the trackers. In between ranks exchange gradients only and do
-    not wait for their devices; signals and losses that are not finite are looked at when a step is recorded."""
+    """Optimizer steps between records in metrics.jsonl and the trackers. In between ranks exchange gradients only and
+    do not wait for their devices; signals and losses that are not finite are looked at when a step is recorded."""
     save_every: int = 0
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
     trace: bool = False
-    """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each optimizer
-    step (about 0.2 kB for each layer and step), so that launch/compare.py finds the first step and layer that differ."""
+    """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each
+    optimizer step (about 0.2 kB for each layer and step), so that launch/compare.py finds the first step and layer
+    that differ."""
     export: bool = True
     """True: write the repaired model as a Hugging Face folder, and the delta file, at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -120,7 +125,7 @@ class TrainConfig:
         """True if the method is SEFT, with any settings."""
         return self.method in VARIANTS
 
-    def settled(self) -> "TrainConfig":
+    def with_method_settings(self) -> "TrainConfig":
         """Return this configuration with the settings of SEFT that its method stands for."""
         return dataclasses.replace(self, seft=with_variant(self.method, self.seft))
 
@@ -130,17 +135,17 @@ class ReproduceConfig:
     """One check of launch/reproduce.py: the same run several times and on several layouts."""
 
     output: str
-    """Folder of the check: a run folder and a log for each run, comparisons, reproduce.json. The same command again goes
-    on where it was stopped."""
+    """Folder of the check: a run folder and a log for each run, comparisons, reproduce.json. The same command again
+    goes on where it was stopped."""
     layouts: str = "single:1"
-    """What to run on, with commas in between: BACKEND:RANKS, BACKEND being single, ddp, fsdp, zero0 to zero3 or
-    zero3_offload. Options of launch/train.py may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2". All
-    get the same global batch: --global_batch, or batch_size for each rank of the first layout."""
+    """Layouts to run on, with commas in between: BACKEND:RANKS, BACKEND being single, ddp, fsdp, zero0 to zero3 or
+    zero3_offload. Options of launch/train.py may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2".
+    All get the same global batch: --global_batch, or batch_size for each rank of the first layout."""
     runs: int = 2
-    """How often each layout is run; the later ones must equal the first one bit for bit."""
+    """Number of runs of each layout; the later ones must equal the first one bit for bit."""
     launcher: str | None = None
-    """Command that starts the ranks, with {ranks} for their number, e.g. "srun --ntasks={ranks} python" for the nodes of a
-    Slurm job. None: python for one rank, torchrun on this machine for several."""
+    """Command that starts the ranks, with {ranks} for their number, e.g. "srun --ntasks={ranks} python" for the nodes
+    of a Slurm job. None: python for one rank, torchrun on this machine for several."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

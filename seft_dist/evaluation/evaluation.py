@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from seft_dist.backends.fsdp import FsdpBackend, reshard
-from seft_dist.backends.group import Group
+from seft_dist.backends.group import world_group
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.data.load import load_sequences
@@ -27,13 +25,15 @@ from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
 from seft_dist.evaluation.policy import Policy, describe_policy, policy_of
 from seft_dist.files import writing
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source, open_source
 from seft_dist.modules.targets import find_targets
 from seft_dist.results.run_files import list_differences
 from seft_dist.session import facts
+from seft_dist.session.agreement import check_agreement, on_all_ranks, one_rank_per_machine_first
 from seft_dist.session.cli import to_dict
-from seft_dist.session.distributed import Ranks, check_agreement, together
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 Metrics = dict[str, float]
@@ -75,8 +75,8 @@ def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool =
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_agreement(ranks, json.dumps(to_dict(config)))
-    sources = together(ranks, lambda: _open_all(config))
-    tasks = _in_turn(
+    sources = on_all_ranks(ranks, lambda: _open_all(config))
+    tasks = one_rank_per_machine_first(
         ranks, lambda: _tasks(config, show and ranks.is_main)
     )  # a wrong name is found before the first model runs
     results = []
@@ -92,15 +92,17 @@ def _evaluate_one(
     name: str, path: str, source: Source, tasks: Any, config: EvaluateConfig, ranks: Ranks, show: bool
 ) -> Evaluation:
     begin = time.monotonic()
-    group = Group(dist.group.WORLD if ranks.world_size > 1 else None)
-    tokenizer = together(ranks, lambda: load_tokenizer(ModelConfig(path=path)))
+    group = world_group()
+    tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(ModelConfig(path=path)))
     data = config.data
     sequences: Any = None
     policy: Policy | None = None
     if data is not None:
-        loaded = _in_turn(ranks, lambda: load_sequences(data, tokenizer, progress=show))
-        policy = together(ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch.")))
-        sequences = together(ranks, lambda: scored_sequences(loaded, config))
+        loaded = one_rank_per_machine_first(ranks, lambda: load_sequences(data, tokenizer, progress=show))
+        policy = on_all_ranks(
+            ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch."))
+        )
+        sequences = on_all_ranks(ranks, lambda: scored_sequences(loaded, config))
     model = load_model(source, sharding="fsdp" if ranks.world_size > 1 else "none", device=ranks.device)
     zeros = _zeros(model, config.targets, ranks)
     result, metrics = None, {}
@@ -144,16 +146,6 @@ def _tasks(config: EvaluateConfig, show: bool) -> Any:
     from seft_dist.evaluation.tasks import load_tasks
 
     return load_tasks(config, show=show)
-
-
-def _in_turn(ranks: Ranks, read: Any) -> Any:
-    """Read data on one rank of each machine, which fills the cache, then on the others. Collective."""
-    result = None
-    for first in (True, False):
-        turn = (ranks.local_rank == 0) == first
-        done = together(ranks, lambda: read() if turn else None)  # noqa: B023
-        result = done if turn else result
-    return result
 
 
 def _zeros(model: PreTrainedModel, pattern: str, ranks: Ranks) -> list[ZeroCount]:

@@ -4,11 +4,10 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from seft_dist.config import EvaluateConfig
 from seft_dist.data.sequences import Conversations, PackedBlocks
 from seft_dist.data.tokenizer import tokenizer_fingerprint
+from seft_dist.io.library_types import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)

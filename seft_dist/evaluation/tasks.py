@@ -19,20 +19,20 @@ from typing import Any
 
 import lm_eval  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import lm_eval.utils  # type: ignore[import-untyped,import-not-found,unused-ignore]
-import torch.distributed as dist
 import yaml
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from lm_eval.tasks import TaskManager  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from seft_dist.backends.group import Group
 from seft_dist.config import EvaluateConfig
 from seft_dist.data.data_files import BUILDERS
 from seft_dist.data.records import cause_of
 from seft_dist.files.reading import check_yaml, read_text
+from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, float]
 
@@ -40,7 +40,7 @@ SEED = 1234
 """Seed for drawing few-shot examples, and for sampling if a task needs it; the default of lm_eval."""
 
 
-class RankedLM(HFLM):
+class RankedLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """lm_eval's adapter for transformers models, with its requests distributed over the ranks of a group.
 
     Each rank submits the same requests and gets all answers, so lm_eval can run as in one process. Every method is
@@ -101,7 +101,8 @@ class RankedLM(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         if self._group.size > 1:
             settings["synced_gpus"] = True  # a rank whose texts are finished continues until those of all ranks are
-        return super()._model_generate(context, max_length, stop, **settings)
+        generated: Tensor = super()._model_generate(context, max_length, stop, **settings)
+        return generated
 
     def _distribute(self, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
         """Answer each request on one rank, equally many on every rank, and gather the answers. Collective."""
@@ -109,8 +110,7 @@ class RankedLM(HFLM):
         if size == 1 or not requests:
             return ask(requests)
         filled = requests + [requests[-1]] * (-len(requests) % size)
-        answers: list[list[Any]] = [[] for _ in range(size)]
-        dist.all_gather_object(answers, ask(filled[self._group.rank :: size]), group=self._group.group)
+        answers = self._group.gather_objects(ask(filled[self._group.rank :: size]))
         return [answers[number % size][number // size] for number in range(len(requests))]
 
 

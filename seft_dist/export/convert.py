@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -18,6 +17,7 @@ from seft_dist.export.folders import new_folder
 from seft_dist.io.readers import copy_beside_config, make_configs_compatible
 from seft_dist.io.settings import error_summary, read_settings
 from seft_dist.io.source import SPARSE_FORMATS, locate
+from seft_dist.io.weight_files import SafetensorError
 from seft_dist.io.weights import MAX_SHARD_BYTES
 
 

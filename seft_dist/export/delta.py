@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seft_dist.export.folders import new_folder, refuse_existing, save_settings
 from seft_dist.files.reading import parse_json
-from seft_dist.files.writing import sync_file
+from seft_dist.files.writing import replacing
 from seft_dist.io.source import Source
-from seft_dist.io.weight_files import write_safetensors
+from seft_dist.io.weight_files import SafetensorError, safe_open, write_safetensors
 from seft_dist.io.weights import WeightsWriter
 from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
 from seft_dist.sparsity.partition import position_dtype
@@ -81,11 +80,9 @@ class DeltaWriter:
     def close(self, path: Path) -> None:
         """Write the file; one that exists is replaced."""
         fingerprints = {"base": self._before.hexdigest(), "repaired": self._after.hexdigest()}
-        part = path.with_name(path.name + ".part")
         metadata = {**self._metadata, **fingerprints, "targets": json.dumps(self._names)}
-        write_safetensors(part, self._tensors, metadata)
-        sync_file(part)
-        part.rename(path)
+        with replacing(path) as part:
+            write_safetensors(part, self._tensors, metadata)
 
 
 class Fingerprint:

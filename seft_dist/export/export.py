@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from seft_dist.config import DType, ModelConfig
 from seft_dist.export.delta import DeltaWriter, apply_delta, name_of
 from seft_dist.export.folders import new_folder, save_settings
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import load_model, named_state
 from seft_dist.io.packed import PackedSize, PackedWeights, PackedWriter
 from seft_dist.io.source import Source, open_source
@@ -37,6 +37,7 @@ def export_model(
     tokenizer: Path | None = None,
     delta: Path | None = None,
     targets: list[str] | None = None,
+    finish: Finish | None = None,
 ) -> None:
     """Write a model, sharded or not, as a Hugging Face folder, gathering one weight at a time. Collective.
 
@@ -51,6 +52,8 @@ def export_model(
         delta: Path of a delta file against the source, which is written too; None: no such file.
         targets: Names of the targets, which may have changed; all other weights are copied from the source's files.
             None: every weight comes from the model.
+        finish: Function that adds further files to the folder before it gets its final name; called on the rank that
+            writes.
     """
     state = named_state(model)
     names = {known for name in targets or () for known in (name, f"{name}.weight")}
@@ -77,6 +80,8 @@ def export_model(
         checks.report(output)
         writer.close()
         save_settings(folder, source, source.dtype, tokenizer)
+        if finish is not None:
+            finish(folder)
     if changes is not None and delta is not None:
         changes.close(delta)
 

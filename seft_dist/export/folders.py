@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seft_dist.files.writing import PART, sync_files, sync_folder
+from seft_dist.files.writing import PART, publish_folder
 from seft_dist.io.readers import copy_settings
 from seft_dist.io.source import Source
 
@@ -61,9 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    sync_files(folder)
-    folder.rename(path)
-    sync_folder(path.parent)
+    publish_folder(folder, path)
 
 
 def save_settings(folder: Path, source: Source, dtype: torch.dtype | None, tokenizer: Path | None = None) -> None:

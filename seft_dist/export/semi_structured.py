@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from seft_dist.config.pattern import pattern_sizes
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import build_meta_model, load_model
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,45 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file by these bytes, with the guarantees of ``write_text``."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context with a temporary name for a file, which replaces the file of the final name when the context ends.
+
+    On an error the temporary file is removed, and the old file is unchanged.
+
+    Args:
+        path: The final name; its folder must exist.
+
+    Yields:
+        The temporary name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     part = path.with_name(path.name + PART)
     try:
-        with open(part, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield part
+        sync_file(part)
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def publish_folder(part: Path, path: Path) -> None:
+    """Give a complete folder its final name, after everything in it was synced to disk.
+
+    Args:
+        part: The folder under its temporary name.
+        path: The final name, in the same folder; nothing may have it.
+    """
+    sync_files(part)
+    part.rename(path)
     sync_folder(path.parent)
 
 

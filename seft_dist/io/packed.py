@@ -170,7 +170,7 @@ class PackedWeights(Weights):
         # The position of a value depends on all bits before it, and the checksum covers all: the tensor is read whole
         handle, entry = self._mapped(info.file, info.numel * info.dtype.itemsize), self._entries[name]
         endings = (".mask", ".values") if entry["packed"] else ("",)
-        parts = {ending: handle.get_tensor(name + ending) for ending in endings}
+        parts: dict[str, Tensor] = {ending: handle.get_tensor(name + ending) for ending in endings}
         if _digest(name, info.shape, info.dtype, parts) != entry["sha256"]:
             raise ValueError(f"{info.file}: {name} is damaged (its checksum is another); {_REMEDY}")
         if not entry["packed"]:

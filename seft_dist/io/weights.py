@@ -187,10 +187,11 @@ class Weights:
     def _read(self, name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
         handle = self._mapped(info.file, (stop - start) * info.dtype.itemsize)
         if not info.shape:
-            return handle.get_tensor(name).view(1)
+            scalar: Tensor = handle.get_tensor(name)
+            return scalar.view(1)
         width = prod(info.shape[1:])
         first = start // width
-        rows = handle.get_slice(name)[first : -(-stop // width)]
+        rows: Tensor = handle.get_slice(name)[first : -(-stop // width)]
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
     def release(self) -> None:

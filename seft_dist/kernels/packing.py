@@ -27,7 +27,8 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
     """
     _check(bits, dense)
     if dense.is_cuda and dense.numel() and (kernels := triton_kernels()) is not None:  # never run on a GPU
-        return kernels.encode(dense.contiguous(), bits.contiguous())
+        encoded: Tensor = kernels.encode(dense.contiguous(), bits.contiguous())
+        return encoded
     functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
     if functions is None:
         return dense[unpack(bits, dense.numel())]
@@ -56,7 +57,8 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     expect(values.dtype == out.dtype and values.device == out.device, "values as the dense ones")
     expect(values.dim() == 1, "values, one-dimensional")
     if out.is_cuda and out.numel() and out.stride(0) == 1 and (kernels := triton_kernels()) is not None:
-        return kernels.decode(bits.contiguous(), values.contiguous(), out)  # never run on a GPU
+        decoded: Tensor = kernels.decode(bits.contiguous(), values.contiguous(), out)  # never run on a GPU
+        return decoded
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None
     if functions is None:
         mask = unpack(bits, out.numel())

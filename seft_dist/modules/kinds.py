@@ -46,7 +46,8 @@ class Target(ABC):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as it is held now; while it is sharded, maybe only a part of it."""
-        return getattr(self.module, self.key)
+        weight: nn.Parameter = getattr(self.module, self.key)
+        return weight
 
     @weight.setter
     def weight(self, parameter: nn.Parameter) -> None:

@@ -136,7 +136,10 @@ def _forward_linear(module: Any, x: Tensor) -> Tensor:
     weight = _held_weight(module)
     if not torch.is_grad_enabled():
         return linear(x, _dense(weight), module.bias)
-    return _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), False)
+    output: Tensor = _SampledLinear.apply(
+        x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), False
+    )
+    return output
 
 
 def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
@@ -144,7 +147,8 @@ def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         whole = isinstance(weight, Tensor)
         return type(module).forward(module, x) if whole else linear(x, _dense(weight).T, module.bias)
-    return _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), True)
+    output: Tensor = _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), True)
+    return output
 
 
 def _slot_of(module: nn.Module) -> Slot | None:
@@ -155,14 +159,17 @@ def _forward_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, to
     packed = any(packed_of(parameter) is not None for parameter in module.parameters(recurse=False))
     if not torch.is_grad_enabled() and not module.training and not packed:
         # a checkpointed layer computes twice, the same each time
-        return type(module).forward(module, hidden_states, top_k_index, top_k_weights)
+        output: Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
+        return output
     slots: dict[str, Slot] = attachment_of(module).slots
 
     def project(key: str, x: Tensor, ends: list[int]) -> Tensor:
         weight = _held_weight(module, key)
         if not torch.is_grad_enabled() or (key not in slots and isinstance(weight, Tensor)):
             return experts_linear(x, _dense(weight), ends)
-        return _SampledExperts.apply(x, weight, getattr(module, f"{key}_{ANCHOR}", None), slots.get(key), ends)
+        anchor = getattr(module, f"{key}_{ANCHOR}", None)
+        projected: Tensor = _SampledExperts.apply(x, weight, anchor, slots.get(key), ends)
+        return projected
 
     return experts_forward(module, hidden_states, top_k_index, top_k_weights, project)
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
+from seft_dist.backends.group import ProcessGroup
 from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
@@ -65,7 +65,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Patch the target linears. No weight is read yet.
 

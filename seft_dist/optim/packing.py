@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from seft_dist.backends.group import Group, shard_groups
+from seft_dist.backends.group import Group, shard_groups, world_group
 from seft_dist.backends.packed import PackedShards, packed_of
 from seft_dist.backends.shards import is_sharded, whole_shape
 from seft_dist.modules.kinds import Target
@@ -82,8 +81,7 @@ def unpack_weights(model: nn.Module, targets: str = ALL_LINEAR) -> None:
 def _groups(mesh: Any) -> tuple[Group, Group]:
     """Return owners and replicas."""
     if mesh is None:
-        many = dist.is_initialized() and dist.get_world_size() > 1
-        return Group(dist.group.WORLD if many else None), Group(None)
+        return world_group(), Group(None)
     return shard_groups(mesh)
 
 

@@ -173,7 +173,7 @@ class _Meter(TorchDispatchMode):
     """
 
     def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.matmul = self.attention = self.moved = self.calls = 0
         self.part = {"head": 0, "layers": 0}
         """Peak bytes of each part of the pass that has ended."""
@@ -226,7 +226,7 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _even_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

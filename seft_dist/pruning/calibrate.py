@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from seft_dist.backends.group import Group
 from seft_dist.data.batches import check_vocabulary
 from seft_dist.data.sequences import Sample
+from seft_dist.io.library_types import PreTrainedModel
 
 _TOKENS_AT_ONCE = 2048
 """Largest number of tokens in a batch."""

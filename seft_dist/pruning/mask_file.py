@@ -10,9 +10,9 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.sparsity.bitmask import unpack
 
 
@@ -53,7 +53,7 @@ class MaskFile:
         Raises:
             ValueError: The tensor is none of the three kinds, or a position is outside the weight or repeated.
         """
-        value = self._file.get_tensor(self._keys[name])
+        value: Tensor = self._file.get_tensor(self._keys[name])
         shape = self._shapes[name]
         numel = prod(shape)
         if value.dtype in (torch.bool, torch.uint8) and tuple(value.shape) == shape:

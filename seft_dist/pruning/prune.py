@@ -6,7 +6,6 @@ of a decoder layer prunes that layer.
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,26 +162,25 @@ class _LazyWeights:
 
 
 def _write(plan: PruningPlan, weights: _LazyWeights, pruner: Pruner, ranks: Group) -> None:
-    """Export the model, which prunes it, and add the record. The folder gets its name last. Collective."""
+    """Export the model, which prunes it, and add the record. Collective."""
     config, source = plan.config, plan.stream.source
     output = Path(config.output).expanduser()
     tokenizer = locate(config.model.tokenizer) if config.model.tokenizer else None
-    staged = output.with_name(output.name + ".new")
-    first = ranks.rank == 0
-    if first:
-        shutil.rmtree(staged, ignore_errors=True)
-    try:
-        names = list(plan.targets)
-        export_model(plan.stream.model, weights, staged, source, writes=first, tokenizer=tokenizer, targets=names)
-        if first:
-            _warn_off_target(list(weights.counts.values()), plan, pruner)
-            write_json(staged / "pruning.json", _record(plan, weights, pruner))
-    except BaseException:
-        if first:
-            shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if first:
-        staged.rename(output)
+
+    def write_record(folder: Path) -> None:
+        _warn_off_target(list(weights.counts.values()), plan, pruner)
+        write_json(folder / "pruning.json", _record(plan, weights, pruner))
+
+    export_model(
+        plan.stream.model,
+        weights,
+        output,
+        source,
+        writes=ranks.rank == 0,
+        tokenizer=tokenizer,
+        targets=list(plan.targets),
+        finish=write_record,
+    )
     ranks.sum(torch.zeros(1))  # no rank continues before the folder exists
 
 

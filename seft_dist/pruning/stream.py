@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import build_meta_model, named_state
 from seft_dist.io.source import Source
 from seft_dist.modules.kinds import Target

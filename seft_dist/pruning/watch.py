@@ -27,7 +27,8 @@ def watch_inputs(target: Target, watcher: Callable[[Tensor, list[int]], None]) -
         x = args[0].detach().reshape(-1, args[0].shape[-1])
         watcher(x, [len(x)])
 
-    return target.module.register_forward_pre_hook(hook).remove
+    module: nn.Module = target.module
+    return module.register_forward_pre_hook(hook).remove
 
 
 def _watch_experts(target: ExpertWeight, watcher: Callable[[Tensor, list[int]], None]) -> Callable[[], None]:

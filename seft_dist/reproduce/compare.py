@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from seft_dist.files.writing import write_text
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, PromiseTerms, layout_name, promise_terms
 from seft_dist.reproduce.step_diff import StepDifference, describe_first, read_metrics, step_differences
 from seft_dist.reproduce.weights_diff import (

@@ -32,6 +32,7 @@ _NOT_INPUTS = (
     "data.",
     "global_batch",
     "seft.steps",
+    "teacher.path",
 )
 """Prefixes of options that change no result, or whose effect is in a fingerprint or another field of the manifest."""
 _LAYOUT_OPTIONS = (
@@ -135,6 +136,9 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     """Collect the inputs of a run: everything that its result depends on, except layout and environment."""
     attempt = manifest["attempts"][-1]
     config = attempt["config"]
+    # Without a teacher its other options have no effect, and manifests of earlier versions have none of them
+    if not config.get("teacher", {}).get("path"):
+        config = {key: value for key, value in config.items() if key != "teacher"}
     inputs = {
         key: value
         for key, value in flatten(config).items()
@@ -144,7 +148,7 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     inputs |= {f"optim.{key}": _plain(update[key]) for key in _UPDATE}
     inputs["scheduler of the ds_config"] = (attempt["layout"]["deepspeed"] or {}).get("scheduler")
     inputs |= {"model": manifest["model"], "data": manifest["data"]["fingerprint"], "dtype": manifest["dtype"]}
-    return inputs | {"global_batch": manifest["data"]["global_batch"]}
+    return inputs | {"global_batch": manifest["data"]["global_batch"], "teacher": manifest.get("teacher")}
 
 
 def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +160,8 @@ def _layout(attempt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(attempt: dict[str, Any]) -> dict[str, Any]:
-    environment = dict(attempt["versions"]) | attempt["numerics"] | {"code": attempt["code"]["source"]}
+    environment: dict[str, Any] = dict(attempt["versions"]) | attempt["numerics"]
+    environment["code"] = attempt["code"]["source"]
     for kind in ("device", "cpu", "kernels"):
         environment[kind] = ", ".join(sorted({str(host.get(kind)) for host in attempt["hosts"]}))
     return environment

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seft_dist.io.packed import open_weights
+from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.io.weights import Weights
 from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 from seft_dist.sparsity.hashes import hash_of_weight

@@ -57,7 +57,7 @@ class SweepRun:
     @property
     def finished(self) -> bool:
         """The run has a result."""
-        return self.measured["status"] == "finished"
+        return bool(self.measured["status"] == "finished")
 
 
 @dataclass(frozen=True)

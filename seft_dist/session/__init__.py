@@ -1,1 +1,1 @@
-"""What every program of launch/ shares: options, ranks, signals, the environment."""
+"""Options, ranks, signals and the environment, for every program of launch/."""

@@ -1,6 +1,6 @@
-"""What every door in launch/ shares: options from a dataclass, and errors of users without a traceback.
+"""The command lines of launch/: options from a dataclass, and errors of users without a traceback.
 
-A door is four lines::
+A program needs these lines::
 
     def main() -> None:
         config = parse(PruneConfig, description=__doc__)
@@ -63,8 +63,8 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
     return config
 
 
-def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
-    """Make what reads many lists of options, none of them the command line of this process.
+def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
+    """Make a function that reads lists of options other than the command line of this process.
 
     Args:
         config_class: A dataclass of ``seft_dist.config``.
@@ -86,7 +86,7 @@ def parser_of(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
 
 @functools.cache
 def _raising_parser(config_class: type) -> "_Parser":
-    """Made once: that takes longer than all it reads."""
+    """Make the parser of a configuration once: that takes longer than all it reads."""
     parser = _parser(config_class, None)
     parser.raises = True
     return parser
@@ -106,8 +106,9 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain dicts and lists, for JSON or YAML."""
-    return _plain(dataclasses.asdict(config))
+    """Convert a configuration dataclass to plain dicts and lists, for JSON or YAML."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
 
 
 def to_yaml(config: Any) -> str:
@@ -116,25 +117,25 @@ def to_yaml(config: Any) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a door: errors of users print one message, on one rank, and no traceback.
+    """Run a program of launch/: errors of users print one message, on one rank, and no traceback.
 
-    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command would
-    fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions are bugs
-    or ranks that were lost, and keep their traceback.
+    Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command
+    would fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions
+    are bugs or ranks that were lost, and keep their traceback.
     """
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
-        if getattr(error, "from_any_rank", False) or _speaks_first():
-            print(f"{Path(sys.argv[0]).name}: error: {error}{_origin(error)}", file=sys.stderr, flush=True)
+        if getattr(error, "from_any_rank", False) or _is_first_to_report():
+            print(f"{Path(sys.argv[0]).name}: error: {error}{_raised_in(error)}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, OSError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 class _Parser(ArgumentParser):
-    """Prints the one line that matters on an error, and the fields of optional groups in the help."""
+    """A parser that prints one line on an error, and the fields of optional groups in the help."""
 
     raises = False
     """True: an error is a ValueError, and does not end the process."""
@@ -157,14 +158,15 @@ class _Parser(ArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._file = str(cfg_path)
         try:
-            return super().parse_path(cfg_path, *args, **kwargs)
+            values: Namespace = super().parse_path(cfg_path, *args, **kwargs)
+            return values
         except UnicodeDecodeError as error:
             self.error(f"not UTF-8 text ({error.reason} at byte {error.start})", error)
         finally:
             self._file = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if len(message) > _LONGEST_MESSAGE:  # it may repeat a whole file
+        if len(message) > _LONGEST_MESSAGE:  # the message may repeat a whole file
             message = message[:_LONGEST_MESSAGE] + " ..."
         if getattr(self, "_file", ""):
             message = f"{self._file}: {message}"
@@ -173,13 +175,13 @@ class _Parser(ArgumentParser):
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
         if self.raises:
             raise ValueError(" ".join(message.split()))
-        if _speaks_first():
+        if _is_first_to_report():
             print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def _load_yaml(text: str) -> Any:
-    """As jsonargparse does, but aliases that multiply and bottomless nesting are an error."""
+    """Load YAML as jsonargparse does, but refuse aliases that multiply and bottomless nesting."""
     if len(text) > 200 or "*" in text:
         try:
             check_yaml(text, "the YAML")
@@ -189,11 +191,11 @@ def _load_yaml(text: str) -> Any:
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
-    found = []
+    optional = []
     for name, hint in typing.get_type_hints(config_class).items():
         if isinstance(hint, types.UnionType):
-            found += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
-    return typing.cast(list[tuple[str, type]], found)
+            optional += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+    return typing.cast(list[tuple[str, type]], optional)
 
 
 def _build(config_class: type[T], values: Namespace) -> T:
@@ -224,19 +226,19 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
+    """Convert tuples to lists: YAML has no tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _speaks_first() -> bool:
-    """True on exactly one of the ranks that fail: the first to ask, or rank 0 while there is no process group."""
+def _is_first_to_report() -> bool:
+    """Return true on exactly one of the ranks that fail: the first to ask, or rank 0 if there is no process group."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         try:
             return bool(dist.distributed_c10d._get_default_store().add("seft_dist/error", 1) == 1)
-        except RuntimeError:  # the store went down with a rank that failed before, and said so
+        except RuntimeError:  # the store has ended with a rank that failed earlier and has reported it
             return False
     from seft_dist.session.distributed import find_ranks
 
@@ -246,9 +248,9 @@ def _speaks_first() -> bool:
         return True
 
 
-def _origin(error: BaseException) -> str:
-    """Where an error arose, if not in a check of ours: such a message alone may not be enough to find the cause."""
+def _raised_in(error: BaseException) -> str:
+    """Name the line that raised an error outside our own code: its message alone may not show the cause."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(frame.filename).resolve()
-    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the door itself
+    ours = file.is_relative_to(_PACKAGE) or file == Path(sys.argv[0]).resolve()  # the program itself
     return "" if ours else f"\n(raised in {frame.filename}:{frame.lineno})"

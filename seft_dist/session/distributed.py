@@ -1,28 +1,26 @@
-"""Who am I among the ranks: the only file of the project that reads the environment.
+"""This process among the ranks, and its process group; the only file of the project that reads the environment.
 
-The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``; each
-tells a process its rank in its own way. Nothing here was ever run on a GPU: the nccl lines are untested.
+The same script runs under ``python``, ``torchrun``, ``deepspeed``, ``accelerate launch``, ``mpirun`` and ``srun``,
+each of which has its own variables for a process's rank. Nothing here was ever run on a GPU: the nccl lines are
+untested.
 """
 
-import hashlib
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from seft_dist.session.launchers import read_ranks, variables_of_ranks, whole
-from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_meeting_place
-
-T = TypeVar("T")
+from seft_dist.session.launchers import read_integer, read_ranks, variables_of_ranks
+from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_rendezvous_address
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -39,11 +37,11 @@ class Ranks:
     world_size: int = 1
     """Processes of the run."""
     launcher: str = "python"
-    """Where the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
+    """Launcher that the numbers came from: "python", "torch" (torchrun, deepspeed, accelerate), "mpi" or "slurm"."""
     device: torch.device = torch.device("cpu")
-    """Where this process computes."""
-    told_by: str = ""
-    """The variables that said so, with their values, for messages."""
+    """Device on which this process computes."""
+    variables: str = ""
+    """Environment variables that the numbers came from, with their values, for messages."""
 
     @property
     def is_main(self) -> bool:
@@ -64,24 +62,24 @@ def find_ranks(env: Mapping[str, str] | None = None) -> Ranks:
         ValueError: The launcher's variables are incomplete, are no numbers, or contradict each other or an outer
             launcher's.
     """
-    told = read_ranks(_environment(env))
-    if told is None:
+    launched = read_ranks(_environment(env))
+    if launched is None:
         return Ranks(device=_device(0))
-    if told.world_size > 1 and told.local_rank is None and torch.cuda.device_count() > 1:
-        raise ValueError(f"{told.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
-    local = told.local_rank or 0
+    if launched.world_size > 1 and launched.local_rank is None and torch.cuda.device_count() > 1:
+        raise ValueError(f"{launched.variables}, but no rank on this machine: it is needed to choose this rank's GPU")
+    local = launched.local_rank or 0
     return Ranks(
-        rank=told.rank,
+        rank=launched.rank,
         local_rank=local,
-        world_size=told.world_size,
-        launcher=told.launcher,
+        world_size=launched.world_size,
+        launcher=launched.launcher,
         device=_device(local),
-        told_by=told.variables,
+        variables=launched.variables,
     )
 
 
 def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that are not empty."""
+    """Return the environment variables that are not empty."""
     return {name: value for name, value in (os.environ if env is None else env).items() if value.strip()}
 
 
@@ -108,7 +106,7 @@ def start(
         This process's ranks.
 
     Raises:
-        ValueError: What the environment says about ranks cannot be.
+        ValueError: The environment's variables of ranks contradict each other.
         OSError: Ranks did not come, or cannot reach each other.
     """
     ranks = find_ranks()
@@ -130,7 +128,7 @@ def start(
         )
         distributed_c10d._set_pg_timeout(limit)
         distributed_c10d._get_default_store().set_timeout(limit)
-        # The groups of a device mesh (HSDP) and of DeepSpeed take these, whatever the default group has: 30 minutes
+        # Groups of a device mesh (HSDP) and of DeepSpeed take these defaults, 30 minutes, not those of the default group.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_machine())
@@ -141,8 +139,8 @@ def start(
     return ranks
 
 
-# Variables that may change a result, or say how it was made; none of them holds a secret.
-_TELLING = (
+# Variables that may change a result or show how it was made; none of them holds a secret.
+_REPORTED_PREFIXES = (
     "OMP_",
     "MKL_",
     "KMP_",
@@ -159,7 +157,7 @@ _TELLING = (
 
 
 def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the environment says about this process's start, for the manifest of a run.
+    """Collect facts about this process's start from the environment, for the manifest of a run.
 
     Args:
         env: The environment; None: the process's own.
@@ -170,18 +168,18 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
     env = _environment(env)
     slurm = {
         "job_id": env.get("SLURM_JOB_ID"),
-        "restart_count": whole(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
+        "restart_count": read_integer(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0,
         "nodes": env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST"),
     }
     return {
         "host": socket.gethostname(),
         "slurm": slurm if slurm["job_id"] else None,
-        "environment": {name: env[name] for name in sorted(env) if name.startswith(_TELLING)},
+        "environment": {name: env[name] for name in sorted(env) if name.startswith(_REPORTED_PREFIXES)},
     }
 
 
 def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
-    """Processes of the launcher above this rank that should outlive it; others, when one has ended.
+    """Find the processes of the launcher above this rank that should outlive it; others, when one has ended.
 
     Args:
         env: The environment; None: the process's own.
@@ -194,11 +192,12 @@ def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in env:
         return (parent,)
-    if "CROSS_RANK" not in env:  # set by deepspeed's process on each machine, itself started by what the user started
+    # deepspeed's process on each machine sets it; that process is a child of the one that the user started.
+    if "CROSS_RANK" not in env:
         return ()
     try:
         stat = Path(f"/proc/{parent}/stat").read_text()
-    except OSError:  # the parent has ended in this moment, or this is no Linux
+    except OSError:  # the parent has just ended, or this is not Linux
         return (os.getppid(),)
     return parent, int(stat.rpartition(")")[2].split()[1])
 
@@ -209,62 +208,8 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def check_agreement(ranks: Ranks, settings: str) -> None:
-    """Check that every rank was started with the same settings. Collective.
-
-    Args:
-        ranks: This process.
-        settings: The run's settings as text, e.g. the configuration as JSON.
-
-    Raises:
-        ValueError: Ranks differ from rank 0; raised on every rank, naming those that differ.
-    """
-    if not dist.is_initialized():
-        return
-    digests: list[str] = [""] * ranks.world_size
-    dist.all_gather_object(digests, hashlib.sha256(settings.encode()).hexdigest())
-    different = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise ValueError(
-            f"rank {', '.join(different)} was given another configuration than rank 0: every rank needs the same "
-            "options and the same recipe and ds_config files"
-        )
-
-
-def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something local on every rank, such that a user's error on one of them stops all. Collective.
-
-    Without it the other ranks would wait in their next collective for the one that failed.
-
-    Args:
-        ranks: This process.
-        work: Must not enter collectives.
-
-    Returns:
-        What ``work`` returned.
-
-    Raises:
-        ValueError: Of this rank, or naming the rank where it happened.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except ValueError as error:
-        if ranks.world_size == 1:
-            raise
-        problem = str(error)
-    if ranks.world_size > 1:
-        problems: list[str | None] = [None] * ranks.world_size
-        dist.all_gather_object(problems, problem)
-        failed = [rank for rank, text in enumerate(problems) if text is not None]
-        if failed:
-            where = "" if len(failed) == ranks.world_size else f"rank {failed[0]}: "
-            raise ValueError(f"{where}{problems[failed[0]]}")
-    return cast(T, result)
-
-
 def _ranks_on_this_machine() -> int:
-    """Number of ranks with this rank's host name. Collective once there is a process group."""
+    """Count the ranks with this rank's host name. Collective once there is a process group."""
     if not dist.is_initialized():
         return 1
     names: list[str] = [""] * dist.get_world_size()
@@ -273,15 +218,15 @@ def _ranks_on_this_machine() -> int:
 
 
 def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
-    """Where the ranks find each other; None: where torch looks under several agents of torchrun.
+    """Open the store in which the ranks find each other; None: torch opens its own, under several agents of torchrun.
 
-    Under torchrun the ranks have been started together, and its agent holds the store. With a static rendezvous (torchrun
-    --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new rank would find the addresses of the
-    ranks that are gone. Several agents may have counted different restarts.
+    Under torchrun the ranks have been started together, and its agent holds the store. With a static rendezvous
+    (torchrun --master-port) torchrun 2.13 keeps one store for all its restarts, and there a new rank would find the
+    addresses of the ranks that are gone. Several agents may have counted different restarts.
     """
     if ranks.world_size == 1:  # needs no address and no port, whatever an earlier launcher has left over
         return dist.HashStore()
-    address, port = _meeting_place(ranks)
+    address, port = _rendezvous_address(ranks)
     wait, env = min(timeout, LONGEST_WAIT), os.environ
     if ranks.launcher == "torch" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         if env.get("GROUP_WORLD_SIZE") != "1":
@@ -290,38 +235,38 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
             agent = dist.TCPStore(address, port, ranks.world_size, False, timeout=timedelta(seconds=wait))
         except dist.DistError as error:
             raise OSError(
-                f"no torchrun at {address}:{port} (MASTER_ADDR, MASTER_PORT): the variables are left over from a shell that "
-                "torchrun has started (unset TORCHELASTIC_USE_AGENT_STORE, RANK and WORLD_SIZE), or it has ended"
+                f"no torchrun at {address}:{port} (MASTER_ADDR, MASTER_PORT): the variables are left over from a shell "
+                "that torchrun has started (unset TORCHELASTIC_USE_AGENT_STORE, RANK and WORLD_SIZE), or it has ended"
             ) from error
         agent.set_timeout(timedelta(seconds=timeout))
         return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", agent)
-    told_by = f"{ranks.told_by}, MASTER_ADDR={address}, MASTER_PORT={port}"
-    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, told_by=told_by)
+    variables = f"{ranks.variables}, MASTER_ADDR={address}, MASTER_PORT={port}"
+    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, variables=variables)
     store = meet(meeting, wait)
     store.set_timeout(timedelta(seconds=timeout))
     return store
 
 
-def _meeting_place(ranks: Ranks) -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT; set where the launcher did not."""
+def _rendezvous_address(ranks: Ranks) -> tuple[str, int]:
+    """Return MASTER_ADDR and MASTER_PORT, and set them where the launcher did not."""
     env = _environment()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         if ranks.launcher == "mpi":
-            address, port = mpi_meeting_place(ranks.world_size, ranks.told_by)
+            address, port = mpi_rendezvous_address(ranks.world_size, ranks.variables)
         elif ranks.launcher == "slurm":
-            job = whole(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
-            step = whole(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
+            job = read_integer(env, "SLURM_JOB_ID") if "SLURM_JOB_ID" in env else 0
+            step = read_integer(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else 0
             address = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", ""))
             port = _FIRST_PORT + (7 * job + step) % _NUM_PORTS
         else:
             raise ValueError(
-                f"{ranks.told_by}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; for one "
-                "process unset RANK and WORLD_SIZE, which are left over"
+                f"{ranks.variables}, but {' and '.join(missing)} not set: set them or use torchrun for several ranks; "
+                "for one process unset RANK and WORLD_SIZE, which are left over"
             )
         env = {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | env
         os.environ.update({name: env[name] for name in missing})
-    port = whole(env, "MASTER_PORT")
+    port = read_integer(env, "MASTER_PORT")
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT={port}: needs a port, 1 to 65535")
     return env["MASTER_ADDR"], port
@@ -337,6 +282,6 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
     # DeepSpeed calls collectives by the names they had before torch 2.13: nothing that its user could change.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if ranks.device.type == "cpu":
-        # Else the first init compiles a shared-memory extension: minutes, and a lock that blocks later runs if killed.
+        # Otherwise the first init compiles a shared-memory extension, which takes minutes and, if killed, leaves a lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)

@@ -1,4 +1,4 @@
-"""What a run ran on and with: versions, machine, code. Reads files and asks git, changes nothing."""
+"""Facts about a run's environment: versions, machine, code. Reads files and asks git, changes nothing."""
 
 import hashlib
 import platform
@@ -15,29 +15,37 @@ PACKAGE = Path(__file__).resolve().parents[1]
 MAX_DIFF = 1_000_000
 """Bytes of uncommitted changes that are kept."""
 _PACKAGES = (
-    *("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "accelerate", "datasets"),
-    *("safetensors", "numpy", "mpi4py"),
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "mpi4py",
 )
 _GIT_SECONDS = 60
 _MAX_UNTRACKED = 100
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, the libraries, CUDA, NCCL and the driver; None for what is not there."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "seft_dist": _version("seft_dist")}
-    found |= {name: _version(name) for name in _PACKAGES}
-    found["torch"] = torch.__version__  # with the build, e.g. +cpu
-    found["cuda"] = torch.version.cuda
+    """Find the versions of Python, the libraries, CUDA, NCCL and the driver; None for what is not there."""
+    installed: dict[str, str | None] = {"python": platform.python_version(), "seft_dist": _version("seft_dist")}
+    installed |= {name: _version(name) for name in _PACKAGES}
+    installed["torch"] = torch.__version__  # includes the build, e.g. +cpu
+    installed["cuda"] = torch.version.cuda
     has_gpu = torch.cuda.is_available()
-    found["cudnn"] = str(torch.backends.cudnn.version()) if has_gpu else None
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else None
+    installed["cudnn"] = str(torch.backends.cudnn.version()) if has_gpu else None
+    installed["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if has_gpu else None
     driver = Path("/proc/driver/nvidia/version")
-    found["driver"] = driver.read_text().splitlines()[0] if driver.is_file() else None
-    return found
+    installed["driver"] = driver.read_text().splitlines()[0] if driver.is_file() else None
+    return installed
 
 
 def numerics() -> dict[str, Any]:
-    """Settings of torch that decide about bits."""
+    """Return the settings of torch that can change the bits of a result."""
     return {
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -47,7 +55,7 @@ def numerics() -> dict[str, Any]:
 
 
 def cpu() -> str:
-    """Model of the processor, and the vector instructions that torch uses on it."""
+    """Describe the model of the processor and the vector instructions that torch uses on it."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -57,14 +65,14 @@ def cpu() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has used so far: its resident set, or on CUDA what torch has allocated there."""
+    """Return the most bytes that this process has used: its resident set, or on CUDA what torch has allocated."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def source_digest() -> str:
-    """Digest of the package's own source files: the code that runs, whether git knows it or not; 16 hex digits."""
+    """Hash the package's own source files, the code that runs, whether git knows it or not; 16 hex digits."""
     digest = hashlib.sha256()
     for file in sorted(file for kind in ("*.py", "*.cpp", "*.h") for file in PACKAGE.rglob(kind)):
         digest.update(f"{file.relative_to(PACKAGE).as_posix()} ".encode() + file.read_bytes())
@@ -72,7 +80,7 @@ def source_digest() -> str:
 
 
 def code() -> tuple[dict[str, Any], bytes]:
-    """The commit the package is run from, and what was changed since.
+    """Find the commit that the package is run from, and the changes since.
 
     Returns:
         ``source`` (digest of the package's files), ``commit``, ``dirty`` and ``untracked`` (Python files), or ``git``

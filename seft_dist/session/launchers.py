@@ -1,4 +1,4 @@
-"""What launchers leave in an environment: which of it is meant for this process, and which was left over.
+"""Variables that launchers set for their ranks: those meant for this process, and those that were left over.
 
 The environment itself is read in ``distributed``; here it is a mapping.
 """
@@ -18,21 +18,21 @@ _LAUNCHERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a launcher has told this process."""
+class LauncherRanks:
+    """Rank and world size that a launcher has given this process."""
 
     launcher: str
     """"torch" (torchrun, deepspeed, accelerate, or by hand), "mpi" or "slurm"."""
     rank: int
     world_size: int
     local_rank: int | None
-    """None: it did not say."""
+    """None: the launcher has set no variable for it."""
     variables: str
-    """What said so, for messages, e.g. "RANK=0, WORLD_SIZE=8"."""
+    """The variables that the numbers came from, for messages, e.g. "RANK=0, WORLD_SIZE=8"."""
 
 
-def read_ranks(env: Mapping[str, str]) -> Told | None:
-    """Find what a launcher has told this process.
+def read_ranks(env: Mapping[str, str]) -> LauncherRanks | None:
+    """Find the rank and world size that a launcher has given this process.
 
     Args:
         env: The environment, without empty variables.
@@ -46,8 +46,8 @@ def read_ranks(env: Mapping[str, str]) -> Told | None:
     for launcher, rank, world_size, local_rank in _LAUNCHERS:
         if not _complete(env, launcher, rank, world_size, local_rank):
             continue
-        number, size = whole(env, rank), whole(env, world_size)
-        local = whole(env, local_rank) if local_rank in env else None
+        number, size = read_integer(env, rank), read_integer(env, world_size)
+        local = read_integer(env, local_rank) if local_rank in env else None
         if not 0 <= number < size:
             raise ValueError(f"{rank}={number} with {world_size}={size}: needs a rank below the number of ranks")
         if local is not None and local < 0:
@@ -55,11 +55,11 @@ def read_ranks(env: Mapping[str, str]) -> Told | None:
         if launcher == "torch" and size > 1:
             _refuse_other_ranks(env, number, size)
         variables = f"{rank}={number}, {world_size}={size}"
-        return Told(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
+        return LauncherRanks(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
     return None
 
 
-def whole(env: Mapping[str, str], name: str) -> int:
+def read_integer(env: Mapping[str, str], name: str) -> int:
     """Read a variable that must be a whole number.
 
     Raises:
@@ -74,7 +74,7 @@ def whole(env: Mapping[str, str], name: str) -> int:
 
 
 def variables_of_ranks(env: Mapping[str, str]) -> str:
-    """Variables that speak of several ranks, for a process that no launcher has started; "" if there are none.
+    """List variables of several ranks, for a process that no launcher has started; "" if there are none.
 
     Args:
         env: The environment, without empty variables.
@@ -85,7 +85,7 @@ def variables_of_ranks(env: Mapping[str, str]) -> str:
 
 
 def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str, local_rank: str) -> bool:
-    """Whether a launcher has told this process who it is."""
+    """Return whether a launcher has set its variables for this process itself."""
     # A batch script has SLURM_PROCID too, but only a process started by srun has SLURM_STEP_NUM_TASKS. With its PMI
     # plug-in srun also sets PMI_RANK, but no local rank beside it: that is Slurm's business, not MPI's.
     if rank not in env or world_size not in env or (launcher == "mpi" and local_rank not in env):
@@ -94,7 +94,7 @@ def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str,
 
 
 def _typed_in_a_step(env: Mapping[str, str]) -> bool:
-    """Whether this process was typed into a shell that srun --pty has opened: the shell is the step's task, not we.
+    """Return whether this process was typed into a shell that srun --pty has opened: then the shell is the step's task.
 
     A step that was started from such a shell has the variable too, but no terminal; srun --pty python has no shell.
     """
@@ -112,20 +112,21 @@ def _has_terminal() -> bool:
 def _is_task_of_slurm() -> bool:
     try:
         return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
 
 
 def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
     """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
-    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:  # torchrun, deepspeed: one agent for each outer task
+    # torchrun and deepspeed start one agent for each outer task, whose variables remain.
+    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
         return
     for launcher, rank, world_size, local_rank in _LAUNCHERS[1:]:
         if not _complete(env, launcher, rank, world_size, local_rank):
             continue
-        outer, tasks = whole(env, rank), whole(env, world_size)
+        outer, tasks = read_integer(env, rank), read_integer(env, world_size)
         if tasks > 1 and (size % tasks or number * tasks // size != outer):
             raise ValueError(
-                f"RANK={number}, WORLD_SIZE={size}, but {rank}={outer}, {world_size}={tasks}: one of them is left over from "
-                f"another launcher; unset RANK and WORLD_SIZE, or {rank} and {world_size}"
+                f"RANK={number}, WORLD_SIZE={size}, but {rank}={outer}, {world_size}={tasks}: one of them is left over "
+                f"from another launcher; unset RANK and WORLD_SIZE, or {rank} and {world_size}"
             )

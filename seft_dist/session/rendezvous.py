@@ -1,4 +1,4 @@
-"""Where ranks meet before there is a process group: a store at rank 0, a bounded wait, and a word on who is missing.
+"""The rendezvous before there is a process group: a store at rank 0, a bounded wait, and the names of missing ranks.
 
 The environment is read in ``distributed``; here it only appears in messages.
 """
@@ -22,19 +22,19 @@ _HERE, _ARRIVED, _ALL = "seft_dist/here/", "seft_dist/arrived", "seft_dist/all"
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """Who meets where."""
+    """Address of the store, and this rank among those that meet there."""
 
     address: str
     """Machine of rank 0."""
     port: int
-    """Where rank 0 listens."""
+    """Port on which rank 0 listens."""
     rank: int
     world_size: int
-    told_by: str
-    """The variables that say so, with their values, e.g. "RANK=0, WORLD_SIZE=8"."""
+    variables: str
+    """Environment variables that the numbers came from, with their values, e.g. "RANK=0, WORLD_SIZE=8"."""
 
     @property
-    def place(self) -> str:
+    def endpoint(self) -> str:
         """Address and port, for messages."""
         return f"{self.address}:{self.port} (MASTER_ADDR, MASTER_PORT)"
 
@@ -43,14 +43,14 @@ class RanksMissingError(TimeoutError):
     """Ranks did not come, or were lost while the others waited."""
 
     from_any_rank = True
-    """Rank 0 may be the one that is missing, so whoever notices says it."""
+    """Rank 0 may be the one that is missing, so any rank reports it."""
 
 
 def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dist.Store:
     """Wait until every rank has come, and return the store through which they find each other. Collective.
 
     Args:
-        meeting: Who meets where.
+        meeting: Address of the store, and this rank.
         seconds: Longest wait.
         notice: Seconds after which rank 0 prints for whom it waits.
 
@@ -63,15 +63,15 @@ def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dis
     try:
         if store.add(f"{_HERE}{meeting.rank}", 1) > 1:
             raise ValueError(
-                f"two processes are rank {meeting.rank} at {meeting.place}: variables of an earlier or another run are "
-                f"set ({meeting.told_by}), or another run uses this port; unset them, or set another MASTER_PORT"
+                f"two processes are rank {meeting.rank} at {meeting.endpoint}: variables of an earlier or another run "
+                f"are set ({meeting.variables}), or another run uses this port; unset them, or set another MASTER_PORT"
             )
         if store.add(_ARRIVED, 1) == meeting.world_size:
             store.set(_ALL, "")
         _wait_for_all(store, meeting, seconds, end, notice)
     except dist.DistNetworkError as error:
         raise RanksMissingError(
-            f"rank {meeting.rank} lost rank 0 at {meeting.place} while ranks were meeting: see what rank 0 said"
+            f"rank {meeting.rank} lost rank 0 at {meeting.endpoint} while ranks were meeting: see what rank 0 said"
         ) from error
     return store
 
@@ -86,16 +86,16 @@ def _open_store(meeting: Meeting, seconds: float) -> dist.Store:
         reason = str(error).splitlines()[0]
         if rank == 0 and ("EADDRINUSE" in reason or "in use" in reason):
             raise OSError(
-                f"MASTER_PORT={meeting.port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port, or stop "
-                "the run that uses it"
+                f"MASTER_PORT={meeting.port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port, or "
+                "stop the run that uses it"
             ) from error
         if rank == 0:
             raise OSError(
-                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.place} ({reason}): MASTER_ADDR must name "
-                "this machine"
+                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.endpoint} ({reason}): MASTER_ADDR "
+                "must name this machine"
             ) from error
         raise RanksMissingError(
-            f"rank {rank} found no rank 0 at {meeting.place} within {seconds:g} s. {_advice(meeting)}"
+            f"rank {rank} found no rank 0 at {meeting.endpoint} within {seconds:g} s. {_advice(meeting)}"
         ) from error
 
 
@@ -109,7 +109,7 @@ def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: floa
             return
         except dist.DistNetworkError:
             raise
-        except dist.DistError:  # so far nobody was lost
+        except dist.DistError:  # a timeout: no rank was lost so far
             pass
         missing = [rank for rank in range(meeting.world_size) if not store.check([f"{_HERE}{rank}"])]
         if time.monotonic() >= end and missing:
@@ -117,20 +117,20 @@ def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: floa
                 f"{_listed(missing)} of {meeting.world_size} did not come within {seconds:g} s. {_advice(meeting)}"
             )
         if meeting.rank == 0 and missing:
-            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.told_by})", file=sys.stderr)
+            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.variables})", file=sys.stderr)
             said = True
 
 
 def _advice(meeting: Meeting) -> str:
-    names = " ".join(entry.partition("=")[0] for entry in meeting.told_by.split(", "))
+    names = " ".join(entry.partition("=")[0] for entry in meeting.variables.split(", "))
     return (
-        f"{meeting.told_by} say that there are {meeting.world_size}: see whether the others have started and reach "
-        f"{meeting.place}; if this was to be one process, the variables are left over: unset {names}"
+        f"{meeting.variables} say that there are {meeting.world_size}: see whether the others have started and reach "
+        f"{meeting.endpoint}; if this was to be one process, the variables are left over: unset {names}"
     )
 
 
 def _listed(ranks: list[int]) -> str:
-    """Ranks as text: neighbours are put together, the end of a long list is left out."""
+    """Write ranks as text: neighbours as ranges, the end of a long list left out."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
@@ -141,12 +141,12 @@ def _listed(ranks: list[int]) -> str:
     return f"rank {', '.join(texts[:8])}{', ...' if len(texts) > 8 else ''}"
 
 
-def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
+def mpi_rendezvous_address(world_size: int, variables: str) -> tuple[str, int]:
     """Agree through MPI on the machine of rank 0 and a free port there. Collective.
 
     Args:
-        world_size: Ranks, as the environment says.
-        told_by: The variables that say so.
+        world_size: Number of ranks, from the environment.
+        variables: Environment variables that the number came from, for the message.
 
     Raises:
         ValueError: mpi4py is not installed, or MPI itself knows another number of ranks.
@@ -161,8 +161,8 @@ def mpi_meeting_place(world_size: int, told_by: str) -> tuple[str, int]:
     world = MPI.COMM_WORLD
     if world.Get_size() != world_size:
         raise ValueError(
-            f"{told_by}, but MPI itself knows {world.Get_size()} ranks: the variables are left over from a shell that "
-            "mpirun has started (unset them), or mpi4py was built for another MPI than this mpirun's"
+            f"{variables}, but MPI itself knows {world.Get_size()} ranks: the variables are left over from a shell "
+            "that mpirun has started (unset them), or mpi4py was built for another MPI than this mpirun's"
         )
     hosts = world.allgather(socket.gethostname())
     address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
@@ -176,12 +176,12 @@ def _free_port() -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """First machine of a Slurm node list, e.g. "gpu017" of "gpu[017-031,040],big1".
+    """Return the first machine of a Slurm node list, e.g. "gpu017" of "gpu[017-031,040],big1".
 
     Raises:
         ValueError: It cannot be read.
     """
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    if found is None:
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if match is None:
         raise ValueError(f"cannot read the Slurm node list {nodelist!r}: set MASTER_ADDR and MASTER_PORT")
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in match.groups())

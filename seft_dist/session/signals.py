@@ -1,6 +1,6 @@
-"""Being asked to stop: a signal to any rank becomes a number that the ranks agree on between two steps.
+"""Stop signals: a signal to any rank becomes a number that the ranks agree on between two steps.
 
-Imports no torch: the doors catch signals before they load it, which takes many seconds on a busy file system.
+This file imports no torch: programs catch signals before they load it, which takes many seconds on a busy file system.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What Slurm sends before a time limit or a preemption, what everybody sends to end a process, Ctrl-C (torchrun passes it on
-to its ranks), and what a terminal sends that is closed."""
+"""Signals of Slurm before a time limit or a preemption, of ``kill``, of Ctrl-C (torchrun passes it on to its ranks),
+and of a terminal that is closed."""
 _ONE_KEYSTROKE = 3.0
 """Seconds within which several SIGINTs are one Ctrl-C: the terminal sends it, and launchers pass it on."""
 
@@ -36,13 +36,13 @@ class StopRequest:
         self._launcher: tuple[int, ...] = ()
 
     def watch(self, find_launcher: Callable[[], tuple[int, ...]]) -> None:
-        """Look from now on whether the launcher is still there.
+        """Check from now on that the launcher is still there.
 
         Args:
-            find_launcher: Its processes; others, when one has ended.
+            find_launcher: Finds its processes; gives others when one has ended.
         """
         self._find_launcher, self._launcher = find_launcher, find_launcher()
-        # One that ended while this process was starting
+        # Compare with the parents at the start, so that a launcher that has ended since is noticed.
         self._launcher = self._ancestors[: len(self._launcher)]
 
     @property
@@ -63,7 +63,7 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _leave_terminal(self) -> None:
-        """Print into nothing: a terminal that was closed answers with errors, which would end the run before it saves."""
+        """Discard what is printed: a closed terminal answers with errors, which would end the run before it saves."""
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in self._terminals:
             os.dup2(nowhere, number)
@@ -71,7 +71,7 @@ class StopRequest:
 
 
 def name_of(number: int) -> str:
-    """Name of a signal, e.g. "SIGUSR1"."""
+    """Return the name of a signal, e.g. "SIGUSR1"."""
     return signal.Signals(number).name
 
 
@@ -100,7 +100,7 @@ def stop_requests(process_ends: bool = False) -> Iterator[StopRequest]:
 
 
 def _ancestors() -> tuple[int, ...]:
-    """The parent of this process, and the parent's parent if that is known."""
+    """Find the parent of this process, and the parent's parent if that is known."""
     parent = os.getppid()
     try:
         stat = Path(f"/proc/{parent}/stat").read_text()

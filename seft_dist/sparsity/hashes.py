@@ -82,7 +82,7 @@ def distance(first: list[int], second: list[int]) -> float:
 
     For sketches of sets, its square estimates the number of positions that are in one of the two sets only.
     """
-    return float(sum((a - b) ** 2 for a, b in zip(first, second, strict=True))) ** 0.5
+    return float(float(sum((a - b) ** 2 for a, b in zip(first, second, strict=True))) ** 0.5)
 
 
 def pieces(values: Tensor) -> Iterator[Tensor]:

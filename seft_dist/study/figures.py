@@ -13,8 +13,8 @@ from typing_extensions import TypedDict
 from seft_dist.files.writing import write_bytes
 from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, load_pyplot, smooth
 from seft_dist.results.run_files import read_lines
-from seft_dist.study.found import Results, Row
 from seft_dist.study.plan import RUN
+from seft_dist.study.results import Results, Row
 from seft_dist.training.metrics import FILE as METRICS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _AXES = {
     "memory": "peak memory, GB",
 }
 _FAR = 1.0
-"""A base whose perplexity is farther from those of the methods than so many times their range is told in the legend only."""
+"""A base whose perplexity is farther from the methods' than so many times their range is named in the legend only."""
 
 
 class _Line(TypedDict):
@@ -46,11 +46,11 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
     A figure for which no run has numbers is left out.
 
     Args:
-        results: Of the study.
-        folder: Of the study, with its cells.
+        results: Results of the study.
+        folder: Folder of the study, with its cells.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -73,7 +73,7 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 
 
 def _looks(results: Results) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in all figures."""
+    """Choose the colour and marker of each method, the same in all figures."""
     names = [row["method"] for row in results["rows"]]
     return {
         name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
@@ -81,7 +81,7 @@ def _looks(results: Results) -> dict[str, dict[str, Any]]:
     }
 
 
-def _place(row: Row, name: str) -> float:
+def _x_position(row: Row, name: str) -> float:
     """Find the position of a method on the lower axis; it is NaN if that is unknown."""
     if name == "seconds":
         return row["seconds"]["mean"] if row["seconds"] else math.nan
@@ -90,21 +90,23 @@ def _place(row: Row, name: str) -> float:
 
 
 def _quality(results: Results, name: str, axes: "Axes") -> bool:
-    trained = [row for row in results["rows"] if row["test"] and row["tokens"] and not math.isnan(_place(row, name))]
+    trained = [
+        row for row in results["rows"] if row["test"] and row["tokens"] and not math.isnan(_x_position(row, name))
+    ]
     if not trained:
         return False
     looks = _looks(results)
     handles: list[Any] = []
     for row in trained:
         assert row["test"] is not None
-        place, mean, deviation = _place(row, name), row["test"]["mean"], row["test"]["deviation"]
+        x, mean, deviation = _x_position(row, name), row["test"]["mean"], row["test"]["deviation"]
         look = {"linestyle": "none", "markersize": 8, "capsize": 4, "label": row["method"], **looks[row["method"]]}
-        handles.append(axes.errorbar(place, mean, yerr=deviation, **look))
+        handles.append(axes.errorbar(x, mean, yerr=deviation, **look))
     axes.margins(x=0.1, y=0.15)
     if name == "trainable":
         axes.set_xscale("log")
     else:
-        axes.set_xlim(0, 1.1 * max(_place(row, name) for row in trained))
+        axes.set_xlim(0, 1.1 * max(_x_position(row, name) for row in trained))
     means = [row["test"]["mean"] for row in trained if row["test"]]
     range_ = max(means) - min(means) or abs(means[0]) or 1.0
     bases = [row for row in results["rows"] if row["test"] and row["tokens"] == 0]
@@ -113,7 +115,7 @@ def _quality(results: Results, name: str, axes: "Axes") -> bool:
         if min(means) - _FAR * range_ <= value <= max(means) + _FAR * range_:
             label = f"{row['method']} (nothing trained)"
             handles.append(axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.5, label=label))
-        else:  # a line there would press all methods into one
+        else:  # a line there would squeeze all methods together
             handles += axes.plot([], [], " ", label=f"{row['method']}: {value:,.4g} (outside)")
     axes.set(
         title=f"{results['name']}: quality and cost",

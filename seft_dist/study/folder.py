@@ -1,12 +1,12 @@
-"""A study's folder: begun, gone on with, or refused because it holds another study.
+"""A study's folder: a new one, one that is resumed, or one that is refused because it holds another study.
 
-STUDY/study.yaml              the study as it was asked for last; study-1.yaml, ... as it was before
+STUDY/study.yaml              the newest configuration of the study; study-1.yaml, ... as it was before
      /study.json              what its results depend on (parts, bases), and every start: command, machine, versions, code
      /code-*.diff             uncommitted changes of the code that started it
      /data/PART.jsonl         parts that data.split made
      /bases/NAME/model        models that the study has pruned, with prune.log beside them
      /cells/NAME-HASH/        one run and its measurements: cell.json, commands.jsonl, *.log, run/, test-HASH.json, ...
-     /results.json, .md, .csv, runs.csv, figures/     what came out
+     /results.json, .md, .csv, runs.csv, figures/     the results
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.source import locate
 from seft_dist.session import facts
 from seft_dist.session.cli import to_yaml
-from seft_dist.study.found import Part, Start
 from seft_dist.study.methods import read_methods
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import check_parts, find_parts, stamp_of
 from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
+from seft_dist.study.results import Start, TextPart
 from seft_dist.study.split import FOLDER as DATA
 from seft_dist.study.split import Split, source_hash, write_split
 from seft_dist.training.writer_lock import LOCK, only_writer
@@ -61,7 +61,7 @@ class _Record(TypedDict):
     date: str
     """Day that chat templates which write it get to see."""
     split: dict[str, Any] | None
-    parts: dict[str, Part]
+    parts: dict[str, TextPart]
     bases: dict[str, _Base]
     starts: list[Start]
 
@@ -73,10 +73,11 @@ def open_study(config: StudyConfig) -> Plan:
         config: The study.
 
     Returns:
-        What there is to do, done or not.
+        All bases, runs and measurements of the study, done or not.
 
     Raises:
-        ValueError: It cannot be done so, the folder holds something else, or results in it depend on another text or base.
+        ValueError: The study cannot be made so, the folder holds something else, or results in it depend on another
+            text or base.
     """
     folder = Path(config.output)
     parts, split = find_parts(config)
@@ -88,18 +89,18 @@ def open_study(config: StudyConfig) -> Plan:
     with only_writer(folder, _PATIENCE):
         known = _read_known(folder)
         rule = _split(config, split, folder, known)
-        found = check_parts(parts, known["parts"] if known else {})
+        facts_now = check_parts(parts, known["parts"] if known else {})
         if known:
-            _refuse_other_parts(folder, known["parts"], found)
-        digests = {f"part {name}": part["digest"] for name, part in found.items()}
-        models = {name: _base(base, parts["train"], found, known) for name, base in bases.items()}
+            _refuse_other_parts(folder, known["parts"], facts_now)
+        digests = {f"part {name}": part["digest"] for name, part in facts_now.items()}
+        models = {name: _base(base, parts["train"], facts_now, known) for name, base in bases.items()}
         digests |= {f"base {name}": base["digest"] for name, base in models.items()}
         if known:
             _refuse_other_bases(folder, known["bases"], models)
         bases = {name: dataclasses.replace(base, model=_made_or_located(base)) for name, base in bases.items()}
         plan = Plan(config, folder, bases, methods, read_measures(config, parts, digests), digests)
         starts = [*(known["starts"] if known else []), _start(folder)]
-        parts_now = {**(known["parts"] if known else {}), **found}
+        parts_now = {**(known["parts"] if known else {}), **facts_now}
         bases_now = {**(known["bases"] if known else {}), **models}
         record = _Record(format=FORMAT, date=day, split=rule, parts=parts_now, bases=bases_now, starts=starts)
         write_json(folder / RECORD, record)
@@ -127,7 +128,7 @@ def _read_known(folder: Path) -> _Record | None:
     if not (folder / RECORD).exists():
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output={folder} is a file: needs a folder")
-        # Of a start that was killed, or of a batch script
+        # These may be left by a start that was killed, or by a batch script.
         left = (LOCK, DATA, WORKERS, "code-")
         others = [path.name for path in folder.iterdir() if not path.name.startswith(left)] if folder.is_dir() else []
         if others:
@@ -140,7 +141,7 @@ def _read_known(folder: Path) -> _Record | None:
 
 
 def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Record | None) -> dict[str, Any] | None:
-    """Make the parts of the split, unless they are there."""
+    """Write the parts of the split, unless they are there."""
     if split is None:
         return known["split"] if known else None
     text_field = flatten(config.train, "train").get("data.text_field", "text")
@@ -150,8 +151,8 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
         if {**before, "path": ""} != {**rule, "path": ""}:
             changed = sorted(key for key in before.keys() | rule.keys() if before.get(key) != rule.get(key))
             raise ValueError(
-                f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it depends on that; "
-                "go back to it, or choose another output"
+                f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it "
+                "depends on that; go back to it, or choose another output"
             )
         return before
     (folder / DATA).mkdir(exist_ok=True)
@@ -159,7 +160,7 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
     return rule
 
 
-def _refuse_other_parts(folder: Path, before: dict[str, Part], now: dict[str, Part]) -> None:
+def _refuse_other_parts(folder: Path, before: dict[str, TextPart], now: dict[str, TextPart]) -> None:
     changed = [
         name
         for name in ("train", "validation", "test")
@@ -167,13 +168,13 @@ def _refuse_other_parts(folder: Path, before: dict[str, Part], now: dict[str, Pa
     ]
     if changed:
         raise ValueError(
-            f"{folder} was begun with another text: {', '.join(changed)} has other records now. Every result in it depends on "
-            "them; go back to that text, or choose another output"
+            f"{folder} was begun with another text: {', '.join(changed)} has other records now. Every result in it "
+            "depends on them; go back to that text, or choose another output"
         )
 
 
-def _base(base: Base, train: DataConfig, parts: dict[str, Part], known: _Record | None) -> _Base:
-    """Digest of a base: of its files, or of all by which it is pruned."""
+def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Record | None) -> _Base:
+    """Hash a base: its files, or everything that its pruning depends on."""
     path = str(base.model) if base.prune is None else base.prune.model.path
     source = locate(path)
     stamp = stamp_of(str(source), "*.safetensors") + stamp_of(str(source / "config.json"))
@@ -189,7 +190,7 @@ def _base(base: Base, train: DataConfig, parts: dict[str, Part], known: _Record 
 
 def _hash_of_files(stamp: list[list[Any]]) -> str:
     if not stamp:
-        return ""  # whoever loads the model says what is wrong
+        return ""  # loading the model will report what is wrong
     digest = hashlib.sha256()
     for name, _, _ in stamp:
         with open(name, "rb") as file:
@@ -198,16 +199,16 @@ def _hash_of_files(stamp: list[list[Any]]) -> str:
 
 
 def _hash_of_text(path: str) -> str:
-    place = Path(path).expanduser()
-    return hash_files(find_data_files(place, path)[0]) if place.exists() else path
+    location = Path(path).expanduser()
+    return hash_files(find_data_files(location, path)[0]) if location.exists() else path
 
 
 def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:
     changed = [name for name in now if name in before and before[name]["digest"] != now[name]["digest"]]
     if changed:
         raise ValueError(
-            f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were different. "
-            "Give the new one another name, or choose another output"
+            f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were "
+            "different. Give the new one another name, or choose another output"
         )
 
 
@@ -228,7 +229,7 @@ def _start(folder: Path) -> Start:
 
 
 def _write_yaml(folder: Path, config: StudyConfig) -> None:
-    """Keep the YAML as it was before, if it asks for something else now."""
+    """Write study.yaml, and keep the one before under another name if it differs."""
     path, text = folder / YAML, to_yaml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         number = 1

@@ -1,14 +1,15 @@
-"""The methods of a study: their options, their grids, and the runs' configurations that come of them."""
+"""The methods of a study: their options, their grids, and the configurations of their runs."""
 
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from seft_dist.config import DataConfig, StudyConfig, TrainConfig
-from seft_dist.session.cli import parser_of
-from seft_dist.study.options import arguments, as_text, flatten, told
+from seft_dist.session.cli import option_reader
+from seft_dist.study.options import arguments, as_text, changed_options, flatten
 
 NONE = "none"
 """Value of ``method`` for a base that is measured as it is."""
@@ -34,7 +35,7 @@ class Setting:
     """One point of a method's grid."""
 
     options: dict[str, Any]
-    """The options of the grid, with the values of this point; empty without a grid."""
+    """Options of the grid with the values of this point; empty without a grid."""
     config: TrainConfig
     """The whole run, but for its folder and seeds."""
 
@@ -45,13 +46,13 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Method:
+class StudyMethod:
     """One row of the tables."""
 
     name: str
     base: str
     options: dict[str, Any]
-    """Its own, without its grid."""
+    """The method's own options, without its grid."""
     grid: dict[str, list[Any]]
     settings: list[Setting]
     """Every combination of the grid's values; empty if nothing is trained."""
@@ -67,19 +68,19 @@ class Method:
         Returns:
             E.g. "optim.lr=0.004 is the largest tried".
         """
-        found = []
+        texts = []
         for name, values in self.grid.items():
             if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
                 continue
             value = setting.options[name]
             for word, edge in (("smallest", min(values)), ("largest", max(values))):
                 if value == edge:
-                    found.append(f"{name}={as_text(value)} is the {word} tried")
-        return found
+                    texts.append(f"{name}={as_text(value)} is the {word} tried")
+        return texts
 
 
-def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
-    """Work out every run's configuration, but for folders and seeds.
+def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
+    """Make every run's configuration, except folders and seeds.
 
     Args:
         config: The study.
@@ -88,10 +89,11 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
     Raises:
         ValueError: An option is unknown, wrong, or the study's own business; or the grids differ in size.
     """
-    read = parser_of(TrainConfig)
+    read = option_reader(TrainConfig)
     shared = flatten(config.train, "train")
     _refuse_own(shared, "train")
-    shared = {key: value for key, value in shared.items() if not key.startswith("data.")}  # in ``train`` already
+    # Options of data are part of ``train`` already.
+    shared = {key: value for key, value in shared.items() if not key.startswith("data.")}
     methods = []
     for name, entry in config.methods.items():
         what = f"methods.{name}"
@@ -105,7 +107,7 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
                 raise ValueError(
                     f"{what} trains nothing, but has {', '.join(own.keys() - {'method'})}: needs only base"
                 )
-            methods.append(Method(name, base, {}, {}, []))
+            methods.append(StudyMethod(name, base, {}, {}, []))
             continue
         grid = {key: list(value) for key, value in own.items() if isinstance(value, list)}
         options = {key: value for key, value in own.items() if key not in grid}
@@ -116,7 +118,7 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[Method]:
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             settings.append(Setting(point, _config_of(config, shared | options | point, train, read, what)))
-        methods.append(Method(name, base, options, grid, settings))
+        methods.append(StudyMethod(name, base, options, grid, settings))
     _refuse_unequal(config, methods)
     return methods
 
@@ -134,9 +136,15 @@ def _repeated(values: list[Any]) -> bool:
     return len(set(texts)) < len(texts)
 
 
-def _config_of(config: StudyConfig, options: dict[str, Any], train: DataConfig, read: Any, name: str) -> TrainConfig:
-    """The configuration of a run whose steps are what the budget allows."""
-    data = {"data.seq_len": train.seq_len} | told(train, "data.")
+def _config_of(
+    config: StudyConfig,
+    options: dict[str, Any],
+    train: DataConfig,
+    read: Callable[[Sequence[str], str], TrainConfig],
+    name: str,
+) -> TrainConfig:
+    """Make the configuration of a run with as many steps as the budget allows."""
+    data = {"data.seq_len": train.seq_len} | changed_options(train, "data.")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     given = data | {"batch_size": defaults["batch_size"]} | options
     batch = given.get("global_batch") or given["batch_size"]
@@ -153,28 +161,28 @@ def _config_of(config: StudyConfig, options: dict[str, Any], train: DataConfig, 
     return read(arguments(saves | given | own), name)
 
 
-def _refuse_unequal(config: StudyConfig, methods: list[Method]) -> None:
+def _refuse_unequal(config: StudyConfig, methods: list[StudyMethod]) -> None:
     sizes = {method.name: len(method.settings) for method in methods if method.settings}
     if len(set(sizes.values())) > 1 and not config.unequal_grids:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(
-            f"different numbers of settings would be tried: {told}. Needs the same number for each method, since whoever may "
-            "choose among more looks better; or unequal_grids: true"
+            f"different numbers of settings would be tried: {sizes_text}. Needs the same number for each method, since "
+            "whoever may choose among more looks better; or unequal_grids: true"
         )
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """The same run with another seed, in every place that the method reads one from.
+    """Return the same run with another seed, in every field from which the method reads one.
 
     Args:
         config: The run.
-        seed: Of the data order, of random criteria, and of whatever else a method draws.
+        seed: Seed of the data order, of random criteria, and of whatever else a method draws.
     """
     config = dataclasses.replace(config, seed=seed)
     for field in dataclasses.fields(config):
         inner: Any = getattr(config, field.name)
         if dataclasses.is_dataclass(inner) and not isinstance(inner, type) and hasattr(inner, "seed"):
-            # A configuration refuses what its method does not read
+            # A configuration refuses a setting that its method does not read.
             with contextlib.suppress(ValueError):
                 changes: dict[str, Any] = {field.name: dataclasses.replace(inner, seed=seed)}
                 config = dataclasses.replace(config, **changes)

@@ -7,11 +7,11 @@ from typing import Any
 
 
 def flatten(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Options by their dotted names, whether they were written so or nested.
+    """Return options by their dotted names, whether they were written so or nested.
 
     Args:
         options: {"optim.lr": 1} and {"optim": {"lr": 1}} are the same.
-        name: What they belong to, for messages.
+        name: Name of their group, for messages.
 
     Raises:
         ValueError: An option is there twice.
@@ -27,27 +27,27 @@ def flatten(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     return flat
 
 
-def below(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The options of a group, e.g. of "data", without its name."""
+def options_of_group(options: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the options of a group, e.g. "data", without its name."""
     return {key[len(prefix) + 1 :]: value for key, value in options.items() if key.startswith(f"{prefix}.")}
 
 
-def told(config: Any, prefix: str) -> dict[str, Any]:
-    """The options by which a configuration is made that is not all defaults.
+def changed_options(config: Any, prefix: str) -> dict[str, Any]:
+    """Return the options of a configuration that differ from their defaults.
 
     Args:
         config: A dataclass of ``seft_dist.config`` without others inside.
-        prefix: What stands before its fields' names, e.g. "data.".
+        prefix: Prefix of its fields' names, e.g. "data.".
     """
     fields = [(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)]
     return {f"{prefix}{name}": value for name, value, default in fields if value != default}
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line, one each."""
+    """Write options as arguments of a command line, one each."""
     return [f"--{key}={as_text(value)}" for key, value in options.items()]
 
 
 def as_text(value: Any) -> str:
-    """A value as a command line has it."""
+    """Write a value as a command line has it."""
     return value if isinstance(value, str) else json.dumps(value)

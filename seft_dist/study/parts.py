@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
 from seft_dist.data.records import LOCATION, read_records, select_records
-from seft_dist.session.cli import parser_of, to_dict
-from seft_dist.study.found import Part
-from seft_dist.study.options import arguments, below, flatten
+from seft_dist.session.cli import option_reader, to_dict
+from seft_dist.study.options import arguments, flatten, options_of_group
+from seft_dist.study.results import TextPart
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
 
 NEEDED = ("train", "validation", "test")
@@ -17,7 +17,7 @@ _NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records"
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
-    """Find out where each part is, or will be once the text is split.
+    """Find the location of each part, also of those that the split has yet to write.
 
     Args:
         config: The study.
@@ -26,9 +26,9 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
         The parts that there are, and the rule of the split.
 
     Raises:
-        ValueError: A part is missing, told twice, or its options are wrong.
+        ValueError: A part is missing, given twice, or its options are wrong.
     """
-    shared = below(flatten(config.train, "train"), "data")
+    shared = options_of_group(flatten(config.train, "train"), "data")
     wrong = [f"data.{name}" for name in _NO_RECORD if name in shared]
     if wrong:
         raise ValueError(f"train has {', '.join(wrong)}: needs it under data.train, since it belongs to one part")
@@ -43,34 +43,34 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
     if twice or missing:
         what = f"{', '.join(twice)} twice" if twice else f"no {', '.join(missing)}"
         raise ValueError(f"data has {what}: needs each part once, by its path or in split.shares")
-    read = parser_of(DataConfig)
+    read = option_reader(DataConfig)
     parts = {}
     for name in (name for name in PARTS if name in made or name in given):
         own: Any = {"path": str(Path(config.output) / FOLDER / f"{name}.jsonl")} if name in made else given[name]
         own = flatten(own if isinstance(own, dict) else {"path": own}, f"data.{name}")
-        # Forgetting is of another kind more often than not
+        # The forgetting text is usually of another kind.
         options = {key: value for key, value in shared.items() if name != "forgetting" or key == "seq_len"} | own
         parts[name] = read(arguments(options), f"data.{name}")
     return parts, split
 
 
 def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
-    """Path, size and time of change of each file; empty for what is not on this machine."""
-    place = Path(path).expanduser()
-    files = sorted(place.rglob(pattern)) if place.is_dir() else [place] if place.exists() else []
+    """Return path, size and time of change of each file; empty if there is none on this machine."""
+    location = Path(path).expanduser()
+    files = sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def check_parts(parts: dict[str, DataConfig], known: dict[str, Part]) -> dict[str, Part]:
+def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dict[str, TextPart]:
     """Read all parts, unless they are as they were, and refuse a record that is in two of them.
 
     Args:
-        parts: From ``find_parts``, the files of the split written.
-        known: What this gave before.
+        parts: The parts that ``find_parts`` gave; the files of the split are written.
+        known: Facts that an earlier call returned.
 
     Returns:
-        What is known of each part.
+        Facts about each part.
 
     Raises:
         ValueError: A part cannot be read, or records of two parts are equal.
@@ -86,30 +86,30 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, Part]) -> dict[st
     names = list(contents)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            common = contents[first].keys.keys() & contents[second].keys.keys()
+            common = contents[first].record_hashes.keys() & contents[second].record_hashes.keys()
             if common:
-                shown = contents[first].keys[min(common)]
+                shown = contents[first].record_hashes[min(common)]
                 raise ValueError(
-                    f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in one part "
-                    "only. Remove them from one of the files, or let data.split with by: hash make the parts"
+                    f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in "
+                    "one part only. Remove them from one of the files, or let data.split with by: hash make the parts"
                 )
     train = contents["train"].paragraphs
     return {
-        name: Part(
+        name: TextPart(
             options=options[name],
             stamp=stamps[name],
-            digest=found.digest,
-            kind=found.kind,
-            records=found.records,
-            words=found.words,
-            repeated=[len(found.paragraphs & train), len(found.paragraphs)] if name != "train" else [0, 0],
+            digest=content.digest,
+            kind=content.kind,
+            records=content.records,
+            words=content.words,
+            repeated=[len(content.paragraphs & train), len(content.paragraphs)] if name != "train" else [0, 0],
         )
-        for name, found in contents.items()
+        for name, content in contents.items()
     }
 
 
 def _options(part: DataConfig) -> dict[str, Any]:
-    """Those that decide which records there are."""
+    """Return the options that decide which records a part has."""
     kept = {key: value for key, value in to_dict(part).items() if key not in ("seq_len", "date", "join")}
     return kept
 
@@ -119,7 +119,7 @@ class _Content(NamedTuple):
     kind: str
     records: int
     words: int
-    keys: dict[bytes, str]
+    record_hashes: dict[bytes, str]
     """Hashes of the records that may be in one part only, with the beginning of each for messages."""
     paragraphs: set[bytes]
 
@@ -128,7 +128,7 @@ def _read(part: DataConfig) -> _Content:
     rows, kind = read_records(part)
     rows = select_records(rows, part)
     digest, count, pieces = hashlib.sha256(), 0, set()
-    keys: dict[bytes, str] = {}
+    record_hashes: dict[bytes, str] = {}
     for row in rows:
         text = "\n".join(f"{value}" for name, value in row.items() if name != LOCATION and value is not None)
         digest.update(len(text).to_bytes(8, "little") + text.encode(errors="surrogatepass"))
@@ -136,13 +136,13 @@ def _read(part: DataConfig) -> _Content:
         number = len(plain.split(" ")) if plain else 0
         count += number
         if kind != "text" or number >= FEW_WORDS:
-            keys.setdefault(_key(plain), plain[:60])
+            record_hashes.setdefault(_text_hash(plain), plain[:60])
         if kind == "text":
             pieces |= {
-                _key(normalize_whitespace(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS
+                _text_hash(normalize_whitespace(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS
             }
-    return _Content(digest.hexdigest()[:16], kind, len(rows), count, keys, pieces)
+    return _Content(digest.hexdigest()[:16], kind, len(rows), count, record_hashes, pieces)
 
 
-def _key(text: str) -> bytes:
+def _text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]

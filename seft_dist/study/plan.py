@@ -1,7 +1,7 @@
-"""Everything that a study may have to do: bases, runs and measurements, each known by its full settings.
+"""All bases, runs and measurements of a study, each identified by its full settings.
 
-A cell is one run and its measurements. Its name ends with a hash of all that its result depends on, so that a study
-whose YAML was changed finds again what is still wanted, and takes nothing else for it.
+A cell is one run and its measurements. Its name ends with a hash of everything that its result depends on, so that a
+study whose YAML was changed reuses the cells that it still needs, and no others.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
-from seft_dist.session.cli import parser_of, to_dict
-from seft_dist.study.methods import Method, Setting, with_seed
-from seft_dist.study.options import arguments, flatten, told
+from seft_dist.session.cli import option_reader, to_dict
+from seft_dist.study.methods import Setting, StudyMethod, with_seed
+from seft_dist.study.options import arguments, changed_options, flatten
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
@@ -55,7 +55,7 @@ class Cell:
     base: str
     setting: str
     seed: int | None
-    """None: nothing is trained."""
+    """Seed of the run; None: nothing is trained."""
     config: TrainConfig | None
     """The run; None: nothing is trained."""
 
@@ -69,27 +69,27 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study, worked out."""
+    """A study with all its bases, methods and measurements."""
 
     config: StudyConfig
     folder: Path
     bases: dict[str, Base]
-    methods: list[Method]
+    methods: list[StudyMethod]
     measures: dict[str, Measure]
     digests: dict[str, str]
     """Hashes of the contents of bases and parts, by "base NAME" and "part NAME"."""
     cells: dict[tuple[str, str, int | None], Cell] = field(default_factory=dict)
-    """Those worked out already, by method, setting and seed."""
+    """Cells that were made already, by method, setting and seed."""
     names: dict[str, str] = field(default_factory=dict)
-    """Their names by the hashes in them."""
+    """Names of cells by the hashes in them."""
 
-    def search_cells(self, method: Method) -> list[Cell]:
-        """The runs among which a setting is chosen, in the order of ``method.settings``; none without a choice."""
+    def search_cells(self, method: StudyMethod) -> list[Cell]:
+        """Return the runs among which a setting is chosen, in the order of ``method.settings``; none without a choice."""
         seed = self.config.first_seed
         return [self.cell(method, setting, seed) for setting in method.settings] if method.is_searched else []
 
-    def final_cells(self, method: Method, setting: Setting | None) -> list[Cell]:
-        """The runs that are measured on the test part.
+    def final_cells(self, method: StudyMethod, setting: Setting | None) -> list[Cell]:
+        """Return the runs that are measured on the test part.
 
         Args:
             method: One of the study's.
@@ -99,14 +99,14 @@ class Plan:
             return [self.cell(method, None, None)]
         return [self.cell(method, setting, seed) for seed in self.config.seeds]
 
-    def cell(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
-        """The cell of a setting with a seed, its run's configuration complete but for the folder."""
+    def cell(self, method: StudyMethod, setting: Setting | None, seed: int | None) -> Cell:
+        """Return the cell of a setting with a seed, its run's configuration complete except the folder."""
         key = (method.name, setting.text if setting else "-", seed)
         if key not in self.cells:
             self.cells[key] = self._make(method, setting, seed)
         return self.cells[key]
 
-    def _make(self, method: Method, setting: Setting | None, seed: int | None) -> Cell:
+    def _make(self, method: StudyMethod, setting: Setting | None, seed: int | None) -> Cell:
         base = self.bases[method.base]
         if setting is None or seed is None:
             name = self._named(f"none-{base.name}", {"base": self.digests[f"base {base.name}"]})
@@ -125,36 +125,36 @@ class Plan:
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
         digest = digest_of(identity)
-        if digest not in self.names:  # else two methods have a run in common
+        if digest not in self.names:  # otherwise two methods share a run
             known = next((self.folder / CELLS).glob(f"*-{digest}"), None)
             label = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:_LONGEST_NAME]
             self.names[digest] = known.name if known else f"{label}-{digest}"
         return self.names[digest]
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Folder with everything about a cell."""
+        """Return the folder with everything about a cell."""
         return self.folder / CELLS / cell.name
 
     def run_folder(self, cell: Cell) -> Path:
-        """The folder of launch/train.py."""
+        """Return the folder of a cell's run."""
         return self.cell_folder(cell) / RUN
 
     def model_folder(self, cell: Cell) -> Path:
-        """The model that is measured."""
+        """Return the folder of the model that is measured."""
         return self.bases[cell.base].model if cell.config is None else self.run_folder(cell) / MODEL
 
     def measured_file(self, cell: Cell, part: str) -> Path:
-        """The result of launch/evaluate.py on a part."""
+        """Return the file in which launch/evaluate.py writes a cell's measurement on a part."""
         return self.cell_folder(cell) / f"{part}-{self.measures[part].id}.json"
 
 
 def digest_of(content: Any) -> str:
-    """A short hash of JSON."""
+    """Return a short hash of JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
-    """Find out where each base is, or how it is to be pruned.
+    """Find the folder of each base, or the options by which it is to be pruned.
 
     Args:
         config: The study.
@@ -163,7 +163,7 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
     Raises:
         ValueError: Options are unknown or wrong.
     """
-    read = parser_of(PruneConfig)
+    read = option_reader(PruneConfig)
     bases = {}
     for name, entry in config.bases.items():
         what = f"bases.{name}"
@@ -179,24 +179,24 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
             )
         calibrated = options.get("method") not in ("magnitude", "mask") or options.get("layer_ratios") == "owl"
         if calibrated and "data.path" not in options:
-            options = told(train, "data.") | options
+            options = changed_options(train, "data.") | options
         model = Path(config.output) / BASES / name / MODEL
         bases[name] = Base(name, model, read(arguments(options | {"output": str(model)}), what))
     return bases
 
 
 def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: dict[str, str]) -> dict[str, Measure]:
-    """Work out the evaluations.
+    """Make the options of the evaluations.
 
     Args:
         config: The study.
-        parts: Where they are.
-        digests: "part NAME" to what is in it.
+        parts: The parts of the text.
+        digests: Hashes of the parts' contents, by "part NAME".
 
     Raises:
         ValueError: Options are unknown or wrong.
     """
-    read = parser_of(EvaluateConfig)
+    read = option_reader(EvaluateConfig)
     given = flatten(config.evaluate, "evaluate")
     for key in given:
         if key in ("models", "output", "threads", "config", "print_config", "help", "data.path") or key.startswith(
@@ -208,9 +208,9 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
     for part in (VALIDATION, TEST, FORGETTING):
         if part not in parts:
             continue
-        own = told(parts[part], "data.")
+        own = changed_options(parts[part], "data.")
         options = own | {key: value for key, value in given.items() if key not in tasks or part == TEST}
-        if part == FORGETTING:  # its own kind and columns
+        if part == FORGETTING:  # it has its own kind and columns
             kept = {
                 key: value for key, value in options.items() if not key.startswith("data.") or key == "data.seq_len"
             }
@@ -228,10 +228,10 @@ _TASKS = ("tasks", "task_files", "tasks_path", "fewshot", "limit", "chat_templat
 
 
 def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
-    """All that a pruned base depends on.
+    """Return everything that a pruned base depends on.
 
     Args:
-        base: With a way to make it.
+        base: A base that the study prunes.
         dense: Digest of the model that is pruned.
         text: Digest of the calibration text.
     """

@@ -1,4 +1,4 @@
-"""The progress of a study: a line for each process that begins or ends, and on a terminal a bar with the time that is left."""
+"""The progress of a study: a line for each process that begins or ends, and on a terminal bars with the time left."""
 
 import json
 import time
@@ -21,11 +21,11 @@ class Durations:
     """Estimates what tasks will take from what others took."""
 
     def __init__(self) -> None:
-        """Begins with nothing known."""
+        """Begin without any durations."""
         self._seconds: dict[tuple[str, str], list[float]] = {}
 
     def read(self, plan: Plan) -> None:
-        """Take in what earlier runners have written down."""
+        """Read the durations that earlier runners have recorded."""
         for path in plan.folder.glob(f"{CELLS}/*/{COMMANDS}"):
             sums: dict[tuple[str, str], float] = {}
             for text in path.read_text(encoding="utf-8").splitlines():
@@ -34,16 +34,16 @@ class Durations:
                     key = (str(line["task"]), str(line["method"]))
                     sums[key] = sums.get(key, 0.0) + float(line["seconds"])
                 except (ValueError, KeyError, TypeError):
-                    continue  # cut by a kill
+                    continue  # the line was cut when its runner was killed
             for (kind, method), seconds in sums.items():
                 self.add(kind, method, seconds)
 
     def add(self, kind: str, method: str, seconds: float) -> None:
-        """Take in what a task took."""
+        """Add the duration of a task."""
         self._seconds.setdefault((kind, method), []).append(seconds)
 
     def guess(self, kind: str, method: str) -> float | None:
-        """Seconds of a task: what others of its kind and method took, else others of its kind, else unknown."""
+        """Estimate the seconds of a task by others of its kind and method, else of its kind; None if there are none."""
         own = self._seconds.get((kind, method))
         alike = [
             one for (other, _), many in self._seconds.items() if (other == TRAIN) == (kind == TRAIN) for one in many
@@ -52,15 +52,15 @@ class Durations:
         return sum(known) / len(known) if known else None
 
     def left(self, survey: Survey, running: Sequence[tuple[Task, float, float]], jobs: int) -> float | None:
-        """Seconds until a study is done; None: nothing like it was done yet.
+        """Estimate the seconds until a study is done; None if nothing like it was done yet.
 
         Args:
-            survey: What there is to do.
+            survey: Tasks that are done and not done.
             running: Tasks that are being done, with their seconds until now and the share that is done.
-            jobs: How many are done at a time.
+            jobs: Number of tasks that run at a time.
         """
-        keys = {task.key for task, _, _ in running}
-        waiting = [(task.kind, task.method) for task in survey.ready if task.key not in keys] + survey.later
+        running_keys = {task.key for task, _, _ in running}
+        waiting = [(task.kind, task.method) for task in survey.ready if task.key not in running_keys] + survey.later
         guesses = [self._guess_now(kind, method, running) for kind, method in waiting]
         ends = []
         for task, seconds, share in running:
@@ -85,12 +85,12 @@ class Durations:
 
 
 class Progress:
-    """Tells the user."""
+    """Shows the user the progress of a study."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         """Args:
         plan: The study.
-        console: Where to print; bars only on a terminal.
+        console: Console to print on; bars are shown only on a terminal.
         """
         self._plan, self._console = plan, console
         self._durations = Durations()
@@ -110,12 +110,12 @@ class Progress:
         self._bars.stop()
 
     def show(self, survey: Survey, running: Sequence[tuple[Task, float]], taken: int) -> None:
-        """Show the state of a moment.
+        """Show the current state.
 
         Args:
-            survey: What is done and what is not.
+            survey: Tasks that are done and not done.
             running: Tasks of this runner, and when they began, in seconds since 1970.
-            taken: Tasks that other runners are at.
+            taken: Number of tasks that other runners are running.
         """
         now = [(task, time.time() - since, self._share(task)) for task, since in running]
         self._count, self._total = survey.done, survey.total
@@ -133,17 +133,17 @@ class Progress:
             self._bars.remove_task(self._lines.pop(key))
 
     def began(self, task: Task) -> None:
-        """A process was started."""
+        """Report that a process was started."""
         if not self._console.is_terminal:
             self._console.print(f"{task.label}: begins", highlight=False, markup=False, soft_wrap=True)
 
     def ended(self, task: Task, seconds: float, how: str) -> None:
-        """A process has ended.
+        """Report that a process has ended.
 
         Args:
-            task: What it was to do.
-            seconds: What it took.
-            how: DONE, or what else happened.
+            task: The task of the process.
+            seconds: Seconds that the process took.
+            how: DONE, or a description of another outcome.
         """
         if how == DONE:
             self._durations.add(task.kind, task.method, seconds)
@@ -160,7 +160,7 @@ class Progress:
 
 
 def last_step(path: Path) -> int:
-    """The last step that a run has recorded; 0 for none."""
+    """Return the last step that a run has recorded; 0 for none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL))
@@ -171,7 +171,7 @@ def last_step(path: Path) -> int:
 
 
 def clock(seconds: float) -> str:
-    """E.g. "75 s", "12 min", "3 h 5 min"."""
+    """Format a duration, e.g. "75 s", "12 min", "3 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

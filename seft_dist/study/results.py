@@ -1,219 +1,183 @@
-"""Collects the results of a study from the files of its runs and measurements."""
+"""The results of a study, as results.json holds them: a row a method, what each method has searched, and every run.
 
-import json
-import math
-from collections.abc import Sequence
-from datetime import datetime, timezone
+It holds all that tables and figures show but the learning curves, so they can be shown again anywhere. This file and
+the tables import no torch, so that --show is quick.
+"""
+
 from pathlib import Path
 from typing import Any
 
-from seft_dist.results.run_files import list_differences, measurement_of, read_evaluations, read_result
-from seft_dist.study.folder import read_record
-from seft_dist.study.found import FORMAT, Results, Row, RunRow, Search, Tried
-from seft_dist.study.methods import Method
-from seft_dist.study.options import as_text
-from seft_dist.study.plan import FORGETTING, TEST, VALIDATION, Cell, Plan
-from seft_dist.study.state import COMMANDS, MEASURED, TRAIN, State, Survey, read_failure
-from seft_dist.study.statistics import Difference, difference, spread
-from seft_dist.training.manifest import read_manifest
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.writing import write_json
+from seft_dist.study.statistics import Difference, Spread
+
+RESULTS = "results.json"
+FORMAT = "seft_dist study results 1"
 
 
-def collect(state: State, survey: Survey) -> Results:
-    """Read everything that is there.
+class TextPart(TypedDict):
+    """Facts about one part of the data; an entry of study.json."""
 
-    Args:
-        state: Of the study.
-        survey: Its newest.
-    """
-    plan, record = state.plan, read_record(state.plan.folder)
-    cells = {method.name: _final_cells(state, method) for method in plan.methods}
-    runs = {name: [_run_row(state, cell) for cell in of] for name, of in cells.items()}
-    reference = plan.config.default_reference
-    made = {
-        cell.label: made_with(plan.run_folder(cell))
-        for of in cells.values()
-        for cell in of
-        if cell.config is not None and state.finished(plan.run_folder(cell))
-    }
-    return Results(
-        format=FORMAT,
-        written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        name=plan.folder.resolve().name,
-        tokens=plan.config.tokens,
-        seeds=list(plan.config.seeds),
-        search_seed=plan.config.first_seed,
-        reference=reference,
-        unequal_grids=plan.config.unequal_grids,
-        done=survey.done,
-        total=survey.total,
-        failures=[failure for task in survey.ready if (failure := read_failure(task.folder)) is not None],
-        warnings=_warnings(state, cells, made),
-        made_with=next(iter(made.values()), {}),
-        rows=[_row(plan, method, runs[method.name], runs[reference], survey) for method in plan.methods],
-        searches=[_search(state, method) for method in plan.methods if method.settings],
-        runs=[row for of in runs.values() for row in of],
-        parts=record["parts"],
-        starts=record["starts"],
-    )
+    options: dict[str, Any]
+    """The part's DataConfig, without what does not change its records."""
+    stamp: list[list[Any]]
+    """Path, size and time of its files, by which it is known again without being read."""
+    digest: str
+    """Hash of its records."""
+    kind: str
+    records: int
+    words: int
+    repeated: list[int]
+    """Paragraphs of it that the training part has, too, and all its paragraphs. Both 0 for other kinds than text."""
 
 
-def _final_cells(state: State, method: Method) -> list[Cell]:
-    is_known, setting = state.choice(method)
-    if not is_known or (setting is None and method.settings):
-        return []
-    return state.plan.final_cells(method, setting)
+class Start(TypedDict):
+    """One start of launch/study.py."""
+
+    when: str
+    command: str
+    host: str
+    cpu: str
+    device: str
+    versions: dict[str, str | None]
+    code: dict[str, Any]
 
 
-def _run_row(state: State, cell: Cell) -> RunRow:
-    plan = state.plan
-    test, forgetting = (state.measured(cell, part) if part in plan.measures else None for part in (TEST, FORGETTING))
-    run = plan.run_folder(cell)
-    result: Any = read_result(run / "result.json") if cell.config is not None and state.finished(run) else {}
-    zeros = result.get("sparsity", {})
-    tasks = {
-        f"{task} {metric.removesuffix(',none')}": float(value)
-        for task, metrics in (test.get("tasks", {}) if test else {}).items()
-        for metric, value in metrics.items()
-        if metric != "samples" and "_stderr" not in metric
-    }
-    return RunRow(
-        method=cell.method,
-        seed=cell.seed,
-        status=_status(state, cell, TEST),
-        folder=str(plan.cell_folder(cell).relative_to(plan.folder)),
-        test=test["perplexity"] if test else None,
-        forgetting=forgetting["perplexity"] if forgetting else None,
-        tasks=tasks,
-        trainable=0 if cell.config is None else result.get("trainable"),
-        zeros=test.get("sparsity") if test else None,
-        off_target=0 if cell.config is None else zeros.get("layers_off_target"),
-        peak_memory_bytes=result.get("peak_memory_bytes"),
-        seconds=result.get("seconds"),
-        steps=0 if cell.config is None else result.get("steps"),
-        tokens=0 if cell.config is None else result.get("tokens"),
-    )
+class Failure(TypedDict):
+    """failed.json."""
+
+    task: str
+    when: float
+    """Seconds since 1970."""
+    code: int
+    log: str
 
 
-def _status(state: State, cell: Cell, part: str) -> str:
-    if state.measured(cell, part) is not None:
-        return "finished"
-    if state.diverged(cell):
-        return "diverged"
-    return "failed" if read_failure(state.plan.cell_folder(cell)) is not None else "missing"
+class RunRow(TypedDict):
+    """One run that is measured on the test part, or a base."""
+
+    method: str
+    seed: int | None
+    status: str
+    """finished, diverged, failed or missing."""
+    folder: str
+    """Folder of its cell, inside the study's folder."""
+    test: float | None
+    """Perplexity."""
+    forgetting: float | None
+    tasks: dict[str, float]
+    """Task and metric to its value."""
+    trainable: int | None
+    zeros: float | None
+    """Share of the targets' weights, in the model that is measured."""
+    off_target: int | None
+    """Layers with another number of zeros than their base."""
+    peak_memory_bytes: int | None
+    seconds: float | None
+    """Seconds of training."""
+    steps: int | None
+    tokens: int | None
 
 
-def _row(plan: Plan, method: Method, runs: list[RunRow], reference: list[RunRow], survey: Survey) -> Row:
-    done = [run for run in runs if run["status"] == "finished"]
-    steps = [run["seconds"] / run["steps"] for run in done if run["seconds"] is not None and run["steps"]]
-    chosen = survey.chosen.get(method.name)
-    names = dict.fromkeys(name for run in done for name in run["tasks"])
-    tasks = {name: spread([run["tasks"][name] for run in done if name in run["tasks"]]) for name in names}
-    off = [run["off_target"] for run in done if run["off_target"] is not None]
-    return Row(
-        method=method.name,
-        base=method.base,
-        setting=chosen.text if chosen else "-",
-        runs=len(done),
-        wanted=len(plan.config.seeds) if method.settings else 1,
-        diverged=sum(run["status"] == "diverged" for run in runs),
-        test=spread(_values(done, "test")),
-        versus=None if method.name == plan.config.default_reference else _versus(done, reference),
-        forgetting=spread(_values(done, "forgetting")),
-        tasks={name: value for name, value in tasks.items() if value is not None},
-        trainable=_mean(done, "trainable"),
-        zeros=_mean(done, "zeros"),
-        off_target=max(off) if off else None,
-        peak_memory_bytes=_mean(done, "peak_memory_bytes"),
-        seconds_per_step=spread(steps),
-        seconds=spread(_values(done, "seconds")),
-        tokens=_mean(done, "tokens"),
-        steps=_mean(done, "steps"),
-    )
+class Row(TypedDict):
+    """One method."""
+
+    method: str
+    base: str
+    setting: str
+    """The setting that was chosen."""
+    runs: int
+    """Finished ones."""
+    wanted: int
+    diverged: int
+    test: Spread | None
+    versus: Difference | None
+    """Test perplexity beside the reference's; None for the reference."""
+    forgetting: Spread | None
+    tasks: dict[str, Spread]
+    trainable: float | None
+    zeros: float | None
+    off_target: int | None
+    peak_memory_bytes: float | None
+    seconds_per_step: Spread | None
+    seconds: Spread | None
+    tokens: float | None
+    steps: float | None
 
 
-def _values(runs: Sequence[RunRow], name: str) -> list[float]:
-    return [float(value) for run in runs if (value := dict(run)[name]) is not None]  # type: ignore[arg-type]
+class Tried(TypedDict):
+    """One setting of a search."""
+
+    setting: str
+    validation: float | None
+    """Perplexity; None: not known, see status."""
+    status: str
 
 
-def _mean(runs: Sequence[RunRow], name: str) -> float | None:
-    found = spread(_values(runs, name))
-    return found["mean"] if found else None
+class Search(TypedDict):
+    """The search of one method."""
+
+    method: str
+    options: dict[str, str]
+    """Its own options, without the grid."""
+    grid: dict[str, list[str]]
+    tried: list[Tried]
+    """Empty: there was nothing to choose."""
+    chosen: str | None
+    edges: list[str]
+    """Chosen values that are the smallest or largest of their grid."""
 
 
-def _versus(runs: Sequence[RunRow], reference: Sequence[RunRow]) -> Difference | None:
-    """Paired by seed; a base, which has none, stands beside every seed of the other."""
-    own = {run["seed"]: run["test"] for run in runs if run["test"] is not None}
-    others = {run["seed"]: run["test"] for run in reference if run["status"] == "finished" and run["test"] is not None}
-    if None in own and own.keys() != others.keys():
-        own = dict.fromkeys(others, own[None])
-    if None in others and own.keys() != others.keys():
-        others = dict.fromkeys(own, others[None])
-    seeds = [seed for seed in own if seed in others]
-    return difference([float(own[seed] or 0) for seed in seeds], [float(others[seed] or 0) for seed in seeds])
+@with_config(LENIENT)
+class Results(TypedDict):
+    """results.json."""
+
+    format: str
+    written: str
+    name: str
+    tokens: int
+    seeds: list[int]
+    search_seed: int
+    reference: str
+    unequal_grids: bool
+    done: int
+    """Tasks that are done, of total."""
+    total: int
+    failures: list[Failure]
+    warnings: list[str]
+    made_with: dict[str, Any]
+    """Environment of one of the runs: code, versions, processor, device, threads, processes at a time."""
+    rows: list[Row]
+    searches: list[Search]
+    runs: list[RunRow]
+    parts: dict[str, TextPart]
+    starts: list[Start]
 
 
-def _search(state: State, method: Method) -> Search:
-    is_known, setting = state.choice(method)
-    tried = []
-    for one, cell in zip(method.settings, state.plan.search_cells(method), strict=bool(method.is_searched)):
-        found = state.measured(cell, VALIDATION)
-        tried.append(
-            Tried(
-                setting=one.text,
-                validation=found["perplexity"] if found and math.isfinite(found["perplexity"]) else None,
-                status=_status(state, cell, VALIDATION),
-            )
-        )
-    return Search(
-        method=method.name,
-        options={key: as_text(value) for key, value in method.options.items()},
-        grid={key: [as_text(value) for value in values] for key, values in method.grid.items()},
-        tried=tried,
-        chosen=setting.text if is_known and setting is not None else None,
-        edges=method.at_the_edge(setting) if is_known and setting is not None else [],
-    )
+def write_results(results: Results, folder: Path) -> Path:
+    """Write results.json."""
+    write_json(folder / RESULTS, results)
+    return folder / RESULTS
 
 
-def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[str, Any]]) -> list[str]:
-    """Find differences in how rows of one table were made or measured."""
-    texts = []
-    for part in (part for part in (TEST, FORGETTING) if part in state.plan.measures):
-        how = {
-            cell.label: measurement_of(read_evaluations(state.plan.measured_file(cell, part)), MEASURED)
-            for of in cells.values()
-            for cell in of
-            if state.measured(cell, part) is not None
-        }
-        if apart := list_differences(how):
-            texts.append(f"These perplexities of the {part} part cannot be compared: {'; '.join(apart)}")
-    apart = list_differences(made)
-    return texts + ([f"Runs were not made alike: {'; '.join(apart)}"] if apart else [])
-
-
-def made_with(run: Path) -> dict[str, Any]:
-    """Collect what may decide about a run's result or its seconds beside its settings.
+def read_results(folder: Path) -> Results:
+    """Read results.json.
 
     Args:
-        run: Its folder, inside a cell's.
+        folder: Folder of the study.
+
+    Raises:
+        ValueError: There is none, or it is damaged or of another version.
     """
     try:
-        attempt = read_manifest(run)["attempts"][-1]
-        hosts = attempt["hosts"]
-        return {
-            "code": attempt["code"]["source"],
-            "torch": attempt["versions"]["torch"],
-            "transformers": attempt["versions"]["transformers"],
-            "processor": hosts[0]["cpu"],
-            "device": hosts[0]["device"],
-            "threads": hosts[0]["threads"],
-            "ranks": sum(host["ranks"] for host in hosts),
-            "processes at a time": _processes(run.parent / COMMANDS),
-        }
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}
-
-
-def _processes(commands: Path) -> int:
-    """Find the processes at a time of the runner that finished a run."""
-    lines = [json.loads(text) for text in commands.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
-    return int([line["jobs"] for line in lines if line["task"] == TRAIN][-1])
+        results = read_json(folder / RESULTS, TypeAdapter(Results))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has no {RESULTS}: needs the folder of launch/study.py (output) with results"
+        ) from error
+    if results["format"] != FORMAT:
+        raise ValueError(f"{folder / RESULTS} has format {results['format']!r}, this program reads {FORMAT!r}")
+    return results

@@ -1,8 +1,8 @@
-"""Runs what a study lacks, each task a process of its own, several at a time, beside other runners on the same folder.
+"""Runs the missing tasks of a study, each as a process of its own; several runners may share a study.
 
-A task belongs to a folder (a cell or a base), and only who holds that folder's lock runs it: two runners, on one machine
-or on several, never do the same twice. A runner that was killed leaves its runs behind; they hold their own folders, so
-the next runner waits for them.
+A task belongs to a folder (a cell or a base), and only the holder of that folder's lock runs it: two runners, on one
+machine or on several, never run the same task twice. A runner that was killed leaves its runs behind; they hold their
+own folders, so the next runner waits for them.
 """
 
 import json
@@ -21,9 +21,9 @@ from typing import Protocol
 from seft_dist.files.writing import write_json, write_text
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.signals import StopRequest
-from seft_dist.study.found import Failure
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import DONE, Progress
+from seft_dist.study.results import Failure
 from seft_dist.study.state import (
     COMMANDS,
     DIVERGED,
@@ -34,17 +34,17 @@ from seft_dist.study.state import (
     State,
     Survey,
     Task,
-    drop_model,
     has_diverged,
     read_failure,
+    remove_model,
 )
 from seft_dist.training.writer_lock import TakenError, only_writer
 
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
-_LOOK_AGAIN = 2.0  # seconds between two looks at what other runners have done
-_TELL_AGAIN = 10.0  # seconds between two writings of the tables
-_MOST_STARTS = 3  # of one task that ends neither with a result nor with an error
+_SURVEY_EVERY = 2.0  # seconds between two surveys of what other runners have done
+_TABLES_EVERY = 10.0  # seconds between two writings of the tables
+_MOST_STARTS = 3  # most starts of a task that ends neither with a result nor with an error
 
 
 class Process(Protocol):
@@ -65,7 +65,7 @@ Launch = Callable[[Task, list[str], Path], Process]
 
 
 def launch(task: Task, command: list[str], log: Path) -> Process:
-    """Start a process of its own session: Ctrl-C reaches the runner, which tells it to save."""
+    """Start a process in a session of its own: Ctrl-C reaches the runner only, which asks the process to save."""
     with log.open("ab") as file:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -73,7 +73,7 @@ def launch(task: Task, command: list[str], log: Path) -> Process:
 
 
 @dataclass
-class Running:
+class RunningTask:
     """A task that this runner runs."""
 
     task: Task
@@ -85,7 +85,7 @@ class Running:
 
 
 class Runner:
-    """Runs a study's tasks until nothing is left that it could run."""
+    """Runs a study's tasks until none is left that can be run."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class Runner:
         """Args:
         plan: The study.
         scripts: Folder of launch/train.py and its like.
-        progress: Tells the user.
+        progress: Shows the user what happens.
         request: Asks this process to stop.
-        after: Is called from time to time when tasks have ended; writes the tables.
+        after: Called from time to time when tasks have ended; writes the tables.
         launch: Starts a process.
         """
         self.plan, self.state = plan, State(plan)
@@ -112,7 +112,7 @@ class Runner:
             after,
             launch,
         )
-        self._running: list[Running] = []
+        self._running: list[RunningTask] = []
         self._failed: dict[str, Failure] = {}
         self._starts: dict[str, int] = {}
         self._since = time.time()
@@ -121,35 +121,35 @@ class Runner:
         """Run everything that can be run.
 
         Returns:
-            Why tasks failed, in this or in another runner since this one began; their cells are incomplete.
+            Failures of tasks, in this or in another runner since this one began; their cells are incomplete.
         """
-        survey, looked, taken, stopping = self.state.survey(), -_LOOK_AGAIN, 0, False
-        told = time.monotonic()
+        survey, looked, taken, stopping = self.state.survey(), -_SURVEY_EVERY, 0, False
+        written = time.monotonic()
         try:
             while True:
                 ended = self._reap()
                 if self._request.number and not stopping:
                     stopping = True
-                    for one in self._running:
-                        one.process.terminate()
-                if ended or time.monotonic() > looked + _LOOK_AGAIN:
+                    for running in self._running:
+                        running.process.terminate()
+                if ended or time.monotonic() > looked + _SURVEY_EVERY:
                     survey, looked = self.state.survey(), time.monotonic()
                     taken = 0 if stopping else self._start(survey)
-                self._progress.show(survey, [(one.task, one.since) for one in self._running], taken)
+                self._progress.show(survey, [(running.task, running.since) for running in self._running], taken)
                 if ended:
                     for task, seconds, how in ended:
                         self._progress.ended(task, seconds, how)
                     self._tidy()
-                if ended and time.monotonic() > told + _TELL_AGAIN:
+                if ended and time.monotonic() > written + _TABLES_EVERY:
                     self._after(self.state, survey)
-                    told = time.monotonic()
+                    written = time.monotonic()
                 if not self._running and (stopping or not taken):
                     return list(self._failed.values())
                 time.sleep(_POLL)
         finally:
-            for one in self._running:  # only after an error, or a second Ctrl-C
-                one.process.kill()
-                one.lock.close()
+            for running in self._running:  # only after an error, or a second Ctrl-C
+                running.process.kill()
+                running.lock.close()
 
     def _start(self, survey: Survey) -> int:
         """Start as many tasks as there is room for; returns how many are being run by others, as far as it looked."""
@@ -157,7 +157,7 @@ class Runner:
         for task in survey.ready:
             if len(self._running) >= self.plan.config.jobs:
                 break
-            if any(one.task.folder == task.folder for one in self._running) or self._has_failed(task):
+            if any(running.task.folder == task.folder for running in self._running) or self._has_failed(task):
                 continue
             lock = self._claim(task)
             if lock is None:
@@ -176,15 +176,15 @@ class Runner:
         failure = read_failure(task.folder)
         if failure is None or failure["when"] < self._since or failure["task"] != task.kind:
             return False
-        self._failed[task.key] = failure  # in another runner, a moment ago
+        self._failed[task.key] = failure  # it has just failed in another runner
         return True
 
     def _claim(self, task: Task) -> ExitStack | None:
-        """The lock of a task's folder; None: somebody has it, or has done the task by now."""
+        """Take the lock of a task's folder; None if another runner holds it or has done the task by now."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(only_writer(task.folder, 0))
-                if task.cell is not None:  # a run whose runner was killed
+                if task.cell is not None:  # the run may go on although its runner was killed
                     with only_writer(self.plan.run_folder(task.cell), 0):
                         pass
             except TakenError:
@@ -197,17 +197,17 @@ class Runner:
     def _begin(self, task: Task, lock: ExitStack) -> None:
         if task.kind == TRAIN and task.cell is not None:
             self.state.begin_anew(self.plan.run_folder(task.cell))
-        slot = min(set(range(self.plan.config.jobs)) - {one.slot for one in self._running})
+        slot = min(set(range(self.plan.config.jobs)) - {running.slot for running in self._running})
         command = self._command(task, slot)
         (task.folder / FAILED).unlink(missing_ok=True)
         self._starts[task.key] = self._starts.get(task.key, 0) + 1
         with task.log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
-        self._running.append(Running(task, command, self._launch(task, command, task.log), slot, lock))
+        self._running.append(RunningTask(task, command, self._launch(task, command, task.log), slot, lock))
         self._progress.began(task)
 
     def _command(self, task: Task, slot: int) -> list[str]:
-        """The command of a task; what it reads is written into the task's folder."""
+        """Make the command of a task, and write the files that it reads into the task's folder."""
         config = self.plan.config
         launcher = shlex.split(config.launcher.replace("{slot}", str(slot))) if config.launcher else [sys.executable]
         threads = [f"--threads={config.threads}"] if config.threads else []
@@ -228,35 +228,35 @@ class Runner:
         return [*launcher, str(self._scripts / "evaluate.py"), *given]
 
     def _reap(self) -> list[tuple[Task, float, str]]:
-        """See which processes have ended: the tasks, their seconds, and how it went."""
+        """Find the processes that have ended: their tasks, seconds and outcomes."""
         ended = []
-        for one in list(self._running):
-            code = one.process.poll()
+        for running in list(self._running):
+            code = running.process.poll()
             if code is None:
                 continue
-            self._running.remove(one)
-            self._record(one, code)
-            ended.append((one.task, time.time() - one.since, self._judge(one, code)))
-            one.lock.close()
+            self._running.remove(running)
+            self._record(running, code)
+            ended.append((running.task, time.time() - running.since, self._note_outcome(running, code)))
+            running.lock.close()
         return ended
 
-    def _record(self, one: Running, code: int) -> None:
+    def _record(self, running: RunningTask, code: int) -> None:
         line = {
-            "task": one.task.kind,
-            "method": one.task.method,
-            "command": shlex.join(one.command),
+            "task": running.task.kind,
+            "method": running.task.method,
+            "command": shlex.join(running.command),
             "host": socket.gethostname(),
-            "began": datetime.fromtimestamp(one.since, timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - one.since, 1),
+            "began": datetime.fromtimestamp(running.since, timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - running.since, 1),
             "code": code,
             "jobs": self.plan.config.jobs,
         }
-        with (one.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
+        with (running.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _judge(self, one: Running, code: int) -> str:
-        """Take note of how a task ended; says it in words."""
-        task = one.task
+    def _note_outcome(self, running: RunningTask, code: int) -> str:
+        """Record the outcome of a task, and return it in words."""
+        task = running.task
         if self.state.is_done(task):
             return DONE
         if task.kind == TRAIN and code and task.cell is not None and has_diverged(self.plan.run_folder(task.cell)):
@@ -272,10 +272,10 @@ class Runner:
         return f"failed with code {code}, see {task.log}"
 
     def _tidy(self) -> None:
-        """Remove models that nothing needs any more."""
+        """Remove the models that no task needs any more."""
         for run in self.state.idle_models():
             try:
                 with only_writer(run.parent, 0):
-                    drop_model(run)
+                    remove_model(run)
             except TakenError:
                 continue

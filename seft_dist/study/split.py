@@ -28,7 +28,7 @@ class Split(TypedDict):
 
     path: str
     shares: dict[str, int]
-    """Of every sum(shares) records each part gets so many, in this order."""
+    """Number of records that each part gets of every sum(shares), in this order."""
     by: NotRequired[Literal["hash", "index"]]
     """Choice of a record's part by its content (equal records go to one part) or by its number in the text."""
     repeated: NotRequired[Literal["keep", "drop"]]
@@ -39,23 +39,23 @@ def read_split(content: Any) -> Split:
     """Check ``data.split``.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a valid split.
     """
     split = check_kind(content, TypeAdapter(Split), "data.split")
     wrong = [name for name in split["shares"] if name not in PARTS]
     if wrong or not split["shares"] or min(split["shares"].values()) < 1:
         raise ValueError(
-            f"data.split.shares is {split['shares']}: needs whole numbers from 1 on for some of {', '.join(PARTS)}, e.g. "
-            "{train: 4, validation: 1, test: 1}"
+            f"data.split.shares is {split['shares']}: needs whole numbers from 1 on for some of {', '.join(PARTS)}, "
+            "e.g. {train: 4, validation: 1, test: 1}"
         )
     return split
 
 
 def source_hash(split: Split) -> str:
-    """Hash of the text that is split.
+    """Hash the text that is split.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The text does not exist.
     """
     return hash_files(_files(split)[0])
 
@@ -84,8 +84,8 @@ def write_split(split: Split, folder: Path, text_field: str) -> None:
     for name, records in parts.items():
         if not records:
             raise ValueError(
-                f"data.split gives {name} no record of {split['path']}: needs more records (a .txt file has one for each "
-                "paragraph), or other shares"
+                f"data.split gives {name} no record of {split['path']}: needs more records (a .txt file has one for "
+                "each paragraph), or other shares"
             )
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_text(folder / f"{name}.jsonl", lines)

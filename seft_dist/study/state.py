@@ -2,7 +2,7 @@
 
 CELL/failed.json      the last try of a task ended with an error: which task, when, its code and log
 CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
-CELL/diverged.json    a loss or gradient of the run was not finite: no try would end otherwise, so that is its result
+CELL/diverged.json    a loss or gradient of the run was not finite: every try would end so, and this is its result
 """
 
 import math
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from seft_dist.files.reading import read_json
 from seft_dist.results.run_files import EvaluatedModel, read_evaluations
-from seft_dist.study.found import Failure
-from seft_dist.study.methods import Method, Setting
+from seft_dist.study.methods import Setting, StudyMethod
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
+from seft_dist.study.results import Failure
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
 from seft_dist.training.run_folder import CHECKPOINTS, is_finished
 
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Names it among all tasks."""
+        """Name that identifies the task among all."""
         return f"{self.folder.name} {self.kind}"
 
     @property
@@ -62,7 +62,7 @@ class Survey:
     done: int = 0
     """Tasks that are done."""
     chosen: dict[str, Setting] = field(default_factory=dict)
-    """Methods that have chosen."""
+    """Chosen settings by method; methods that have none yet are missing."""
 
     @property
     def total(self) -> int:
@@ -71,7 +71,7 @@ class Survey:
 
 
 class State:
-    """Looks at a study's files."""
+    """The state of a study, found by reading its files."""
 
     def __init__(self, plan: Plan) -> None:
         """Args:
@@ -82,7 +82,7 @@ class State:
         self._finished: set[Path] = set()
 
     def survey(self) -> Survey:
-        """Look at everything."""
+        """Find the tasks that are done, ready and waiting."""
         survey = Survey()
         for base in self.plan.bases.values():
             if base.prune is None:
@@ -121,11 +121,11 @@ class State:
     def _final_parts(self) -> list[str]:
         return [part for part in (TEST, FORGETTING) if part in self.plan.measures]
 
-    def _final_of(self, method: Method, setting: Setting | None) -> list[Cell]:
+    def _final_of(self, method: StudyMethod, setting: Setting | None) -> list[Cell]:
         return self.plan.final_cells(method, setting) if setting is not None or not method.settings else []
 
-    def _unknown_of(self, method: Method) -> list[tuple[str, str]]:
-        """Tasks of a method that has not chosen yet."""
+    def _unknown_of(self, method: StudyMethod) -> list[tuple[str, str]]:
+        """List the final tasks of a method whose setting is not chosen yet."""
         seeds = self.plan.config.seeds
         trains = len(seeds) - (self.plan.config.first_seed in seeds)
         return [(TRAIN, method.name)] * trains + [(part, method.name) for part in self._final_parts] * len(seeds)
@@ -179,24 +179,24 @@ class State:
         path = self.plan.measured_file(cell, part)
         if path not in self._models:
             try:
-                found = read_evaluations(path)["models"][MEASURED]
+                measured = read_evaluations(path)["models"][MEASURED]
             except (OSError, ValueError, KeyError):
                 return None
-            if "perplexity" not in found:
+            if "perplexity" not in measured:
                 return None
-            self._models[path] = found
+            self._models[path] = measured
         return self._models[path]
 
     def diverged(self, cell: Cell) -> bool:
         """Tell whether a run ended because a loss or gradient was not finite."""
         return (self.plan.cell_folder(cell) / DIVERGED).is_file()
 
-    def choice(self, method: Method) -> tuple[bool, Setting | None]:
-        """The setting with the smallest perplexity on the validation part.
+    def choice(self, method: StudyMethod) -> tuple[bool, Setting | None]:
+        """Choose the setting with the smallest perplexity on the validation part.
 
         Returns:
-            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where nothing is
-            trained, or all have diverged.
+            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where
+            nothing is trained, or all have diverged.
         """
         if not method.is_searched:
             return True, method.settings[0] if method.settings else None
@@ -204,16 +204,16 @@ class State:
         for setting, cell in zip(method.settings, self.plan.search_cells(method), strict=True):
             if self.diverged(cell):
                 continue
-            found = self.measured(cell, VALIDATION)
-            if found is None:
+            measured = self.measured(cell, VALIDATION)
+            if measured is None:
                 return False, None
-            value = found["perplexity"] if math.isfinite(found["perplexity"]) else math.inf
+            value = measured["perplexity"] if math.isfinite(measured["perplexity"]) else math.inf
             if best is None or value < best[0]:
                 best = (value, setting)
         return True, best[1] if best else None
 
     def idle_models(self) -> list[Path]:
-        """Runs whose models and checkpoints nothing needs any more, by ``keep``; those that still have them."""
+        """List the runs that still have models or checkpoints which nothing needs any more, by ``keep``."""
         if self.plan.config.keep == "all":
             return []
         needed: dict[Path, bool] = {}
@@ -236,7 +236,7 @@ class State:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Why the last try in a base's or cell's folder ended with an error; None: it did not."""
+    """Read the failure of the last try in a base's or cell's folder; None if it did not end with an error."""
     try:
         return read_json(folder / FAILED, Failure)
     except (OSError, ValueError):
@@ -254,7 +254,7 @@ def has_diverged(run: Path) -> bool:
     return False
 
 
-def drop_model(run: Path) -> None:
+def remove_model(run: Path) -> None:
     """Remove a run's exported model and checkpoints; its result stays."""
     for name in (MODEL, CHECKPOINTS):
         shutil.rmtree(run / name, ignore_errors=True)

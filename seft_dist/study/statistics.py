@@ -1,4 +1,4 @@
-"""Means over seeds, and what a paired difference says: Student's t without a library for it."""
+"""Means over seeds, and confidence intervals of paired differences: Student's t without a library for it."""
 
 import math
 import statistics
@@ -23,13 +23,13 @@ class Difference(TypedDict):
 
     mean: float
     low: float | None
-    """Ends of the interval that holds the true mean with CONFIDENCE, if differences are normally distributed; None: one seed."""
+    """Lower end of the interval that holds the true mean with CONFIDENCE, for normal differences; None: one seed."""
     high: float | None
     count: int
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and standard deviation; None without values."""
+    """Compute mean and standard deviation; None without values."""
     if not values:
         return None
     finite = all(math.isfinite(value) for value in values)
@@ -38,11 +38,11 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
-    """Mean of paired differences with its t interval.
+    """Compute the mean of paired differences with its t interval.
 
     Args:
-        values: Of the method.
-        others: Of the reference, for the same seeds in the same order.
+        values: Values of the method.
+        others: Values of the reference, for the same seeds in the same order.
 
     Returns:
         None without values, or where one is not finite.
@@ -58,7 +58,7 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Difference |
 
 
 def t_quantile(share: float, freedom: int) -> float:
-    """The value below which a share of Student's t distribution lies.
+    """Compute the value below which a share of Student's t distribution lies.
 
     Args:
         share: 0.5 to below 1.
@@ -74,7 +74,7 @@ def t_quantile(share: float, freedom: int) -> float:
 
 
 def t_share(value: float, freedom: int) -> float:
-    """Share of Student's t distribution below a value, by the finite sums for whole degrees of freedom.
+    """Compute the share of Student's t distribution below a value, by the finite sums for whole degrees of freedom.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
 

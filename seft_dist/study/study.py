@@ -11,12 +11,12 @@ from rich.console import Console
 from seft_dist.config import StudyConfig
 from seft_dist.session.distributed import find_ranks
 from seft_dist.session.signals import StopRequest, name_of
+from seft_dist.study.collect import collect
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
-from seft_dist.study.found import write_results
 from seft_dist.study.plan import Plan
 from seft_dist.study.progress import Progress
-from seft_dist.study.results import collect
+from seft_dist.study.results import write_results
 from seft_dist.study.runner import Launch, Runner, launch
 from seft_dist.study.state import State, Survey
 from seft_dist.study.tables import print_results, table_console, write_tables
@@ -26,13 +26,13 @@ from seft_dist.training.writer_lock import PATIENCE, TakenError, only_writer
 def run_study(
     config: StudyConfig, scripts: Path, request: StopRequest, console: Console | None = None, launch: Launch = launch
 ) -> int:
-    """Run what a study lacks, and write what came out. Every run is a process of its own.
+    """Run the missing tasks of a study and write its results. Every run is a process of its own.
 
     Args:
         config: The study.
         scripts: Folder of launch/train.py and its like.
         request: Asks this process to stop: runs then save and end.
-        console: Where to tell about it; None: the terminal.
+        console: Console to print on; None: the terminal.
         launch: Starts a process.
 
     Returns:
@@ -47,7 +47,7 @@ def run_study(
         )
     console = console or table_console()
     console.print(f"Study {config.output}: reading texts and models ...", highlight=False, markup=False)
-    plan = dataclasses.replace(open_study(config), config=settle_threads(config))
+    plan = dataclasses.replace(open_study(config), config=fill_in_threads(config))
     with Progress(plan, console) as progress:
         runner = Runner(plan, scripts, progress, request, lambda state, survey: write(plan, state, survey), launch)
         failures = runner.run()
@@ -65,7 +65,7 @@ def run_study(
     return 1 if failures or survey.done < survey.total else 0
 
 
-def settle_threads(config: StudyConfig) -> StudyConfig:
+def fill_in_threads(config: StudyConfig) -> StudyConfig:
     """Fill in the CPU threads of a process."""
     if config.threads is not None:
         return config
@@ -77,9 +77,9 @@ def write(plan: Plan, state: State, survey: Survey, patience: float = 0.0) -> No
 
     Args:
         plan: The study.
-        state: Of it.
-        survey: Its newest.
-        patience: Seconds to wait for another runner that is writing them; after that they are left to it.
+        state: State of the study.
+        survey: The newest survey of it.
+        patience: Seconds to wait for another runner that is writing them; after that nothing is written.
     """
     with contextlib.suppress(TakenError), only_writer(plan.folder, patience):
         results = collect(state, survey)

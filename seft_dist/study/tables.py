@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.files.writing import write_text
-from seft_dist.study.found import Results, Row, Search
+from seft_dist.study.results import Results, Row, Search
 from seft_dist.study.statistics import CONFIDENCE, Difference, Spread
 
 _LEFT = ("method", "base", "chosen", "tried: validation perplexity", "own settings", "part", "text", "at the edge")
@@ -21,7 +21,7 @@ _WIDE = 160
 
 @dataclass
 class Section:
-    """One table, with what must be known to read it."""
+    """One table, with notes that explain it."""
 
     title: str
     head: list[str]
@@ -30,10 +30,10 @@ class Section:
 
 
 def sections(results: Results) -> Iterator[Section]:
-    """All tables.
+    """Make all tables.
 
     Args:
-        results: Of the study, complete or not.
+        results: Results of the study, complete or not.
     """
     yield _quality(results)
     yield _cost(results)
@@ -62,8 +62,8 @@ def _quality(results: Results) -> Section:
         table.append(cells + [_spread(row["tasks"].get(name), 4) for name in tasks])
     notes = [
         "Perplexity of the test part: mean and standard deviation over seeds.",
-        f"minus {results['reference']}: mean of the differences of runs with the same seed, and its {CONFIDENCE:.0%} interval "
-        "(Student's t); negative is better than the reference.",
+        f"minus {results['reference']}: mean of the differences of runs with the same seed, and its {CONFIDENCE:.0%} "
+        "interval (Student's t); negative is better than the reference.",
     ]
     notes += ["forgetting: perplexity of a text that has nothing to do with the training text."] if forgets else []
     return Section("Quality", [*head, *tasks], table, notes)
@@ -116,8 +116,8 @@ def _searches(results: Results) -> Section:
     if sizes == {1}:
         return Section("What was searched", head, table, ["Nothing: each method has one setting."])
     notes = [
-        f"Chosen by the smallest perplexity of the validation part, among runs of seed {results['search_seed']} with all "
-        f"{results['tokens']:,} tokens.",
+        f"Chosen by the smallest perplexity of the validation part, among runs of seed {results['search_seed']} with "
+        f"all {results['tokens']:,} tokens.",
         f"Every method could choose among {min(sizes)}."
         if len(sizes) == 1
         else "**Methods could choose among different numbers of settings** (unequal_grids).",
@@ -143,12 +143,12 @@ def _options(search: Search) -> str:
 
 
 def _tried(search: Search) -> str:
-    found = []
+    texts = []
     for one in search["tried"]:
         value = f"{one['validation']:.3f}" if one["validation"] is not None else one["status"]
         value = "not finite" if value == "finished" else value
-        found.append(f"{one['setting']}: {value}")
-    return "; ".join(found) or "-"
+        texts.append(f"{one['setting']}: {value}")
+    return "; ".join(texts) or "-"
 
 
 def _chosen(search: Search) -> str:
@@ -189,7 +189,7 @@ def _bytes(value: float | None) -> str:
 
 
 def table_console() -> Console:
-    """The terminal; a file gets lines that are wide enough for the tables."""
+    """Open a console on standard output; a file gets lines that are wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, _WIDE))
 
@@ -210,7 +210,7 @@ def print_results(results: Results, console: Console) -> None:
 
 
 def endings(results: Results) -> list[str]:
-    """Warnings, failures, and how much is done."""
+    """List warnings, failures, and the share that is done."""
     texts = [f"Warning: {text}" for text in results["warnings"]]
     texts += [
         f"{failure['task']} failed with code {failure['code']}, see {failure['log']}" for failure in results["failures"]
@@ -226,7 +226,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     """Write results.md, results.csv (a line a method) and runs.csv (a line a run).
 
     Args:
-        results: Of the study.
+        results: Results of the study.
         folder: Gets the files.
     """
     parts = [f"# Study {results['name']}\n"]
@@ -263,8 +263,8 @@ def _methods_csv(results: Results) -> str:
 
 
 def _columns(name: str, value: Spread | None) -> dict[str, object]:
-    found = value or {"mean": "", "deviation": ""}
-    return {f"{name} mean": found["mean"], f"{name} deviation": found["deviation"]}
+    shown = value or {"mean": "", "deviation": ""}
+    return {f"{name} mean": shown["mean"], f"{name} deviation": shown["deviation"]}
 
 
 def _runs_csv(results: Results) -> str:

@@ -1,124 +1,57 @@
 """The parts of a run, put together for the chosen backend: model, wrapper, optimizer, data."""
 
 import dataclasses
-import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
 
 from seft_dist.backends.fsdp import pack_gathers
 from seft_dist.backends.gather import GatherSize
 from seft_dist.baselines.lora import check_peft
 from seft_dist.baselines.repruning import check_repruning
-from seft_dist.config import AdamConfig, TrainConfig
-from seft_dist.data.batches import Batch, BatchStream, check_vocabulary, count_loss_tokens
+from seft_dist.config import TrainConfig
+from seft_dist.data.batches import BatchStream, check_vocabulary
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import pad_id
+from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 from seft_dist.io.models import Sharding, load_model
 from seft_dist.io.source import Source
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_per_machine_first
+from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.method import BASELINES, Method, TrainedSeft
+from seft_dist.training.teacher import Teacher, load_teacher
+
+_SEQUENCES = 1 << 14
+"""Most sequences that are looked at in one go."""
 
 
 @dataclass
-class Run:
-    """The parts of a run that training moves."""
+class TrainingRun:
+    """The parts of a run that training/step.py moves."""
 
     config: TrainConfig
     ranks: Ranks
     source: Source
     model: PreTrainedModel
     called: nn.Module
-    """What a forward pass calls: the model, or what wraps it."""
+    """Module that a forward pass calls: the model, or what wraps it."""
     method: Method
     engine: Any = None
     """The DeepSpeed engine, if there is one."""
     backend: str = "single"
+    """Backend that holds the weights, as result.json and manifest.json name it."""
     peak_lr: float = 0.0
+    teacher: Teacher | None = None
+    """Model whose predictions are learnt, if there is one."""
 
     @property
     def scheduler(self) -> Any:
-        """DeepSpeed's scheduler of the learning rate, if the ds_config has one; else the rate is ours."""
+        """DeepSpeed's scheduler of the learning rate, if the ds_config has one; else step.py sets the rate."""
         return self.engine.lr_scheduler if self.engine is not None else None
-
-    def accumulate(self, batches: list[Batch]) -> tuple[Tensor, int]:
-        """Forward and backward over the micro-batches of one optimizer step. Collective.
-
-        Every token of the step that is learnt weighs the same, whichever rank and micro-batch it falls into.
-
-        Returns:
-            This rank's share of the mean loss times the number of ranks, a scalar on its device; and the tokens learnt by
-            all ranks.
-        """
-        for batch in batches:
-            check_vocabulary(batch, self.model)
-        learnt = [count_loss_tokens(batch) for batch in batches]
-        count = torch.tensor(sum(learnt))
-        if self.ranks.world_size > 1:
-            dist.all_reduce(count)
-        total = torch.zeros((), device=self.ranks.device)
-        for i, (batch, tokens) in enumerate(zip(batches, learnt, strict=True)):
-            loss = self._loss(batch, tokens) * (tokens * self.ranks.world_size / int(count))
-            self.method.set_is_last_backward(i + 1 == len(batches))
-            if self.engine is None:
-                loss.backward()
-            else:
-                self.engine.backward(loss * len(batches))  # divides by their number
-                if i + 1 < len(batches):
-                    self.engine.step()  # only counts micro-batches here
-            total += loss.detach().float()
-        return total, int(count)
-
-    def _loss(self, batch: Batch, tokens: int) -> Tensor:
-        inputs = {key: value.to(self.ranks.device) for key, value in batch.items()}
-        if tokens:
-            return self.called(**inputs).loss
-        del inputs["labels"]  # this rank only takes part: a mean over no token would be 0 / 0
-        return self.called(**inputs).logits.float().mean()
-
-    def update(self, step: int) -> float:
-        """Let the optimizer do its step. Collective.
-
-        Returns:
-            The learning rate it used.
-        """
-        group = self.method.param_groups[0]
-        if self.scheduler is not None:
-            lr = group["lr"]
-        else:
-            lr = group["lr"] = self.peak_lr * lr_factor(self.config.optim, step, self.config.steps)
-        if self.engine is not None:
-            self.engine.step()
-        else:
-            self.method.step()
-            self.method.zero_grad()
-        return float(lr)
-
-
-def lr_factor(optim: AdamConfig, step: int, steps: int) -> float:
-    """Learning rate of a step as a share of the peak.
-
-    It is above 0 in every step, so that each update moves what the last evolution has grown.
-
-    Args:
-        optim: Warm-up and decay.
-        step: Counted from 1.
-        steps: Of the whole run.
-    """
-    warmup = round(optim.warmup * steps)
-    if step <= warmup:
-        return step / warmup
-    progress = (step - warmup - 1) / max(1, steps - warmup)
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if optim.schedule == "linear" else 1.0
 
 
 def chosen_backend(config: TrainConfig, world_size: int) -> str:
@@ -142,7 +75,7 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
 
 
 def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
-    """Refuse, before a model is loaded, what a comparison method would miss in the end.
+    """Refuse, before a model is loaded, a comparison method that would fail at its end.
 
     Raises:
         ValueError: A package is not installed, or the model cannot be pruned again.
@@ -153,7 +86,9 @@ def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> No
         check_repruning(config, source, data.sequences)
 
 
-def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None) -> Run:
+def build(
+    config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None, teacher: Source | None = None
+) -> TrainingRun:
     """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. Collective.
 
     Args:
@@ -161,12 +96,13 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
         ranks: This process.
         source: The pruned model.
         ds: None without DeepSpeed.
+        teacher: Model whose predictions are learnt, if there is one.
 
     Raises:
         ValueError: The model cannot be used.
     """
-    backend = together(ranks, lambda: chosen_backend(config, ranks.world_size))
-    together(ranks, lambda: ds.check() if ds is not None else None)
+    backend = on_all_ranks(ranks, lambda: chosen_backend(config, ranks.world_size))
+    on_all_ranks(ranks, lambda: ds.check() if ds is not None else None)
     sharding: Sharding = "fsdp" if backend == "fsdp" else "zero3" if ds is not None and ds.stage == 3 else "none"
     adam = dataclasses.asdict(config.optim)
     args = {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
@@ -186,12 +122,13 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
         resident=config.seft.targets if config.packing == "resident" else None,
     )
     if config.packing == "gather":
-        _say(pack_gathers(model), ranks)
+        _print_packed_units(pack_gathers(model), ranks)
+    taught = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
-        return Run(config, ranks, source, model, model, method, backend=backend, peak_lr=args["lr"])
+        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], taught)
     seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.steps), **args)
-    run = Run(config, ranks, source, model, model, seft, backend=backend, peak_lr=args["lr"])
+    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
@@ -206,8 +143,8 @@ def build(config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None
     return run
 
 
-def _say(sizes: list[GatherSize], ranks: Ranks) -> None:
-    """Tell which FSDP units are sent packed, and which are not."""
+def _print_packed_units(sizes: list[GatherSize], ranks: Ranks) -> None:
+    """Print which FSDP units are sent packed, and which are not. On rank 0."""
     if not ranks.is_main:
         return
     dense = [size.unit or "root (embeddings, output head, last norm)" for size in sizes if not size.pays]
@@ -223,21 +160,18 @@ def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
     """Read and tokenise the data. Collective.
 
     Args:
-        config: The run; ``data.date`` is settled.
+        config: The run; ``data.date`` is filled in.
         tokenizer: The model's.
         ranks: This process.
 
     Raises:
         ValueError: The data or the tokenizer cannot be used.
     """
-    pad = together(ranks, lambda: pad_id(tokenizer))
-    sequences: Sequence[Any] | None = None
-    for first in (True, False):  # one rank of each machine fills the cache, then the others read it
-        turn = (ranks.local_rank == 0) == first
-        read = together(ranks, lambda: load_sequences(config.data, tokenizer, progress=ranks.is_main) if turn else None)  # noqa: B023
-        sequences = read if turn else sequences
-    assert sequences is not None
-    return together(
+    pad = on_all_ranks(ranks, lambda: pad_id(tokenizer))
+    sequences = one_rank_per_machine_first(
+        ranks, lambda: load_sequences(config.data, tokenizer, progress=ranks.is_main)
+    )
+    return on_all_ranks(
         ranks,
         lambda: BatchStream(
             sequences,
@@ -249,3 +183,26 @@ def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
             pad_id=pad,
         ),
     )
+
+
+def check_tokens(data: BatchStream, model: PreTrainedModel, ranks: Ranks) -> None:
+    """Check that the model has embeddings for all tokens of the data, and for learned positions. Collective.
+
+    Each rank looks at its share of the sequences.
+
+    Args:
+        data: This rank's batches.
+        model: The model that is trained.
+        ranks: This process.
+
+    Raises:
+        ValueError: It has not; the tokenizer is of another model, or sequences are too long.
+    """
+    count, longest_and_largest = data.num_sequences, torch.zeros(2, dtype=torch.int64)
+    starts = range(0, count, _SEQUENCES)
+    for start in starts[ranks.rank :: ranks.world_size]:
+        lengths, *tokens = data.sequences.contents(start, min(start + _SEQUENCES, count))
+        largest = max(int(values.max()) for values in tokens if len(values))  # labels are tokens too, or below 0
+        longest_and_largest = longest_and_largest.maximum(torch.tensor([int(lengths.max()), largest]))
+    longest, largest = max_over_ranks(ranks, longest_and_largest).tolist()
+    on_all_ranks(ranks, lambda: check_vocabulary({"input_ids": torch.full((1, longest), largest)}, model))

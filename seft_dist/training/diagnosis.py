@@ -1,4 +1,4 @@
-"""What is left behind when a run stops by an error: one file for each rank that saw it, for whoever looks into it later."""
+"""The diagnosis of a run that an error has stopped: one file for each rank that saw the error."""
 
 import math
 import sys
@@ -21,13 +21,13 @@ _FIRST_TOKENS = 64
 def write_diagnosis(
     error: BaseException, output: Path, ranks: Ranks, method: Method, samples: list[list[int]], micro: list[Batch]
 ) -> Path | None:
-    """Write what is known on this rank about an error in the training loop, and say where: other ranks may be gone.
+    """Write what is known on this rank about an error in the training loop. No rank waits for others: they may be gone.
 
     Args:
-        error: What stops the run.
+        error: The error that stops the run.
         output: The run's folder.
         ranks: This process.
-        method: What is trained, as the error left it.
+        method: The method, as the error left it.
         samples: Numbers of this rank's sequences in the step, for each micro-batch.
         micro: The micro-batches themselves; empty if the error came before they were read.
 
@@ -52,20 +52,20 @@ def write_diagnosis(
         path.parent.mkdir(exist_ok=True)
         write_json(path, content)
     except OSError:
-        return None  # the error itself is what must be seen
+        return None  # a full disk must not hide the error itself
     goes_on = f"the same command goes on from {newest}" if newest else "no checkpoint was written yet"
     print(f"rank {ranks.rank}: stopped after step {method.num_steps}: {path}; {goes_on}", file=sys.stderr, flush=True)
     return path
 
 
 def _layers(method: Method) -> list[dict[str, Any]]:
-    """This rank's part of everything trained: what is too large or not finite shows here."""
-    found = []
+    """Summarise this rank's part of everything trained: values that are too large or not finite show here."""
+    rows = []
     for name, state in method.states():
         row: dict[str, Any] = {"name": name, "own_values": len(state["values"])}
         for key, column in state.items():
             largest = float(column.abs().max()) if len(column) else 0.0
             row[f"largest_{key}"] = largest if math.isfinite(largest) else str(largest)
             row[f"not_finite_{key}"] = int(column.isfinite().logical_not().sum())
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows

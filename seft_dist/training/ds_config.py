@@ -19,9 +19,9 @@ class DsConfig:
     """A ds_config, ready to use."""
 
     content: dict[str, Any]
-    """What DeepSpeed gets."""
+    """Settings for DeepSpeed."""
     optimizer: dict[str, Any]
-    """What SeftOptimizer gets: lr, betas, eps, weight_decay, max_grad_norm."""
+    """Arguments of SeftOptimizer: lr, betas, eps, weight_decay, max_grad_norm."""
 
     @property
     def stage(self) -> int:
@@ -43,13 +43,13 @@ class DsConfig:
 
         try:
             DeepSpeedConfig(copy.deepcopy(self.content))
-        except Exception as error:  # assertions, its own and pydantic's errors, whatever a wrong type leads to
+        except Exception as error:  # DeepSpeed raises assertions, pydantic's errors and whatever a wrong type leads to
             reason = " ".join(str(error).split())
             raise ValueError(f"DeepSpeed refuses the ds_config: {type(error).__name__}: {reason[:400]}") from error
 
 
 def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
-    """Read the ds_config and fill in what the run's own options say.
+    """Read the ds_config and fill in the batch sizes of the run's own options.
 
     Args:
         config: The run; its global batch is known.
@@ -91,5 +91,5 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
 
 def _autos(tree: Any, path: str) -> list[str]:
     if isinstance(tree, dict):
-        return [found for key, value in tree.items() for found in _autos(value, f"{path}.{key}")]
+        return [auto_path for key, value in tree.items() for auto_path in _autos(value, f"{path}.{key}")]
     return [path] if tree == "auto" else []

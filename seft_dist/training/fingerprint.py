@@ -1,4 +1,4 @@
-"""What a run started from and where it ended, as short texts that are equal if and only if the contents are.
+"""Fingerprints of a run's inputs and results: short texts that are equal if and only if the contents are.
 
 None of them depends on the number of ranks, the backend, how a model is cut into files, where things lie, or the
 versions of libraries; so two people can compare them.
@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 
 from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
+from seft_dist.io.weight_files import SafetensorError
 from seft_dist.optim.state import fingerprint
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.method import Method
 
-_PIECE = 1 << 24  # values that a rank reads at a time
-_CACHED = 1 << 14  # of them, hashed at a time: what lies in the cache
+_PIECE = 1 << 24  # number of values that a rank reads at a time
+_CACHED = 1 << 14  # values hashed at a time, so few that they stay in the cache
 _SEQUENCES = 1 << 14
-# Entries of config.json that say how the file came to be, or what loading and training set anew
+# Entries of config.json that describe how the file was made, or that loading and training overwrite.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
 _OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM does not have
@@ -33,13 +33,13 @@ _OTHER_HEADS = ("summary_", "classifier_")  # settings of heads that a causal LM
 def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
     """Fingerprint of a model as it was loaded: every weight, and config.json. Collective.
 
-    The targets' part is what the method has seen in its shards; the ranks take turns in reading the rest from the
-    files. It does not matter which weights are targets. The type in which weights are held matters only where it
-    changes their values.
+    The method has hashed the targets in its shards; the ranks share the work of reading the other weights from the
+    files. The result does not depend on which weights are targets, nor on the type in which weights are held unless
+    it changes their values.
 
     Args:
-        source: Where the model came from.
-        method: Attached.
+        source: Files that the model was loaded from.
+        method: The method, attached to the model.
         ranks: This process.
 
     Returns:
@@ -66,9 +66,8 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
                 prints[i] += fingerprint(part, start)
                 start += part.numel()
 
-    together(ranks, read)
-    if ranks.world_size > 1:
-        dist.all_reduce(prints)
+    on_all_ranks(ranks, read)
+    sum_over_ranks(ranks, prints)
     known = dict(zip(others, prints.tolist(), strict=True))
     known |= {name: method.fingerprints[i] for name, i in targets.items()}
     rows = [[name, list(tensors[name].shape) if name in tensors else None, known[name]] for name in sorted(known)]
@@ -113,29 +112,26 @@ def topology_hashes(method: Method) -> dict[str, list[str]]:
 
 
 def has_dropout(settings: dict[str, Any]) -> bool:
-    """Whether a model draws random numbers in training, by its config.json."""
+    """Return whether a model draws random numbers in training, by its config.json."""
     rates = {key: value for key, value in settings.items() if "drop" in key and not key.startswith(_OTHER_HEADS)}
     return any(isinstance(value, (int, float)) and value > 0 for value in rates.values())
 
 
 def as_hex(value: int) -> str:
-    """A 64-bit hash as 16 hexadecimal digits."""
+    """Write a 64-bit hash as 16 hexadecimal digits."""
     return f"{value & (1 << 64) - 1:016x}"
 
 
 def _weight_names(method: Method) -> dict[str, int]:
-    """Names of the targets' parameters, each with the target's number."""
+    """Return the names of the targets' parameters, each with the target's number."""
     holders = zip(method.target_names, method.backend.holders, strict=True)
     return {holder.weight_name(name): i for i, (name, holder) in enumerate(holders)}
 
 
 def _shared_out(items: Sequence[int], digest: Callable[[int], bytes], ranks: Ranks) -> list[bytes]:
-    """Digests of all items, each made by one rank. Collective."""
+    """Compute the digests of all items, each on one rank. Collective."""
     own = [digest(item) for item in items[ranks.rank :: ranks.world_size]]
-    if ranks.world_size == 1:
-        return own
-    every: list[list[bytes]] = [[] for _ in range(ranks.world_size)]
-    dist.all_gather_object(every, own)
+    every = gather_objects(ranks, own)
     return [every[i % ranks.world_size][i // ranks.world_size] for i in range(len(items))]
 
 

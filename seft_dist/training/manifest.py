@@ -1,4 +1,4 @@
-"""manifest.json of a run: everything that another person needs to get the same result, and to see that it is the same.
+"""manifest.json of a run: everything that is needed to repeat a result and to check that it is the same.
 
     format       of this file
     model        fingerprint of the model that training started from
@@ -11,8 +11,8 @@
     damaged      only if a manifest of this run could not be read: what it is called now; attempts before it are in there
     final        after the last step: its loss, and for each target hashes of support, mask and weights
 
-Written by rank 0 when an attempt starts, after each evolution and at the end; a run that goes on adds to it. Uncommitted
-changes of the code are beside it, in ``code-<digest>.diff``.
+Written by rank 0 when an attempt starts, after each evolution and at the end; a run that goes on adds to it.
+Uncommitted changes of the code are beside it, in ``code-<digest>.diff``.
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
@@ -36,10 +35,11 @@ from seft_dist.files.writing import put_aside, write_bytes, write_text
 from seft_dist.kernels.describe import describe
 from seft_dist.optim.report import EvolutionReport
 from seft_dist.session import facts
+from seft_dist.session.agreement import gather_objects
 from seft_dist.session.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.metrics import FILE as METRICS
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.step_lines import StepLines
 
 FILE = "manifest.json"
@@ -56,19 +56,19 @@ class _Evolution(TypedDict):
 
 
 class _Kind(TypedDict):
-    """What is read again of a manifest; it has more."""
+    """The entries of a manifest that are read again; it has more."""
 
     attempts: list[_Attempt]
     evolutions: list[_Evolution]
 
 
 class Manifest:
-    """The manifest of the run that this process takes part in; does nothing but on the rank that writes."""
+    """The manifest of the run that this process takes part in; it does nothing on ranks that do not write."""
 
     def __init__(self, folder: Path, content: dict[str, Any] | None) -> None:
         """Args:
-        folder: Of the run.
-        content: What the file is to hold; None on ranks that do not write.
+        folder: Folder of the run.
+        content: Content of the file; None on ranks that do not write.
         """
         self._folder, self._content = folder, content
         self._write()
@@ -84,8 +84,8 @@ class Manifest:
 
         Args:
             step: The last one.
-            loss: Of the last record; None: there was no step.
-            layers: From ``topology_hashes``.
+            loss: Loss of the last record; None: there was no step.
+            layers: Hashes that ``topology_hashes`` gives.
         """
         if self._content is None:
             return
@@ -105,6 +105,7 @@ def open_manifest(
     ranks: Ranks,
     *,
     model: str,
+    teacher: str | None,
     dtype: str,
     dropout: bool,
     data: dict[str, Any],
@@ -112,16 +113,17 @@ def open_manifest(
     ds: DsConfig | None,
     done: int,
 ) -> Manifest:
-    """Write down the start of a run, or of its going on. Collective.
+    """Write down the start of a run or of a further attempt. Collective.
 
     Args:
         config: The run, resolved; its folder exists.
         ranks: This process.
-        model: From ``model_fingerprint``.
+        model: Fingerprint that ``model_fingerprint`` gives.
+        teacher: Fingerprint of the teacher's weights, if there is one.
         dtype: Type of the weights, e.g. "float32".
-        dropout: Whether the model draws random numbers.
+        dropout: True: the model draws random numbers.
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
-        backend: What holds the weights, e.g. "zero3".
+        backend: Backend that holds the weights, e.g. "zero3".
         ds: The ds_config, if there is one.
         done: Steps done before.
     """
@@ -145,7 +147,8 @@ def open_manifest(
         "optimizer": ds.optimizer if ds else None,
         "config": dataclasses.asdict(config),
     }
-    content: dict[str, Any] = {"format": FORMAT, "model": model, "dtype": dtype, "dropout": dropout, "data": data}
+    content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "data": data}
+    content |= {"dtype": dtype, "dropout": dropout}
     content["attempts"] = [*old["attempts"], attempt]
     content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= done]
     if old.get("damaged"):
@@ -154,7 +157,7 @@ def open_manifest(
 
 
 def _layout(config: TrainConfig, ranks: Ranks, backend: str, ds: DsConfig | None) -> dict[str, Any]:
-    """How the work is divided."""
+    """Describe how the work is divided over ranks."""
     return {
         "backend": backend,
         "world_size": ranks.world_size,
@@ -192,7 +195,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The attempts of which some step is part of the run: not those that were started over from an earlier step."""
+    """Return the attempts with steps that are part of the run: those that a later one has not started over."""
     lasting: list[dict[str, Any]] = []
     for attempt in manifest["attempts"]:
         lasting = [earlier for earlier in lasting if earlier["first_step"] < attempt["first_step"]]
@@ -201,14 +204,14 @@ def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read_old(folder: Path, done: int) -> dict[str, Any]:
-    """The manifest of earlier attempts; if it is damaged, it is put aside, and what is known otherwise is taken."""
+    """Read the manifest of earlier attempts; a damaged one is put aside, and evolutions are taken from the metrics."""
     if not (folder / FILE).exists():
         return {"attempts": [], "evolutions": []}
     try:
         return read_manifest(folder)
     except ValueError as error:
         aside = put_aside(folder / FILE)
-        say(f"{error}\nit is now {aside.name}: {FILE} goes on without the attempts before this one")
+        print_line(f"{error}\nit is now {aside.name}: {FILE} goes on without the attempts before this one")
     steps = StepLines.read(folder / METRICS)
     evolutions = [
         {"step": step, "digest": line["evolution"]["digest"]}
@@ -219,7 +222,7 @@ def _read_old(folder: Path, done: int) -> dict[str, Any]:
 
 
 def _code(folder: Path) -> dict[str, Any]:
-    """What ran; what git does not have is written beside the manifest."""
+    """Describe the code that runs; changes that git does not have are written beside the manifest."""
     about, diff = facts.code()
     if diff:
         about["diff"] = f"code-{hashlib.sha256(diff).hexdigest()[:8]}.diff"
@@ -228,15 +231,11 @@ def _code(folder: Path) -> dict[str, Any]:
 
 
 def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
-    """The machines, each with its number of ranks. Collective."""
+    """List the machines, each with its number of ranks. Collective."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}
     mine["kernels"] = describe(ranks.device)
-    every = [mine] * ranks.world_size
-    if ranks.world_size > 1:
-        every = [{}] * ranks.world_size
-        dist.all_gather_object(every, mine)
-    counts = Counter(json.dumps(one) for one in every)
+    counts = Counter(json.dumps(host) for host in gather_objects(ranks, mine))
     return [json.loads(text) | {"ranks": count} for text, count in counts.items()]
 
 
@@ -245,7 +244,7 @@ def _now() -> str:
 
 
 def _to_json(content: dict[str, Any]) -> str:
-    """Indented, but each layer's hashes on one line."""
+    """Write JSON with indentation, but each layer's hashes on one line."""
     final = content["final"]
     if final is None:
         return json.dumps(content, indent=1) + "\n"

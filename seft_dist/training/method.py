@@ -31,7 +31,7 @@ BASELINES: dict[str, type[Baseline]] = {
 
 
 class Method(Protocol):
-    """A method on a model that is held in whatever way. What is marked collective is so on every method."""
+    """A method that the trainer can drive, whatever backend holds the weights."""
 
     num_steps: int
     """Optimizer steps done."""
@@ -50,7 +50,7 @@ class Method(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The first one's "lr" is the learning rate of the coming step."""
+        """Parameter groups; the first one's "lr" is the learning rate of the coming step."""
 
     @property
     def backend(self) -> Backend:
@@ -74,44 +74,44 @@ class Method(Protocol):
 
     @property
     def density(self) -> float:
-        """Share of the targets' weights that it may be compared with."""
+        """Trained values as a share of the targets' weights."""
 
     def attach(self) -> None:
-        """Look at the weights. Collective."""
+        """Find the backend, check the weights and install what is trained. Collective."""
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Say before a backward pass whether it is the last one of a step."""
+        """Announce before a backward pass whether it is the last one of a step."""
 
     def moves(self, step: int) -> bool:
         """Tell whether masks or supports change in a step."""
 
     def step(self) -> Any:
-        """Update. Collective."""
+        """Take an optimizer step. Collective."""
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
 
     def sparsity(self) -> list[LayerSparsity]:
-        """Counts of every target. Collective."""
+        """Count zeros and deltas of every target. Collective."""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each target the positions of its support and of its mask, in this rank's interval."""
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """This rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names."""
+        """Yield this rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names."""
 
     def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
         """Make the object that writes the checkpoints."""
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; its ``extra``. Collective."""
+        """Restore a checkpoint and return its ``extra``. Collective."""
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
-        """Make the weights those of a plain model; entries for result.json. Collective."""
+        """Turn the weights into those of a plain model and return entries for result.json. Collective."""
 
 
 class TrainedSeft(SeftOptimizer):
-    """SEFT as launch/train.py drives it."""
+    """SEFT as a method that the trainer can drive."""
 
     @property
     def total_steps(self) -> int:
@@ -126,12 +126,12 @@ class TrainedSeft(SeftOptimizer):
 
     @property
     def changed(self) -> list[str]:
-        """The targets."""
+        """Names of the targets."""
         return self.target_names
 
     @property
     def trainable(self) -> int:
-        """Deltas of all ranks."""
+        """Number of deltas of all ranks."""
         return sum(len(support) for support in self.sparse_state.supports)
 
     @property
@@ -144,13 +144,13 @@ class TrainedSeft(SeftOptimizer):
         return is_first_support(self.config, step) or is_evolution(self.config, step)
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Supports and masks."""
+        """Yield the positions of each target's support and mask, in this rank's interval."""
         for layer in self.deltas():
             mask = unpack(layer.mask, len(layer.interval)).nonzero().view(-1) + layer.interval.start
             yield layer.columns.indices, mask
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Deltas and their moments."""
+        """Yield this rank's deltas and their moments, by the targets' names."""
         for name, entries in zip(self.target_names, self.sparse_state.layers(), strict=True):
             yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
 
@@ -159,9 +159,9 @@ class TrainedSeft(SeftOptimizer):
         return checkpoint.Saver(self, folder)
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Take over masks and deltas."""
+        """Restore masks and deltas from a checkpoint. Collective."""
         return checkpoint.load(self, path)
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
-        """Nothing to do: the weights hold base + delta at every moment."""
+        """Do nothing: the weights hold base + delta at every moment."""
         return {}

@@ -1,11 +1,12 @@
-"""What a run tells: a progress bar, ``metrics.jsonl``, experiment trackers, a table at the end. Rank 0 only.
+"""The output of a run while it trains: a progress bar, ``metrics.jsonl``, experiment trackers. Rank 0 only.
 
 A line of metrics.jsonl, one for each logged step (and for each step with an evolution):
 
     {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5,
      "seconds": 67.5, "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719,
-                                    "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4, "bytes_sent": 120000,
-                                    "phases": {"window": {"seconds": 2.1, "bytes_sent": 8000000}, "drop": {...}, "grow": {...},
+                                    "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4, "bytes_sent":
+                                    120000, "phases": {"window": {"seconds": 2.1, "bytes_sent": 8000000}, "drop":
+                                    {...}, "grow": {...},
                                                "adapt": {...}, "commit": {...}, "verify": {...}}, "digest": "..."}}
 
 loss is the mean over ranks and over the steps since the line before; tokens are all ranks' since the run's start.
@@ -47,7 +48,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 class _State(TypedDict, total=False):
-    """From ``Metrics.state``."""
+    """The state that ``Metrics.state`` gives."""
 
     tokens: int
     evolutions: int
@@ -68,31 +69,31 @@ class Metrics:
         config: The run.
         writes: True on rank 0.
         start: Steps already done (a resumed run); later lines of an earlier attempt are removed.
-        state: What ``state()`` gave after those steps.
+        state: The state that ``state()`` gave after those steps.
 
         Raises:
-            ValueError: ``state`` is not what ``state()`` gives.
+            ValueError: ``state`` does not have the entries that ``state()`` gives.
             OSError: The file cannot be read or written.
         """
         state = dict(check_kind(state or {}, TypeAdapter(_State), "the checkpoint's state of the metrics"))
         self.tokens: int = state.get("tokens", 0)
-        """Of all ranks."""
+        """Number of tokens that all ranks have processed."""
         self.evolutions: int = state.get("evolutions", 0)
-        """After the first support."""
+        """Number of evolutions after the first support."""
         self.reactivated: int = state.get("reactivated", 0)
-        """Over all evolutions, the first support included."""
+        """Number of reactivated positions in all evolutions, the first support included."""
         self.last_loss: float = state.get("loss", float("nan"))
-        """Of the last record."""
+        """Loss of the last record."""
         self._config, self._writes = config, writes
         self._last_time = time.perf_counter()
-        self._begin = self._last_time - state.get("seconds", 0.0)
+        self._begin: float = self._last_time - state.get("seconds", 0.0)
         self._last_tokens = self.tokens
         self._losses: list[float] = state.get("losses", [])
         self._trackers: list[Any] = []
         if not writes:
             return
         self._lines = StepLines(Path(config.output) / FILE, start)
-        _tell_what_is_missing(config, self._lines, start, state.get("records"))
+        _warn_of_missing_lines(config, self._lines, start, state.get("records"))
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.steps,
@@ -106,11 +107,11 @@ class Metrics:
 
     @property
     def seconds(self) -> float:
-        """Since the run's start, pauses between its parts not counted."""
+        """Seconds since the run's start, without pauses between its attempts."""
         return time.perf_counter() - self._begin
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to count on; JSON."""
+        """Return what a resumed run needs to go on counting; JSON."""
         counts = {"tokens": self.tokens, "evolutions": self.evolutions, "reactivated": self.reactivated}
         if self._writes:
             counts["records"] = len(self._lines.steps)
@@ -124,10 +125,10 @@ class Metrics:
         Args:
             step: Counted from 1.
             loss: Mean over the ranks.
-            tokens: Of this step, over all ranks.
+            tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
             grad_norm: Global norm before clipping.
-            evolution: Of this step, if there was one.
+            evolution: Report of this step's evolution, if there was one.
         """
         self.tokens += tokens
         self._losses.append(loss)
@@ -179,7 +180,7 @@ class Metrics:
             tracker.finish()
 
 
-def summary(result: dict[str, Any]) -> None:
+def print_summary(result: dict[str, Any]) -> None:
     """Print a run's result as a table. For rank 0."""
     table = Table(title="Run", show_header=False)
     for name, value in _flat(result, numbers_only=False).items():
@@ -187,16 +188,16 @@ def summary(result: dict[str, Any]) -> None:
     Console(stderr=True).print(table)
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line about the run. For rank 0."""
     print(line, file=sys.stderr, flush=True)
 
 
-def stopped(config: TrainConfig, signal: str, step: int) -> None:
-    """Say that a signal has stopped the run. For rank 0."""
-    say(
-        f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same command "
-        "goes on from there"
+def print_stopped(config: TrainConfig, signal: str, step: int) -> None:
+    """Print that a signal has stopped the run. For rank 0."""
+    print_line(
+        f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same "
+        "command goes on from there"
     )
 
 
@@ -220,21 +221,28 @@ def _start_trackers(config: TrainConfig) -> list[Any]:
     return trackers
 
 
-def _tell_what_is_missing(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
-    """Say so if the steps done had other lines than are there: ``records`` of them, None if a checkpoint does not say."""
+def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
+    """Print a warning if lines of steps done are missing.
+
+    Args:
+        config: The run.
+        lines: The lines that are there.
+        done: Number of steps done.
+        records: Number of lines that there were when the checkpoint was saved; None if it does not say.
+    """
     wanted = {step for step in range(1, done + 1) if step % config.log_every == 0} - set(lines.steps)
     count = len(wanted) if records is None else records - len(lines.steps)
     if lines.put_aside is not None:
-        say(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
+        print_line(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
     if count > 0:
         named = f", among them those of steps {as_ranges(wanted)}" if wanted else ""
-        say(
+        print_line(
             f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has them"
         )
 
 
 def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names; other values as text, or left out."""
+    """Flatten nested dicts to one with dotted names; values that are no numbers become text or are left out."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

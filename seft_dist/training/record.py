@@ -1,4 +1,4 @@
-"""What a run leaves for whoever wants the same result: the manifest always, the trace if it was asked for."""
+"""The exact record of a run, for repeating it: always the manifest, and the trace if the configuration has one."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest
 from seft_dist.training.method import Method, TrainedSeft
-from seft_dist.training.run_folder import Origin
+from seft_dist.training.run_folder import RunOrigin
 from seft_dist.training.trace import Trace
 
 
@@ -24,19 +24,19 @@ class Record:
         source: Source,
         method: Method,
         *,
-        origin: Origin,
+        origin: RunOrigin,
         backend: str,
         ds: DsConfig | None,
     ) -> None:
-        """Write down the start of the run, or of its going on. Collective.
+        """Write down the start of the run or of a further attempt. Collective.
 
         Args:
             config: The run, resolved; its folder exists.
             ranks: This process.
             source: The model that training starts from.
-            method: What is trained, the steps of a checkpoint already restored.
-            origin: What the run is made from.
-            backend: What holds the weights, e.g. "zero3".
+            method: The method, the steps of a checkpoint already restored.
+            origin: Fingerprints of model and data.
+            backend: Backend that holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
         """
         self._method = method
@@ -45,6 +45,7 @@ class Record:
             config,
             ranks,
             model=origin.model,
+            teacher=origin.teacher,
             dtype=str(source.dtype).removeprefix("torch."),
             dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
             data=data,
@@ -55,7 +56,7 @@ class Record:
         self._trace = None
         if config.trace:
             assert isinstance(method, TrainedSeft)  # checked in the configuration
-            self._trace = Trace(Path(config.output), method, writes=ranks.is_main)
+            self._trace = Trace(Path(config.output), method, ranks)
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. Collective with a trace, else local.
@@ -64,7 +65,7 @@ class Record:
             step: Counted from 1.
             micro: This rank's batches.
             loss: Mean over the ranks.
-            tokens: Of this step, over all ranks.
+            tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
         """
         self._manifest.evolution(self._method.evolution)
@@ -75,7 +76,7 @@ class Record:
         """Record the end of a run that has done all its steps. Collective.
 
         Args:
-            loss: Of the last record of the metrics; None: there was no step.
+            loss: Loss of the last record of the metrics; None: there was no step.
         """
         self._manifest.finish(self._method.num_steps, loss, topology_hashes(self._method))
 
@@ -85,6 +86,6 @@ class Record:
             self._trace.sync()
 
     def close(self) -> None:
-        """End the files."""
+        """Close the files."""
         if self._trace is not None:
             self._trace.close()

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and going on from its newest checkpoint.
+"""The folder of a run: its files, a check before it is written to, and resuming from its newest checkpoint.
 
 config.yaml         the resolved configuration, written before step 1
 metrics.jsonl       see training/metrics.py
@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.baselines.lora import ADAPTER
 from seft_dist.baselines.repruning import MERGED
@@ -33,11 +31,13 @@ from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
+from seft_dist.io.library_types import PreTrainedTokenizerBase
+from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.distributed import Ranks
 from seft_dist.training import manifest, metrics, trace
 from seft_dist.training.method import Method
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.writer_lock import LOCK
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
@@ -47,7 +47,7 @@ _FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run's folder holds a result: an empty or damaged one, as a full disk leaves it, is none."""
+    """Return whether a folder holds a run's result; an empty or damaged file, as a full disk leaves it, is none."""
     try:
         return bool(read_json(folder / RESULT, dict[str, Any]))
     except (OSError, ValueError):
@@ -71,25 +71,25 @@ def check_run_folder(config: TrainConfig) -> None:
             raise ValueError(
                 f"{folder} is not empty and holds no run: choose another output (found {', '.join(sorted(others)[:3])})"
             )
-    # What only the end of the run would meet
+    # Found now, since only the end of the run would run into it.
     for name in (*_FOLDERS, *_FILES):
         path = folder / name
         wrong = path.exists() and path.is_dir() != (name in _FOLDERS)
         if wrong or (name == MODEL and path.is_symlink()):
-            found = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+            present = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
             needed = "a folder" if name in _FOLDERS else "a file"
-            raise ValueError(f"{path} is {found}: the run writes {needed} there; remove it, or choose another output")
+            raise ValueError(f"{path} is {present}: the run writes {needed} there; remove it, or choose another output")
 
 
 def _left_by_a_start(path: Path) -> bool:
-    """True for what is in the folder before config.yaml is: a batch script's record, or what a killed start has left."""
+    """Return whether a path may exist before config.yaml: a batch script's record, or a killed start's file."""
     if path.name == CHECKPOINTS:
         return path.is_dir() and not any(path.iterdir())
     return path.name in (SLURM, LOCK, CONFIG + PART)
 
 
 def open_run_folder(config: TrainConfig) -> None:
-    """Save the configuration in the run's folder, and clear away what a killed attempt has left. On rank 0.
+    """Save the configuration in the run's folder, and remove what a killed attempt has left. On rank 0.
 
     Raises:
         ValueError: It cannot be written.
@@ -97,19 +97,21 @@ def open_run_folder(config: TrainConfig) -> None:
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, to_yaml(config))  # first: it says that the folder is a run's
+        write_text(folder / CONFIG, to_yaml(config))  # first, since this file marks the folder as a run's
         (folder / CHECKPOINTS).mkdir(exist_ok=True)
         if (folder / RESULT).exists():
-            say(f"{folder / RESULT} cannot be read: it is now {put_aside(folder / RESULT).name}, and the run goes on")
+            print_line(
+                f"{folder / RESULT} cannot be read: it is now {put_aside(folder / RESULT).name}, and the run goes on"
+            )
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
     checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
-    for name in (MODEL, ADAPTER, MERGED):  # of an attempt that was stopped while it exported
+    for name in (MODEL, ADAPTER, MERGED):  # left by an attempt that was stopped while it exported
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
-    """Fill in the global batch: that of the run which goes on, else batch_size for each rank.
+def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Fill in the global batch: that of the run that is resumed, else batch_size for each rank.
 
     Args:
         config: The run.
@@ -123,17 +125,17 @@ def settle_batch(config: TrainConfig, world_size: int) -> TrainConfig:
     global_batch = config.batch_size * world_size
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
-            global_batch = _checked(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
+            global_batch = _check_extra(path, checkpoint.read_manifest(path)["extra"])["origin"]["global_batch"]
             break
-        except ValueError:  # resume() says what is wrong with it
+        except ValueError:  # resume() reports what is wrong with it
             continue
     return dataclasses.replace(config, global_batch=global_batch)
 
 
-def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
-    """Fill in the day that a chat template sees as today, if it looks at it. Collective.
+def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
+    """Fill in the day that a chat template sees as today, if the template uses it. Collective.
 
-    It is that of the run which goes on, else this day; so a run has the same tokens on every day it goes on.
+    It is that of the run that is resumed, else this day; so a run has the same tokens on every day.
 
     Args:
         config: The run.
@@ -145,17 +147,16 @@ def settle_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: 
     """
     if config.data.date is not None or not uses_date(tokenizer):
         return config
-    day = [_day_of(config) if ranks.is_main else ""]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(day)  # midnight may be between two ranks
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day[0]))
+    # Rank 0 decides: two ranks may start before and after midnight.
+    day = broadcast_object(ranks, _day_of(config) if ranks.is_main else "")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
 def _day_of(config: TrainConfig) -> str:
     for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
         try:
             day = checkpoint.read_manifest(path)["extra"]["config"]["data"]["date"]
-        except (ValueError, KeyError, TypeError):  # resume() says what is wrong with it
+        except (ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
             continue
         if isinstance(day, str):
             return day
@@ -163,56 +164,58 @@ def _day_of(config: TrainConfig) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """What a run is made from: if any of it were another, its steps would be another run's."""
+class RunOrigin:
+    """Fingerprints of a run's model and data: with others, its steps would be those of another run."""
 
     model: str
-    """From ``model_fingerprint``."""
+    """Fingerprint that ``model_fingerprint`` gives."""
     data: str
-    """From ``data_fingerprint``."""
+    """Fingerprint that ``data_fingerprint`` gives."""
     sequences: int
     global_batch: int
     seed: int
-    """Of the data order."""
+    """Seed of the data order."""
+    teacher: str | None = None
+    """Fingerprint of the teacher's weights; None: there is none."""
 
 
-def extra_of(config: TrainConfig, origin: Origin, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the optimizer.
+def checkpoint_extra(config: TrainConfig, origin: RunOrigin, state: dict[str, Any]) -> dict[str, Any]:
+    """Make the part of a checkpoint that is not the optimizer's.
 
     Args:
         config: The run.
-        origin: Is compared when the run goes on.
-        state: What the caller wants back from ``resume``; JSON.
+        origin: Fingerprints to compare when the run is resumed.
+        state: State of the caller that ``resume`` is to return; JSON.
     """
     return {"state": state, "origin": dataclasses.asdict(origin), "config": to_dict(config)}
 
 
-def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) -> dict[str, Any] | None:
-    """Go on from the newest checkpoint that is whole, if there is one. Collective.
+def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin) -> dict[str, Any] | None:
+    """Resume from the newest checkpoint that is whole, if there is one. Collective.
 
     A damaged checkpoint is named, put aside as ``damaged-*``, and the one before it is taken.
 
     Args:
         config: The run.
         ranks: This process.
-        method: A new one; afterwards it is that of the checkpoint.
-        origin: What it is made from.
+        method: A new method; it takes over the state of the checkpoint.
+        origin: Fingerprints of its model and data.
 
     Returns:
-        The state given to ``extra_of``; None for a new run.
+        The state given to ``checkpoint_extra``; None for a new run.
 
     Raises:
-        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more steps
-            are done than there are to be, or all checkpoints are damaged.
+        ValueError: The checkpoint does not fit the model or the method, the data would come in another order, more
+            steps are done than there are to be, or all checkpoints are damaged.
     """
     folder = Path(config.output) / CHECKPOINTS
-    found = together(ranks, lambda: checkpoint.complete(folder))
-    for path in reversed(found):
+    checkpoints = on_all_ranks(ranks, lambda: checkpoint.complete(folder))
+    for path in reversed(checkpoints):
         try:
-            extra = _checked(path, method.load(path))
+            extra = _check_extra(path, method.load(path))
         except checkpoint.DamagedError as error:
             problem = str(error)
-            together(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
+            on_all_ranks(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
         if method.num_steps > config.steps:
@@ -220,43 +223,44 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: Origin) ->
                 f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
             )
         return extra["state"]
-    together(ranks, lambda: _check_new(folder))
+    on_all_ranks(ranks, lambda: _check_new(folder))
     return None
 
 
 def _check_new(folder: Path) -> None:
-    """A run that had checkpoints never begins anew by itself, not even at a later attempt."""
+    """Refuse to begin anew where all checkpoints are damaged, also at a later attempt."""
     damaged = sorted(path.name for path in folder.glob("damaged-*"))
     if damaged:
         raise ValueError(
-            f"all checkpoints in {folder} are damaged ({', '.join(damaged)}): restore one from a backup as step-*, or remove "
-            "the run's folder to begin anew"
+            f"all checkpoints in {folder} are damaged ({', '.join(damaged)}): restore one from a backup as step-*, or "
+            "remove the run's folder to begin anew"
         )
 
 
 def _put_aside(path: Path, problem: str) -> None:
-    say(f"{problem}\nput aside as {put_aside(path)}; going on from the checkpoint before it")
+    print_line(f"{problem}\nput aside as {put_aside(path)}; going on from the checkpoint before it")
 
 
-class _Origin(TypedDict):
+class _RunOrigin(TypedDict):
     model: str
     data: str
     sequences: int
     global_batch: Annotated[int, Field(ge=1)]
     seed: int
+    teacher: NotRequired[str | None]  # checkpoints of earlier versions had no teacher
 
 
 class _Extra(TypedDict):
-    origin: _Origin
+    origin: _RunOrigin
     state: dict[str, Any]
 
 
-def _checked(path: Path, extra: dict[str, Any]) -> _Extra:
-    """What ``extra_of`` gave, as a checkpoint holds it."""
+def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
+    """Check the part of a checkpoint that ``checkpoint_extra`` made."""
     if "origin" not in extra:
         raise ValueError(
-            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints of its "
-            "own, of this version; choose another output"
+            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints "
+            "of its own, of this version; choose another output"
         )
     return check_kind(extra, TypeAdapter(_Extra), f"extra of {path}")
 
@@ -264,12 +268,22 @@ def _checked(path: Path, extra: dict[str, Any]) -> _Extra:
 def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     if then["model"] != now["model"]:
         raise ValueError(
-            f"{path} was made from another base model: its targets are those of this one, but other weights or settings in "
-            "config.json differ; load the pruned model it began with, or choose another output"
+            f"{path} was made from another base model: its targets are those of this one, but other weights or "
+            "settings in config.json differ; load the pruned model it began with, or choose another output"
         )
-    other = [f"{key} is {now[key]}, was {then[key]}" for key in now if now[key] != then[key]]
+    if then.get("teacher") != now["teacher"]:
+        raise ValueError(
+            f"{path} was made with {_describe_teacher(then.get('teacher'))}, this run has {_describe_teacher(now['teacher'])}: "
+            "use teacher.path as before, or choose another output"
+        )
+    data = [key for key in now if key not in ("model", "teacher")]
+    other = [f"{key} is {now[key]}, was {then[key]}" for key in data if now[key] != then[key]]
     if other:
         raise ValueError(
-            f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use the "
-            "same data, seed and global_batch as before (any number of ranks will do), or another output"
+            f"{path} cannot go on with this data: {'; '.join(other)}. Sequences would be skipped or seen twice; use "
+            "the same data, seed and global_batch as before (any number of ranks will do), or another output"
         )
+
+
+def _describe_teacher(fingerprint: str | None) -> str:
+    return "no teacher" if fingerprint is None else f"a teacher of fingerprint {fingerprint}"

@@ -1,4 +1,4 @@
-"""Files with a line of JSON for each step, metrics.jsonl and trace.jsonl: written on by the next attempt of a run."""
+"""Files with a line of JSON for each step (metrics.jsonl, trace.jsonl), which the next attempt of a run continues."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from seft_dist.files.writing import put_aside, write_text
 
 
 class StepLines:
-    """Such a file, open for the steps to come. On rank 0."""
+    """A file with a line of JSON for each step, open for the steps to come. On rank 0."""
 
     def __init__(self, path: Path, done: int) -> None:
         """Keep the lines of the steps done, and remove later ones, of an attempt that was stopped.
@@ -26,7 +26,7 @@ class StepLines:
         """
         lines, damaged = _read(path)
         self.put_aside: Path | None = put_aside(path) if damaged else None
-        """Where the file is now that had lines which cannot be read; None: it had none."""
+        """New name of the old file if it had lines that cannot be read, else None."""
         kept = {step: text for step, (text, _) in lines.items() if step <= done}
         self.steps = sorted(kept)
         """Steps with a line."""
@@ -35,7 +35,7 @@ class StepLines:
 
     @staticmethod
     def read(path: Path) -> dict[int, dict[str, Any]]:
-        """The lines that can be read, by step."""
+        """Read the lines that can be read, by step."""
         return {step: record for step, (_, record) in _read(path)[0].items()}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -48,12 +48,12 @@ class StepLines:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         self._file.close()
 
 
 def as_ranges(steps: Iterable[int]) -> str:
-    """Name steps in few words, e.g. "1-5, 8"."""
+    """Write steps as ranges, e.g. "1-5, 8"."""
     ranges: list[list[int]] = []
     for step in sorted(steps):
         if ranges and step == ranges[-1][1] + 1:
@@ -64,11 +64,11 @@ def as_ranges(steps: Iterable[int]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], bool]:
-    """Lines that can be read, by step, and whether any other can not; a last one that was cut is nothing."""
-    found: dict[int, tuple[str, dict[str, Any]]] = {}
+    """Read the lines that can be read, by step, and whether others are damaged; a last line may have been cut."""
+    lines: dict[int, tuple[str, dict[str, Any]]] = {}
     last, damaged = 0, False
     for raw in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if not raw.endswith(b"\n"):  # cut when the run was stopped
+        if not raw.endswith(b"\n"):  # the line was cut when the run was stopped
             continue
         try:
             record = json.loads(raw)
@@ -76,8 +76,8 @@ def _read(path: Path) -> tuple[dict[int, tuple[str, dict[str, Any]]], bool]:
         except (ValueError, KeyError, TypeError, RecursionError):
             step = None
         if isinstance(step, int) and step > last:
-            found[step] = (raw.decode(), record)
+            lines[step] = (raw.decode(), record)
             last = step
         else:
             damaged = True
-    return found, damaged
+    return lines, damaged

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from seft_dist.data.batches import Batch
 from seft_dist.data.sequences import IGNORE
 from seft_dist.optim.optimizer import SeftOptimizer
+from seft_dist.session.agreement import sum_over_ranks
+from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch
 from seft_dist.sparsity.scores import mix
 from seft_dist.training.fingerprint import as_hex
-from seft_dist.training.metrics import say
+from seft_dist.training.metrics import print_line
 from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "trace.jsonl"
@@ -37,26 +38,26 @@ FILE = "trace.jsonl"
 class Trace:
     """Hashes each rank's part of every step, adds the parts up, and writes them down on rank 0."""
 
-    def __init__(self, folder: Path, seft: SeftOptimizer, *, writes: bool) -> None:
+    def __init__(self, folder: Path, seft: SeftOptimizer, ranks: Ranks) -> None:
         """Args:
-        folder: Of the run.
-        seft: What is trained; the steps that it has done already stay in the file, later ones of an earlier attempt are
+        folder: Folder of the run.
+        seft: The optimizer; the steps that it has done already stay in the file, later ones of an earlier attempt are
             removed.
-        writes: True on rank 0.
+        ranks: This process; rank 0 writes.
 
         Raises:
             OSError: The file cannot be read or written.
         """
-        self._seft = seft
+        self._seft, self._ranks = seft, ranks
         self._masks: list[tuple[Tensor, Tensor]] | None = None
         self._seft.counts_near_ties = True
-        self._lines = StepLines(folder / FILE, seft.num_steps) if writes else None
+        self._lines = StepLines(folder / FILE, seft.num_steps) if ranks.is_main else None
         if self._lines is not None:
             if self._lines.put_aside is not None:
-                say(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
+                print_line(f"{folder / FILE} had lines that cannot be read: it is now {self._lines.put_aside.name}")
             missing = set(range(1, seft.num_steps + 1)) - set(self._lines.steps)
             if missing:
-                say(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
+                print_line(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
 
     @torch.no_grad()
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
@@ -66,13 +67,12 @@ class Trace:
             step: Counted from 1.
             micro: This rank's batches.
             loss: Mean over the ranks.
-            tokens: Of this step, over all ranks.
+            tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
         """
         seft = self._seft
         batch = sum((hash_of_batch(one) for one in micro), torch.zeros((), dtype=torch.int64))
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(batch)
+        sum_over_ranks(self._ranks, batch)
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()
         # In the first step of an attempt there may be no evolution that could have had near-ties.
@@ -100,7 +100,7 @@ class Trace:
         self._lines.add(record)
 
     def _rows(self, moved: bool) -> Tensor:
-        """This rank's terms, int64 [targets, 4 + 3 BUCKETS]."""
+        """Compute this rank's terms of the hashes and sketches, int64 [targets, 4 + 3 BUCKETS]."""
         seft = self._seft
         if moved or self._masks is None:
             self._masks = [
@@ -126,26 +126,26 @@ class Trace:
             self._lines.sync()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         if self._lines is not None:
             self._lines.close()
 
 
 def hash_of_batch(batch: Batch) -> Tensor:
-    """Hash of the sequences of a batch, int64 [] on the CPU; their order and padding do not show.
+    """Hash the sequences of a batch, int64 [] on the CPU; their order and padding change nothing.
 
-    A sequence without any label to learn adds nothing: a rank for which a step has none left gets such a one.
+    A sequence without a loss token adds nothing: a rank for which a step has no sequence left gets such a one.
     """
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
     there = batch["attention_mask"].cpu() if "attention_mask" in batch else torch.ones_like(ids)
-    places = torch.arange(ids.shape[1]).expand_as(ids)
-    tokens = mix(mix(places + 1) + mix(ids * 2 + (labels != IGNORE))) * there
+    token_positions = torch.arange(ids.shape[1]).expand_as(ids)
+    tokens = mix(mix(token_positions + 1) + mix(ids * 2 + (labels != IGNORE))) * there
     learnt = (labels != IGNORE).any(1)
     return mix(tokens.sum(1))[learnt].sum()
 
 
 def read_trace(folder: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a run's trace, floats as floats; none if there is no trace.
+    """Read the steps of a run's trace, floats as floats; none if there is no trace.
 
     Raises:
         ValueError: A line cannot be read.

@@ -1,52 +1,69 @@
 """One fine-tuning run, from the configuration to the repaired model: the only file that sees every part."""
 
-import hashlib
-import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from seft_dist.baselines.baseline import Ending
 from seft_dist.config import TrainConfig
-from seft_dist.data.batches import Batch, BatchStream, count_loss_tokens
+from seft_dist.data.batches import Batch, BatchStream
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
 from seft_dist.files.writing import write_json
-from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.source import locate, open_source
 from seft_dist.kernels.describe import describe
 from seft_dist.session import distributed, facts
+from seft_dist.session.agreement import check_agreement, max_over_ranks, on_all_ranks, wait_for_all_ranks
 from seft_dist.session.cli import to_yaml
-from seft_dist.session.distributed import Ranks, together
+from seft_dist.session.distributed import Ranks
 from seft_dist.session.signals import StopRequest, name_of, stop_requests
-from seft_dist.training.build import Run, build, check_baseline, read_batches
+from seft_dist.training.build import TrainingRun, build, check_baseline, check_tokens, read_batches
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
-from seft_dist.training.metrics import Metrics, check_trackers, say, stopped, summary
+from seft_dist.training.metrics import Metrics, check_trackers, print_line, print_stopped, print_summary
 from seft_dist.training.record import Record
 from seft_dist.training.run_folder import (
     CHECKPOINTS,
     DELTA,
     MODEL,
     RESULT,
-    Origin,
+    RunOrigin,
     check_run_folder,
-    extra_of,
+    checkpoint_extra,
+    fill_in_date,
+    fill_in_global_batch,
     open_run_folder,
     resume,
-    settle_batch,
-    settle_date,
 )
+from seft_dist.training.step import Stepper
+from seft_dist.training.teacher import check_teacher
 from seft_dist.training.writer_lock import only_writer
 
 
-def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Finished:
+    """A run that has done all its steps; its model is exported."""
+
+    result: dict[str, Any]
+    """Content of result.json: method, backend, world_size, density, trainable, steps, sparsity (target, final,
+    layers_off_target), evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes; further entries by method."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that a signal has stopped; its state is saved, and the same command goes on from there."""
+
+    signal: str
+    """Name of the signal, e.g. "SIGTERM"."""
+    step: int
+    """Optimizer steps done."""
+
+
+def train(config: TrainConfig, request: StopRequest | None = None) -> Finished | Stopped:
     """Fine-tune a pruned model as configured and write the run's folder. Collective.
 
     SIGUSR1, SIGTERM, SIGINT or SIGHUP to any rank makes all of them save after the step they are in (the next logged
@@ -54,12 +71,7 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, 
 
     Args:
         config: The run.
-        request: Of a caller who catches stop signals already; None: they are caught from here to the end.
-
-    Returns:
-        What result.json holds: method, backend, world_size, density, trainable, steps, sparsity (target, final,
-        layers_off_target), evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes. If a signal stopped the run:
-        stopped (the signal), step.
+        request: Stop signals that the caller catches already; None: they are caught from here to the end.
 
     Raises:
         ValueError: Configuration, model, data or run folder cannot be used; nothing was written.
@@ -73,64 +85,68 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> dict[str, 
         ranks = distributed.start(
             deepspeed=config.deepspeed is not None, group=needs_group, timeout=config.timeout, threads=config.threads
         )
-        together(ranks, lambda: held.enter_context(only_writer(Path(config.output))) if ranks.is_main else None)
+        on_all_ranks(ranks, lambda: held.enter_context(only_writer(Path(config.output))) if ranks.is_main else None)
         return _train(config, ranks, request)
 
 
-def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> dict[str, Any]:
-    together(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
-    together(ranks, lambda: check_trackers(config))
-    given = config.settled()
-    config = together(ranks, lambda: settle_batch(given, ranks.world_size))
-    ds = together(ranks, lambda: read_ds_config(config, ranks.world_size))
-    distributed.check_agreement(ranks, to_yaml(config) + repr(ds))
-    source = together(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
-    tokenizer = together(ranks, lambda: load_tokenizer(config.model))
-    config = settle_date(config, tokenizer, ranks)
+def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished | Stopped:
+    on_all_ranks(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
+    on_all_ranks(ranks, lambda: check_trackers(config))
+    given = config.with_method_settings()
+    config = on_all_ranks(ranks, lambda: fill_in_global_batch(given, ranks.world_size))
+    ds = on_all_ranks(ranks, lambda: read_ds_config(config, ranks.world_size))
+    check_agreement(ranks, to_yaml(config) + repr(ds))
+    source = on_all_ranks(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
+    tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(config.model))
+    config = fill_in_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
-    together(ranks, lambda: check_baseline(config, source, data))
-    run = build(config, ranks, source, ds)
+    on_all_ranks(ranks, lambda: check_baseline(config, source, data))
+    run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
+    check_tokens(data, run.model, ranks)
     run.method.attach()
-    origin = Origin(
+    origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
         data=data_fingerprint(data, ranks),
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
+        teacher=run.teacher.fingerprint if run.teacher else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
-    together(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
+    on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
     record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds)
     _restore_scheduler(run, state)
     if ranks.is_main:
-        say(f"kernels: {describe(ranks.device)}")
+        print_line(f"kernels: {describe(ranks.device)}")
     metrics = Metrics(config, writes=ranks.is_main, start=run.method.num_steps, state=state.get("metrics"))
     try:
-        number = fit(run, data, origin, metrics, record, request)
+        stopped = fit(run, data, origin, metrics, record, request)
     finally:
         metrics.close()
         record.close()
-    number = number or _agreed_stop(ranks, request)
-    if number:
-        if ranks.is_main:
-            stopped(config, name_of(number), run.method.num_steps)
-        return {"stopped": name_of(number), "step": run.method.num_steps}
-    return finish(run, data, metrics, record)
+    stopped = stopped or _stopped_after_all_steps(run, request)
+    if stopped is None:
+        return Finished(finish(run, data, metrics, record))
+    if ranks.is_main:
+        print_stopped(config, stopped.signal, stopped.step)
+    return stopped
 
 
-def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: Record, request: StopRequest) -> int:
-    """The training loop. Collective.
+def fit(
+    run: TrainingRun, data: BatchStream, origin: RunOrigin, metrics: Metrics, record: Record, request: StopRequest
+) -> Stopped | None:
+    """Take all optimizer steps that are left, and save checkpoints. Collective.
 
     Args:
-        run: What is trained.
+        run: The parts of the run.
         data: This rank's micro-batches.
-        origin: Goes into the checkpoints.
-        metrics: Where steps are recorded.
-        record: Where they are recorded exactly.
+        origin: Fingerprints of model and data, for the checkpoints.
+        metrics: Gets loss, learning rate and speed of every step.
+        record: Gets the exact state after each recorded step.
         request: Asks this rank to stop.
 
     Returns:
-        The signal that stopped all ranks before the last step; 0: all steps are done. The state is saved either way.
+        The signal that stopped all ranks before the last step; None: all steps are done. The state is saved either way.
 
     Raises:
         FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
@@ -138,48 +154,33 @@ def fit(run: Run, data: BatchStream, origin: Origin, metrics: Metrics, record: R
     """
     config, method = run.config, run.method
     saver = method.saver(Path(config.output) / CHECKPOINTS)
-    micro: list[Batch] = []
-    since: list[Done] = []
-    done = method.num_steps
+    stepper = Stepper(run, metrics, record, request, saver)
+    micro_batches: list[Batch] = []
+    first, last = method.num_steps + 1, method.total_steps
     try:
-        for step, micro in zip(range(done + 1, method.total_steps + 1), data.batches(done), strict=False):
-            torch.manual_seed(_seed_of(config.seed, step, run.ranks.rank))  # of dropout; nothing to save
-            loss, _ = run.accumulate(micro)
-            since.append(Done(step, loss, sum(_tokens_of(batch) for batch in micro)))
-            saves = step == config.steps or bool(config.save_every and step % config.save_every == 0)
-            if not (saves or method.moves(step) or config.trace or step % config.log_every == 0):
-                since[-1].lr = run.update(step)
+        for step, micro_batches in zip(range(first, last + 1), data.batches(first - 1), strict=False):
+            is_saved = step == config.steps or bool(config.save_every and step % config.save_every == 0)
+            agreement = stepper.train_step(step, micro_batches, is_saved=is_saved)
+            if agreement is None:
                 continue
-            agreed = agree(run.ranks, since, request, saver)
-            since[-1].lr = run.update(step)
-            for one, loss_of_all, tokens in zip(since, agreed.losses, agreed.tokens, strict=True):
-                metrics.step(
-                    one.step,
-                    loss=loss_of_all,
-                    tokens=tokens,
-                    lr=one.lr,
-                    grad_norm=method.grad_norm,
-                    evolution=method.evolution if one.step == step else None,
-                )
-            record.step(step, micro, loss=agreed.losses[-1], tokens=agreed.tokens[-1], lr=since[-1].lr)
-            since = []
-            if agreed.written:
+            if agreement.is_written:
                 saver.finish()
-            if saves or agreed.stop:
+            if is_saved or agreement.stop_signal:
                 metrics.sync()
                 record.sync()
-                saver.start(extra_of(config, origin, _state_of(run, metrics)))
-            if agreed.stop:
+                saver.start(checkpoint_extra(config, origin, _state_of(run, metrics)))
+            if agreement.stop_signal:
                 saver.finish()
-                return agreed.stop if step < config.steps else 0
+                return Stopped(name_of(agreement.stop_signal), step) if step < config.steps else None
         saver.finish()
     except Exception as error:
-        write_diagnosis(error, Path(config.output), run.ranks, method, data.indices(method.num_steps), micro)
+        samples = data.indices(method.num_steps)
+        write_diagnosis(error, Path(config.output), run.ranks, method, samples, micro_batches)
         raise
-    return 0
+    return None
 
 
-def _restore_scheduler(run: Run, state: dict[str, Any]) -> None:
+def _restore_scheduler(run: TrainingRun, state: dict[str, Any]) -> None:
     if "scheduler" not in state or run.scheduler is None:
         return
     try:
@@ -191,102 +192,24 @@ def _restore_scheduler(run: Run, state: dict[str, Any]) -> None:
         ) from error
 
 
-def _state_of(run: Run, metrics: Metrics) -> dict[str, Any]:
+def _state_of(run: TrainingRun, metrics: Metrics) -> dict[str, Any]:
     state: dict[str, Any] = {"metrics": metrics.state()}
     if run.scheduler is not None:
         state |= {"scheduler": run.scheduler.state_dict(), "lr": run.method.param_groups[0]["lr"]}
     return state
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    """Random numbers of a step are a function of these three: a resumed run draws what the whole one would have."""
-    return int.from_bytes(hashlib.sha256(f"step {seed} {step} {rank}".encode()).digest()[:8], "little", signed=True)
+def _stopped_after_all_steps(run: TrainingRun, request: StopRequest) -> Stopped | None:
+    """Return the largest stop signal that any rank has got, None for none. Collective."""
+    number = int(max_over_ranks(run.ranks, torch.tensor(request.number)))
+    return Stopped(name_of(number), run.method.num_steps) if number else None
 
 
-def _agreed_stop(ranks: Ranks, request: StopRequest) -> int:
-    """The largest stop signal that any rank has got, 0 for none. Collective."""
-    number = torch.tensor(request.number)
-    if ranks.world_size > 1:
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
-
-
-def _tokens_of(batch: Batch) -> int:
-    return int(batch["attention_mask"].sum()) if count_loss_tokens(batch) else 0
-
-
-@dataclass
-class Done:
-    """A step as this rank knows it."""
-
-    step: int
-    loss: Tensor
-    """On the device: nobody has waited for it."""
-    tokens: int
-    lr: float = 0.0
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks know of each other after the backward pass of a step that is logged."""
-
-    losses: list[float]
-    """Mean over all tokens learnt, for each step since the one that was logged before."""
-    tokens: list[int]
-    """Of all ranks, for each of these steps."""
-    stop: int
-    """The signal that asks for a stop, 0 for none."""
-    written: bool
-    """Every rank's part of the checkpoint that has begun is on disk, or has failed."""
-
-
-def agree(ranks: Ranks, since: list[Done], request: StopRequest, saver: BackgroundSaver) -> Agreed:
-    """Exchange what must be known before the optimizer changes the weights again. Collective.
-
-    This waits for the device: nothing else does in a step that is neither logged, saved nor of an evolution's window.
-
-    Args:
-        ranks: This process.
-        since: The steps since the last call; the backward pass of the last one is done, its update is not.
-        request: Asks this rank to stop.
-        saver: Of checkpoints.
-
-    Returns:
-        The same on every rank.
-
-    Raises:
-        FloatingPointError: A loss is not finite; names the step and the ranks.
-    """
-    device = since[-1].loss.device
-    tokens = [float(one.tokens) for one in since]
-    rest = torch.tensor([*tokens, request.number, saver.written], dtype=torch.float64, device=device)
-    row = torch.cat([torch.stack([one.loss.double() for one in since]), rest])
-    rows = [torch.empty_like(row) for _ in range(ranks.world_size)]
-    if ranks.world_size > 1:
-        dist.all_gather(rows, row)
-    else:
-        rows = [row]
-    table, count = torch.stack(rows).cpu(), len(since)
-    for i, one in enumerate(since):
-        bad = [f"{rank} ({value})" for rank, value in enumerate(table[:, i].tolist()) if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"step {one.step}: the loss is not finite on rank {', '.join(bad)}; the weights are those of step "
-                f"{since[-1].step - 1}. Lower the learning rate, or look at this batch"
-            )
-    return Agreed(
-        losses=[sum(table[:, i].tolist()) / ranks.world_size for i in range(count)],
-        tokens=table[:, count : 2 * count].sum(0).long().tolist(),
-        stop=int(table[:, -2].max()),
-        written=bool(table[:, -1].all()),
-    )
-
-
-def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dict[str, Any]:
+def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record) -> dict[str, Any]:
     """Check every layer's sparsity, export, and write the result. Collective.
 
     Returns:
-        What result.json holds.
+        Content of result.json.
     """
     config, folder, method = run.config, Path(run.config.output), run.method
     trained = {"trainable": method.trainable, "peak_memory_bytes": _peak_memory(run.ranks)}
@@ -327,15 +250,11 @@ def finish(run: Run, data: BatchStream, metrics: Metrics, record: Record) -> dic
     record.finish(loss)
     if run.ranks.is_main:
         write_json(folder / RESULT, result)
-        summary(result)
-    if dist.is_initialized():
-        dist.barrier()  # no rank returns before the files are there
+        print_summary(result)
+    wait_for_all_ranks()  # no rank returns before the files are there
     return result
 
 
 def _peak_memory(ranks: Ranks) -> int:
     """Find the peak memory, in bytes, of the rank that used most. Collective."""
-    peak = torch.tensor(facts.peak_memory(ranks.device))
-    if ranks.world_size > 1:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(peak)
+    return int(max_over_ranks(ranks, torch.tensor(facts.peak_memory(ranks.device))))

@@ -1,9 +1,9 @@
-"""Who may write to a run's folder: one process at a time, on this machine and, where the file system can, on all.
+"""The lock of a run's folder: one process writes at a time, on this machine and, where the file system can, on all.
 
-Two locks, since each has a gap. A name in the kernel works whatever the file system, but each container (each network
-namespace) has names of its own. A lock on a file in the folder reaches other containers and other machines, but some file
-systems have none (Lustre without the mount option flock) or only pretend (Lustre with localflock, NFS with nolock). The
-kernel drops both when their process ends, however that happens.
+There are two locks, since each has a gap. A name in the kernel works whatever the file system, but each container
+(each network namespace) has names of its own. A lock on a file in the folder reaches other containers and other
+machines, but some file systems have none (Lustre without the mount option flock) or only pretend (Lustre with
+localflock, NFS with nolock). The kernel drops both when their process ends, however that happens.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = "run.lock"
-"""In the folder while a run writes to it. One that a killed run has left behind holds nobody up."""
+"""File in the folder while a run writes to it. One that a killed run has left behind blocks no other run."""
 PATIENCE = 30.0
 """Seconds that an earlier attempt gets to end before this one is refused."""
 _PAUSE = 0.1
@@ -31,13 +31,13 @@ class TakenError(ValueError):
 
 @contextmanager
 def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Be the only run that writes to a folder while the context lasts. On rank 0.
+    """Hold the lock of a folder while the context lasts. On rank 0.
 
     Makes the folder, and removes it at the end if nothing was written there.
 
     Args:
-        folder: Of the run; may be missing.
-        patience: Seconds that whoever has it gets to end.
+        folder: Folder of the run; may be missing.
+        patience: Seconds to wait for another process that has it.
 
     Raises:
         TakenError: It is still there after that.
@@ -67,10 +67,10 @@ def _claimed_name(folder: Path, deadline: float) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it; at the end those of them that are empty go again."""
+    """Make a folder and those above it, and at the end remove those of them that are empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        if not folder.exists():  # a file is refused by whoever knows what it should be
+        if not folder.exists():  # if it is a file, check_run_folder refuses it with a better message
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output={folder} cannot be made: {error}") from error
@@ -78,7 +78,7 @@ def _made(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # not empty: the run's
+            with contextlib.suppress(OSError):  # a folder that is not empty belongs to the run
                 path.rmdir()
 
 
@@ -92,15 +92,15 @@ def _locked_file(folder: Path, deadline: float) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # first: whoever opened it before finds out in _lock that it is gone
+        path.unlink(missing_ok=True)  # before closing: a process that has opened it finds in _lock that it is gone
         os.close(handle)
 
 
 def _lock(path: Path, deadline: float) -> int:
-    """Open and lock a file, waiting for whoever has it; a descriptor."""
+    """Open and lock a file, waiting for the process that has it, and return its descriptor."""
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # its maker may have removed it again
+            path.parent.mkdir(parents=True, exist_ok=True)  # the process that made it may have removed it again
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise ValueError(f"output={path.parent} cannot be written: {error}") from error
@@ -111,8 +111,8 @@ def _lock(path: Path, deadline: float) -> int:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(
-                    f"warning: the file system of {path.parent} has no locks ({error.strerror}): a second run is kept out on "
-                    "this machine only, so do not start one elsewhere",
+                    f"warning: the file system of {path.parent} has no locks ({error.strerror}): a second run is kept "
+                    "out on this machine only, so do not start one elsewhere",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -129,7 +129,7 @@ def _lock(path: Path, deadline: float) -> int:
             os.truncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return handle
-        os.close(handle)  # its owner has ended and removed it in this moment
+        os.close(handle)  # its owner has just ended and removed it
 
 
 def _is_at(handle: int, path: Path) -> bool:
