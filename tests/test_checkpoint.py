@@ -69,9 +69,9 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], exact: bool) -> None
         ("single", 1, 7),
         ("single", 1, 8),
         ("fsdp", 2, 7),
-        ("ddp", 2, 7),
+        pytest.param("ddp", 2, 7, marks=pytest.mark.long),
         ("zero3", 2, 5),
-        ("zero3", 2, 8),
+        pytest.param("zero3", 2, 8, marks=pytest.mark.long),
     ],
 )
 def test_same_layout_is_bitwise(layout: str, world_size: int, at: int, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_same_layout_is_bitwise(layout: str, world_size: int, at: int, tmp_path:
     [
         (("zero3", 4), ("fsdp", 2)),
         (("fsdp", 4), ("single", 1)),
-        (("single", 1), ("zero3", 3)),
-        (("ddp", 2), ("zero3", 2)),
-        (("hsdp", 4), ("ddp", 3)),
+        pytest.param(("single", 1), ("zero3", 3), marks=pytest.mark.long),
+        pytest.param(("ddp", 2), ("zero3", 2), marks=pytest.mark.long),
+        pytest.param(("hsdp", 4), ("ddp", 3), marks=pytest.mark.long),
         (("zero2", 2), ("hsdp", 4)),
     ],
 )
@@ -105,11 +105,11 @@ def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp
     [
         {"moments": "seeded"},
         {"grow": "momentum"},
-        {"adapt": "activation"},
+        pytest.param({"adapt": "activation"}, marks=pytest.mark.long),
         {"scope": "global"},
-        {"on_drop": "keep"},
-        {"init": "random"},
-        {"window_store": "bf16", "moments": "seeded"},
+        pytest.param({"on_drop": "keep"}, marks=pytest.mark.long),
+        pytest.param({"init": "random"}, marks=pytest.mark.long),
+        pytest.param({"window_store": "bf16", "moments": "seeded"}, marks=pytest.mark.long),
         {"window_store": "candidates"},
         {"window_store": "factored"},
     ],
@@ -294,7 +294,10 @@ def test_a_step_saved_twice_is_there_at_every_instant(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in range(4)])
+@pytest.mark.parametrize(
+    "stage",
+    [*(pytest.param(stage, marks=pytest.mark.long) for stage in range(3)), pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_a_deepspeed_checkpoint_does_not_lose_masks_and_deltas_in_silence(stage: int, tmp_path: Path) -> None:
     """engine.save_checkpoint says what it leaves out; engine.load_checkpoint alone is refused, and works after ours."""
     config = SeftConfig(density=0.05, interval=2, steps=STEPS)

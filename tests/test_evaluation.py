@@ -258,7 +258,7 @@ def iter_samples(sequences: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return (sequences[index] for index in range(len(sequences)))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("kind", ["blocks", "windows", "answers"])
 def test_sharded_over_ranks_it_is_the_result_of_one_process(
     folders: dict[str, str], tmp_path: Path, kind: str, world_size: int

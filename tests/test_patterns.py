@@ -165,7 +165,9 @@ def test_first_support_is_that_of_the_description(case: Case) -> None:
         torch.testing.assert_close(weight, layer.module.weight.detach().flatten(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_ranks_choose_what_one_process_chooses(world_size: int) -> None:
     """Bit for bit, through all evolutions: intervals cut groups, some are shorter than a group or empty."""
 
