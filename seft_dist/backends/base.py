@@ -6,9 +6,9 @@
 Every weight is seen as a matrix [rows, columns]: a linear's [out, in], a Conv1D's [in, out], and the fused weight of E
 experts as [E * out, in], one expert below the other.
 
-A backend knows nothing of deltas. It knows which interval of a weight this rank owns and which it stores, reads and writes
-values there, makes writes visible to the next forward pass, and brings a dense gradient to the owners. It is given every new
-mask, because a backend may store active positions only.
+A backend knows nothing of deltas. It knows which interval of a weight this rank owns and which it stores, reads and
+writes values there, makes writes visible to the next forward pass, and brings a dense gradient to the owners. It is
+given every new mask, because a backend may store active positions only.
 """
 
 from abc import ABC, abstractmethod
@@ -55,7 +55,8 @@ class Backend(ABC):
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
-        """Type of flat positions in every target: one for all of them, so that they can be kept and sent in one vector."""
+        """Type of flat positions in every target: one for all of them, so that they can be kept and sent in one
+        vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         kinds = [self._kind(i) for i in range(len(self.names))]
         self.device = kinds[0][1]
@@ -96,7 +97,8 @@ class Backend(ABC):
 
     @abstractmethod
     def own(self, i: int) -> Tensor:
-        """Return the owned interval of weight i, flat, in the model's dtype: only to be read, since it may be a copy."""
+        """Return the owned interval of weight i, flat, in the model's dtype: only to be read, since it may be a
+        copy."""
 
     @abstractmethod
     def places(self, i: int, positions: Tensor) -> Tensor:
@@ -114,7 +116,8 @@ class Backend(ABC):
 
     @abstractmethod
     def memory(self, i: int) -> tuple[Tensor, int]:
-        """Return the memory that places of weight i index, flat, in the model's dtype, and the place of its first value."""
+        """Return the memory that places of weight i index, flat, in the model's dtype, and the place of its first
+        value."""
 
     def load(self, i: int, places: Tensor) -> Tensor:
         """Return the weights at some places, in the model's dtype."""
@@ -162,7 +165,8 @@ class Backend(ABC):
 
     @abstractmethod
     def sync_mask_counts(self) -> None:
-        """Agree on the sizes that depend on the masks, after ``remask`` or ``put_own``. Collective where there are any."""
+        """Agree on the sizes that depend on the masks, after ``remask`` or ``put_own``. Collective where there are
+        any."""
 
     @abstractmethod
     def prepare_write(self) -> None:

@@ -1,8 +1,8 @@
 """Weights sharded by DeepSpeed ZeRO-3, and the optimizer's settings in a ds_config.
 
 ZeRO-3 cuts each flattened weight into equal chunks; the last is padded with uninitialised memory that nobody reads. The
-shard of a frozen weight is ``p.ds_tensor`` (on the CPU with offload_param) and a write to it is seen by the next gather,
-except while the engine keeps a gathered copy (parameters below ``stage3_param_persistence_threshold``).
+shard of a frozen weight is ``p.ds_tensor`` (on the CPU with offload_param) and a write to it is seen by the next
+gather, except while the engine keeps a gathered copy (parameters below ``stage3_param_persistence_threshold``).
 """
 
 import json
@@ -167,8 +167,8 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
         The content, a new dict.
 
     Raises:
-        ValueError: Unreadable, a key of another type, or fp16, ZeRO++ hpZ, quantized weights or NVMe parameters are asked
-            for.
+        ValueError: Unreadable, a key of another type, or fp16, ZeRO++ hpZ, quantized weights or NVMe parameters are
+            asked for.
     """
     content: dict[str, Any]
     if isinstance(ds_config, str):

@@ -42,10 +42,11 @@ def whole_value(parameter: Tensor) -> Tensor:
 
 
 def pack_gathers(model: nn.Module) -> list[GatherSize]:
-    """Let FSDP2 send pruned weights packed, unit by unit where that pays. Collective; before ``SeftOptimizer`` attaches.
+    """Let FSDP2 send pruned weights packed, unit by unit where that pays. Collective; before ``SeftOptimizer``
+    attaches.
 
-    The resident shards stay dense; training is the same bit for bit. Call it again if weights were changed other than by
-    the optimizer. A unit whose parameters are of several types is sent as it is.
+    The resident shards stay dense; training is the same bit for bit. Call it again if weights were changed other than
+    by the optimizer. A unit whose parameters are of several types is sent as it is.
 
     Args:
         model: The root on which ``fully_shard`` was called.
@@ -153,7 +154,8 @@ class FsdpBackend(DenseBackend):
             unit = self._model.get_submodule(name)
             gather = attachment_of(unit).gather
             if gather is not None and gather.capacity is not None:
-                targets = [i for i, target in enumerate(self.names) if self._unit[target] is unit]  # type: ignore[comparison-overlap]
+                unit_of: dict[str, object] = dict(self._unit)
+                targets = [i for i, target in enumerate(self.names) if unit_of[target] is unit]
                 inside = {i: _stored(self.own(i)) for i in targets}
                 units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
         return units

@@ -3,9 +3,9 @@
     a rank's flat shards of one FSDP unit      a 0 0 b 0 c 0 0       as FSDP2 would send them
     what is sent instead                       3 | bits 1 0 0 1 0 1 0 0 | a b c . .      "." up to the agreed capacity
 
-The shard stays as it is, so nothing else notices. Every bit of a value comes back, -0.0 and NaN too: only values whose bits
-are all 0 are left out. The size of a message must be the same on every rank and known before: it is agreed whenever masks
-change, from their number of active positions, which no update in between can exceed.
+The shard stays as it is, so nothing else notices. Every bit of a value comes back, -0.0 and NaN too: only values whose
+bits are all 0 are left out. The size of a message must be the same on every rank and known before: it is agreed
+whenever masks change, from their number of active positions, which no update in between can exceed.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ class GatherSize:
 
 
 class PackedAllGather:
-    """The all-gather of one unit, for ``FSDPModule.set_custom_all_gather``. FSDP2 calls its methods with these keywords."""
+    """The all-gather of one unit, for ``FSDPModule.set_custom_all_gather``. FSDP2 calls its methods with these
+    keywords."""
 
     def __init__(self, name: str) -> None:
         """Args:
@@ -90,8 +91,8 @@ class PackedAllGather:
         values = encode(words, bits)
         if values.numel() > (self.capacity or 0):
             raise RuntimeError(
-                f"{self.name}: {values.numel()} non-zero weights, {self.capacity} were agreed on: weights were changed behind "
-                "the optimizer's back; call pack_gathers(model) again after changing them"
+                f"{self.name}: {values.numel()} non-zero weights, {self.capacity} were agreed on: weights were changed "
+                "behind the optimizer's back; call pack_gathers(model) again after changing them"
             )
         sent = torch.zeros(size.packed, dtype=torch.uint8, device=input_tensor.device)
         begin = _begin_of_values(numel)

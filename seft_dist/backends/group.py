@@ -38,8 +38,8 @@ def all_gather_single(
 class Group:
     """Ranks that act together; ``None`` is one process alone, with the same code path.
 
-    Every method that is not a property is Collective: all ranks of the group must enter it, in the same order, also with
-    nothing to send. Bytes are counted as a ring would send them.
+    Every method that is not a property is Collective: all ranks of the group must enter it, in the same order, also
+    with nothing to send. Bytes are counted as a ring would send them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, counted_with: "Group | None" = None) -> None:

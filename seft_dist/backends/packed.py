@@ -4,10 +4,10 @@
     bits 1 0 1 1 | 0 1 ..        bits 0 1 1 0 | ..           bits and values of all ranks   (the unit's, gathered)
     values a b c | d ..          values e f   | ..           a 0 b c 0 e f 0                (one weight, decoded)
 
-Each rank keeps whole rows, as FSDP2 cuts them, so that the results are FSDP2's bit for bit. The weights of one unit (a decoder
-layer) are gathered in one collective, packed; beside the unit in use, the one that is expected next is on its way
-(``PackedShards``). In the module a placeholder on the meta device takes the parameter's place: shape and type, no values.
-Code that uses it by mistake gets an error, not zeros.
+Each rank keeps whole rows, as FSDP2 cuts them, so that the results are FSDP2's bit for bit. The weights of one unit (a
+decoder layer) are gathered in one collective, packed; beside the unit in use, the one that is expected next is on its
+way (``PackedShards``). In the module a placeholder on the meta device takes the parameter's place: shape and type, no
+values. Code that uses it by mistake gets an error, not zeros.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +103,8 @@ class PackedWeight:
 
 
 class MetaPlaceholder(nn.Parameter):
-    """The parameter that stands in a module in a packed weight's place: shape and type, on the meta device, no values."""
+    """The parameter that stands in a module in a packed weight's place: shape and type, on the meta device, no
+    values."""
 
     packed: PackedWeight
 
@@ -156,14 +157,15 @@ class PackedShards:
         bits of weight 0 | bits of weight 1 | ..   values of weight 0 | values of weight 1 | ..   unused
         at the same bytes on every rank            at bytes that each rank's numbers of values decide
 
-    So the bits' places follow from shapes alone, and the values' from ``_counts``, which all ranks know. Messages are as long
-    as the longest of them, since an all-gather of different lengths does not exist everywhere.
+    So the bits' places follow from shapes alone, and the values' from ``_counts``, which all ranks know. Messages are
+    as long as the longest of them, since an all-gather of different lengths does not exist everywhere.
 
-    Prefetch. While a unit computes, the next one is already on its way. Which one that is, is learnt and not configured: after
-    units (4, 5) came 6, after (6, 5) came 4. A pair is needed because forward and backward pass a unit in opposite directions,
-    and it covers activation checkpointing, which walks forward inside of backward. At most two units are in memory,
-    the one in use and the one on its way. A wrong guess costs one gather; results do not depend on it. Every rank takes the
-    same decisions, since all of them ask in the same order: this is why ``_followers`` may never be changed by one rank alone.
+    Prefetch. While a unit computes, the next one is already on its way. Which one that is, is learnt and not
+    configured: after units (4, 5) came 6, after (6, 5) came 4. A pair is needed because forward and backward pass a
+    unit in opposite directions, and it covers activation checkpointing, which walks forward inside of backward. At most
+    two units are in memory, the one in use and the one on its way. A wrong guess costs one gather; results do not
+    depend on it. Every rank takes the same decisions, since all of them ask in the same order: this is why
+    ``_followers`` may never be changed by one rank alone.
     """
 
     def __init__(self, owners: Group, replicas: Group, device: torch.device) -> None:

@@ -62,6 +62,6 @@ class ReplicatedBackend(DenseBackend):
         other = [rank for rank in range(self.owners.size) if not torch.equal(rows[rank], rows[0])]
         if other:
             raise ValueError(
-                f"{self.names[i]}.weight on ranks {other} differs from rank 0: replicated training needs the same model on "
-                "every rank; load the same checkpoint, or pass group= with the ranks that share this model"
+                f"{self.names[i]}.weight on ranks {other} differs from rank 0: replicated training needs the same "
+                "model on every rank; load the same checkpoint, or pass group= with the ranks that share this model"
             )

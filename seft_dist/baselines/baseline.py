@@ -1,4 +1,5 @@
-"""The base class of the comparison methods: finding targets, optimizer steps, counting zeros, ending in a plain model."""
+"""The base class of the comparison methods: finding targets, optimizer steps, counting zeros, ending in a plain
+model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,8 @@ class Ending:
 
 
 class Baseline(ABC):
-    """A method that trains some parameters with torch's AdamW; made before a forward pass, attached before the first step.
+    """A method that trains some parameters with torch's AdamW; made before a forward pass, attached before the first
+    step.
 
     All others are frozen. Weights may be held by one process, by every rank, or in FSDP2 shards.
     """
@@ -107,7 +109,8 @@ class Baseline(ABC):
         return {}
 
     def active_of(self, i: int) -> Tensor | None:
-        """Mark the values of trained part i that may change but not become 0: bool [n]; None if any value may do both."""
+        """Mark the values of trained part i that may change but not become 0: bool [n]; None if any value may do
+        both."""
         return None
 
     @property
@@ -178,7 +181,8 @@ class Baseline(ABC):
             )
         check_pattern(backend, self.config.seft, masks)  # does nothing without a pattern
 
-    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027  # doing nothing is right for all methods
+    # Doing nothing is right for all methods
+    def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027
         """Do nothing: gradients are exchanged in ``step()``, or by FSDP2 in every backward pass."""
 
     def moves(self, step: int) -> bool:
@@ -220,7 +224,8 @@ class Baseline(ABC):
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each target the positions of its support (none) and of its non-zero weights, in this rank's interval."""
+        """Yield for each target the positions of its support (none) and of its non-zero weights, in this rank's
+        interval."""
         for i in range(len(self.backend.names)):
             active = (self.backend.own(i) != 0).nonzero().view(-1) + self.backend.interval(i).start
             yield active[:0], active

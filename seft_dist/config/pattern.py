@@ -18,7 +18,8 @@ def pattern_sizes(pattern: str) -> tuple[int, int]:
         if 1 <= most < size <= _LARGEST_GROUP:
             return most, size
     raise ValueError(
-        f'pattern={pattern}: needs "N:M" with 1 <= N < M <= {_LARGEST_GROUP}, e.g. "2:4" (in a YAML file with quotation '
+        f'pattern={pattern}: needs "N:M" with 1 <= N < M <= {_LARGEST_GROUP}, e.g. "2:4" (in a YAML file with '
+        "quotation "
         "marks: YAML reads 2:4 as a number)"
     )
 
@@ -40,7 +41,8 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
     pattern_sizes(pattern)
     if scope == "global":
         raise ValueError(
-            f'scope=global with pattern={pattern}: needs scope "layer"; each group keeps its number of active positions, so '
+            f'scope=global with pattern={pattern}: needs scope "layer"; each group keeps its number of active '
+            "positions, so "
             "none can move between layers"
         )
     if adapt == "none" and reactivation:

@@ -38,8 +38,8 @@ class ClusterConfig:
     """Share of these bandwidths that collectives reach, above 0 and at most 1. An assumption; not used for measured
     rates."""
     reserve_gb: float | None = None
-    """Memory of a device that is gone before the first tensor (context, libraries, communication buffers), in 10^9 bytes.
-    None: 2 on a GPU; measured for a CPU."""
+    """Memory of a device that is gone before the first tensor (context, libraries, communication buffers), in 10^9
+    bytes. None: 2 on a GPU; measured for a CPU."""
     fragmentation: float = 0.05
     """Memory lost to fragmentation, as a share of what tensors need. An assumption."""
 

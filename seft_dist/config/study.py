@@ -27,7 +27,8 @@ class StudyConfig:
     of which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from
     another base, "method: none" measures the base as it is."""
     tokens: int
-    """Budget: tokens that each run is trained on, in sequences of data.seq_len; rounded down to whole optimizer steps."""
+    """Budget: tokens that each run is trained on, in sequences of data.seq_len; rounded down to whole optimizer
+    steps."""
     base: str | None = None
     """Base of the methods that name none. None: the first of bases."""
     train: dict[str, Any] = field(default_factory=dict)

@@ -10,16 +10,16 @@ class TeacherConfig:
     """The teacher of a run of launch/train.py; without a path there is none."""
 
     path: str | None = None
-    """Folder or hub name of a Hugging Face causal LM with the same vocabulary, usually the model before it was pruned. It is
-    held as the model is (sharded by FSDP2 and ZeRO-3) and in its type, and is never trained. None: no teacher."""
+    """Folder or hub name of a Hugging Face causal LM with the same vocabulary, usually the model before it was pruned.
+    It is held as the model is (sharded by FSDP2 and ZeRO-3) and in its type, and is never trained. None: no teacher."""
     logits: float = 0.5
-    """Share of the loss that is the divergence (KL) of the model's predictions from the teacher's, 0 to 1. The rest is cross
-    entropy. Both are means over the tokens that are learnt."""
+    """Share of the loss that is the divergence (KL) of the model's predictions from the teacher's, 0 to 1. The rest is
+    cross entropy. Both are means over the tokens that are learnt."""
     temperature: float = 1.0
     """Both predictions are softened by it, and their divergence is multiplied by its square. Above 0."""
     hidden: float = 0.0
-    """Weight of a further term: the squared distance between the outputs of the model and of the teacher as a share of the
-    teacher's square, mean over tokens and decoder layers. Needs a teacher of the same depth and width. 0: none."""
+    """Weight of a further term: the squared distance between the outputs of the model and of the teacher as a share of
+    the teacher's square, mean over tokens and decoder layers. Needs a teacher of the same depth and width. 0: none."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "teacher.")

@@ -1,7 +1,7 @@
 """AdamW for entries of different ages: each one's bias is corrected by its own number of updates.
 
-On a CPU a compiled loop reads and writes every column once; elsewhere, or without a compiler, torch does the same in about
-ten passes and nothing waits for the device. Results agree to rounding.
+On a CPU a compiled loop reads and writes every column once; elsewhere, or without a compiler, torch does the same in
+about ten passes and nothing waits for the device. Results agree to rounding.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The choice between the forms of the sampled gradient: by density on a CPU, by times on CUDA.
 
-The times are measured on a card by ``benchmarks/gpu.py --parts sampled``, and hold for cards of the same name. Without a table
-for the card at hand, operations and bytes are counted and divided by the rates of an H100, which are assumed.
+The times are measured on a card by ``benchmarks/gpu.py --parts sampled``, and hold for cards of the same name. Without
+a table for the card at hand, operations and bytes are counted and divided by the rates of an H100, which are assumed.
 """
 
 import functools
@@ -24,7 +24,8 @@ TABLE = Path(__file__).with_name("sampled_times.json")
 _DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1}
 """Density from which on a dense product is faster on a CPU."""
 _FLOPS = {2: 500e12, 4: 45e12}
-"""FLOP/s of a dense product by bytes of an operand's number: bf16 and fp16 on tensor cores, fp32 without TF32. Assumed."""
+"""FLOP/s of a dense product by bytes of an operand's number: bf16 and fp16 on tensor cores, fp32 without TF32.
+Assumed."""
 _CACHE, _MEMORY = 5e12, 3e12
 """Bytes a second from an H100's second cache, where gathered operands lie, and from its memory. Assumed."""
 
@@ -114,9 +115,9 @@ def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int
 def estimate(shape: tuple[int, int], entries: int, tokens: int, itemsize: int) -> dict[str, float]:
     """Estimate the seconds of the forms on CUDA, by counting.
 
-    A dense product of T tokens for N weights takes 2 T N operations, and its result is written and read back in fp32. The
-    Triton kernel reads T numbers of the input for each entry and T of the output's gradient for each row, from the cache;
-    before that both are transposed.
+    A dense product of T tokens for N weights takes 2 T N operations, and its result is written and read back in fp32.
+    The Triton kernel reads T numbers of the input for each entry and T of the output's gradient for each row, from the
+    cache; before that both are transposed.
 
     Args:
         shape: [out, in].
@@ -150,8 +151,8 @@ def measured_times(card: str) -> tuple[list[Measured], Launch]:
         return ([], DEFAULT_LAUNCH) if content is None else _check(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"{TABLE} cannot be used ({type(error).__name__}: {error}), forms of the sampled gradient are chosen by counting; make "
-            "it again with benchmarks/gpu.py --parts sampled",
+            f"{TABLE} cannot be used ({type(error).__name__}: {error}), forms of the sampled gradient are chosen by "
+            "counting; make it again with benchmarks/gpu.py --parts sampled",
             stacklevel=2,
         )
         return [], DEFAULT_LAUNCH

@@ -13,7 +13,7 @@ from seft_dist.sparsity.scores import grow_gradient, sensitivity
 from seft_dist.sparsity.selection import BINS, DIGITS, descend, first_threshold, histogram, take, threshold_key
 
 
-def keys(
+def ranking_keys(
     scores: Tensor,
     largest: bool,
     eligible: Tensor | None = None,

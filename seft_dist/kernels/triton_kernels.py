@@ -1,4 +1,5 @@
-"""The kernels for CUDA, in Triton. Never run on a GPU: tested through Triton's interpreter, so for results, not for speed.
+"""The kernels for CUDA, in Triton. Never run on a GPU: tested through Triton's interpreter, so for results, not for
+speed.
 
 Import this module only where Triton is installed; with TRITON_INTERPRET=1 set before, the kernels run on CPU tensors.
 """
@@ -17,7 +18,9 @@ _POSITIONS = 1024
 
 
 @triton.jit
-def _sampled(grad, x, crow, cols, out, tokens, entries: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sampled(  # type: ignore[no-untyped-def]
+    grad, x, crow, cols, out, tokens, entries: tl.constexpr, block: tl.constexpr
+):
     # The entries of one row share what is read of the output's gradient; several programs share a row that has many.
     row = tl.program_id(0).to(tl.int64)
     begin = tl.load(crow + row).to(tl.int64)

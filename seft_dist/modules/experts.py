@@ -3,8 +3,8 @@
     tokens, sorted by the expert that each of them chose       0 0 0 | 1 | 2 2 | 3 3 3 3
     ends: where each expert's tokens end                             3   4     6         10
 
-Every token appears once for each expert that it chose. Sorting puts the tokens of one expert next to each other, so that an
-expert is one matrix product with a slice of the tokens.
+Every token appears once for each expert that it chose. Sorting puts the tokens of one expert next to each other, so
+that an expert is one matrix product with a slice of the tokens.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from seft_dist.backends.shards import whole_shape
 from seft_dist.kernels.sampled import dense_grad
 
 Projection = Callable[[str, Tensor, list[int]], Tensor]
-"""Multiplies tokens with a fused weight. Takes the parameter's name, the tokens [T, in] sorted by expert, and where each
-expert's tokens end; returns [T, out]."""
+"""Multiplies tokens with a fused weight. Takes the parameter's name, the tokens [T, in] sorted by expert, and where
+each expert's tokens end; returns [T, out]."""
 
 
 def is_experts(module: nn.Module) -> bool:

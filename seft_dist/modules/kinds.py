@@ -171,8 +171,8 @@ class Conv1DWeight(Target):
         _refuse_activation(name, kind, config)
         if config.pattern is not None:
             raise ValueError(
-                f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its columns, so "
-                "groups along the inputs do not lie together; set no pattern, or targets without it"
+                f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its "
+                "columns, so groups along the inputs do not lie together; set no pattern, or targets without it"
             )
 
 
@@ -211,7 +211,8 @@ class ExpertWeight(Target):
         for reason, holds in reasons.items():
             if holds:
                 raise ValueError(
-                    f"fused expert weights of {kind} are not supported yet: {name} {reason}; choose targets without it, "
+                    f"fused expert weights of {kind} are not supported yet: {name} {reason}; choose targets without "
+                    "it, "
                     r'e.g. a regular expression such as "self_attn"'
                 )
 
@@ -220,8 +221,8 @@ class ExpertWeight(Target):
         _refuse_activation(name, kind, config)
         if config.window_store == "factored":
             raise ValueError(
-                f"seft.window_store=factored is not supported for the fused experts of a {kind} ({name}): each expert has "
-                "column sums of its own; choose full, bf16 or candidates, or targets without it"
+                f"seft.window_store=factored is not supported for the fused experts of a {kind} ({name}): each expert "
+                "has column sums of its own; choose full, bf16 or candidates, or targets without it"
             )
 
 

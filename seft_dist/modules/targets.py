@@ -1,8 +1,8 @@
 """The choice of the weights of a model that get deltas.
 
-Linears, GPT-2's Conv1D and fused experts do (``seft_dist.modules.kinds``). Embeddings, the output head, norms, biases and
-routers are left alone: choosing experts is not the weights' damage to repair, and a changed choice would move every token's
-path at once. Any other matrix is refused, never skipped.
+Linears, GPT-2's Conv1D and fused experts do (``seft_dist.modules.kinds``). Embeddings, the output head, norms, biases
+and routers are left alone: choosing experts is not the weights' damage to repair, and a changed choice would move every
+token's path at once. Any other matrix is refused, never skipped.
 """
 
 import re
@@ -35,8 +35,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         Name to target (a module's name, or a fused parameter's); never empty.
 
     Raises:
-        ValueError: The pattern is no regular expression, nothing matches, a match cannot carry deltas, its weight is shared
-            with another module, or "all-linear" would leave out a matrix of a kind that is not known.
+        ValueError: The pattern is no regular expression, nothing matches, a match cannot carry deltas, its weight is
+            shared with another module, or "all-linear" would leave out a matrix of a kind that is not known.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     routers = _routers(model)
@@ -69,8 +69,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     """Return the names in which a regular expression matches somewhere.
 
-    Python's own engine may search some patterns, such as (a|a)+$, for hours, and cannot be stopped; the one of ``regex``
-    has a time limit, and unlike engines of linear time it supports the same syntax.
+    Python's own engine may search some patterns, such as (a|a)+$, for hours, and cannot be stopped; the one of
+    ``regex`` has a time limit, and unlike engines of linear time it supports the same syntax.
     """
     if len(pattern) > _LONGEST_PATTERN:
         raise ValueError(
@@ -87,8 +87,8 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
         ) from error
     except TimeoutError as error:
         raise ValueError(
-            f"targets={pattern!r} takes more than {_SEARCH_SECONDS:g} s to search in one name: needs a regular expression "
-            "without repetitions inside repetitions, as in (a|a)+"
+            f"targets={pattern!r} takes more than {_SEARCH_SECONDS:g} s to search in one name: needs a regular "
+            "expression without repetitions inside repetitions, as in (a|a)+"
         ) from error
 
 
@@ -103,7 +103,8 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that choose experts: neighbours of the experts with such a type or name, and all they contain."""
+    """Return the modules that choose experts: neighbours of the experts with such a type or name, and all they
+    contain."""
     routers: set[nn.Module] = set()
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -131,9 +132,9 @@ def _refuse_unknown(
             continue
         for key, shape in _matrices(module):
             raise ValueError(
-                f"{name}.{key} of {type(model).__name__}, {list(shape)}, belongs to a {type(module).__name__}: no linear, no "
-                "fused experts, no embedding and no router. It would stay dense and frozen; if that is what you want, name "
-                f"the targets by a regular expression instead of {ALL_LINEAR!r}"
+                f"{name}.{key} of {type(model).__name__}, {list(shape)}, belongs to a {type(module).__name__}: no "
+                "linear, no fused experts, no embedding and no router. It would stay dense and frozen; if that is what "
+                f"you want, name the targets by a regular expression instead of {ALL_LINEAR!r}"
             )
 
 

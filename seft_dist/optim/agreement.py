@@ -1,4 +1,5 @@
-"""Raising an error on all ranks if one of them has it, so that no rank goes on alone into a collective that never ends."""
+"""Raising an error on all ranks if one of them has it, so that no rank goes on alone into a collective that never
+ends."""
 
 from collections.abc import Callable, Sequence
 

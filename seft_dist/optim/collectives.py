@@ -1,8 +1,8 @@
 """Exact distributed top-k for all layers together, and the check that all ranks chose the same.
 
-A *problem* is one ranking: a layer of its own, or all layers together (scope "global"). Candidates of a problem are ordered
-by layer, then position; ranks own consecutive intervals, so this is also the order (layer, rank, local index), and ties go
-to the first in it on every layout.
+A *problem* is one ranking: a layer of its own, or all layers together (scope "global"). Candidates of a problem are
+ordered by layer, then position; ranks own consecutive intervals, so this is also the order (layer, rank, local index),
+and ties go to the first in it on every layout.
 """
 
 from collections.abc import Callable
@@ -117,21 +117,24 @@ def near_ties(
     chosen: list[Tensor],
     errors: Callable[[int], Tensor],
 ) -> list[int]:
-    """Count the candidates so close to the border of a selection that rounding could put them on the other side. Collective.
+    """Count the candidates so close to the border of a selection that rounding could put them on the other side.
+    Collective.
 
     The border is midway between the last selected score and the first that is not. Where two candidates can change
-    places, the distance between them is at most the sum of their errors, so at least one of them is within its own error of
-    the border: no more than twice as many positions can differ as are counted.
+    places, the distance between them is at most the sum of their errors, so at least one of them is within its own
+    error of the border: no more than twice as many positions can differ as are counted.
 
     Args:
         group: The ranks that own the candidates.
         keys: This rank's keys of a layer; called twice for each layer.
         problems: The problem that each layer belongs to.
         chosen: What ``select`` returned.
-        errors: Returns how far rounding can move each score of a layer, fp32 [n]. Candidates with error 0 are not counted.
+        errors: Returns how far rounding can move each score of a layer, fp32 [n]. Candidates with error 0 are not
+            counted.
 
     Returns:
-        Number of candidates of each layer, over all ranks, within their error of the border; 0 where all were selected, or none.
+        Number of candidates of each layer, over all ranks, within their error of the border; 0 where all were selected,
+        or none.
     """
     nothing = 1 << 32
     # Largest first, so that one reduction finds both: minus the last selected key, and the first that is not.

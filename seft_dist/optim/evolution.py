@@ -2,7 +2,7 @@
 
 mask     1 1 1 0 0 1 0 1      S: positions with a delta
 S          x       x          drop    the smallest |delta| leaves S            (here position 1)
-         . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: reactivated, joins the mask)
+         . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: it joins the mask)
 mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (2 becomes 0: as many active as before)
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
-from seft_dist.kernels.ranking import keys
+from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.collectives import near_ties, next_to_border, select
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.nm_groups import GroupRanking, NMGroups
@@ -31,7 +31,8 @@ from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
 Errors = Callable[[Rounding, int], Tensor]
-"""Returns how far rounding can move each score of a layer, fp32, one for each key; called while near-ties are counted."""
+"""Returns how far rounding can move each score of a layer, fp32, one for each key; called while near-ties are
+counted."""
 
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
@@ -194,7 +195,7 @@ class Evolution:
             score = scores.drop_movement(entries.values, self._grad(i)[self._offsets(i)])
         else:
             score = scores.uniform(entries.indices.long(), self.config.seed, i, self.step, _DROP)
-        return keys(score, largest=False)
+        return ranking_keys(score, largest=False)
 
     def _drop_errors(self, rounding: Rounding, i: int) -> Tensor:
         return rounding.of_drop(i, self._offsets(i), self.entries[i])
@@ -257,9 +258,11 @@ class Evolution:
         self.draft.near_ties = self._near_ties or []
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """Let only the best of each group compete to grow, as many as it has active positions. Collective with a pattern.
+        """Let only the best of each group compete to grow, as many as it has active positions. Collective with a
+        pattern.
 
-        Each reactivated position costs its group an active position that did not grow, so there are always enough of those.
+        Each reactivated position costs its group an active position that did not grow, so there are always enough of
+        those.
         """
         return GroupRanking(self.groups, key, self.groups.counter(self._mask)) if self.groups else key
 
@@ -278,16 +281,17 @@ class Evolution:
     def _grow_key(self, i: int, eligible: Tensor) -> Tensor:
         start, numel = self.intervals[i].start, len(self.intervals[i])
         if self.config.grow == "gradient":
-            key = keys(self._grad(i), largest=True, eligible=eligible, absolute=True)
+            key = ranking_keys(self._grad(i), largest=True, eligible=eligible, absolute=True)
         elif self.config.grow == "momentum":
             rows, cols = self.windows[i].rows, self.windows[i].cols
             assert rows is not None and cols is not None, "criterion without its statistics"
-            key = keys(scores.momentum(rows, cols, start, numel), largest=True, eligible=eligible)
+            key = ranking_keys(scores.momentum(rows, cols, start, numel), largest=True, eligible=eligible)
         else:
             positions = torch.arange(start, start + numel, device=self.backend.device)
             score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
-            return keys(score, largest=True, eligible=eligible)
-        # Nothing speaks for a position with score 0: it would cost an active weight, and the next update would not move it.
+            return ranking_keys(score, largest=True, eligible=eligible)
+        # Nothing speaks for a position with score 0: it would cost an active weight, and the next update would not move
+        # it.
         return key.masked_fill_(key == 0, INELIGIBLE)
 
     def adapt(self) -> None:
@@ -345,16 +349,16 @@ class Evolution:
         if self.config.adapt == "sensitivity":
             if (known := self.windows[i].known()) is not None:
                 eligible &= known
-            return keys(weight, largest=False, eligible=eligible, times=self._grad(i))
+            return ranking_keys(weight, largest=False, eligible=eligible, times=self._grad(i))
         if self.config.adapt == "activation":
             weight = scores.activation(weight, self._norms[i], self.intervals[i].start)
-        return keys(weight, largest=False, eligible=eligible, absolute=True)
+        return ranking_keys(weight, largest=False, eligible=eligible, absolute=True)
 
     def commit(self, betas: tuple[float, float]) -> None:
         """Give the grown positions entries, and every rank all positions. Collective.
 
-        The order matters: a backend that stores active positions only has to know the new mask before it can find a grown
-        position, and entries must be in place before the replicas' weights are written.
+        The order matters: a backend that stores active positions only has to know the new mask before it can find a
+        grown position, and entries must be in place before the replicas' weights are written.
         """
         for i, removed in enumerate(self.removed):
             self.backend.remask(i, self.state.masks[i], removed)

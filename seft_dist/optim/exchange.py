@@ -9,13 +9,13 @@ Inside a bucket, gradients are sorted by the rank that they go to, so that one a
 
     to rank 0:  layer 5, layer 4, layer 3      to rank 1:  layer 5, layer 4, layer 3      ...
 
-Nobody announces that a layer has recorded for the last time in a backward pass (a module may be used several times, or not at
-all), so the pass before it is taken as the measure: a bucket leaves as soon as its layers have recorded as often as then. What
-has not left by the end of the pass leaves in ``finish``. The sums are the same whenever a bucket leaves.
+Nobody announces that a layer has recorded for the last time in a backward pass (a module may be used several times, or
+not at all), so the pass before it is taken as the measure: a bucket leaves as soon as its layers have recorded as often
+as then. What has not left by the end of the pass leaves in ``finish``. The sums are the same whenever a bucket leaves.
 
-Buckets leave in their order, which is the same on every rank although layers may record in different orders there. They use a
-process group of their own: FSDP2 and DeepSpeed start collectives during backward too, and over one group two ranks could
-match the call of one with the call of the other.
+Buckets leave in their order, which is the same on every rank although layers may record in different orders there. They
+use a process group of their own: FSDP2 and DeepSpeed start collectives during backward too, and over one group two
+ranks could match the call of one with the call of the other.
 """
 
 from collections.abc import Callable
@@ -137,9 +137,9 @@ class Exchange:
             bucket = self._bucket_of[i]
             if bucket < self.num_sent:
                 raise RuntimeError(
-                    f"{self.backend.names[i]} took part in this backward pass more often than in the one before, and its "
-                    "gradient had already left: call set_is_last_backward(False) where a module is used a varying number "
-                    "of times"
+                    f"{self.backend.names[i]} took part in this backward pass more often than in the one before, and "
+                    "its gradient had already left: call set_is_last_backward(False) where a module is used a varying "
+                    "number of times"
                 )
             self._waits_for[bucket] -= 1
             while self.num_sent < len(self._buckets) and self._waits_for[self.num_sent] == 0:

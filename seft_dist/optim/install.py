@@ -17,8 +17,8 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
     """Make a target record its weight gradient in a slot.
 
     Returns:
-        The anchor, a one-element trainable parameter that gives sharding engines something to train (it stays out of the
-        state dict and has no effect on the output), and the slot.
+        The anchor, a one-element trainable parameter that gives sharding engines something to train (it stays out of
+        the state dict and has no effect on the output), and the slot.
     """
     module, name = target.module, target.attribute_name(ANCHOR)
     if hasattr(module, name):
@@ -38,7 +38,8 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
 
 
 def uninstall(target: Target) -> None:
-    """Undo ``install``. The fused weights of one module share it: the first of them takes the hooks and slots of all."""
+    """Undo ``install``. The fused weights of one module share it: the first of them takes the hooks and slots of
+    all."""
     attachment = attachment_of(target.module)
     for hook in attachment.hooks:
         hook.remove()

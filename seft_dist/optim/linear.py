@@ -1,10 +1,11 @@
 """A linear whose weight gradient exists only where deltas are.
 
-Shapes: T tokens, weight [out, in], k deltas of all ranks in it. Conv1D stores [in, out]: its weight gradient is that of a
-linear whose input and output gradient have changed places.
+Shapes: T tokens, weight [out, in], k deltas of all ranks in it. Conv1D stores [in, out]: its weight gradient is that of
+a linear whose input and output gradient have changed places.
 
-Forward is the plain linear: the weight already holds base + delta. Backward computes the input gradient as usual and the
-weight gradient at the k positions; inside an evolution's window also the dense one, which goes straight to its owners.
+Forward is the plain linear: the weight already holds base + delta. Backward computes the input gradient as usual and
+the weight gradient at the k positions; inside an evolution's window also the dense one, which goes straight to its
+owners.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def _held_weight(module: nn.Module, key: str = "weight") -> HeldWeight:
 
 
 def _dense(weight: HeldWeight) -> Tensor:
-    """Return the weight itself, or a packed one decoded into memory that the next call uses again. Collective if packed."""
+    """Return the weight itself, or a packed one decoded into memory that the next call uses again. Collective if
+    packed."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 
 
@@ -43,8 +45,8 @@ def _save(ctx: Any, x: Tensor, weight: HeldWeight, anchor: Tensor | None, slot: 
     kept: list[Tensor] = []
     if slot is not None:  # else nobody asks for the input
         ctx.input, kept = keep(x)
-    # The weight itself is saved, not a copy: engines free it after forward and gather it again for backward. A packed weight
-    # is decoded again for backward.
+    # The weight itself is saved, not a copy: engines free it after forward and gather it again for backward. A packed
+    # weight is decoded again for backward.
     ctx.packed = None if isinstance(weight, Tensor) else weight
     ctx.save_for_backward(*kept, *([weight] if isinstance(weight, Tensor) else []))
     ctx.anchor = None if anchor is None else (anchor.shape, anchor.dtype, anchor.device)

@@ -9,9 +9,10 @@ M = 4, chunks of 6 positions:
     edges of rank 0: left nothing, right 6 7      rank 0 ranks groups 0 and 1, and keeps 0 .. 5 of the result
     edges of rank 1: left 4 5, right nothing      rank 1 ranks groups 1 and 2, and keeps 6 .. 11
 
-Each rank that touches a group sees all of it, so that all of them come to the same result. Ranking on one of the ranks and
-sending the result back would take two exchanges instead of one. Only values of cut groups travel: at most 2 (M - 1) of a rank
-and layer, whatever the size of the model. Where every chunk holds whole groups (FSDP2 keeps whole rows), nothing is sent.
+Each rank that touches a group sees all of it, so that all of them come to the same result. Ranking on one of the ranks
+and sending the result back would take two exchanges instead of one. Only values of cut groups travel: at most 2 (M - 1)
+of a rank and layer, whatever the size of the model. Where every chunk holds whole groups (FSDP2 keeps whole rows),
+nothing is sent.
 
 All ranks must enter an exchange with the same layers in the same order, also those ranks that own nothing of them.
 """
@@ -55,12 +56,13 @@ class NMGroups:
         """Get the values of other ranks that complete the cut groups. Collective, unless no layer has any.
 
         Args:
-            values: This rank's values of a layer, [n] in the order of its interval; called once for each layer in ``cut``.
+            values: This rank's values of a layer, [n] in the order of its interval; called once for each layer in
+                ``cut``.
         """
         if not self.cut:
             return {}
-        # One message for all layers. A rank sends the ends of its intervals to everybody, because a group can span more than
-        # two ranks; what is not needed by a rank is dropped there.
+        # One message for all layers. A rank sends the ends of its intervals to everybody, because a group can span more
+        # than two ranks; what is not needed by a rank is dropped there.
         sent = []
         for i in self.cut:
             own, start = values(i), self.backend.interval(i).start
@@ -186,7 +188,8 @@ class NMGroups:
         return [(int(every[rank, i, 0]), int(every[rank, i, 1])) for i, rank in enumerate(ranks.tolist())]
 
     def check(self, masks: list[Tensor], prints: list[int]) -> None:
-        """Check that no group broke the pattern, and that each has as many active positions as at the start. Collective.
+        """Check that no group broke the pattern, and that each has as many active positions as at the start.
+        Collective.
 
         Args:
             masks: As for ``fingerprints``.
@@ -207,16 +210,16 @@ class NMGroups:
         for name, before, now in zip(self.backend.names, prints, self.fingerprints(masks), strict=True):
             if before != now:
                 raise RuntimeError(
-                    f"{name}: a group of {self.size} inputs has another number of active positions than at the start; the "
-                    "run stops, its last checkpoint is intact"
+                    f"{name}: a group of {self.size} inputs has another number of active positions than at the start; "
+                    "the run stops, its last checkpoint is intact"
                 )
 
 
 class GroupRanking:
     """Keys in which only the best of each group are eligible.
 
-    It takes the place of a function that returns the keys of a layer. The keys are computed again in each call: one layer's
-    keys exist at a time, only those of cut groups are kept.
+    It takes the place of a function that returns the keys of a layer. The keys are computed again in each call: one
+    layer's keys exist at a time, only those of cut groups are kept.
     """
 
     def __init__(self, whole_groups: NMGroups, keys: Callable[[int], Tensor], limits: Callable[[int], Tensor]) -> None:

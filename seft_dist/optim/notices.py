@@ -30,8 +30,8 @@ def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
     until = "80 % of steps" if config.end is None else "end"
     warnings.warn(
         f"no evolution will happen: one is due at every step from begin={config.begin} on that is divisible by "
-        f"interval={config.interval}, but only until step {config.last_step} ({until}), so the first support stays. Make the "
-        "interval shorter, or begin earlier, or end later; or set static if this is wanted",
+        f"interval={config.interval}, but only until step {config.last_step} ({until}), so the first support stays. "
+        "Make the interval shorter, or begin earlier, or end later; or set static if this is wanted",
         stacklevel=_LEVEL,
     )
 
@@ -45,8 +45,9 @@ def warn_without_recomputation(backend: Backend) -> None:
     unknown = unknown_nodes() if _is_main(backend) else []
     if unknown:
         warnings.warn(
-            f"torch {torch.__version__} has no autograd nodes {', '.join(unknown)} as they are expected here, so inputs of "
-            "linears that could be computed again for backward are kept: training is right, but needs more memory",
+            f"torch {torch.__version__} has no autograd nodes {', '.join(unknown)} as they are expected here, so "
+            "inputs of linears that could be computed again for backward are kept: training is right, but needs more "
+            "memory",
             stacklevel=_LEVEL,
         )
 
@@ -73,8 +74,8 @@ def warn_without_gradient(
     ]
     if len(without) == sum(map(bool, state.budgets)) or (not estimated and float(check.norm) == 0):
         warnings.warn(
-            f"step {check.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels (all "
-            "masked?), at whether the loss depends on the targets, and for weights or activations that are all 0",
+            f"step {check.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels "
+            "(all masked?), at whether the loss depends on the targets, and for weights or activations that are all 0",
             stacklevel=_LEVEL,
         )
     elif without:

@@ -89,7 +89,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.evolution: EvolutionReport | None = None
         """Report of the last step's evolution; None if it had none."""
         self.counts_near_ties = False
-        """Set it to let evolutions count near-ties (``EvolutionReport.near_ties``), which takes further passes over the scores."""
+        """Set it to let evolutions count near-ties (``EvolutionReport.near_ties``), which takes further passes over the
+        scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
@@ -143,7 +144,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         return float(self._grad_norm)
 
     def attach(self) -> None:
-        """Divide the weights among their owners, and check that the model fits the configuration. Collective, idempotent.
+        """Divide the weights among their owners, and check that the model fits the configuration. Collective,
+        idempotent.
 
         The first forward pass with gradients does this by itself.
 
@@ -203,8 +205,8 @@ class SeftOptimizer(torch.optim.Optimizer):
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set before a backward pass whether it is the last one before ``step()``. The same on every rank.
 
-        During the last one, gradients leave for their owners while it still runs; without this call all of them leave in
-        ``step()``. With gradient accumulation, pass True before the last micro-batch only.
+        During the last one, gradients leave for their owners while it still runs; without this call all of them leave
+        in ``step()``. With gradient accumulation, pass True before the last micro-batch only.
 
         Args:
             is_last_backward: As for FSDP2's method of this name; holds for one step.
@@ -231,8 +233,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         between does nothing either.
 
         Raises:
-            FloatingPointError: A gradient is not finite; names the layer, nothing was changed. ``zero_grad()`` and go on,
-                or stop. On a GPU, outside of windows, it is raised by the next call (see ``check_last_step``).
+            FloatingPointError: A gradient is not finite; names the layer, nothing was changed. ``zero_grad()`` and go
+                on, or stop. On a GPU, outside of windows, it is raised by the next call (see ``check_last_step``).
             RuntimeError: A write is not seen by the model, or ranks disagree on masks or supports.
         """
         loss = None
@@ -283,8 +285,8 @@ class SeftOptimizer(torch.optim.Optimizer):
     def check_last_step(self) -> None:
         """Wait until it is known whether the last step's gradient was finite, and raise if it was not.
 
-        On a CPU, and in every step of a window, ``step()`` has done so itself. Otherwise the device decides whether it updates,
-        and the host learns of it here: at the latest when the next step begins.
+        On a CPU, and in every step of a window, ``step()`` has done so itself. Otherwise the device decides whether it
+        updates, and the host learns of it here: at the latest when the next step begins.
 
         Raises:
             FloatingPointError: The last step's gradient was not finite; it changed nothing and does not count.
@@ -338,8 +340,8 @@ class SeftOptimizer(torch.optim.Optimizer):
             layers: This rank's part of every target, in order.
 
         Raises:
-            ValueError: The layers are no state of this run: out of bounds, out of order, not finite, of other shapes or counts.
-                Names the target; every rank raises it, nothing was changed.
+            ValueError: The layers are no state of this run: out of bounds, out of order, not finite, of other shapes or
+                counts. Names the target; every rank raises it, nothing was changed.
             RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()
@@ -369,8 +371,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         steps = state_dict.get("seft_steps", 0)
         if steps != self.num_steps:
             raise ValueError(
-                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {steps}. {_NOT_IN_STATE_DICT}, and "
-                "load them with seft_dist.io.checkpoint.load(seft, checkpoint) before anything that calls load_state_dict"
+                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {steps}. "
+                f"{_NOT_IN_STATE_DICT}, and load them with seft_dist.io.checkpoint.load(seft, checkpoint) before "
+                "anything that calls load_state_dict"
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 

@@ -1,17 +1,18 @@
 """The input of a linear for its backward pass, without keeping what autograd keeps anyway.
 
-A gated MLP multiplies two activations, and autograd keeps both for the backward pass of that product; it also keeps what a norm
-scales. Such an input is computed again, elementwise, from the operands that the graph holds: the same operations give the
-same bits, and the T x in numbers of the product are not kept from forward to backward. Any other input is kept itself.
+A gated MLP multiplies two activations, and autograd keeps both for the backward pass of that product; it also keeps
+what a norm scales. Such an input is computed again, elementwise, from the operands that the graph holds: the same
+operations give the same bits, and the T x in numbers of the product are not kept from forward to backward. Any other
+input is kept itself.
 
     gate ---> silu --.                      the graph holds: silu(gate), up
     up ---------------* ---> down_proj      SEFT keeps:      the recipe  mul(operand 0, operand 1)
                                             instead of:      silu(gate) * up, T x in numbers
 
 The graph is read through the names of autograd's nodes and of the attributes in which they save tensors. Neither is an
-interface that torch promises to keep. A node that is not in the table below ends the search, and the input is kept: results
-never depend on this file, only memory does. ``unknown_nodes`` tries every entry of the table, so that a change of names in torch
-is noticed.
+interface that torch promises to keep. A node that is not in the table below ends the search, and the input is kept:
+results never depend on this file, only memory does. ``unknown_nodes`` tries every entry of the table, so that a change
+of names in torch is noticed.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ class _Step:
 
 
 Recipe = int | _Step
-"""How a tensor is computed again: it is one of the kept tensors (their index), or the result of an operation."""
+"""Recipe for a tensor that is computed again: the index of a kept tensor, or an operation on other recipes."""
 
 
 class Input:
@@ -93,8 +94,8 @@ def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
         x: The input, as the linear gets it.
 
     Returns:
-        How to get the input in backward, and the tensors to save until then: the input itself, or tensors that live until
-        then in any case or have few numbers.
+        How to get the input in backward, and the tensors to save until then: the input itself, or tensors that live
+        until then in any case or have few numbers.
     """
     # Hooks decide what becomes of saved tensors (a checkpointed layer keeps none): asking the graph for its own would
     # already run them.
@@ -116,7 +117,8 @@ def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
 
 
 def unknown_nodes() -> list[str]:
-    """Return the names of the nodes that this version of torch does not have as they are expected here; normally none."""
+    """Return the names of the nodes that this version of torch does not have as they are expected here; normally
+    none."""
     with torch.enable_grad():
         x = torch.rand(2, 2, requires_grad=True)
         product = (x + 1) * (x + 2)
@@ -188,7 +190,8 @@ def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 def _operand(side: Tensor, shape: torch.Size, operands: list[Tensor]) -> int | None:
     if isinstance(side, nn.Parameter) or not side.requires_grad:
-        # This is a parameter, which engines free after forward: it is copied if it is as small as one row, and still there.
+        # This is a parameter, which engines free after forward: it is copied if it is as small as one row, and still
+        # there.
         if side.shape != shape[-1:]:
             return None
         side = side.clone()

@@ -34,13 +34,13 @@ class EvolutionReport:
     bytes_sent: int
     """Bytes sent by this rank, from drop to verify."""
     phases: dict[str, Phase]
-    """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt, commit
-    (all ranks learn the new positions) and verify; docs/evolution.md lists what each sends."""
+    """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt,
+    commit (all ranks learn the new positions) and verify; docs/evolution.md lists what each sends."""
     digest: str
     """Digest of all masks and supports; the same for every layout."""
     near_ties: list[int] | None = None
-    """Number of candidates of each target that a selection took or left by so little that rounding of their terms could have
-    decided (``collectives.near_ties``), candidates of a window included. None: not counted."""
+    """Number of candidates of each target that a selection took or left by so little that rounding of their terms could
+    have decided (``collectives.near_ties``), candidates of a window included. None: not counted."""
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 They are made only where near-ties are counted.
 
-A gradient is a sum over tokens. Where its terms cancel it is small, but the error of the sum is that of its terms: as large
-as at a position of the same row and column whose terms do not cancel. So an error is a share of the value and of what is
-typical of its row and column, never of a score alone.
+A gradient is a sum over tokens. Where its terms cancel it is small, but the error of the sum is that of its terms: as
+large as at a position of the same row and column whose terms do not cancel. So an error is a share of the value and of
+what is typical of its row and column, never of a score alone.
 """
 
 import torch
@@ -17,7 +17,8 @@ from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 
 ROUNDING = 2.0**-12
-"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md has measured ones)."""
+"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md has measured
+ones)."""
 _BF16 = 2.0**-8
 """The same where gradients are kept in bf16: two of its steps."""
 
@@ -49,7 +50,8 @@ class Rounding:
             self._update.append((delta, root))
 
     def _sums(self, i: int, needed: bool) -> list[Tensor]:
-        """Return the sum of squares and the number of non-zeros of the gradient in each row, then in each column; fp64."""
+        """Return the sum of squares and the number of non-zeros of the gradient in each row, then in each column;
+        fp64."""
         (rows, cols), interval = self._backend.shapes[i], self._backend.interval(i)
         sums = [
             torch.zeros(size, dtype=torch.float64, device=self._backend.device) for size in (rows, rows, cols, cols)
@@ -108,7 +110,8 @@ class Rounding:
         return errors * gradient + entries.values.abs() * self._of_gradient(i)[offsets]
 
     def of_grow(self, i: int) -> Tensor:
-        """Return the errors of the scores by which a layer's own positions enter the support, fp32 [n]; 0 for random ones."""
+        """Return the errors of the scores by which a layer's own positions enter the support, fp32 [n]; 0 for random
+        ones."""
         interval = self._backend.interval(i)
         if self._config.grow == "random":
             return torch.zeros(len(interval), device=self._backend.device)

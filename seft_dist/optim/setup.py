@@ -8,7 +8,7 @@ from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.config.pattern import pattern_sizes
 from seft_dist.kernels.bits import pack
-from seft_dist.kernels.ranking import keys
+from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.collectives import disagreeing, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.nm_groups import NMGroups, describe_group
@@ -50,8 +50,8 @@ def agree_on_config(backend: Backend, settings: str) -> None:
 def clear_negative_zeros(backend: Backend) -> None:
     """Turn -0.0 into 0.0 in the targets' weights. Collective.
 
-    ``weight * mask`` leaves -0.0 where it prunes a negative weight. What is resumed, packed or exported has 0.0 there, so a
-    run must begin with it.
+    ``weight * mask`` leaves -0.0 where it prunes a negative weight. What is resumed, packed or exported has 0.0 there,
+    so a run must begin with it.
 
     Args:
         backend: Holds the weights.
@@ -73,8 +73,8 @@ def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
         backend: Holds the weights.
 
     Returns:
-        Three lists with one item for each target: this rank's part of the mask of non-zero weights, packed; the number of
-        non-zero weights in the whole; and a hash of the whole.
+        Three lists with one item for each target: this rank's part of the mask of non-zero weights, packed; the number
+        of non-zero weights in the whole; and a hash of the whole.
 
     Raises:
         ValueError: The weights are of several dtypes or not finite; every rank raises the same.
@@ -103,8 +103,8 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         config: The method.
 
     Raises:
-        ValueError: The model is dense, a layer cannot hold the density, weights are not finite, of several dtypes or too
-            wide, or do not have the pattern; every rank raises the same.
+        ValueError: The model is dense, a layer cannot hold the density, weights are not finite, of several dtypes or
+            too wide, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
     masks, targets, prints = survey(backend)
@@ -128,7 +128,8 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     """Check that the model has the N:M pattern. Collective with a pattern.
 
     Returns:
-        A hash of each target's groups, by which ``NMGroups.check`` knows later that none has changed; empty without a pattern.
+        A hash of each target's groups, by which ``NMGroups.check`` knows later that none has changed; empty without a
+        pattern.
     """
     if config.pattern is None:
         return []
@@ -136,15 +137,16 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if width % size:
             raise ValueError(
-                f"{name}: {width} inputs are no multiple of {size}, so its rows have no {config.pattern} pattern; leave "
-                "the layer out (targets), or set no pattern"
+                f"{name}: {width} inputs are no multiple of {size}, so its rows have no {config.pattern} pattern; "
+                "leave the layer out (targets), or set no pattern"
             )
     groups = NMGroups(backend, config.pattern)
     for name, (_, width), (group, count) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
         if count > most:
             raise ValueError(
-                f"{name}: {describe_group(group, size, width)} hold {count} non-zero weights, pattern {config.pattern} allows "
-                f"{most}; prune the model to {config.pattern} first, leave the layer out (targets), or set no pattern"
+                f"{name}: {describe_group(group, size, width)} hold {count} non-zero weights, pattern {config.pattern} "
+                f"allows {most}; prune the model to {config.pattern} first, leave the layer out (targets), or set no "
+                "pattern"
             )
     return groups.fingerprints(masks)
 
@@ -203,6 +205,6 @@ def check_write(backend: Backend, state: State) -> None:
     ranks = backend.owners.stack(wrong).sum(1).nonzero().view(-1).tolist()
     if ranks:
         raise RuntimeError(
-            f"the model does not see the updates of its weights (ranks {ranks}, e.g. {backend.names[layers[0]]}): a gathered "
-            "copy hides the shard. Report how the model was sharded; nothing trained from here would be right"
+            f"the model does not see the updates of its weights (ranks {ranks}, e.g. {backend.names[layers[0]]}): a "
+            "gathered copy hides the shard. Report how the model was sharded; nothing trained from here would be right"
         )

@@ -4,8 +4,8 @@
     candidates     . g . g . . g .     so in the window's first step; then only at the support and at candidates
     factored       row sums, column sums of squares: |g| is estimated from them, no dense gradient is computed
 
-A step's contribution stays pending until the step is known to be finite: ``accumulate_step`` counts it, ``discard_step`` drops
-it.
+A step's contribution stays pending until the step is known to be finite: ``accumulate_step`` counts it,
+``discard_step`` drops it.
 """
 
 import dataclasses
@@ -58,7 +58,8 @@ class Needs:
         return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
 
     def of_first_support(self) -> "Needs":
-        """Return the needs with the gradient among them: the first support is chosen by it, whatever the criteria read."""
+        """Return the needs with the gradient among them: the first support is chosen by it, whatever the criteria
+        read."""
         return dataclasses.replace(self, gradient=True)
 
     @property
@@ -95,7 +96,8 @@ class Window:
         self.squares: Tensor | None = None
         """[own], sum over steps of the squared gradient (seeded moments)."""
         self.positions: Tensor | None = None
-        """``Backend.position_dtype`` [kept], increasing: the own positions whose gradient is in ``total``; None: all."""
+        """``Backend.position_dtype`` [kept], increasing: the own positions whose gradient is in ``total``; None:
+        all."""
         self.sampled: Support | None = None
         """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None

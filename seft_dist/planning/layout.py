@@ -13,7 +13,7 @@ LayoutKind = Literal["single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2",
 
 @dataclass(frozen=True)
 class Layout:
-    """How ranks hold the weights."""
+    """Division of the weights among the ranks."""
 
     held: LayoutKind
     """Way of sharding or replicating the weights."""

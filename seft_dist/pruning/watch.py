@@ -14,8 +14,8 @@ def watch_inputs(target: Target, watcher: Callable[[Tensor, list[int]], None]) -
 
     Args:
         target: The weight that the inputs are multiplied with.
-        watcher: Gets the tokens [T, in], sorted by expert, and where each expert's tokens end. For a weight without experts,
-            all tokens are those of one expert.
+        watcher: Gets the tokens [T, in], sorted by expert, and where each expert's tokens end. For a weight without
+            experts, all tokens are those of one expert.
 
     Returns:
         A function that ends it.

@@ -14,7 +14,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 LONGEST_WAIT = 600.0
-"""Seconds that ranks wait for each other at the start, at most; some file systems take minutes to load the libraries."""
+"""Seconds that ranks wait for each other at the start, at most; some file systems take minutes to load the
+libraries."""
 _FIRST_NOTICE, _NOTICES = 20.0, 60.0
 """Seconds until rank 0 says for whom it waits, and between further lines."""
 _HERE, _ARRIVED, _ALL = "seft_dist/here/", "seft_dist/arrived", "seft_dist/all"

@@ -9,8 +9,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def unsigned_zeros(values: Tensor) -> Tensor:
     """Replace -0.0 by +0.0; every other bit stays, also in NaN.
 
-    Products of weights and masks leave -0.0 behind. It compares equal to 0, but has bits: kernels for sparse weights and
-    packed files would carry it along as a value.
+    Products of weights and masks leave -0.0 behind. It compares equal to 0, but has bits: kernels for sparse weights
+    and packed files would carry it along as a value.
 
     Args:
         values: Any shape, type and device.

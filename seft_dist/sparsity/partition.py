@@ -1,7 +1,7 @@
 """The division of a weight among ranks, described by two integers.
 
-Every supported way of sharding cuts a flattened weight of N positions into equal chunks, one for each rank in rank order;
-the last ranks may get a short chunk or none. The order of ranks is therefore the order of positions.
+Every supported way of sharding cuts a flattened weight of N positions into equal chunks, one for each rank in rank
+order; the last ranks may get a short chunk or none. The order of ranks is therefore the order of positions.
 
     N = 10, 4 ranks, chunk 3:   rank 0 [0, 3)   rank 1 [3, 6)   rank 2 [6, 9)   rank 3 [9, 10)
 """

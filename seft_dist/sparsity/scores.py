@@ -65,7 +65,8 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
 
 def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """Return sqrt(row x column), the size of a weight gradient whose terms have random signs up to a factor, fp32 [numel].
+    """Return sqrt(row x column), the size of a weight gradient whose terms have random signs up to a factor, fp32
+    [numel].
 
     Args:
         rows: fp32 [out], sum over tokens of the squared gradient of each output.

@@ -1,7 +1,8 @@
 """Exact top-k on the bits of fp32 scores, as counting: the local half of the distributed selection.
 
-A score becomes a key, an int32 in the order of the scores; keys are read digit by digit, most significant first. After all
-digits the k-th largest key is known exactly, with how many of its ties are wanted. Nothing here is random or approximate.
+A score becomes a key, an int32 in the order of the scores; keys are read digit by digit, most significant first. After
+all digits the k-th largest key is known exactly, with how many of its ties are wanted. Nothing here is random or
+approximate.
 """
 
 import torch

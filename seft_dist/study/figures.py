@@ -1,4 +1,5 @@
-"""Figures of a study: quality against what it costs, and learning curves. matplotlib (the extra ``plots``) only here."""
+"""Figures of a study: quality against what it costs, and learning curves. matplotlib (the extra ``plots``) only
+here."""
 
 import io
 import itertools

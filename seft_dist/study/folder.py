@@ -1,7 +1,7 @@
 """A study's folder: a new one, one that is resumed, or one that is refused because it holds another study.
 
 STUDY/study.yaml              the newest configuration of the study; study-1.yaml, ... as it was before
-     /study.json              what its results depend on (parts, bases), and every start: command, machine, versions, code
+     /study.json              hashes of parts and bases; every start with its command, machine, versions and code
      /code-*.diff             uncommitted changes of the code that started it
      /data/PART.jsonl         parts that data.split made
      /bases/NAME/model        models that the study has pruned, with prune.log beside them

@@ -8,7 +8,7 @@
     attempts     one for each start of the run: when, how and where, with which versions, code and configuration;
                  ``first_step`` is the step it began with, so what it did ends where a later one begins
     evolutions   step and digest of all masks and supports, for each evolution
-    damaged      only if a manifest of this run could not be read: what it is called now; attempts before it are in there
+    damaged      new name of a manifest of this run that could not be read; it has the attempts before
     final        after the last step: its loss, and for each target hashes of support, mask and weights
 
 Written by rank 0 when an attempt starts, after each evolution and at the end; a run that goes on adds to it.

@@ -237,7 +237,8 @@ def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, rec
     if count > 0:
         named = f", among them those of steps {as_ranges(wanted)}" if wanted else ""
         print_line(
-            f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has them"
+            f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has "
+            "them"
         )
 
 

@@ -220,7 +220,8 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin)
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
         if method.num_steps > config.steps:
             raise ValueError(
-                f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose another output"
+                f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose "
+                "another output"
             )
         return extra["state"]
     on_all_ranks(ranks, lambda: _check_new(folder))
@@ -273,8 +274,8 @@ def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None
         )
     if then.get("teacher") != now["teacher"]:
         raise ValueError(
-            f"{path} was made with {_describe_teacher(then.get('teacher'))}, this run has {_describe_teacher(now['teacher'])}: "
-            "use teacher.path as before, or choose another output"
+            f"{path} was made with {_describe_teacher(then.get('teacher'))}, this run has "
+            f"{_describe_teacher(now['teacher'])}: use teacher.path as before, or choose another output"
         )
     data = [key for key in now if key not in ("model", "teacher")]
     other = [f"{key} is {now[key]}, was {then[key]}" for key in data if now[key] != then[key]]

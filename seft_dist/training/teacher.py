@@ -2,8 +2,8 @@
 
     loss = (1 - logits) x cross entropy + logits x T^2 x KL(teacher || model) + hidden x distance of layer outputs
 
-All terms are means over the same tokens, those that are learnt. So the micro-batches and ranks of a step weigh as they do
-without a teacher (training/step.py).
+All terms are means over the same tokens, those that are learnt. So the micro-batches and ranks of a step weigh as they
+do without a teacher (training/step.py).
 """
 
 import hashlib
@@ -26,7 +26,8 @@ from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 
 _CHUNK = 1024
-"""Tokens whose predictions are compared at a time: fp32 copies of all of them would be the largest tensors of a step."""
+"""Tokens whose predictions are compared at a time: fp32 copies of all of them would be the largest tensors of a
+step."""
 
 
 class Teacher:
@@ -51,8 +52,8 @@ class Teacher:
 
         Args:
             called: The model that is trained, or what wraps it.
-            inputs: input_ids, attention_mask and labels [batch, length], int64, on this rank's device. Without labels this
-                rank only takes part in the forward passes.
+            inputs: input_ids, attention_mask and labels [batch, length], int64, on this rank's device. Without labels
+                this rank only takes part in the forward passes.
 
         Returns:
             A scalar: the mean over the tokens that are learnt; without labels any number that has a gradient.
@@ -110,8 +111,8 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tens
 def relative_distance(own: Tensor, wanted: Tensor) -> Tensor:
     """Mean over tokens of the squared distance, as a share of the teacher's square at that token; fp32 [].
 
-    SquareHead (Kurtic et al., arXiv 2310.06927) divides by the mean square over all tokens of a batch. That is not a mean
-    over tokens, so it would depend on how a step is divided into micro-batches and ranks.
+    SquareHead (Kurtic et al., arXiv 2310.06927) divides by the mean square over all tokens of a batch. That is not a
+    mean over tokens, so it would depend on how a step is divided into micro-batches and ranks.
 
     Args:
         own: [n, width], output of one decoder layer at n tokens.
@@ -141,8 +142,8 @@ def open_teacher(config: TrainConfig, source: Source) -> Source | None:
         own, theirs = (getattr(each.config.get_text_config(), name) for each in (source, teacher))
         if own != theirs:
             raise ValueError(
-                f"teacher.path={path} has {name} {theirs}, the model has {own}: needs the same, for example the model as it "
-                "was before pruning"
+                f"teacher.path={path} has {name} {theirs}, the model has {own}: needs the same, for example the model "
+                "as it was before pruning"
             )
     return teacher
 

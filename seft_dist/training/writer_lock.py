@@ -105,8 +105,8 @@ def _lock(path: Path, deadline: float) -> int:
         except OSError as error:
             raise ValueError(f"output={path.parent} cannot be written: {error}") from error
         try:
-            # Byte ranges are what NFS and Lustre know, too. Such a lock goes when its process closes any descriptor of the
-            # file, so nothing else here may open it.
+            # Byte ranges are what NFS and Lustre know, too. Such a lock goes when its process closes any descriptor of
+            # the file, so nothing else here may open it.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
