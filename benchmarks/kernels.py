@@ -121,7 +121,7 @@ def selected(rounds: int, numel: int) -> list[dict[str, Any]]:
     k = numel // 100
 
     def in_cpp() -> Tensor:
-        return ranking.top_k(ranking.keys(scores, True, absolute=True), k)
+        return ranking.top_k(ranking.ranking_keys(scores, True, absolute=True), k)
 
     def in_torch() -> Tensor:
         key = selection.keys(scores.abs(), True)

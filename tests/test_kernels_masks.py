@@ -90,7 +90,7 @@ def test_keys_histogram_survivors() -> None:
         eligible = torch.tensor(columns[2], dtype=torch.bool)
         score = {"plain": scores, "absolute": scores.abs(), "product": (scores * times).abs()}[kind]
         expected = selection.keys(score, largest, None if everyone else eligible)
-        key = ranking.keys(
+        key = ranking.ranking_keys(
             scores,
             largest,
             None if everyone else bitmask.pack(eligible),
@@ -117,7 +117,7 @@ def test_the_same_on_several_threads() -> None:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             packed = bits.pack(mask)
-            key = ranking.keys(scores, False, packed, times=times)
+            key = ranking.ranking_keys(scores, False, packed, times=times)
             counts = ranking.first_histogram(key)
             values = packing.encode(scores, packed)
             restored = packing.decode(packed, values, torch.full_like(scores, 7))
@@ -146,9 +146,9 @@ def test_arguments_that_would_reach_outside_are_refused() -> None:
         lambda: bits.with_bits(packed, 20, torch.tensor([3], dtype=torch.int32), True),
         lambda: bits.hash_of_bits(packed, 80, 0),
         lambda: bits.count_outside(packed, torch.zeros(99)),
-        lambda: ranking.keys(scores, True, packed[:2]),
-        lambda: ranking.keys(scores, True, times=scores[:7]),
-        lambda: ranking.keys(scores.double(), True),
+        lambda: ranking.ranking_keys(scores, True, packed[:2]),
+        lambda: ranking.ranking_keys(scores, True, times=scores[:7]),
+        lambda: ranking.ranking_keys(scores.double(), True),
         lambda: ranking.first_histogram(scores),
         lambda: ranking.survivors(torch.zeros(40, dtype=torch.int32)[::2], 3),
         lambda: packing.encode(scores, packed[:2]),

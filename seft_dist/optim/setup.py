@@ -175,7 +175,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
         interval = backend.interval(i)
         positions = torch.arange(interval.start, interval.stop, device=backend.device)
         drawn = scores.uniform(positions, config.seed, i, _INIT)
-        return keys(drawn, largest=True, eligible=state.masks[i])
+        return ranking_keys(drawn, largest=True, eligible=state.masks[i])
 
     chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
     positions = [(offsets + backend.interval(i).start).to(backend.position_dtype) for i, offsets in enumerate(chosen)]
