@@ -33,7 +33,7 @@ SHAPES["smollm2"] = {
     "num_key_value_heads": 3,
 }
 _ONCE: dict[str, Any] = {"steps": 8, "seft": {"interval": 4, "window": 1, "end": 4}}
-"""Of eight steps, the first and the fourth have an evolution."""
+"""Options of a run of eight steps, of which the first and the fourth have an evolution."""
 CASES = [
     Case("smollm2", **_ONCE),
     Case("smollm2", checkpoint=True, batch=2, length=512, **_ONCE),

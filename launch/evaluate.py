@@ -1,5 +1,4 @@
-"""Compare causal language models: perplexity on a text, tasks of lm-evaluation-harness, and zeros in each kind of
-weight.
+"""Compare causal language models: perplexity on a text, tasks of lm-evaluation-harness, and zeros by kind of weight.
 
     python launch/evaluate.py --models.dense DENSE --models.pruned PRUNED --data.path TEXT.jsonl --stride 256
     python launch/evaluate.py --models.dense DENSE --tasks arc_easy --task_files.arc_easy arc_easy.jsonl

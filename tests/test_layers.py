@@ -60,6 +60,8 @@ CONFINED = {
     "mpi4py": {"session"},
 }
 
+NO_SENTENCE = {"What", "Of", "Whether", "By", "As", "Who", "How", "Where", "Which"}
+"""First words of docstrings that are fragments."""
 MAX_FILE = 400
 MAX_FUNCTION = 60
 
@@ -110,6 +112,16 @@ def test_every_room_has_a_floor_and_says_what_it_is() -> None:
     assert {room_of(path) for path in PACKAGE} == {*FLOORS, "__init__"}
     silent = [name_of(path) for path in [*PACKAGE, *DOORS, *TESTS] if not ast.get_docstring(tree_of(path))]
     assert not silent, f"no docstring at the top: {silent}"
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *DOORS], ids=name_of)
+def test_docstrings_are_sentences(path: Path) -> None:
+    # a string that stands alone is the docstring of a module, class, function or attribute
+    statements = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Expr)]
+    for node in statements:
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first = node.value.value.split(maxsplit=1)[0].rstrip(",:")
+            assert first not in NO_SENTENCE, f"{name_of(path)}:{node.lineno}: docstring begins with {first}"
 
 
 def test_the_pure_floor_knows_numbers_only() -> None:

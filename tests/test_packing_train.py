@@ -37,8 +37,7 @@ def test_runs_are_the_same(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_packed_run_goes_on_anywhere(inputs: Path, tmp_path: Path) -> None:
-    """A packed run on two ranks, stopped after 4 of 10 steps, continues equally on one and three ranks, packed or
-    not."""
+    """A packed run on two ranks, stopped after 4 of 10 steps, goes on equally on one and three, packed or not."""
     run(inputs, tmp_path / "first", 2, packing="resident", save_every=4)
     shutil.rmtree(tmp_path / "first" / "checkpoints" / "step-00000010")
     for world_size in (1, 3):

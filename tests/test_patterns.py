@@ -205,7 +205,7 @@ def test_ranks_choose_what_one_process_chooses(world_size: int) -> None:
 
 
 def fake_backend(partitions: list[Partition], group: Group) -> Any:
-    """What NMGroups asks of a backend, for any division."""
+    """Make a stand-in with what NMGroups asks of a backend, for any division."""
 
     class Fake:
         owners = group

@@ -41,8 +41,11 @@ def attempts(run: Path) -> list[list[str]]:
 
 
 def start(cluster: Cluster, train: Path, *arguments: str, options: tuple[str, ...] = (), **env: str) -> Job:
-    """A job on two nodes that writes to the folder "run" beside the checkout. Unless told otherwise its first attempt
-    takes so long that whatever is to interrupt it comes in time on a busy machine too."""
+    """Start a job on two nodes that writes to the folder "run" beside the checkout.
+
+    Unless told otherwise its first attempt takes so long that whatever is to interrupt it comes in time on a busy
+    machine too.
+    """
     env = {"STEPS": "60", "STEP_SECONDS": "0.5"} | env
     cwd = train.parents[2]
     return cluster.submit(train, "--output", "run", *arguments, options=("--nodes=2", *options), cwd=cwd, **env)

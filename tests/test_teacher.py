@@ -1,5 +1,4 @@
-"""Distillation: the loss is what its formula says, a teacher is held as the model is, and changes no weight of its
-own."""
+"""Distillation: the loss is what its formula says, and a teacher is held as the model is and never changes."""
 
 import dataclasses
 import json

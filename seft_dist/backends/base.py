@@ -55,8 +55,7 @@ class Backend(ABC):
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
-        """Type of flat positions in every target: one for all of them, so that they can be kept and sent in one
-        vector."""
+        """Type of flat positions, one for all targets, so that they can be kept and sent in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
         kinds = [self._kind(i) for i in range(len(self.names))]
         self.device = kinds[0][1]
@@ -97,8 +96,10 @@ class Backend(ABC):
 
     @abstractmethod
     def own(self, i: int) -> Tensor:
-        """Return the owned interval of weight i, flat, in the model's dtype: only to be read, since it may be a
-        copy."""
+        """Return the owned interval of weight i, flat, in the model's dtype.
+
+        It is only to be read, since it may be a copy.
+        """
 
     @abstractmethod
     def places(self, i: int, positions: Tensor) -> Tensor:
@@ -116,8 +117,10 @@ class Backend(ABC):
 
     @abstractmethod
     def memory(self, i: int) -> tuple[Tensor, int]:
-        """Return the memory that places of weight i index, flat, in the model's dtype, and the place of its first
-        value."""
+        """Return the memory that places of weight i index, and the place of its first value.
+
+        The memory is flat, in the model's dtype.
+        """
 
     def load(self, i: int, places: Tensor) -> Tensor:
         """Return the weights at some places, in the model's dtype."""
@@ -165,8 +168,10 @@ class Backend(ABC):
 
     @abstractmethod
     def sync_mask_counts(self) -> None:
-        """Agree on the sizes that depend on the masks, after ``remask`` or ``put_own``. Collective where there are
-        any."""
+        """Agree on the sizes that depend on the masks, after ``remask`` or ``put_own``.
+
+        Collective where there are any such sizes.
+        """
 
     @abstractmethod
     def prepare_write(self) -> None:

@@ -42,11 +42,11 @@ def whole_value(parameter: Tensor) -> Tensor:
 
 
 def pack_gathers(model: nn.Module) -> list[GatherSize]:
-    """Let FSDP2 send pruned weights packed, unit by unit where that pays. Collective; before ``SeftOptimizer``
-    attaches.
+    """Let FSDP2 send pruned weights packed, unit by unit where that pays. Collective.
 
-    The resident shards stay dense; training is the same bit for bit. Call it again if weights were changed other than
-    by the optimizer. A unit whose parameters are of several types is sent as it is.
+    Call it before ``SeftOptimizer`` attaches, and again if weights were changed other than by the optimizer. The
+    resident shards stay dense; training is the same bit for bit. A unit whose parameters are of several types is sent
+    as it is.
 
     Args:
         model: The root on which ``fully_shard`` was called.

@@ -42,8 +42,10 @@ class GatherSize:
 
 
 class PackedAllGather:
-    """The all-gather of one unit, for ``FSDPModule.set_custom_all_gather``. FSDP2 calls its methods with these
-    keywords."""
+    """The all-gather of one unit, for ``FSDPModule.set_custom_all_gather``.
+
+    FSDP2 calls its methods with these keywords.
+    """
 
     def __init__(self, name: str) -> None:
         """Args:

@@ -103,8 +103,7 @@ class PackedWeight:
 
 
 class MetaPlaceholder(nn.Parameter):
-    """The parameter that stands in a module in a packed weight's place: shape and type, on the meta device, no
-    values."""
+    """The parameter in a packed weight's place in a module: shape and type, on the meta device, no values."""
 
     packed: PackedWeight
 

@@ -47,8 +47,7 @@ class Adapted(Baseline):
     @staticmethod
     @abstractmethod
     def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        """Combine the frozen fp32 weight and the factor, of equal shape, to the weight to compute with.
-        Differentiable."""
+        """Combine the frozen fp32 weight and the factor, of equal shape, into the weight to use. Differentiable."""
 
     def install(self) -> dict[str, nn.Parameter]:
         parameters: dict[str, nn.Parameter] = {}

@@ -1,5 +1,4 @@
-"""The base class of the comparison methods: finding targets, optimizer steps, counting zeros, ending in a plain
-model."""
+"""The base class of the comparison methods: targets, optimizer steps, zeros, and a plain model at the end."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -43,10 +42,10 @@ class Ending:
 
 
 class Baseline(ABC):
-    """A method that trains some parameters with torch's AdamW; made before a forward pass, attached before the first
-    step.
+    """A method that trains some parameters with torch's AdamW and freezes all others.
 
-    All others are frozen. Weights may be held by one process, by every rank, or in FSDP2 shards.
+    It is made before a forward pass and attached before the first step. Weights may be held by one process, by every
+    rank, or in FSDP2 shards.
     """
 
     evolution = None
@@ -109,8 +108,7 @@ class Baseline(ABC):
         return {}
 
     def active_of(self, i: int) -> Tensor | None:
-        """Mark the values of trained part i that may change but not become 0: bool [n]; None if any value may do
-        both."""
+        """Mark the values of trained part i that may change but not become 0, bool [n]; None: all may do both."""
         return None
 
     @property
@@ -224,8 +222,7 @@ class Baseline(ABC):
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each target the positions of its support (none) and of its non-zero weights, in this rank's
-        interval."""
+        """Yield each target's positions of support (none) and of non-zero weights in this rank's interval."""
         for i in range(len(self.backend.names)):
             active = (self.backend.own(i) != 0).nonzero().view(-1) + self.backend.interval(i).start
             yield active[:0], active

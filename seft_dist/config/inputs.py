@@ -20,8 +20,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; None: the model's own."""
     activation_checkpointing: bool = False
-    """True: keep only each decoder layer's input and compute the layer again in backward (less memory, about 1/3 more
-    time)."""
+    """True: keep decoder layers' inputs only, compute layers again in backward (less memory, about 1/3 more time)."""
 
     def __post_init__(self) -> None:
         check(bool(self.path), "model.path is empty", "a folder of a Hugging Face causal LM, or a hub name")
@@ -32,8 +31,7 @@ class DataConfig:
     """The records to read, and the way they become token sequences."""
 
     path: str
-    """A file (.txt, .json, .jsonl, .parquet), a folder of such files, or the hub name of a dataset. A .txt file is one
-    record."""
+    """A file (.json, .jsonl, .parquet, or .txt as one record), a folder of such files, or a dataset's hub name."""
     name: str | None = None
     """Configuration of a hub dataset, e.g. "wikitext-2-raw-v1"."""
     split: str = "train"
@@ -54,13 +52,11 @@ class DataConfig:
     tools_field: str = "tools"
     """Column with an optional list of tools (JSON schemas), handed to the chat template with the messages."""
     join: Literal["documents", "concatenate", "newline", "blank_line"] = "documents"
-    """Way to join text records to one stream. "documents": each with the special tokens that the tokenizer adds and
-    an eos behind it. The others make one text of all records, with nothing, "\\n" or "\\n\\n" between them, and
-    tokenise that: at most one bos, no eos. Papers on pruning join WikiText's lines, one record each, with
-    "blank_line"."""
+    """Way to join text records to one stream. "documents": each with the special tokens that the tokenizer adds and an
+    eos behind it. The others make one text of all records, with nothing, "\\n" or "\\n\\n" between them, and tokenise
+    that: at most one bos, no eos. Papers on pruning join the lines of WikiText with "blank_line"."""
     date: str | None = None
-    """Day that a chat template which writes today's date gets to see, YYYY-MM-DD. None: today; a run keeps the day on
-    which it began."""
+    """Date that a chat template gets as today's, YYYY-MM-DD. None: today; a run keeps the day on which it began."""
     seq_len: int = 1024
     """Tokens in a sequence: the length of packed blocks, and the limit at which longer records are cut."""
     holdout_every: int = 0

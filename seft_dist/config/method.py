@@ -52,12 +52,10 @@ class SeftConfig:
     drop_fraction: float = 0.2
     """Share of the support that moves in an evolution at the start of the run, f0, 0 to 1."""
     drop_schedule: DropSchedule = "cosine"
-    """Schedule by which the moving share falls to 0 at the last step: "cosine", "linear", or "constant" (it does not
-    fall)."""
+    """Schedule of the moving share: "cosine" or "linear", which fall to 0 at the last step, or "constant"."""
     on_drop: OnDrop = "commit_reactivated"
     """Weight that a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at
-    reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta becomes part of the
-    base."""
+    reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta joins the base."""
     reactivation: float = 1.0
     """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the mask never moves."""
     init: Init = "gradient"
@@ -66,18 +64,14 @@ class SeftConfig:
     moments: Moments = "zero"
     """Adam moments of a grown entry: "zero" (age 0) or "seeded" from the window's mean gradient and mean square."""
     drop: Drop = "magnitude"
-    """Criterion for dropping: smallest "magnitude" |delta|, smallest "movement" -delta x accumulated gradient, or
-    "random"."""
+    """Criterion to drop: smallest "magnitude" |delta| or "movement" -delta x accumulated gradient, or "random"."""
     grow: Grow = "gradient"
-    """Criterion for growing: largest |accumulated "gradient"|, largest row/column second "momentum" (SM3), or
-    "random"."""
+    """Criterion to grow: largest |accumulated "gradient"| or row/column second "momentum" (SM3), or "random"."""
     adapt: Adapt = "sensitivity"
-    """Criterion for pruning again: smallest "sensitivity" |weight x accumulated gradient|, smallest "activation"
-    |weight| x input norm (Wanda), smallest "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned
-    model)."""
+    """Criterion to prune again: smallest "sensitivity" |weight x accumulated gradient|, "activation" |weight| x input
+    norm (Wanda) or "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned model)."""
     scope: Scope = "layer"
-    """Scope in which Adapt ranks: inside each "layer", which keeps its own sparsity, or "global" over all of them, with
-    one sparsity."""
+    """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""
     pattern: str | None = None
     """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active
     (in YAML with quotation marks). None: any position may be active."""
@@ -85,8 +79,7 @@ class SeftConfig:
     """Form of the distributed top-k: "gather" candidates, "radix" histograms, or "auto", the one that moves fewer
     bytes. All give the same result."""
     decay: Decay = "weight"
-    """Values that weight_decay shrinks: the "weight" (base + delta, as torch.optim.AdamW) or only the "delta" (towards
-    the base)."""
+    """Values that weight_decay shrinks: "weight" (base + delta, as torch.optim.AdamW) or "delta" (to the base)."""
     allow_dense: bool = False
     """True: accept a model whose targets have no pruned positions."""
     seed: int = 0

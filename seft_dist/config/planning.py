@@ -25,18 +25,15 @@ class ClusterConfig:
     tflops: float | None = None
     """Dense peak of a device in the weights' type, 10^12 operations a second."""
     mfu: float = 0.4
-    """Share of that peak that training reaches (model FLOP/s utilisation), above 0 and at most 1. An assumption; not
-    used for measured rates."""
+    """Share of that peak that training reaches (MFU), above 0, at most 1. Assumed; not used for measured rates."""
     sampled_share: float = 0.25
-    """Time of a weight gradient sampled at the deltas, as a share of the dense one's. An assumption; not used for
-    measured rates."""
+    """Time of a weight gradient sampled at the deltas over the dense one's. Assumed; not used for measured rates."""
     intra_gb_s: float | None = None
     """Bandwidth of one device inside its node, 10^9 bytes a second, in one direction."""
     inter_gb_s: float | None = None
     """Bandwidth of one whole node to others, 10^9 bytes a second, in one direction."""
     link_share: float = 0.7
-    """Share of these bandwidths that collectives reach, above 0 and at most 1. An assumption; not used for measured
-    rates."""
+    """Share of these bandwidths that collectives reach, above 0, at most 1. Assumed; not used for measured rates."""
     reserve_gb: float | None = None
     """Memory of a device that is gone before the first tensor (context, libraries, communication buffers), in 10^9
     bytes. None: 2 on a GPU; measured for a CPU."""

@@ -30,8 +30,7 @@ class PruneConfig:
     sparsegpt, "row" for the others."""
     layer_ratios: str = "uniform"
     """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a
-    JSON or YAML file from names (of decoder layers or linears) to sparsities; what it does not name gets
-    --sparsity."""
+    JSON or YAML file from names (of decoder layers or linears) to sparsities; all others get --sparsity."""
     owl_threshold: float = 5.0
     """OWL: a score above this many times the mean of its decoder layer is an outlier (M in the paper)."""
     owl_lambda: float = 0.08

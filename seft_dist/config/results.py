@@ -23,9 +23,8 @@ class EvaluateConfig:
     """Sequences of a rank in one forward pass."""
     stride: int | None = None
     """Perplexity of a text in sliding windows of data.seq_len tokens that begin every so many tokens, below
-    data.seq_len: each token is scored once, with at least data.seq_len - stride tokens before it. None: windows side
-    by side (blocks), the first token of each not scored. Chats and instructions have no windows: each record is a
-    sequence of its own."""
+    data.seq_len: each token is scored once, with at least data.seq_len - stride tokens before it. None: windows side by
+    side (blocks), the first token of each not scored. A chat or instruction is one sequence, without windows."""
     max_tokens: int | None = None
     """Measure perplexity on at most this many tokens. None: all."""
     tasks: str | None = None
@@ -81,9 +80,8 @@ class SweepConfig:
     """The table of a sweep, made by launch/sweep.py."""
 
     folder: str
-    """Folder whose subfolders are runs of launch/train.py. With tasks.tsv in it (slurm/sweep.sbatch writes that: a line
-    for each run, its name, a tab, its options), runs that have not begun are listed too. Gets sweep.csv, sweep.md and
-    sweep.png."""
+    """Folder whose subfolders are runs of launch/train.py; gets sweep.csv, sweep.md and sweep.png. With tasks.tsv in it
+    (by slurm/sweep.sbatch: a line for each run, its name, a tab, its options), runs that have not begun are listed."""
     figure: bool = True
     """False: no sweep.png (it needs matplotlib)."""
 

@@ -27,8 +27,7 @@ class StudyConfig:
     of which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from
     another base, "method: none" measures the base as it is."""
     tokens: int
-    """Budget: tokens that each run is trained on, in sequences of data.seq_len; rounded down to whole optimizer
-    steps."""
+    """Budget: tokens that each run is trained on, in sequences of data.seq_len, rounded down to optimizer steps."""
     base: str | None = None
     """Base of the methods that name none. None: the first of bases."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -46,8 +45,7 @@ class StudyConfig:
     """Method with which the others are compared, seed by seed. None: the first of methods."""
     keep: Keep = "chosen"
     """Choice of the runs that keep their exported models and checkpoints once they are measured: "all", those with a
-    "chosen" setting, or "none". What is to be measured in another way later is trained again where its model is
-    gone."""
+    "chosen" setting, or "none". To be measured in another way later, a run without its model is trained again."""
     jobs: int = 1
     """Processes at a time."""
     threads: int | None = None

@@ -24,10 +24,9 @@ class TrainConfig:
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
     method: MethodName = "seft"
-    """Method of training (docs/baselines.md): "seft"; "seft_static", "seft_static_random", "seft_fixed_mask" and
-    "spiel", which are settings of it; or to compare with: "none" (nothing, the pruned model is written as it is),
-    "lora", "lora_merged" (pruned again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights),
-    "norms_and_biases" (PERP)."""
+    """Method of training (docs/baselines.md): "seft"; its settings "seft_static", "seft_static_random",
+    "seft_fixed_mask" and "spiel"; or to compare with: "none" (the pruned model as it is), "lora", "lora_merged" (pruned
+    again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
     seft: SeftConfig = field(default_factory=SeftConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
@@ -51,10 +50,9 @@ class TrainConfig:
     offload: bool = False
     """FSDP only: keep the weight shards in CPU memory (DeepSpeed: use ds_configs/zero3_offload.json)."""
     packing: Packing = "none"
-    """Treatment of zeros in memory and traffic; the results are the same bits (docs/packing.md). "gather": FSDP
-    ranks send each other bits and non-zero values; the weights at rest stay dense. "resident": the targets stay
-    packed at rest as well, on FSDP ranks or in one process, and are dense one at a time while they are computed
-    with."""
+    """Treatment of zeros in memory and traffic; the results are the same bits (docs/packing.md). "gather": FSDP ranks
+    send each other bits and non-zero values; the weights at rest stay dense. "resident": the targets stay packed at
+    rest as well, on FSDP ranks or in one process, and are dense one at a time while in use."""
     seed: int = 0
     """Seed of the data order."""
     log_every: int = 1
@@ -63,9 +61,8 @@ class TrainConfig:
     save_every: int = 0
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
     trace: bool = False
-    """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each
-    optimizer step (about 0.2 kB for each layer and step), so that launch/compare.py finds the first step and layer
-    that differ."""
+    """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each step
+    (about 0.2 kB for each layer and step), in which launch/compare.py finds the first step and layer that differ."""
     export: bool = True
     """True: write the repaired model as a Hugging Face folder, and the delta file, at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()

@@ -1,5 +1,4 @@
-"""Types of transformers for annotations in rooms that neither load models nor tokenizers and do not import the
-library."""
+"""Types of transformers for annotations, for rooms that load no models or tokenizers and do not import it."""
 
 from transformers import PreTrainedModel as PreTrainedModel
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase

@@ -1,9 +1,9 @@
-"""The C++ library of this room: compiled when first used, kept in the folder of torch's extensions; and the Triton
-kernels.
+"""The C++ library of this room, compiled when first used, and the Triton kernels.
 
-It is plain C++ behind C functions, so one file serves every version of torch and compiles in seconds. Its name depends
-on the source, the processor and the compiler. One process of a machine builds it under a lock that ends with the
-process that holds it, while the others wait; a library appears whole or not at all.
+The library is kept in the folder of torch's extensions. It is plain C++ behind C functions, so one file serves every
+version of torch and compiles in seconds. Its name depends on the source, the processor and the compiler. One process of
+a machine builds it under a lock that ends with the process that holds it, while the others wait; a library appears
+whole or not at all.
 
 The environment is read as for every extension of torch: TORCH_EXTENSIONS_DIR names the folder, CXX the compiler. CXX
 may contain options, which come after ours: CXX="g++ -march=x86-64" builds for any x86-64 processor, so that two of them
@@ -70,8 +70,7 @@ class BuildError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled functions, or None, with one warning, where they cannot be built. Builds at the first
-    call."""
+    """Return the compiled functions, built at the first call; None, with one warning, where that fails."""
     try:
         loaded = ctypes.CDLL(str(build()))
     except (BuildError, OSError) as error:
@@ -147,8 +146,7 @@ def _compile(compiler: str, options: list[str], library: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=prefix, suffix=".part") as part:
         _run([compiler, *FLAGS, *options, "-c", *map(str, sorted(_HERE.glob("*.cpp")))], Path(part))
-        # Linked without -fopenmp: the threads are those of the OpenMP library that torch has loaded, not a second
-        # one's.
+        # Linked without -fopenmp, so that the threads are those of the OpenMP library that torch has loaded.
         objects = sorted(path.name for path in Path(part).glob("*.o"))
         _run([compiler, "-shared", *options, "-o", "library.so", *objects], Path(part))
         os.replace(Path(part) / "library.so", library)

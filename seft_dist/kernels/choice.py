@@ -24,8 +24,7 @@ TABLE = Path(__file__).with_name("sampled_times.json")
 _DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1}
 """Density from which on a dense product is faster on a CPU."""
 _FLOPS = {2: 500e12, 4: 45e12}
-"""FLOP/s of a dense product by bytes of an operand's number: bf16 and fp16 on tensor cores, fp32 without TF32.
-Assumed."""
+"""FLOP/s of a dense product by bytes of a number: bf16 and fp16 on tensor cores, fp32 without TF32. Assumed."""
 _CACHE, _MEMORY = 5e12, 3e12
 """Bytes a second from an H100's second cache, where gathered operands lie, and from its memory. Assumed."""
 

@@ -1,5 +1,6 @@
-"""The gradient of a weight [out, in] at k of its positions: grad[k] = or += sum over tokens of g[t, row of k] x[t,
-column of k].
+"""The gradient of a weight [out, in] at k of its positions.
+
+    grad[k] = or += sum over tokens of g[t, row of k] x[t, column of k]
 
 Four forms, one result (to rounding; sums are made in fp32): C++, torch.sparse.sampled_addmm, a dense product of one
 block of rows after another from which the positions are taken, and on CUDA a Triton kernel. ``choose`` picks
@@ -74,8 +75,7 @@ def sampled_grad_(
 def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
     """Compute the whole weight gradient, fp32 [out, in].
 
-    Products of 16-bit numbers are exact in fp32, so on CUDA tensor cores may make them: the sums are in fp32 either
-    way.
+    Products of 16-bit numbers are exact in fp32, so tensor cores may make them on CUDA; sums are always in fp32.
 
     Args:
         x: [T, in], the linear's input.

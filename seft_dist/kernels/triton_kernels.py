@@ -1,7 +1,7 @@
-"""The kernels for CUDA, in Triton. Never run on a GPU: tested through Triton's interpreter, so for results, not for
-speed.
+"""The kernels for CUDA, in Triton.
 
-Import this module only where Triton is installed; with TRITON_INTERPRET=1 set before, the kernels run on CPU tensors.
+They have never run on a GPU: Triton's interpreter tests their results, not their speed. Import this module only where
+Triton is installed; with TRITON_INTERPRET=1 set before, the kernels run on CPU tensors.
 """
 
 import torch

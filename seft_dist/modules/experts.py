@@ -18,8 +18,11 @@ from seft_dist.backends.shards import whole_shape
 from seft_dist.kernels.sampled import dense_grad
 
 Projection = Callable[[str, Tensor, list[int]], Tensor]
-"""Multiplies tokens with a fused weight. Takes the parameter's name, the tokens [T, in] sorted by expert, and where
-each expert's tokens end; returns [T, out]."""
+"""Function that multiplies tokens with a fused weight.
+
+Its arguments are the parameter's name, the tokens [T, in] sorted by expert, and where each expert's tokens end; it
+returns [T, out].
+"""
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -103,8 +103,7 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
 
 
 def _routers(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that choose experts: neighbours of the experts with such a type or name, and all they
-    contain."""
+    """Return the modules that choose experts, with all they contain: neighbours of experts, by type or name."""
     routers: set[nn.Module] = set()
     for parent in model.modules():
         children = dict(parent.named_children())

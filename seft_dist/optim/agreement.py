@@ -1,5 +1,4 @@
-"""Raising an error on all ranks if one of them has it, so that no rank goes on alone into a collective that never
-ends."""
+"""Raising an error on all ranks if one has it: a rank that goes on alone would wait in a collective for ever."""
 
 from collections.abc import Callable, Sequence
 

@@ -117,8 +117,7 @@ def near_ties(
     chosen: list[Tensor],
     errors: Callable[[int], Tensor],
 ) -> list[int]:
-    """Count the candidates so close to the border of a selection that rounding could put them on the other side.
-    Collective.
+    """Count the candidates that rounding could put on the other side of a selection's border. Collective.
 
     The border is midway between the last selected score and the first that is not. Where two candidates can change
     places, the distance between them is at most the sum of their errors, so at least one of them is within its own

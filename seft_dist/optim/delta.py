@@ -142,8 +142,7 @@ class Support:
         self.col = (positions % shape[1]).to(torch.int32)
         """int32 [len], input feature of each entry."""
         self.bounds = row_bounds(shape, self.crow)
-        """Index at which each block of rows begins, on the host: otherwise every step would wait for the device for
-        it."""
+        """Index at which each block of rows begins, on the host, so that no step has to wait for the device."""
         self._blocks: list[Support] = []
 
     def __len__(self) -> int:

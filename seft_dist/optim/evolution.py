@@ -31,8 +31,10 @@ from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
 Errors = Callable[[Rounding, int], Tensor]
-"""Returns how far rounding can move each score of a layer, fp32, one for each key; called while near-ties are
-counted."""
+"""Function that returns how far rounding can move each score of a layer, fp32, one for each key.
+
+It is called while near-ties are counted.
+"""
 
 _DROP, _GROW = 1, 2  # keys of the random criteria's streams
 
@@ -258,11 +260,10 @@ class Evolution:
         self.draft.near_ties = self._near_ties or []
 
     def _inside_groups(self, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-        """Let only the best of each group compete to grow, as many as it has active positions. Collective with a
-        pattern.
+        """Let only the best of each group compete to grow, as many as it has active positions.
 
-        Each reactivated position costs its group an active position that did not grow, so there are always enough of
-        those.
+        Collective with a pattern. Each reactivated position costs its group an active position that did not grow, so
+        there are always enough of those.
         """
         return GroupRanking(self.groups, key, self.groups.counter(self._mask)) if self.groups else key
 
@@ -290,8 +291,7 @@ class Evolution:
             positions = torch.arange(start, start + numel, device=self.backend.device)
             score = scores.uniform(positions, self.config.seed, i, self.step, _GROW)
             return ranking_keys(score, largest=True, eligible=eligible)
-        # Nothing speaks for a position with score 0: it would cost an active weight, and the next update would not move
-        # it.
+        # A position with score 0 would gain nothing: it costs an active weight, and the next update does not move it.
         return key.masked_fill_(key == 0, INELIGIBLE)
 
     def adapt(self) -> None:

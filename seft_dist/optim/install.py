@@ -38,8 +38,7 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
 
 
 def uninstall(target: Target) -> None:
-    """Undo ``install``. The fused weights of one module share it: the first of them takes the hooks and slots of
-    all."""
+    """Undo ``install``; the first of a module's fused weights takes the hooks and slots of all with it."""
     attachment = attachment_of(target.module)
     for hook in attachment.hooks:
         hook.remove()

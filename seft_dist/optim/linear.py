@@ -35,8 +35,7 @@ def _held_weight(module: nn.Module, key: str = "weight") -> HeldWeight:
 
 
 def _dense(weight: HeldWeight) -> Tensor:
-    """Return the weight itself, or a packed one decoded into memory that the next call uses again. Collective if
-    packed."""
+    """Return the weight, or a packed one decoded into memory that the next call reuses. Collective if packed."""
     return weight if isinstance(weight, Tensor) else weight.dense()
 
 

@@ -188,8 +188,7 @@ class NMGroups:
         return [(int(every[rank, i, 0]), int(every[rank, i, 1])) for i, rank in enumerate(ranks.tolist())]
 
     def check(self, masks: list[Tensor], prints: list[int]) -> None:
-        """Check that no group broke the pattern, and that each has as many active positions as at the start.
-        Collective.
+        """Check that no group broke the pattern or changed its number of active positions. Collective.
 
         Args:
             masks: As for ``fingerprints``.

@@ -89,8 +89,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.evolution: EvolutionReport | None = None
         """Report of the last step's evolution; None if it had none."""
         self.counts_near_ties = False
-        """Set it to let evolutions count near-ties (``EvolutionReport.near_ties``), which takes further passes over the
-        scores."""
+        """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
@@ -144,10 +143,9 @@ class SeftOptimizer(torch.optim.Optimizer):
         return float(self._grad_norm)
 
     def attach(self) -> None:
-        """Divide the weights among their owners, and check that the model fits the configuration. Collective,
-        idempotent.
+        """Divide the weights among their owners, and check that the model fits the configuration. Collective.
 
-        The first forward pass with gradients does this by itself.
+        The first forward pass with gradients does this by itself. A second call does nothing.
 
         Raises:
             ValueError: The model is dense, a layer cannot hold the density, weights are not finite or cannot be written

@@ -97,8 +97,7 @@ def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
         How to get the input in backward, and the tensors to save until then: the input itself, or tensors that live
         until then in any case or have few numbers.
     """
-    # Hooks decide what becomes of saved tensors (a checkpointed layer keeps none): asking the graph for its own would
-    # already run them.
+    # Hooks decide what becomes of saved tensors (a checkpointed layer keeps none), and asking the graph runs them.
     node: Any = x.grad_fn
     if node is None or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return _WHOLE, [x]
@@ -117,8 +116,7 @@ def keep(x: Tensor) -> tuple[Input, list[Tensor]]:
 
 
 def unknown_nodes() -> list[str]:
-    """Return the names of the nodes that this version of torch does not have as they are expected here; normally
-    none."""
+    """Return the names of the nodes that this version of torch does not have as expected; normally none."""
     with torch.enable_grad():
         x = torch.rand(2, 2, requires_grad=True)
         product = (x + 1) * (x + 2)
@@ -190,8 +188,7 @@ def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 def _operand(side: Tensor, shape: torch.Size, operands: list[Tensor]) -> int | None:
     if isinstance(side, nn.Parameter) or not side.requires_grad:
-        # This is a parameter, which engines free after forward: it is copied if it is as small as one row, and still
-        # there.
+        # Engines free this parameter after forward: it is copied if it is as small as one row, and still there.
         if side.shape != shape[-1:]:
             return None
         side = side.clone()

@@ -34,13 +34,19 @@ class EvolutionReport:
     bytes_sent: int
     """Bytes sent by this rank, from drop to verify."""
     phases: dict[str, Phase]
-    """window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow, adapt,
-    commit (all ranks learn the new positions) and verify; docs/evolution.md lists what each sends."""
+    """Time and traffic by phase; docs/evolution.md lists what each sends.
+
+    The phases are window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow,
+    adapt, commit (all ranks learn the new positions) and verify.
+    """
     digest: str
     """Digest of all masks and supports; the same for every layout."""
     near_ties: list[int] | None = None
-    """Number of candidates of each target that a selection took or left by so little that rounding of their terms could
-    have decided (``collectives.near_ties``), candidates of a window included. None: not counted."""
+    """Number of each target's candidates whose selection rounding could have decided; None: not counted.
+
+    A selection took or left them by so little that rounding of their terms matters (``collectives.near_ties``).
+    Candidates of a window are included.
+    """
 
 
 @dataclass

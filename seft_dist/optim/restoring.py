@@ -1,7 +1,6 @@
 """Taking over masks and deltas that come from outside, e.g. from a file: first everything is checked, then it is used.
 
-Kernels index with positions and ages, so nothing that is out of bounds, out of order or not finite may get as far as
-that.
+Kernels index with positions and ages, so nothing out of bounds, out of order or not finite may get that far.
 """
 
 from collections.abc import Mapping, Sequence

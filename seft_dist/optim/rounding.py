@@ -17,8 +17,7 @@ from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 
 ROUNDING = 2.0**-12
-"""Error of a gradient or delta in fp32, as a share of itself and of what is typical (docs/numerics.md has measured
-ones)."""
+"""Error of an fp32 gradient or delta, as a share of itself and of what is typical (measured: docs/numerics.md)."""
 _BF16 = 2.0**-8
 """The same where gradients are kept in bf16: two of its steps."""
 
@@ -50,8 +49,7 @@ class Rounding:
             self._update.append((delta, root))
 
     def _sums(self, i: int, needed: bool) -> list[Tensor]:
-        """Return the sum of squares and the number of non-zeros of the gradient in each row, then in each column;
-        fp64."""
+        """Return the gradient's sum of squares and number of non-zeros in each row, then in each column; fp64."""
         (rows, cols), interval = self._backend.shapes[i], self._backend.interval(i)
         sums = [
             torch.zeros(size, dtype=torch.float64, device=self._backend.device) for size in (rows, rows, cols, cols)
@@ -110,8 +108,7 @@ class Rounding:
         return errors * gradient + entries.values.abs() * self._of_gradient(i)[offsets]
 
     def of_grow(self, i: int) -> Tensor:
-        """Return the errors of the scores by which a layer's own positions enter the support, fp32 [n]; 0 for random
-        ones."""
+        """Return the errors of the scores by which a layer's own positions grow, fp32 [n]; random ones have none."""
         interval = self._backend.interval(i)
         if self._config.grow == "random":
             return torch.zeros(len(interval), device=self._backend.device)

@@ -24,8 +24,7 @@ class Slot:
         self.touched = False
         """True if a backward pass has recorded since the last step."""
         self.support: Support | None = None
-        """Positions to sample: those of the deltas, and in a window of candidates the candidates' too. None before the
-        first support is chosen."""
+        """Positions to sample: of the deltas, and of a window's candidates; None before the first support is chosen."""
         self.grad: Tensor | None = None
         """fp32 [k], this rank's gradient since the last step; None: nothing was recorded, or it has been taken."""
         self.window: Window | None = None

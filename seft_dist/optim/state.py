@@ -74,13 +74,15 @@ class State:
     supports: list[Support]
     """All ranks' positions."""
     committed: list[Tensor]
-    """``Backend.position_dtype``, own positions whose delta became part of the base once: what, beside masks and
-    columns, makes the weights differ from the pruned model. They stay listed when they enter the support again."""
+    """Own positions whose delta became part of the base once, ``Backend.position_dtype``.
+
+    Beside masks and columns, they make the weights differ from the pruned model. They stay listed when they enter the
+    support again.
+    """
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
     group_prints: list[int] = field(default_factory=list)
-    """Hash of each whole weight's active positions by group at the start (``NMGroups.fingerprints``); empty without a
-    pattern."""
+    """``NMGroups.fingerprints`` of each whole weight's active positions at the start; empty without a pattern."""
 
     def layers(self) -> Iterator[Columns]:
         """Yield the own entries of each layer (views)."""

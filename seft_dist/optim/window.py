@@ -58,8 +58,7 @@ class Needs:
         return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
 
     def of_first_support(self) -> "Needs":
-        """Return the needs with the gradient among them: the first support is chosen by it, whatever the criteria
-        read."""
+        """Return the needs with the gradient among them, which chooses the first support whatever the criteria."""
         return dataclasses.replace(self, gradient=True)
 
     @property
@@ -96,8 +95,7 @@ class Window:
         self.squares: Tensor | None = None
         """[own], sum over steps of the squared gradient (seeded moments)."""
         self.positions: Tensor | None = None
-        """``Backend.position_dtype`` [kept], increasing: the own positions whose gradient is in ``total``; None:
-        all."""
+        """``Backend.position_dtype`` [kept], increasing: own positions with a gradient in ``total``; None: all."""
         self.sampled: Support | None = None
         """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None

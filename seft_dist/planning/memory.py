@@ -17,8 +17,7 @@ _DELTA = 20
 _RANKED = 8
 """Bytes for each own weight of the layer that is being ranked: the weight and its key."""
 ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
-"""Settings of ds_configs/zero3*.json: numbers of weights that stay gathered from forward to backward, and of those that
-are fetched ahead."""
+"""Numbers of weights that stay gathered until backward, and that are fetched ahead (ds_configs/zero3*.json)."""
 DDP_BROADCASTS = 2.0 * (250 << 20)
 """Bytes of the two buckets in which DistributedDataParallel broadcasts the weights when a run begins."""
 _ITEM = {"bfloat16": 2, "float32": 4}

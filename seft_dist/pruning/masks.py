@@ -16,8 +16,10 @@ from seft_dist.backends.group import Group
 from seft_dist.sparsity.selection import BINS, DIGITS, descend, first_histogram, histogram, keys, take, threshold_key
 
 TILE = 64
-"""Number of rows that are never divided between ranks, so that matrix products have the same shapes on any number of
-ranks and give the same bits."""
+"""Number of rows that are never divided between ranks.
+
+Matrix products thus have the same shapes on any number of ranks and give the same bits.
+"""
 
 
 def num_pruned(sparsity: float, numel: int) -> int:

@@ -11,8 +11,10 @@ LOSS_RELATIVE = 1e-5
 WEIGHT_RELATIVE, WEIGHT_ABSOLUTE = 1e-4, 2e-6
 """A final weight may differ by the sum of the two: this share of itself, and this absolute amount."""
 DELTA_RELATIVE = 1e-2
-"""Largest relative difference of a layer's deltas, as a vector, until near-ties part the runs. It is large because Adam
-magnifies rounding errors where a gradient is almost 0."""
+"""Largest relative difference of a layer's deltas, as a vector, until near-ties part the runs.
+
+It is large because Adam magnifies rounding errors where a gradient is almost 0.
+"""
 
 Promise = Literal["bits", "tolerance", "none"]
 

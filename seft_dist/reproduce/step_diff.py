@@ -29,8 +29,7 @@ class LayerDifference:
     mask_positions: int | None = None
     """Estimated number of positions in one mask only; None: unknown, or no position moved."""
     near_ties: int | None = None
-    """Number of positions whose selection in this step's evolution rounding can have decided, the smaller of both runs.
-    None: no evolution."""
+    """Positions whose selection rounding can have decided, the smaller number of both runs; None: no evolution."""
 
     @property
     def by_near_ties(self) -> bool:

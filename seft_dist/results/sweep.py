@@ -46,9 +46,11 @@ class SweepRun:
     settings: dict[str, str]
     """Options in which the run may differ from the others, by their dotted names."""
     measured: dict[str, Any]
-    """Known values of MEASURED. loss: training loss of the last record, in nats per token; perplexity: that of the
-    model "repaired" in eval.json; sparsity: share of zeros in the targets; off target: number of layers whose number of
-    zeros has changed."""
+    """Known values of MEASURED by name.
+
+    loss: training loss of the last record, in nats per token; perplexity: that of the model "repaired" in eval.json;
+    sparsity: share of zeros in the targets; off target: number of layers whose number of zeros has changed.
+    """
     made: dict[str, Any] = field(default_factory=dict)
     """Target sparsity, and the options in config.yaml: runs must agree in these to be averaged."""
     evaluated: dict[str, Any] = field(default_factory=dict)

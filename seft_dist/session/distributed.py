@@ -128,8 +128,7 @@ def start(
         )
         distributed_c10d._set_pg_timeout(limit)
         distributed_c10d._get_default_store().set_timeout(limit)
-        # Groups of a device mesh (HSDP) and of DeepSpeed take these defaults, 30 minutes, not those of the default
-        # group.
+        # Groups of a device mesh (HSDP) and of DeepSpeed take these defaults, 30 minutes, not the default group's.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     if threads is None and ranks.device.type == "cpu":
         threads = max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_machine())
@@ -284,7 +283,6 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
     # DeepSpeed calls collectives by the names they had before torch 2.13: nothing that its user could change.
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if ranks.device.type == "cpu":
-        # Otherwise the first init compiles a shared-memory extension, which takes minutes and, if killed, leaves a
-        # lock.
+        # Else the first init compiles a shared-memory extension, which takes minutes and leaves a lock if killed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)

@@ -14,8 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 LONGEST_WAIT = 600.0
-"""Seconds that ranks wait for each other at the start, at most; some file systems take minutes to load the
-libraries."""
+"""Most seconds that ranks wait for each other at the start; some file systems take minutes to load libraries."""
 _FIRST_NOTICE, _NOTICES = 20.0, 60.0
 """Seconds until rank 0 says for whom it waits, and between further lines."""
 _HERE, _ARRIVED, _ALL = "seft_dist/here/", "seft_dist/arrived", "seft_dist/all"

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals of Slurm before a time limit or a preemption, of ``kill``, of Ctrl-C (torchrun passes it on to its ranks),
-and of a terminal that is closed."""
+"""Signals of Slurm, of ``kill``, of Ctrl-C, and of a terminal that is closed.
+
+Slurm sends its own before a time limit or a preemption; torchrun passes Ctrl-C on to its ranks.
+"""
 _ONE_KEYSTROKE = 3.0
 """Seconds within which several SIGINTs are one Ctrl-C: the terminal sends it, and launchers pass it on."""
 

@@ -1,7 +1,7 @@
-"""Hashes and sketches that do not depend on how a weight is divided: the sum over any intervals is the whole's
-(wrapping).
+"""Hashes and sketches that do not depend on how a weight is divided.
 
-Everything is int64 and added up exactly, so neither the order of positions nor the number of ranks shows in a bit.
+The sum over any intervals is the whole's (wrapping). Everything is int64 and added up exactly, so neither the order of
+positions nor the number of ranks shows in a bit.
 """
 
 from collections.abc import Iterator
@@ -56,8 +56,7 @@ def hash_of_weight(weight: Tensor, start: int) -> Tensor:
 
 
 def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
-    """Sum values with random signs a few times; ``distance`` estimates from two such sketches how far two vectors are
-    apart.
+    """Sum values with random signs a few times, so that ``distance`` can estimate how far two vectors are apart.
 
     Args:
         positions: [k], integers, in any order.

@@ -73,8 +73,10 @@ def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tenso
 
 
 def _ranks(key: Tensor, size: int) -> Tensor:
-    """Return the place of each key in its group, 0 for the first, int8 [size, groups]; size^2 / 2 comparisons, no
-    sort."""
+    """Return the place of each key in its group, 0 for the first, int8 [size, groups].
+
+    It takes size^2 / 2 comparisons and no sort.
+    """
     across = key.view(-1, size).T.contiguous()
     ranks = torch.zeros(across.shape, dtype=torch.int8, device=key.device)
     for later in range(1, size):

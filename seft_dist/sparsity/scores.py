@@ -65,8 +65,9 @@ def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 
 
 def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
-    """Return sqrt(row x column), the size of a weight gradient whose terms have random signs up to a factor, fp32
-    [numel].
+    """Return sqrt(row x column), fp32 [numel].
+
+    It is the size of a weight gradient whose terms have random signs, up to a factor.
 
     Args:
         rows: fp32 [out], sum over tokens of the squared gradient of each output.

@@ -1,2 +1,1 @@
-"""Studies: several methods on several seeds, chosen on validation data, measured on test data, with tables and
-figures."""
+"""Studies: methods on several seeds, chosen on validation data, measured on test data, in tables and figures."""

@@ -1,5 +1,7 @@
-"""Figures of a study: quality against what it costs, and learning curves. matplotlib (the extra ``plots``) only
-here."""
+"""Figures of a study: quality against cost, and learning curves.
+
+Only this file of the room needs matplotlib (the extra ``plots``).
+"""
 
 import io
 import itertools

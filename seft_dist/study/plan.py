@@ -84,8 +84,7 @@ class Plan:
     """Names of cells by the hashes in them."""
 
     def search_cells(self, method: StudyMethod) -> list[Cell]:
-        """Return the runs among which a setting is chosen, in the order of ``method.settings``; none without a
-        choice."""
+        """Return the runs to choose a setting from, in the order of ``method.settings``; none without a choice."""
         seed = self.config.first_seed
         return [self.cell(method, setting, seed) for setting in method.settings] if method.is_searched else []
 

@@ -26,8 +26,10 @@ from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 
 _CHUNK = 1024
-"""Tokens whose predictions are compared at a time: fp32 copies of all of them would be the largest tensors of a
-step."""
+"""Number of tokens whose predictions are compared at a time.
+
+fp32 copies of all of them would be the largest tensors of a step.
+"""
 
 
 class Teacher:

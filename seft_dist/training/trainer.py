@@ -49,8 +49,11 @@ class Finished:
     """A run that has done all its steps; its model is exported."""
 
     result: dict[str, Any]
-    """Content of result.json: method, backend, world_size, density, trainable, steps, sparsity (target, final,
-    layers_off_target), evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes; further entries by method."""
+    """Content of result.json.
+
+    Entries: method, backend, world_size, density, trainable, steps, sparsity (target, final, layers_off_target),
+    evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes; further entries by method.
+    """
 
 
 @dataclass(frozen=True)
