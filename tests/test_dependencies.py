@@ -23,7 +23,7 @@ from seft_dist.io import checkpoint
 from seft_dist.kernels import adamw, bits, packing, ranking, sampled, scatter
 from seft_dist.planning.plan import make_plan
 from seft_dist.planning.rates import find_rates
-from seft_dist.planning.report import show, to_json
+from seft_dist.planning.report import render, to_json
 
 
 def build():

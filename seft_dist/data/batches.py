@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seft_dist.data.micro_batches import num_micro_batches
 from seft_dist.data.sequences import IGNORE, Sample
 
 Batch = dict[str, Tensor]
@@ -62,17 +63,6 @@ def check_vocabulary(batch: Batch, model: Any) -> None:
 def count_loss_tokens(batch: Batch) -> int:
     """Count the tokens of a batch that enter the loss. The first token of a sequence is never predicted."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-
-def num_micro_batches(global_batch: int, batch_size: int, world_size: int) -> int:
-    """Number of micro-batches (forward and backward passes) of each rank in one optimizer step.
-
-    Args:
-        global_batch: Sequences of the step over all ranks.
-        batch_size: Largest number of sequences of a rank in one micro-batch.
-        world_size: Number of ranks.
-    """
-    return -(-global_batch // (batch_size * world_size))
 
 
 class BatchStream:

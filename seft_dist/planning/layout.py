@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from seft_dist.config import ClusterConfig, PlanConfig
-from seft_dist.data.batches import num_micro_batches
+from seft_dist.data.micro_batches import num_micro_batches
 from seft_dist.planning.architectures import ModelShapes, ParameterShape
 
 Packing = Literal["none", "gather", "resident"]

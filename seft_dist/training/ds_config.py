@@ -8,7 +8,7 @@ import torch
 
 from seft_dist.backends.deepspeed import ds_optimizer_args, load_ds_config
 from seft_dist.config import TrainConfig
-from seft_dist.data.batches import num_micro_batches
+from seft_dist.data.micro_batches import num_micro_batches
 
 _OURS = ("optimizer", "gradient_clipping")
 """Keys that SeftOptimizer honours in place of the engine."""
