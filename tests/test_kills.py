@@ -24,7 +24,7 @@ from tests.layouts import build
 from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
 
-STEPS, KILLS = 6, 60
+STEPS, KILLS = 6, 30
 CONFIG = SeftConfig(density=0.05, interval=2, steps=STEPS)
 # What Python tells its audit hooks when a file or folder is touched
 TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "shutil.rmtree")

@@ -140,6 +140,7 @@ def test_prune_sweep_evaluate(cluster: Cluster, inputs: Path, tmp_path: Path) ->
     assert (tmp_path / "sweep" / "sweep.png").is_file()
 
 
+@pytest.mark.long
 def test_reproduce(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     own = ["--layouts", "fsdp:2", "--runs", "1", "--"]
     script = ROOT / "slurm" / "reproduce.sbatch"
