@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _GRACE = 10.0
 
 def about(device: str) -> dict[str, Any]:
     """Describe card, driver and versions, without importing torch: a driver that hangs must not stop this program."""
-    found: dict[str, Any] = {"date": f"{datetime.now(UTC):%F %H:%M} UTC", "python": platform.python_version()}
+    found: dict[str, Any] = {"date": f"{datetime.now(timezone.utc):%F %H:%M} UTC", "python": platform.python_version()}
     found |= {"platform": platform.platform(), "device": device}
     for name in PACKAGES:
         try:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ def write_table(part: Part, launch: list[int], rows: list[dict[str, Any]]) -> No
     known = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     keys = ("dtype", "tokens", "rows", "columns", "density", "seconds")
     name = card_name(part.device) if part.device.type == "cuda" else "cpu"
-    about = f"torch {torch.__version__}, {datetime.now(UTC):%F}"
+    about = f"torch {torch.__version__}, {datetime.now(timezone.utc):%F}"
     known[name] = {"about": about, "launch": launch, "rows": [{key: row[key] for key in keys} for row in rows]}
     (part.folder / "sampled_times.json").write_text(json.dumps(known, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    about = f"{platform.platform()}, torch {torch.__version__}, {options.threads} threads, {datetime.now(UTC):%F}"
+    today = f"{datetime.now(timezone.utc):%F}"
+    about = f"{platform.platform()}, torch {torch.__version__}, {options.threads} threads, {today}"
     print(f"{about}\nkernels: {describe(torch.device('cpu'))}")
     if options.part == "sampled":
         rows = sampled(options.rounds, options.densities, options.tokens, getattr(torch, options.dtype))
