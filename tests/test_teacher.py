@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tests.preload  # noqa: F401
 from seft_dist.config import SeftConfig, TeacherConfig
 from seft_dist.training import teacher as module
-from seft_dist.training.teacher import Teacher, divergence, relative_distance
+from seft_dist.training.teacher import Teacher, divergence, learnt_positions, relative_distance
 from tests.folders import model_folder
 from tests.models import VOCAB, prune_, tiny_llama
 from tests.runs import digests, ds_file, make_config, records, run_train
@@ -76,7 +76,7 @@ def batch_with_prompt() -> dict[str, Tensor]:
 def test_loss_has_all_terms_at_the_learnt_tokens_only(share: float, hidden: float) -> None:
     model, teacher, inputs = prune_(tiny_llama(0)), tiny_llama(0), batch_with_prompt()
     config = TeacherConfig(path="x", logits=share, hidden=hidden)
-    found = Teacher(teacher, config, "").loss(model, inputs)
+    found = Teacher(teacher, config, "").loss(model, inputs, learnt_positions(inputs))
     own, theirs = (each(**inputs, output_hidden_states=True) for each in (model, teacher))
     at = inputs["labels"][:, 1:] != -100
     expected = (1 - share) * F.cross_entropy(own.logits[:, :-1][at], inputs["labels"][:, 1:][at])

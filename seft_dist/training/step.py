@@ -24,6 +24,7 @@ from seft_dist.session.signals import StopRequest
 from seft_dist.training.build import TrainingRun
 from seft_dist.training.metrics import Metrics
 from seft_dist.training.record import Record
+from seft_dist.training.teacher import learnt_positions
 
 
 @dataclass
@@ -156,7 +157,7 @@ def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
         # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
         del inputs["labels"]
     if run.teacher is not None:
-        return run.teacher.loss(run.called, inputs)
+        return run.teacher.loss(run.called, inputs, learnt_positions(batch).to(run.ranks.device))
     outputs = run.called(**inputs)
     loss: Tensor = outputs.loss if loss_tokens else outputs.logits.float().mean()
     return loss

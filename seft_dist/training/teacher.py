@@ -8,6 +8,7 @@ do without a teacher (training/step.py).
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ class Teacher:
         reshard(self._model)  # else the embeddings and the head stay whole on every rank until the next step
         return outputs
 
-    def loss(self, called: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, called: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
         """Compute the loss of a micro-batch, with forward passes of both models. Collective if they are sharded.
 
         Args:
             called: The model that is trained, or what wraps it.
             inputs: input_ids, attention_mask and labels [batch, length], int64, on this rank's device. Without labels
                 this rank only takes part in the forward passes.
+            learnt: int64 [n], from ``learnt_positions``, on this rank's device.
 
         Returns:
             A scalar: the mean over the tokens that are learnt; without labels any number that has a gradient.
@@ -69,18 +71,29 @@ class Teacher:
         if labels is None:
             mean: Tensor = outputs.logits.float().mean()
             return mean
-        learnt = labels[:, 1:] != -100
         loss = torch.zeros((), device=labels.device)
         if needs_labels:
             loss = loss + (1 - config.logits) * outputs.loss
         if config.logits > 0:
-            pair = outputs.logits[:, :-1][learnt], taught.logits[:, :-1][learnt]
-            loss = loss + config.logits * divergence(*pair, config.temperature)
+            own, wanted = (each.logits.flatten(0, 1)[learnt] for each in (outputs, taught))
+            loss = loss + config.logits * divergence(own, wanted, config.temperature)
         if config.hidden > 0:
-            layers = list(zip(outputs.hidden_states[1:], taught.hidden_states[1:], strict=True))
-            distances = [relative_distance(own[:, :-1][learnt], wanted[:, :-1][learnt]) for own, wanted in layers]
+            layers = zip(outputs.hidden_states[1:], taught.hidden_states[1:], strict=True)
+            distances = [relative_distance(*(each.flatten(0, 1)[learnt] for each in pair)) for pair in layers]
             loss = loss + config.hidden * torch.stack(distances).mean()
         return loss
+
+
+def learnt_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the positions whose next token is learnt, int64 [n], counted through the batch row by row.
+
+    Args:
+        batch: With labels [batch, length], still in CPU memory: on a GPU the host would have to wait for their number.
+    """
+    labels = batch["labels"]
+    learnt = torch.zeros(labels.shape, dtype=torch.bool)
+    learnt[:, :-1] = labels[:, 1:] != -100
+    return learnt.view(-1).nonzero().view(-1)
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
