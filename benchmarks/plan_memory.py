@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SeftConfig, TrainConfig
+from seft_dist.config import ClusterConfig, DataConfig, ModelConfig, PlanConfig, SeftConfig, TeacherConfig, TrainConfig
 from seft_dist.io.source import open_source
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.planning.hardware import Rates
@@ -36,6 +36,7 @@ from seft_dist.session import distributed
 from seft_dist.training.build import build
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.step import forward_backward, update_weights
+from seft_dist.training.teacher import open_teacher
 
 SHAPES: dict[str, dict[str, int]] = {
     "wide": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16},
@@ -58,6 +59,7 @@ class Case:
     batch: int = 1
     length: int = 256
     packing: str = "none"
+    teacher: bool = False
     steps: int = 3
     seft: dict[str, Any] = field(default_factory=dict)
     """Options of the method that differ from the benchmark's defaults."""
@@ -71,6 +73,7 @@ class Case:
     def name(self) -> str:
         """Name of the case in tables."""
         parts = [self.held, str(self.ranks)] + [self.packing] * (self.packing != "none")
+        parts += ["teacher"] * self.teacher
         return " ".join(parts + [self.seft[key] for key in ("window_store",) if key in self.seft])
 
     def plan(self, model: str) -> PlanConfig:
@@ -89,6 +92,7 @@ class Case:
             seq_len=self.length,
             global_batch=None,
             steps=self.steps,
+            teacher=self.teacher,
             seft=SeftConfig(**options),
             cluster=ClusterConfig(nodes=self.replicas, gpus_per_node=self.ranks // self.replicas, fragmentation=0.0),
         )
@@ -118,6 +122,7 @@ class Case:
             deepspeed=f"ds_configs/{self.held}{suffix}.json" if zero else None,
             replicas=self.replicas,
             packing=self.packing,  # type: ignore[arg-type]
+            teacher=TeacherConfig(path=folder if self.teacher else None),
         )
 
 
@@ -128,7 +133,11 @@ CASES = [
     Case("wide", **_BF16),
     Case("wide", packing="resident", **_BF16),
     *[Case("wide", seft={"window_store": store}, **_BF16) for store in ("bf16", "candidates", "factored")],
+    Case("wide", teacher=True),
+    Case("wide", teacher=True, **_BF16),
     Case("wide", "fsdp", 2),
+    Case("wide", "fsdp", 2, teacher=True, **_BF16),
+    Case("wide", "zero3", 2, teacher=True, checkpoint=True),
     Case("wide", "fsdp", 2, packing="gather", **_BF16),
     Case("wide", "fsdp", 2, packing="resident", **_BF16),
     Case("wide", "fsdp", 2, packing="resident", seft={"window_store": "factored"}, **_BF16),
@@ -187,7 +196,7 @@ def _resident() -> int:
 def _steps(config: TrainConfig, ranks: distributed.Ranks, length: int) -> list[float]:
     ds = read_ds_config(config, ranks.world_size)
     source = open_source(config.model, ds.dtype if ds else None)
-    run = build(config, ranks, source, ds)
+    run = build(config, ranks, source, ds, open_teacher(config, source))
     generator = torch.Generator().manual_seed(ranks.rank)
     seconds = []
     for step in range(1, config.steps + 1):
@@ -275,6 +284,7 @@ def main() -> None:
     parser.add_argument("--packing", default="none", choices=["none", "gather", "resident"])
     parser.add_argument("--window_store", default="full", choices=["full", "bf16", "candidates", "factored"])
     parser.add_argument("--checkpoint", action="store_true")
+    parser.add_argument("--teacher", action="store_true", help="distillation from a model of the same shape")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=256)
     args = vars(parser.parse_args())

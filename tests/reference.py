@@ -261,7 +261,7 @@ class DenseSeft:
 
     def _choose_of_all(self, scores: list[Tensor], eligible: list[Tensor], count: int) -> list[Tensor]:
         """The ``count`` smallest of all layers together."""
-        flat = (torch.cat([each.flatten() for each in every]) for every in (scores, eligible))
+        flat = torch.cat([score.flatten() for score in scores]), torch.cat([e.flatten() for e in eligible])
         parts = self._choose(*flat, count, largest=False).split([score.numel() for score in scores])
         return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 

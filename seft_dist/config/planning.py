@@ -72,6 +72,8 @@ class PlanConfig:
     """Type of the weights."""
     activation_checkpointing: bool = True
     """Keep only each decoder layer's input and compute the layer again in backward."""
+    teacher: bool = False
+    """Distillation from a dense teacher of the model's shape, held as the model is (docs/distillation.md)."""
     steps: int = 1000
     """Optimizer steps of the run."""
     batch_size: int = 1

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from seft_dist.config.checks import check, check_numbers
 
+TEACHER_CHUNK = 1024
+"""Number of tokens whose predictions are compared at a time: fp32 copies of all would be a step's largest tensors."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from seft_dist.config import PlanConfig
+from seft_dist.config.teacher import TEACHER_CHUNK
 from seft_dist.optim.window import Needs
 from seft_dist.planning.architectures import ModelShapes
 from seft_dist.planning.layout import Layout, micro_batches_of, packed_bytes
@@ -82,6 +83,23 @@ def base_weights(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: 
     }
 
 
+def teacher_weights(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int) -> MemoryTerms:
+    """Memory of the teacher's weights, which are never packed, between their uses."""
+    if not config.teacher:
+        return {}
+    return {"teacher's weights": float(item * sum(map(layout.stored_numel, shapes.weights)))}
+
+
+def _predictions(config: PlanConfig, shapes: ModelShapes, item: int) -> MemoryTerms:
+    """Memory at the loss of what a teacher predicts."""
+    if not config.teacher:
+        return {}
+    tokens, vocabulary = config.batch_size * config.seq_len, shapes.config.get_text_config().vocab_size
+    whole = 3.0 * item * tokens * vocabulary  # the teacher's, and those of both models at the learnt tokens
+    compared = 4.0 * 4 * min(tokens, TEACHER_CHUNK) * vocabulary  # fp32, for some tokens at a time
+    return {"teacher's predictions": whole, "comparison with the teacher": compared}
+
+
 def gathered(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int, at_end: bool = False) -> MemoryTerms:
     """Memory of the weights that are gathered at a time, on a rank that stores shards.
 
@@ -145,6 +163,7 @@ def seft_memory(
     rows = sum(weight.target[0] for weight in shapes.targets if weight.target)
     weights = base_weights(config, shapes, layout, item)
     offloaded = layout.held == "zero3_offload"
+    weights |= teacher_weights(config, shapes, layout, item)
     resident = {
         **({} if offloaded else weights),
         "buffers": shapes.buffers,
@@ -155,6 +174,7 @@ def seft_memory(
     grads = {"gradients of all deltas": 4.0 * deltas}
     earlier = micro_batches_of(config, layout) > 1  # gradients of the micro-batch before are kept
     head, layers = activations(cost)
+    head |= _predictions(config, shapes, item)
     whole = gathered(config, shapes, layout, item)
     exchange = {"gradients of all deltas, exchange (3)": 12.0 * deltas}
     phases: dict[str, MemoryTerms] = {
@@ -183,6 +203,7 @@ def _window_phases(
     """Additional memory in a step of a window: at the loss, during and at the end of backward, and in the evolution."""
     item, needs = _ITEM[config.dtype], Needs.of(config.seft)
     whole, (head, layers) = gathered(config, shapes, layout, item), activations(cost)
+    head |= _predictions(config, shapes, item)
     own = sum(map(layout.own_numel, shapes.targets))
     # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
@@ -251,7 +272,7 @@ def adam_memory(
         trained: "full" or "lora".
     """
     item = _ITEM[config.dtype]
-    weights = base_weights(config, shapes, layout, item)
+    weights = base_weights(config, shapes, layout, item) | teacher_weights(config, shapes, layout, item)
     offloaded = layout.held == "zero3_offload"
     count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))
     divides_grads = layout.sharded or layout.held == "zero2"
@@ -266,6 +287,7 @@ def adam_memory(
     if layout.sharded and trained == "full":
         whole["gradients of a layer"] = item * max(shapes.unit_numels())
     head, layers = activations(cost)
+    head |= _predictions(config, shapes, item)
     if trained == "lora":
         tokens = config.batch_size * config.seq_len
         layers["adapters' activations"] = head["adapters' activations"] = (

@@ -91,6 +91,7 @@ def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: Pas
     deltas = shapes.budget(config.seft.density)
     own = sum(map(layout.own_numel, shapes.targets))
     compute = micro * _pass(cost, rates)
+    taught = micro * _teacher_pass(config, cost, rates)
     weight_grads = dense_flops(config, shapes, cost)
     sampled = micro * weight_grads * deltas / shapes.target_numel / rates.sampled
     sent = traffic.gathers(config, shapes, links, item, micro)
@@ -99,9 +100,10 @@ def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: Pas
     exchanges = traffic.seft_step(config, shapes, links, item)
     step = {
         "forward and backward": compute,
+        **({"teacher's forward": taught} if taught else {}),
         "sampled gradients": sampled,
         **({"decoding packed weights": decoding} if decoding else {}),
-        "waiting for weights": max(0.0, waits - compute) if rates.overlaps else waits,
+        "waiting for weights": max(0.0, waits - compute - taught) if rates.overlaps else waits,
         "exchange of gradients": sum(s.seconds for s in exchanges),
         "update": rates.update * config.seft.density * own,
     }
@@ -156,7 +158,7 @@ def adam_time(
         more = dense_flops(config, shapes, cost)
     else:
         more = 6.0 * count * config.batch_size * config.seq_len * (4 / 3 if config.activation_checkpointing else 1)
-    compute = micro * (_pass(cost, rates) + more / rates.matmul)
+    compute = micro * (_pass(cost, rates) + more / rates.matmul + _teacher_pass(config, cost, rates))
     sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
     exchanges = [s.times(micro if layout.sharded else 1) for s in traffic.adam_step(shapes, links, item, count)]
@@ -177,6 +179,11 @@ def _decoded(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int)
     """Bytes of dense weights that a micro-batch decodes from packed ones, each time a layer is computed or gathered."""
     passes = {"none": 0, "gather": 2, "resident": 3 if config.activation_checkpointing else 2}
     return float(passes[layout.packing] * item * shapes.target_numel)
+
+
+def _teacher_pass(config: PlanConfig, cost: PassCost, rates: Rates) -> float:
+    """Seconds of a teacher's forward pass, as a share of the model's own pass (without its weight gradients)."""
+    return _pass(cost, rates) / (3 if config.activation_checkpointing else 2) if config.teacher else 0.0
 
 
 def _pass(cost: PassCost, rates: Rates) -> float:

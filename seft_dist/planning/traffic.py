@@ -82,8 +82,12 @@ def gathers(config: PlanConfig, shapes: ModelShapes, links: Links, item: int, mi
         return []
     size = weights_gathered(config, shapes, layout, item)
     traffic = [links.ring("weights", size).times(micro)]
+    if config.teacher:
+        whole = float(item * sum(layout.own_numel(weight) * layout.owners for weight in shapes.weights))
+        traffic.append(links.ring("teacher's weights", whole).times(micro))
     if layout.held == "zero3_offload":
-        traffic.append(Traffic("weights from host memory", 0, 0, micro * size / layout.owners / links.rates.host))
+        fetched = size + (whole if config.teacher else 0.0)
+        traffic.append(Traffic("weights from host memory", 0, 0, micro * fetched / layout.owners / links.rates.host))
     return traffic
 
 

@@ -19,18 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from seft_dist.backends.fsdp import reshard
 from seft_dist.backends.shards import stored_part
 from seft_dist.config import ModelConfig, TeacherConfig, TrainConfig
+from seft_dist.config.teacher import TEACHER_CHUNK
 from seft_dist.io.models import Sharding, load_model, named_state
 from seft_dist.io.source import Source, open_source
 from seft_dist.optim.state import fingerprint
 from seft_dist.session.agreement import on_all_ranks, sum_over_ranks
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
-
-_CHUNK = 1024
-"""Number of tokens whose predictions are compared at a time.
-
-fp32 copies of all of them would be the largest tensors of a step.
-"""
 
 
 class Teacher:
@@ -118,7 +113,7 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tens
 
     parts = [
         checkpoint(summed, *chunk, use_reentrant=False)
-        for chunk in zip(logits.split(_CHUNK), wanted.split(_CHUNK), strict=True)
+        for chunk in zip(logits.split(TEACHER_CHUNK), wanted.split(TEACHER_CHUNK), strict=True)
     ]
     return torch.stack(parts).sum() * (temperature**2 / len(logits))
 
