@@ -102,8 +102,8 @@ class Evolution:
         self._phase("grow", self.grow)
         self._phase("adapt", self.adapt)
         self._phase("commit", lambda: self.commit(betas))
-        digest, counts = self._phase("verify", self._verify)
-        dropped, grown, pruned, reactivated = counts
+        digest, moved = self._phase("verify", self._verify)
+        dropped, grown, reactivated, pruned = map(sum, zip(*moved, strict=True))
         spent = list(self._phases.values())[1:]
         before = self._phases["window"]
         self._phases["window"] = Phase(before.seconds + draft.seconds, before.bytes_sent + draft.bytes_sent)
@@ -122,6 +122,7 @@ class Evolution:
             bytes_sent=sum(phase.bytes_sent for phase in spent),
             phases=self._phases,
             digest=digest,
+            moved=moved,
             near_ties=self._near_ties,
         )
 
@@ -140,9 +141,10 @@ class Evolution:
         self._phases[name] = Phase(time.perf_counter() - began, self.backend.bytes_sent - sent)
         return result
 
-    def _verify(self) -> tuple[str, list[int]]:
+    def _verify(self) -> tuple[str, list[list[int]]]:
         digest = self.state.verify(self.backend, self.config)
-        own = torch.tensor([sum(map(len, done)) for done in (self.dropped, self.grown, self.removed, self.reactivated)])
+        moved = zip(self.dropped, self.grown, self.reactivated, self.removed, strict=True)
+        own = torch.tensor([list(map(len, offsets)) for offsets in moved])
         return digest, self.backend.owners.sum(own).tolist()
 
     def _offsets(self, i: int) -> Tensor:
