@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from seft_dist.config.baselines import VARIANTS
 from seft_dist.files.reading import read_json, read_text
 from seft_dist.io import checkpoint
 from seft_dist.results.page.layers import Deltas, Layers, read_deltas, read_layers
@@ -74,6 +75,11 @@ class RunRecord:
         return str(self.config.get("method") or self.result.get("method") or "seft")
 
     @property
+    def is_seft(self) -> bool:
+        """True if the method is SEFT or a setting of it, so that there are deltas."""
+        return self.method in VARIANTS
+
+    @property
     def evolutions(self) -> list[dict[str, Any]]:
         """Records of the evolutions, each with its step."""
         found = [(line["step"], line.get("evolution")) for line in self.lines]
@@ -83,6 +89,17 @@ class RunRecord:
     def later_evolutions(self) -> list[dict[str, Any]]:
         """Records of the evolutions after the choice of the first support."""
         return [evolution for evolution in self.evolutions if not evolution.get("first")]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the last attempt divided the work, as the manifest says."""
+        found = self.attempts[-1].get("layout") if self.attempts else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 1 if it is not known."""
+        return whole(self.layout, "world_size") or whole(self.result, "world_size") or 1
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a number that lines of metrics.jsonl have; values that are not finite are left out."""
@@ -171,7 +188,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         problems.append(f"{damaged} lines of {folder / METRICS} cannot be read and are left out")
     newest = checkpoint.latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     config = attempt(read_run_config, CONFIG, {})
-    method = str(config.get("method", "seft"))
+    is_seft = config.get("method", "seft") in VARIANTS
     return RunRecord(
         folder=folder,
         label=label,
@@ -181,7 +198,7 @@ def _read(folder: Path, label: str) -> RunRecord:
         evaluations=attempt(read_evaluations, EVALUATION, None),
         manifest=attempt(read_object, MANIFEST, {}),
         layers=attempt(lambda path: read_layers(path, newest), "", Layers()),
-        deltas=attempt(lambda _: read_deltas(newest), "", None) if newest and method.startswith("seft") else None,
+        deltas=attempt(lambda _: read_deltas(newest), "", None) if newest and is_seft else None,
         sizes=_sizes(folder),
         problems=problems,
     )
