@@ -130,7 +130,8 @@ class Topology:
         if not self._is_begun:
             sizes = zip(self._seft.backend.partitions, self._first.active, strict=True)
             targets = dict(zip(self._seft.target_names, [[p.numel, active] for p, active in sizes], strict=True))
-            self._pending |= {"since": self._since, "targets": targets}
+            moved = self._pending.pop("moved")
+            self._pending |= {"since": self._since, "targets": targets, "moved": moved}
         self._lines.add(self._pending)
         self._pending, self._is_begun = None, True
 

@@ -67,7 +67,7 @@ def phases_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
     totals = [(run, sum(seconds for seconds, _ in phases.values())) for run, phases in means]
     alt = "Mean seconds of an evolution. " + " ".join(f"{printable(run.label)}: {decimal(s)}." for run, s in totals)
     title = "Parts of an evolution, mean"
-    height = max(0.9 + 0.35 * len(means), HEIGHT / 2)
+    height = max(0.75 + 0.35 * len(means), HEIGHT / 2.4)
     drawn = {"svg": draw_svg("phases", title, alt, draw, width=WIDTH, height=height)} if draws else {}
     legend = [Key(name, SERIES[k % len(SERIES)], "block") for k, name in enumerate(names)]
     note = "The window is that of all its steps. Bytes are those that one rank sent."
@@ -109,6 +109,7 @@ def _costs(run: RunRecord) -> dict[str, str]:
         costs["time in evolutions"] = duration(spent)
         costs["sent by a rank in evolutions"] = size(sum(number(e, "bytes_sent") or 0 for e in run.evolutions))
     peak = whole(run.result, "peak_memory_bytes")
+    costs["peak memory of the fullest rank"] = size(whole(run.result, "peak_memory_bytes"))
     trainable = whole(run.result, "trainable") or (whole(run.evolutions[-1], "support") if run.evolutions else None)
     if trainable:
         costs["trained values"] = f"{trainable:,}"

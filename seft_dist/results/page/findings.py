@@ -20,22 +20,24 @@ _RISE = 1.02
 class Finding:
     """A warning, or a remark that only explains."""
 
-    run: str
+    runs: str
+    """Labels of the runs that it is about; empty: all."""
     text: str
     is_warning: bool = True
 
 
 def findings_of(runs: Sequence[RunRecord]) -> list[Finding]:
     """Find what a reader should know, warnings first."""
-    found = [finding for run in runs for finding in _of_run(run)]
-    found += [Finding("", text) for text in _not_comparable(runs)]
+    about: dict[tuple[str, bool], list[str]] = {}
+    for run in runs:
+        for text in [*run.problems, *_errors(run), *_losses(run), *_zeros(run), *_quality(run)]:
+            about.setdefault((text, True), []).append(run.label)
+        for text in _remarks(run):
+            about.setdefault((text, False), []).append(run.label)
+    found = [Finding("", text) for text in _not_comparable(runs)]
+    for (text, is_warning), labels in about.items():
+        found.append(Finding(", ".join(labels) if len(labels) < len(runs) else "", text, is_warning))
     return sorted(found, key=lambda finding: not finding.is_warning)
-
-
-def _of_run(run: RunRecord) -> list[Finding]:
-    texts = [*run.problems, *_errors(run), *_losses(run), *_zeros(run), *_quality(run)]
-    remarks = [*_remarks(run)]
-    return [Finding(run.label, text) for text in texts] + [Finding(run.label, text, False) for text in remarks]
 
 
 def _errors(run: RunRecord) -> list[str]:

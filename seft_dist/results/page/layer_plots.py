@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from seft_dist.results.figures import load_pyplot
 from seft_dist.results.page.layers import QUANTILES, Layers, Moves, Place
-from seft_dist.results.page.plots import finish, keys_of, line_style
+from seft_dist.results.page.plots import finish, keys_of, line_style, logarithmic
 from seft_dist.results.page.record import RunRecord
 from seft_dist.results.page.svg import INK, MUTED, SERIES, Figure, Key, Table, draw_svg, printable
 from seft_dist.results.page.words import decimal, percent, plural, spread_out
@@ -87,8 +87,8 @@ def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
             return sum(moves[name].pruned for name in known), sum(of.active[name] for name in known)
 
         named = f", {run.label}" if len(runs) > 1 else ""
-        yield _heat_map(f"reactivated-{i}", f"Reactivated, of the zeros{named}", run, reactivated, draws)
-        yield _heat_map(f"pruned-{i}", f"Pruned, of the active weights{named}", run, pruned, draws)
+        yield _heat_map(f"reactivated-{i}", f"Pruned positions that were reactivated{named}", run, reactivated, draws)
+        yield _heat_map(f"pruned-{i}", f"Active weights that were pruned{named}", run, pruned, draws)
 
 
 def _heat_map(
@@ -118,7 +118,8 @@ def _heat_map(
             axes.add_patch(cell)
         axes.set_xlim(-0.5, len(rows) - 0.5)
         axes.set_ylim(len(modules) - 0.5, -0.5)
-        named = spread_out(range(len(rows)), _MOST_NAMED)
+        every = next(n for n in (1, 2, 5, 10, 20, 50, 100, len(rows)) if len(rows) <= n * _MOST_NAMED)
+        named = [k for k, row in enumerate(rows) if row < 0 or row % every == 0]
         axes.set_xticks(named, ["-" if rows[k] < 0 else str(rows[k]) for k in named])
         axes.set_yticks(range(len(modules)), [short[module] for module in modules])
         axes.set(xlabel="layer")
@@ -177,12 +178,13 @@ def overlap_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
 
     def draw(axes: "Axes") -> None:
         for i, run, curve in curves:
-            steps, style = [0, *(step for step, *_ in curve)], line_style(i)
-            if run.layers.since:
-                steps = steps[1:]
-            mean, low, high = ([*([100.0] if not run.layers.since else []), *(100 * r[k] for r in curve)] for k in (1, 2, 3))
-            axes.fill_between(steps, low, high, step="post", color=style["color"], alpha=0.18, linewidth=0, gid=f"run-{i}-0")
-            axes.plot([*steps, run.step], [*mean, mean[-1]], drawstyle="steps-post", gid=f"run-{i}-1", **style)
+            begin = [] if run.layers.since else [(0, 1.0, 1.0, 1.0)]
+            points = [*begin, *curve, (run.step, *curve[-1][1:])]
+            steps, style = [step for step, *_ in points], line_style(i)
+            mean, low, high = ([100 * point[k] for point in points] for k in (1, 2, 3))
+            band = {"color": style["color"], "alpha": 0.18, "linewidth": 0, "gid": f"run-{i}-0"}
+            axes.fill_between(steps, low, high, step="post", **band)
+            axes.plot(steps, mean, drawstyle="steps-post", gid=f"run-{i}-1", **style)
         finish(axes, runs, "still active, %")
 
     alt = "Share of the pruned model's active weights that are still active. " + " ".join(
@@ -277,8 +279,8 @@ def deltas_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
                 layers, columns[1], columns[3], color=style["color"], alpha=0.25, linewidth=0, gid=f"run-{i}-0"
             )
             axes.plot(layers, columns[2], marker="o", markersize=2.5, gid=f"run-{i}-1", **style)
-        axes.set_yscale("log")
-        axes.set(xlabel="layer", ylabel="size of a delta")
+        logarithmic(axes)
+        axes.set(xlabel="layer", ylabel="absolute value of a delta")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(False, axis="x")
 

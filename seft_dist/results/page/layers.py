@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, with_config
+from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from seft_dist.files.reading import LENIENT, read_json, read_text
@@ -113,7 +113,7 @@ class _LayersFile(TypedDict):
 @with_config(LENIENT)
 class _FirstLine(TypedDict):
     since: Count
-    targets: dict[str, tuple[Count, Count]]
+    targets: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
 _LAYERS_FILE = TypeAdapter(_LayersFile)

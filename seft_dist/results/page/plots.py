@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_ROWS = 12
-_DASHED = 8  # runs with a solid line
+_MOST_THIN = 3
+"""Runs up to which each has its line as it was recorded beside the running mean."""
+_SPIKES = 10
+"""Ratio of the largest value to the median from which on the axis is logarithmic."""
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -54,6 +57,13 @@ def finish(axes: "Axes", runs: Sequence[RunRecord], ylabel: str, *, starts_at_ze
     axes.margins(y=0.08)
     if starts_at_zero:
         axes.set_ylim(bottom=0)
+
+
+def logarithmic(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic, with numbers that need no exponent."""
+    axes.set_yscale("log", subs=[2, 5])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
 
 
 def training_figures(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
@@ -87,7 +97,8 @@ def _loss(runs: Sequence[RunRecord], draws: bool) -> Figure:
         for i, run in enumerate(runs):
             steps, losses = run.series("loss")
             style = line_style(i)
-            axes.plot(*thin_out(steps, losses), gid=f"run-{i}-0", alpha=0.35, linewidth=0.9, color=style["color"])
+            if len(runs) <= _MOST_THIN:
+                axes.plot(*thin_out(steps, losses), gid=f"run-{i}-0", alpha=0.35, linewidth=0.9, color=style["color"])
             axes.plot(*thin_out(steps, smooth(losses)), gid=f"run-{i}-1", **style)
         if alone:
             for line in spread_out(runs[0].later_evolutions, 60):
@@ -100,6 +111,7 @@ def _loss(runs: Sequence[RunRecord], draws: bool) -> Figure:
     alt += _describe(runs[0], VALIDATION, "validation loss") if has_validation else ""
     table = _values(runs[0]) if alone else _extremes(runs, "loss")
     note = "The thin line is the mean over ranks as it was recorded, the other one its running mean."
+    note = note if len(runs) <= _MOST_THIN else "Running means."
     return _figure("loss", title, alt, table, draw, draws, legend, note)
 
 
@@ -117,6 +129,9 @@ def _curve(
         if isinstance(limit, (int, float)):
             axes.axhline(limit, color=MUTED, linestyle="--", linewidth=1)
         finish(axes, runs, ylabel, starts_at_zero=starts_at_zero)
+        values = sorted(value for run in runs for value in run.series(key)[1])
+        if key == "grad_norm" and values[0] > 0 and values[-1] > _SPIKES * values[len(values) // 2]:
+            logarithmic(axes)
 
     legend = keys_of(runs)
     limit = runs[0].setting("optim.max_grad_norm")

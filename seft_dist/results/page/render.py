@@ -1,7 +1,7 @@
 """One HTML file about runs: sections filled from their records, put into the template, written whole."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -135,11 +135,11 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
     )
     if sum(bool(run.layers.moves) for run in runs) > MOST_MAPS:
         intro += f"Maps of the first {MOST_MAPS} runs; the page of a single run has its own. "
-    return [
+    sections = [
         Section("training", "How it trained", "", list(training_figures(runs, draws)), absent=f"No loss: {some}."),
         Section(
             "perplexity",
-            "What it is worth",
+            "Quality",
             "Perplexity of whole models on text that launch/evaluate.py was given; lower is better.",
             _some([perplexity_figure(runs, draws)]),
             [tables.tasks(runs)],
@@ -175,6 +175,18 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
             absent=f"No costs: {some}.",
         ),
     ]
+    return sections if len(runs) > 1 else [_without_runs(section) for section in sections]
+
+
+def _without_runs(section: Section) -> Section:
+    """Leave the column of the run out of the tables of a page about one run."""
+
+    def without(table: Table) -> Table:
+        is_named = table.head[0] == "run"
+        return replace(table, head=table.head[1:], rows=[row[1:] for row in table.rows]) if is_named else table
+
+    figures = [replace(figure, table=without(figure.table)) if figure.table else figure for figure in section.figures]
+    return replace(section, figures=figures, tables=[without(table) for table in section.tables])
 
 
 def _some(figures: Iterable[Figure | None]) -> list[Figure]:

@@ -89,8 +89,6 @@ class Figure:
     legend: Sequence[Key] = ()
     note: str = ""
     """How to read it."""
-    is_wide: bool = False
-    """True: it has the page's whole width where there is room."""
 
 
 Draw = Callable[["Axes"], None]

@@ -31,7 +31,7 @@ def _results(run: RunRecord) -> dict[str, str]:
     values |= {"validation loss, best": decimal(min(validation), 4)} if validation else {}
     sparsity: Any = run.result.get("sparsity")
     if isinstance(sparsity, dict):
-        values |= {"zeros": percent(number(sparsity, "final"), 3), "targets off": str(sparsity.get("layers_off_target"))}
+        values |= {"zeros": percent(number(sparsity, "final"), 3), "targets with another number of zeros": str(sparsity.get("layers_off_target"))}
     if run.evolutions:
         values["reactivated positions"] = f"{sum(whole(e, 'reactivated') or 0 for e in run.evolutions):,}"
     seconds = number(run.result, "seconds") or (number(run.lines[-1], "seconds") if run.lines else None)
