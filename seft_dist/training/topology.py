@@ -5,13 +5,13 @@ A line of topology.jsonl, after an evolution (the choice of the first support is
     {"step": 1, "evolutions": 1, "since": 0, "targets": {"model.layers.0.self_attn.q_proj": [331776, 132711], ...},
      "moved": [[0, 3318, 512, 512, 132199], ...]}
 
-``moved`` has a row for each target, in the order of ``targets``: how many positions were dropped, grown, reactivated and
-pruned since the record began, and how many active ones were active in the pruned model. Because these are totals, lines
-may be left out: a run has at most ``MOST_LINES`` and one more for each checkpoint. Only the first line of a record has
-``since``, the step after which it began (0, or that of the checkpoint with which an older run went on), and ``targets``,
-the number of weights of each and of those that were active in the pruned model.
+``moved`` has a row for each target, in the order of ``targets``: how many positions were dropped, grown, reactivated
+and pruned since the record began, and how many active ones were active in the pruned model. Because these are totals,
+lines may be left out: a run has at most ``MOST_LINES`` (fewer, where a line has many rows) and one more for each
+checkpoint. Only the first line of a record has ``since``, the step after which it began (0, or that of the checkpoint
+with which an older run went on), and ``targets``: for each its weights, and those that were active in the pruned model.
 
-layers.json has ``targets``: after the last step, for each its numbers of weights, zeros, wanted zeros and trained values.
+layers.json has ``targets``: for each its weights, zeros, wanted zeros and trained values after the last step.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seft_dist.files.writing import write_json
 from seft_dist.kernels.bits import popcount
@@ -27,13 +26,13 @@ from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.state import LayerSparsity
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.schedule import is_evolution, is_first_support
-from seft_dist.training.metrics import print_line
 from seft_dist.training.method import Method
+from seft_dist.training.metrics import print_line
 from seft_dist.training.step_lines import StepLines
 
 FILE, LAYERS = "topology.jsonl", "layers.json"
-MOST_LINES = 256
-"""Most lines of a run, those before checkpoints aside: with more evolutions, only every second, third ... is written."""
+MOST_LINES, LEAST_LINES, MOST_ROWS = 256, 16, 400_000
+"""Limits of a file, lines before checkpoints aside: of more evolutions only every second, third ... is written."""
 
 
 class FirstMasks:
@@ -83,7 +82,8 @@ class Topology:
         """
         seft = self._seft = first.seft
         self._first = first
-        self._every = -(-len(_evolutions(seft, seft.config.steps or 0)) // MOST_LINES)
+        most_lines = min(MOST_LINES, max(LEAST_LINES, MOST_ROWS // len(seft.target_names)))
+        self._every = -(-len(_evolutions(seft, seft.config.steps or 0)) // most_lines)
         self._evolutions, self._since = 0, 0
         self._moved = torch.zeros(len(seft.target_names), 4, dtype=torch.int64)
         self._pending: dict[str, Any] | None = None

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from seft_dist.results.page.plots import finish, keys_of, line_style
 from seft_dist.results.page.record import RunRecord, number, whole
 from seft_dist.results.page.svg import HEIGHT, SERIES, WIDTH, Figure, Key, Table, draw_svg, printable, thin_out
@@ -32,9 +34,9 @@ def speed_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             rows.append([run.label, *map(decimal, (min(speeds), middle, max(speeds)))])
             said.append(f"{printable(run.label)}: {decimal(middle)} in the median.")
     title, alt = "Tokens a second", " ".join(["Tokens a second.", *said])
-    drawn = {"svg": draw_svg("speed", title, alt, draw)} if draws else {}
+    svg = draw_svg("speed", title, alt, draw) if draws else Markup()
     table = Table(["run", "slowest", "median", "fastest"], rows)
-    return Figure("speed", title, alt, table, legend=keys_of(runs), note="All ranks together.", **drawn)
+    return Figure("speed", title, alt, table, legend=keys_of(runs), note="All ranks together.", svg=svg)
 
 
 def phases_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
@@ -68,23 +70,25 @@ def phases_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
     alt = "Mean seconds of an evolution. " + " ".join(f"{printable(run.label)}: {decimal(s)}." for run, s in totals)
     title = "Parts of an evolution, mean"
     height = max(0.75 + 0.35 * len(means), HEIGHT / 2.4)
-    drawn = {"svg": draw_svg("phases", title, alt, draw, width=WIDTH, height=height)} if draws else {}
+    svg = draw_svg("phases", title, alt, draw, width=WIDTH, height=height) if draws else Markup()
     legend = [Key(name, SERIES[k % len(SERIES)], "block") for k, name in enumerate(names)]
     note = "The window is that of all its steps. Bytes are those that one rank sent."
     table = Table(["run", "part", "seconds", "sent by a rank"], rows)
-    return Figure("phases", title, alt, table, legend=legend, note=note, **drawn)
+    return Figure("phases", title, alt, table, legend=legend, note=note, svg=svg)
 
 
 def _mean_phases(run: RunRecord) -> dict[str, tuple[float, float]]:
     """Compute mean seconds and bytes of each part of the evolutions."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    means: dict[str, tuple[float, float]] = {}
     evolutions = run.later_evolutions or run.evolutions
     for evolution in evolutions:
         phases = evolution.get("phases")
         for name, cost in phases.items() if isinstance(phases, dict) else ():
             if isinstance(cost, dict):
-                found.setdefault(str(name), []).append((number(cost, "seconds") or 0.0, number(cost, "bytes_sent") or 0.0))
-    return {name: tuple(sum(column) / len(evolutions) for column in zip(*costs, strict=True)) for name, costs in found.items()}  # type: ignore[misc]
+                seconds, sent = means.get(str(name), (0.0, 0.0))
+                seconds += (number(cost, "seconds") or 0.0) / len(evolutions)
+                means[str(name)] = (seconds, sent + (number(cost, "bytes_sent") or 0.0) / len(evolutions))
+    return means
 
 
 def cost_table(runs: Sequence[RunRecord]) -> Table:
@@ -108,7 +112,6 @@ def _costs(run: RunRecord) -> dict[str, str]:
         spent = sum(cost for e in run.evolutions for cost in (number(e, "seconds"),) if cost)
         costs["time in evolutions"] = duration(spent)
         costs["sent by a rank in evolutions"] = size(sum(number(e, "bytes_sent") or 0 for e in run.evolutions))
-    peak = whole(run.result, "peak_memory_bytes")
     costs["peak memory of the fullest rank"] = size(whole(run.result, "peak_memory_bytes"))
     trainable = whole(run.result, "trainable") or (whole(run.evolutions[-1], "support") if run.evolutions else None)
     if trainable:

@@ -88,7 +88,8 @@ def _zeros(run: RunRecord) -> list[str]:
     off = whole(sparsity, "layers_off_target") if isinstance(sparsity, dict) else 0
     if off:
         named = f", such as {', '.join(run.layers.off_target[:3])}" if run.layers.off_target else ""
-        texts.append(f"{plural(off, 'target')} {'has' if off == 1 else 'have'} another number of zeros than before{named}")
+        have = "has" if off == 1 else "have"
+        texts.append(f"{plural(off, 'target')} {have} another number of zeros than before{named}")
     if run.setting("seft.adapt") == "none" and run.later_evolutions:
         texts.append("seft.adapt is none: what was reactivated was not pruned elsewhere, so zeros were lost")
     if run.method == "seft" and not run.setting("seft.static") and run.is_finished and not run.later_evolutions:
@@ -118,14 +119,14 @@ def _remarks(run: RunRecord) -> list[str]:
     if norms and isinstance(limit, (int, float)):
         share = sum(norm > limit for norm in norms) / len(norms)
         if share > _OFTEN:
-            texts.append(f"{percent(share, 0)} of the recorded gradients were longer than max_grad_norm={limit:g} and clipped")
+            texts.append(f"{percent(share, 0)} of the recorded gradients were clipped to max_grad_norm={limit:g}")
     if len(run.attempts) > 1:
         steps = ", ".join(str(attempt.get("first_step")) for attempt in run.attempts[1:6])
         texts.append(f"The run was started {len(run.attempts)} times; later attempts began with step {steps}")
     if any(isinstance(a.get("code"), dict) and a["code"].get("dirty") for a in run.attempts):
         texts.append("The code had changes that no commit has; they are in code-*.diff beside the manifest")
     if run.layers.since:
-        texts.append(f"The record of movements by layer begins after step {run.layers.since}: an older version began the run")
+        texts.append(f"The record of movements begins after step {run.layers.since}: an older version began the run")
     return texts
 
 
@@ -136,12 +137,13 @@ def _not_comparable(runs: Sequence[RunRecord]) -> list[str]:
         if run.evaluations and "repaired" in perplexities(run)
     }
     texts = [f"Perplexities of these runs cannot be compared: {text}" for text in list_differences(measured)]
-    data = {run.label: {"training data": run.manifest["data"]} for run in runs if isinstance(run.manifest.get("data"), dict)}
-    fingerprints = {
-        label: {"fingerprint of the training data": entry["training data"].get("fingerprint")} for label, entry in data.items()
-    }
-    models = {run.label: {"fingerprint of the pruned model": run.manifest["model"]} for run in runs if "model" in run.manifest}
-    texts += [f"Losses of these runs cannot be compared: {text}" for text in list_differences(fingerprints)]
+    data, models = {}, {}
+    for run in runs:
+        if isinstance(run.manifest.get("data"), dict):
+            data[run.label] = {"fingerprint of the training data": run.manifest["data"].get("fingerprint")}
+        if "model" in run.manifest:
+            models[run.label] = {"fingerprint of the pruned model": run.manifest["model"]}
+    texts += [f"Losses of these runs cannot be compared: {text}" for text in list_differences(data)]
     texts += [f"These runs began with different models: {text}" for text in list_differences(models)]
     return texts
 
@@ -160,8 +162,9 @@ def missing_of(run: RunRecord) -> list[tuple[str, str]]:
     if not run.layers.numel:
         missing.append(("numbers by layer", "layers.json, topology.jsonl and a checkpoint are not there"))
     if run.is_seft and run.evolutions and run.layers.source != "topology.jsonl":
-        have = "what moved in all is from delta.safetensors" if run.layers.moves else "nothing else tells"
-        missing.append(("where masks moved, over time", f"topology.jsonl is not there: an older version trained; {have}"))
+        why = "topology.jsonl is not there: an older version trained"
+        why += "; what the movements add up to is from delta.safetensors" if run.layers.moves else ""
+        missing.append(("where masks moved, over time", why))
     if run.is_seft and run.deltas is None and run.evolutions:
         missing.append(("sizes of the deltas", "no checkpoint is there any more, or none yet"))
     if not run.manifest:

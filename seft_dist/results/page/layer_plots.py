@@ -1,11 +1,14 @@
 """Drawings by layer: zeros, where masks moved, and the sizes of the deltas."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from seft_dist.results.figures import load_pyplot
-from seft_dist.results.page.layers import QUANTILES, Layers, Moves, Place
-from seft_dist.results.page.plots import finish, keys_of, line_style, logarithmic
+from seft_dist.results.page.layers import QUANTILES, Layers, Place
+from seft_dist.results.page.plots import finish, keys_of, line_style, logarithmic, over_layers
 from seft_dist.results.page.record import RunRecord
 from seft_dist.results.page.svg import INK, MUTED, SERIES, Figure, Key, Table, draw_svg, printable
 from seft_dist.results.page.words import decimal, percent, plural, spread_out
@@ -32,27 +35,24 @@ def sparsity_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             mean, low, high = ([100 * row[k] for row in table.values()] for k in range(3))
             axes.fill_between(layers, low, high, color=style["color"], alpha=0.18, linewidth=0, gid=f"run-{i}-0")
             axes.plot(layers, mean, marker="o", markersize=2.5, gid=f"run-{i}-1", **style)
-        axes.set(xlabel="layer", ylabel="zeros, %")
-        low, high = axes.get_ylim()
-        middle = (low + high) / 2
-        axes.set_ylim(max(0, min(low, middle - 2)), min(100, max(high, middle + 2)))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(False, axis="x")
+        over_layers(axes, "zeros, %")
+        bottom, top = axes.get_ylim()
+        middle = (bottom + top) / 2
+        axes.set_ylim(max(0.0, min(bottom, middle - 2)), min(100.0, max(top, middle + 2)))
 
-    first = tables[0][2]
     alt = " ".join(
         f"{printable(run.label)}: {percent(min(row[0] for row in table.values()))} to "
         f"{percent(max(row[0] for row in table.values()))} zeros in a layer."
         for _, run, table in tables
     )
-    head = ["layer", *(run.label for _, run, _ in tables)]
-    chosen = spread_out(list(first), _MOST_ROWS)
+    head = ["layer", *(run.label if len(runs) > 1 else "zeros" for _, run, _ in tables)]
+    chosen = spread_out(sorted({layer for *_, table in tables for layer in table}), _MOST_ROWS)
     rows = [[str(n), *(percent(t[n][0], 3) if n in t else "-" for *_, t in tables)] for n in chosen]
     title = "Zeros in each layer"
-    drawn = {"svg": draw_svg("zeros", title, alt, draw)} if draws else {}
+    svg = draw_svg("zeros", title, alt, draw) if draws else Markup()
     alone = [Key("mean of the layer's targets"), Key("smallest to largest", SERIES[0], "band")]
     legend = keys_of(runs) or alone
-    return Figure("zeros", title, alt, Table(head, rows), legend=legend, **drawn)
+    return Figure("zeros", title, alt, Table(head, rows), legend=legend, svg=svg)
 
 
 def _zeros_by_layer(layers: Layers) -> dict[int, tuple[float, float, float]]:
@@ -71,79 +71,103 @@ def _zeros_by_layer(layers: Layers) -> dict[int, tuple[float, float, float]]:
 
 
 def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
-    """Yield for each run where pruned positions were reactivated and where active ones were pruned."""
-    shown = [(i, run) for i, run in enumerate(runs) if run.layers.moves and run.layers.active]
-    for i, run in shown[:MOST_MAPS]:
-        layers = run.layers
-        moves = layers.moves[-1]
+    """Yield for each run where pruned positions were reactivated and where active ones were pruned.
 
-        def reactivated(names: list[str], of: Layers = layers, moves: dict[str, Moves] = moves) -> tuple[int, int]:
-            known = [name for name in names if name in of.active and name in moves]
-            zeros = sum(of.numel[name] - of.active[name] for name in known)
-            return sum(moves[name].reactivated for name in known), zeros
-
-        def pruned(names: list[str], of: Layers = layers, moves: dict[str, Moves] = moves) -> tuple[int, int]:
-            known = [name for name in names if name in of.active and name in moves]
-            return sum(moves[name].pruned for name in known), sum(of.active[name] for name in known)
-
+    Maps of one kind have one scale of colours.
+    """
+    shown = [(i, run) for i, run in enumerate(runs) if run.layers.moves and run.layers.active][:MOST_MAPS]
+    reactivated = [_counts(run.layers, "reactivated") for _, run in shown]
+    pruned = [_counts(run.layers, "pruned") for _, run in shown]
+    for k, (i, run) in enumerate(shown):
         named = f", {run.label}" if len(runs) > 1 else ""
-        yield _heat_map(f"reactivated-{i}", f"Pruned positions that were reactivated{named}", run, reactivated, draws)
-        yield _heat_map(f"pruned-{i}", f"Active weights that were pruned{named}", run, pruned, draws)
+        title = f"Pruned positions that were reactivated{named}"
+        yield _heat_map(f"reactivated-{i}", title, reactivated[k], _largest(reactivated), draws)
+        yield _heat_map(f"pruned-{i}", f"Active weights that were pruned{named}", pruned[k], _largest(pruned), draws)
 
 
-def _heat_map(
-    name: str, title: str, run: RunRecord, count: Callable[[list[str]], tuple[int, int]], draws: bool
-) -> Figure:
-    """Draw a share for each layer and module as colours."""
-    places = {place: count(names) for place, names in run.layers.by_place.items()}
+_Counts = dict[Place, tuple[int, int]]
+"""Positions that moved, and those that could have moved, at each place."""
+
+
+def _counts(layers: Layers, kind: str) -> _Counts:
+    """Count what moved in a run and what could have moved, at each place.
+
+    Args:
+        layers: The run's counts.
+        kind: "reactivated" or "pruned".
+    """
+    moves, counts = layers.moves[-1], {}
+    for place, names in layers.by_place.items():
+        known = [name for name in names if name in layers.active and name in moves]
+        active = sum(layers.active[name] for name in known)
+        of = active if kind == "pruned" else sum(layers.numel[name] for name in known) - active
+        counts[place] = (sum(getattr(moves[name], kind) for name in known), of)
+    return counts
+
+
+def _largest(maps: Sequence[_Counts]) -> float:
+    return max((moved / of for counts in maps for moved, of in counts.values() if of), default=0.0)
+
+
+def _heat_map(name: str, title: str, places: _Counts, largest: float, draws: bool) -> Figure:
+    """Draw a share for each layer and module as colours.
+
+    Args:
+        name: Id of the figure.
+        title: Its title.
+        places: The numbers.
+        largest: Share at the upper end of the scale.
+        draws: False: the table only.
+    """
     shares = {place: moved / of for place, (moved, of) in places.items() if of}
     modules = list(dict.fromkeys(place.module for place in places))
-    rows = sorted({-1 if place.layer is None else place.layer for place in places})
-    short = _short_names(modules)
-    top = max(shares.values(), default=0.0)
     tips = [
-        f"{'outside the layers' if place.layer is None else f'layer {place.layer}'}, {printable(place.module, 60)}: "
+        f"{_where(place)}, {printable(place.module, 60)}: "
         f"{percent(share, 3)} ({places[place][0]:,} of {places[place][1]:,})"
         for place, share in shares.items()
     ]
-
-    def draw(axes: "Axes") -> None:
-        plt = load_pyplot("figures")
-        colours = plt.get_cmap("cividis").resampled(24)
-        scale = plt.Normalize(0, 100 * top or 1)
-        for k, (place, share) in enumerate(shares.items()):
-            x, y = rows.index(-1 if place.layer is None else place.layer), modules.index(place.module)
-            cell = plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours(scale(100 * share)), linewidth=0)
-            cell.set_gid(f"tip-{k}")
-            axes.add_patch(cell)
-        axes.set_xlim(-0.5, len(rows) - 0.5)
-        axes.set_ylim(len(modules) - 0.5, -0.5)
-        every = next(n for n in (1, 2, 5, 10, 20, 50, 100, len(rows)) if len(rows) <= n * _MOST_NAMED)
-        named = [k for k, row in enumerate(rows) if row < 0 or row % every == 0]
-        axes.set_xticks(named, ["-" if rows[k] < 0 else str(rows[k]) for k in named])
-        axes.set_yticks(range(len(modules)), [short[module] for module in modules])
-        axes.set(xlabel="layer")
-        axes.grid(False)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        figure = axes.figure
-        bar = figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=axes, location="top", aspect=40, pad=0.02)
-        bar.outline.set_visible(False)
-        bar.set_label("% of them, since the run began", size=8)
-        bar.ax.tick_params(length=0, labelsize=8)
-
     most = max(shares, key=shares.__getitem__, default=None)
     alt = f"{title}: layers from left to right, modules from top to bottom. "
-    if most is not None and top > 0:
-        where = "outside the layers" if most.layer is None else f"layer {most.layer}"
-        alt += f"Most in {where}, {printable(most.module, 60)}: {percent(top, 3)}."
+    if most is not None and shares[most] > 0:
+        alt += f"Most in {_where(most)}, {printable(most.module, 60)}: {percent(shares[most], 3)}."
     else:
         alt += "Nothing moved."
     table = _module_table(places, modules)
     height = 1.15 + 0.2 * len(modules)
-    drawn = {"svg": draw_svg(name, title, alt, draw, height=height, tips=tips)} if draws else {}
-    return Figure(name, title, alt, table, **drawn)
+    draw = partial(_draw_map, shares=shares, modules=modules, largest=largest)
+    svg = draw_svg(name, title, alt, draw, height=height, tips=tips) if draws else Markup()
+    return Figure(name, title, alt, table, svg=svg)
+
+
+def _where(place: Place) -> str:
+    return "outside the layers" if place.layer is None else f"layer {place.layer}"
+
+
+def _draw_map(axes: "Axes", shares: dict[Place, float], modules: list[str], largest: float) -> None:
+    plt = load_pyplot("figures")
+    rows = sorted({-1 if place.layer is None else place.layer for place in shares})
+    short = _short_names(modules)
+    colours, scale = plt.get_cmap("cividis").resampled(24), plt.Normalize(0, 100 * largest or 1)
+    for k, (place, share) in enumerate(shares.items()):
+        x, y = rows.index(-1 if place.layer is None else place.layer), modules.index(place.module)
+        cell = plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours(scale(100 * share)), linewidth=0)
+        cell.set_gid(f"tip-{k}")
+        axes.add_patch(cell)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_ylim(len(modules) - 0.5, -0.5)
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, len(rows)) if len(rows) <= n * _MOST_NAMED)
+    named = [k for k, row in enumerate(rows) if row < 0 or row % every == 0]
+    axes.set_xticks(named, ["-" if rows[k] < 0 else str(rows[k]) for k in named])
+    axes.set_yticks(range(len(modules)), [short[module] for module in modules])
+    axes.set(xlabel="layer")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = axes.figure.colorbar(plt.cm.ScalarMappable(scale, colours), ax=axes, location="top", aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("% of them", size=8)
+    bar.ax.tick_params(length=0, labelsize=8)
 
 
 def _module_table(places: dict[Place, tuple[int, int]], modules: list[str]) -> Table:
@@ -199,9 +223,9 @@ def overlap_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
     ]
     table = Table(["run", "step", "all targets", "least in a target", "most in a target"], rows)
     title = "Overlap with the pruned model's mask"
-    drawn = {"svg": draw_svg("overlap", title, alt, draw)} if draws else {}
+    svg = draw_svg("overlap", title, alt, draw) if draws else Markup()
     legend = keys_of(runs) or [Key("all targets"), Key("least to most in a target", SERIES[0], "band")]
-    return Figure("overlap", title, alt, table, legend=legend, **drawn)
+    return Figure("overlap", title, alt, table, legend=legend, svg=svg)
 
 
 def _overlap(layers: Layers) -> list[tuple[int, float, float, float]]:
@@ -252,9 +276,9 @@ def evolutions_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
         legend = [Key("grown elsewhere", SERIES[0], "dots"), Key("of these on pruned positions", SERIES[1], "dots")]
     else:
         legend = [*keys_of(runs), Key("grown", INK, "line"), Key("of these on pruned positions", MUTED, "dashes")]
-    drawn = {"svg": draw_svg("evolutions", title, alt, draw)} if draws else {}
+    svg = draw_svg("evolutions", title, alt, draw) if draws else Markup()
     note = "The choice of the first support is in the numbers, not in the drawing."
-    return Figure("evolutions", title, alt, table, legend=legend, note=note, **drawn)
+    return Figure("evolutions", title, alt, table, legend=legend, note=note, svg=svg)
 
 
 def _share(evolution: dict[str, object], kind: str) -> float:
@@ -280,9 +304,7 @@ def deltas_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             )
             axes.plot(layers, columns[2], marker="o", markersize=2.5, gid=f"run-{i}-1", **style)
         logarithmic(axes)
-        axes.set(xlabel="layer", ylabel="absolute value of a delta")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(False, axis="x")
+        over_layers(axes, "absolute value of a delta")
 
     alt = "Sizes of the deltas by layer. " + " ".join(
         f"{printable(run.label)}: medians from {decimal(min(row[2] for row in deltas.by_layer.values()))} to "
@@ -294,10 +316,11 @@ def deltas_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
         [run.label, module, *map(decimal, row)] for _, run, deltas in known for module, row in deltas.by_module.items()
     ]
     table = Table(head, rows[: 2 * _MOST_ROWS], "sizes below which so many of the deltas of a module are")
-    legend = keys_of(runs) or [Key("median"), Key("middle half", SERIES[0], "band"), Key("90 % of them", SERIES[0], "faint")]
+    alone = [Key("median"), Key("middle half", SERIES[0], "band"), Key("90 % of them", SERIES[0], "faint")]
+    legend = keys_of(runs) or alone
     steps = sorted({deltas.step for *_, deltas in known})
     at = f"at step {steps[0]}" if len(steps) == 1 else f"at steps {steps[0]} to {steps[-1]}"
     note = f"Absolute values in the newest checkpoint, {at}; deltas that are still exactly 0 are left out."
     title = "Sizes of the deltas in each layer"
-    drawn = {"svg": draw_svg("deltas", title, alt, draw)} if draws else {}
-    return Figure("deltas", title, alt, table, legend=legend, note=note, **drawn)
+    svg = draw_svg("deltas", title, alt, draw) if draws else Markup()
+    return Figure("deltas", title, alt, table, legend=legend, note=note, svg=svg)

@@ -71,7 +71,7 @@ class Layers:
     since: int = 0
     """Step after which the record of movements begins."""
     source: str = ""
-    """File that the last movements come from: topology.jsonl, or delta.safetensors, which has only what they add up to."""
+    """File that the last movements come from: topology.jsonl, or delta.safetensors, which has what they add up to."""
 
     @property
     def by_place(self) -> dict[Place, list[str]]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from seft_dist.results.figures import smooth
 from seft_dist.results.page.record import VALIDATION, RunRecord, number
 from seft_dist.results.page.svg import (
@@ -57,6 +59,15 @@ def finish(axes: "Axes", runs: Sequence[RunRecord], ylabel: str, *, starts_at_ze
     axes.margins(y=0.08)
     if starts_at_zero:
         axes.set_ylim(bottom=0)
+
+
+def over_layers(axes: "Axes", ylabel: str) -> None:
+    """Label the axes of a drawing over layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="layer", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(False, axis="x")
 
 
 def logarithmic(axes: "Axes") -> None:
@@ -151,8 +162,8 @@ def _figure(
     legend: Sequence[Key] = (),
     note: str = "",
 ) -> Figure:
-    drawn = {"svg": draw_svg(name, title, alt, draw)} if draws else {}
-    return Figure(name, title, alt, table, legend=legend, note=note if draws else "", **drawn)
+    svg = draw_svg(name, title, alt, draw) if draws else Markup()
+    return Figure(name, title, alt, table, legend=legend, note=note if draws else "", svg=svg)
 
 
 def _describe(run: RunRecord, key: str, what: str) -> str:
@@ -170,7 +181,7 @@ def _describe(run: RunRecord, key: str, what: str) -> str:
 def _values(run: RunRecord) -> Table:
     """Tabulate a run's metrics at a few steps."""
     names = {"loss": "loss", VALIDATION: "validation loss", "lr": "learning rate", "grad_norm": "gradient norm"}
-    shown = [key for key in names if any(key in line for line in run.lines)]
+    shown = [key for key in names if run.series(key)[0]]
     rows = [
         [str(line["step"]), *(decimal(number(line, key), 4) for key in shown)]
         for line in spread_out([line for line in run.lines if "loss" in line], _MOST_ROWS)
@@ -211,7 +222,8 @@ def perplexity_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             length = value if math.isfinite(value) else 0
             faint = 1.0 if model == "repaired" else 0.45
             axes.barh(row, length, 0.62, color=colour, alpha=faint, gid=f"run-{i}-{row}")
-            axes.text(length, row, f" {decimal(value)}", va="center", color=INK, gid=None)
+            label: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "color": INK}
+            axes.annotate(decimal(value), (length, row), gid=f"run-{i}-{len(bars) + row}", **label)
         axes.set_yticks(rows, names)
         axes.invert_yaxis()
         axes.set(xlabel="perplexity (lower is better)")
@@ -224,5 +236,5 @@ def perplexity_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
     table = Table(["run", "model", "perplexity"], [[label, model, decimal(v, 5)] for _, label, model, v in bars])
     height = max(0.55 + 0.3 * len(bars), HEIGHT / 2)
     title = "Perplexity on the evaluation's text"
-    drawn = {"svg": draw_svg("perplexity", title, alt, draw, width=WIDTH, height=height)} if draws else {}
-    return Figure("perplexity", title, alt, table, **drawn)
+    svg = draw_svg("perplexity", title, alt, draw, width=WIDTH, height=height) if draws else Markup()
+    return Figure("perplexity", title, alt, table, svg=svg)

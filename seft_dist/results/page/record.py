@@ -1,4 +1,4 @@
-"""What the folder of a run holds, read without a demand: a file that is missing or damaged is said, and the rest used."""
+"""Reading of a run's folder for its page: a file that is missing or damaged is named, and the rest is used."""
 
 import json
 import math
@@ -24,8 +24,8 @@ CONFIG, METRICS, RESULT, EVALUATION, MANIFEST = (
     "manifest.json",
 )
 _MOST_RUNS = 24
-VALIDATION = "validation_loss"
-"""Key of the loss on validation data in a line of metrics.jsonl."""
+VALIDATION = "validation.loss"
+"""Entry of a line of metrics.jsonl: the loss on validation data."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RunRecord:
         return whole(self.layout, "world_size") or whole(self.result, "world_size") or 1
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a number that lines of metrics.jsonl have; values that are not finite are left out."""
+        """Steps and values of a number in lines of metrics.jsonl; values that are not finite are left out."""
         pairs = [(line["step"], number(line, key)) for line in self.lines]
         known = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
         return [step for step, _ in known], [value for _, value in known]
@@ -122,8 +122,10 @@ class RunRecord:
 
 
 def number(values: dict[str, Any], key: str) -> float | None:
-    """Return a number of a JSON object; None if there is none."""
-    value = values.get(key)
+    """Return a number of a JSON object, inner ones by dotted names; None if there is none."""
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
@@ -183,20 +185,22 @@ def _read(folder: Path, label: str) -> RunRecord:
     def read_object(path: Path) -> dict[str, Any]:
         return read_json(path, dict[str, Any])
 
-    lines, damaged = attempt(_read_lines, METRICS, ([], 0))
+    no_lines: tuple[list[dict[str, Any]], int] = ([], 0)
+    nothing: dict[str, Any] = {}
+    lines, damaged = attempt(_read_lines, METRICS, no_lines)
     if damaged:
         problems.append(f"{damaged} lines of {folder / METRICS} cannot be read and are left out")
     newest = checkpoint.latest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-    config = attempt(read_run_config, CONFIG, {})
+    config = attempt(read_run_config, CONFIG, nothing)
     is_seft = config.get("method", "seft") in VARIANTS
     return RunRecord(
         folder=folder,
         label=label,
         config=config,
         lines=lines,
-        result=attempt(read_object, RESULT, {}),
+        result=attempt(read_object, RESULT, nothing),
         evaluations=attempt(read_evaluations, EVALUATION, None),
-        manifest=attempt(read_object, MANIFEST, {}),
+        manifest=attempt(read_object, MANIFEST, nothing),
         layers=attempt(lambda path: read_layers(path, newest), "", Layers()),
         deltas=attempt(lambda _: read_deltas(newest), "", None) if newest and is_seft else None,
         sizes=_sizes(folder),

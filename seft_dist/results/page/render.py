@@ -131,7 +131,7 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
     intro = (
         "Shares since the run began. A position counts each time it moves. "
         if any(run.layers.source == "topology.jsonl" for run in runs)
-        else "What the movements add up to: positions that are 0 in one of pruned and repaired model, and not in the other. "
+        else "What the movements add up to: positions that are 0 in only one of the pruned and the repaired model. "
     )
     if sum(bool(run.layers.moves) for run in runs) > MOST_MAPS:
         intro += f"Maps of the first {MOST_MAPS} runs; the page of a single run has its own. "
@@ -194,4 +194,5 @@ def _some(figures: Iterable[Figure | None]) -> list[Figure]:
 
 
 def _details(run: RunRecord) -> Details:
-    return Details(run.label, tables.configuration(run), tables.command_of(run), tables.attempts(run), tables.versions(run))
+    settings, command = tables.configuration(run), tables.command_of(run)
+    return Details(run.label, settings, command, tables.attempts(run), tables.versions(run))

@@ -20,9 +20,13 @@ class Tile:
 def state_of(run: RunRecord) -> str:
     """Say whether a run is finished, and how far it is."""
     of = f" of {run.steps:,}" if run.steps else ""
+    if run.is_finished and run.steps and run.step < run.steps:
+        return f"finished early, after {run.step:,}{of} steps"
     if run.is_finished:
         return f"finished after {plural(run.step, 'step')}"
-    return f"not finished: {run.step:,}{of} steps are recorded" if run.lines else "not finished: no step is recorded yet"
+    if not run.lines:
+        return "not finished: no step is recorded yet"
+    return f"not finished: {run.step:,}{of} steps are recorded"
 
 
 def story_of(run: RunRecord) -> str:
@@ -43,8 +47,8 @@ def _setting(run: RunRecord) -> str:
     layout = run.layout
     if layout:
         ranks = "one process" if run.world_size == 1 else f"{run.world_size} ranks"
-        backend = layout.get("backend")
-        text += f", in {ranks}" + (f" ({backend}, {layout.get('device')})" if run.world_size > 1 else f" ({layout.get('device')})")
+        how = [str(layout[key]) for key in ("backend", "device") if layout.get(key) not in (None, "single")]
+        text += f", in {ranks} ({', '.join(how)})" if how else f", in {ranks}"
     seconds = number(run.result, "seconds") or (number(run.lines[-1], "seconds") if run.lines else None)
     return text + (f", in {duration(seconds)}." if seconds else ".")
 
@@ -128,13 +132,16 @@ def tiles_of(run: RunRecord) -> list[Tile]:
     sparsity: Any = run.result.get("sparsity")
     if isinstance(sparsity, dict):
         off = whole(sparsity, "layers_off_target")
-        tiles.append(Tile("zeros", percent(number(sparsity, "final")), f"{off} targets off" if off else "every target exact"))
+        note = f"{plural(off, 'target')} changed" if off else "every target as before"
+        tiles.append(Tile("zeros", percent(number(sparsity, "final")), note))
     if run.evolutions:
         kept = [move.kept for move in run.layers.moves[-1].values()] if run.layers.moves else []
         active = sum(run.layers.active.values())
         if kept and active and None not in kept:
             share = sum(count for count in kept if count is not None) / active
-            tiles.append(Tile("of the mask is as before", percent(share), f"{plural(len(run.later_evolutions), 'evolution')}"))
+            tiles.append(
+                Tile("of the mask is as before", percent(share), plural(len(run.later_evolutions), "evolution"))
+            )
     seconds = number(run.result, "seconds") or (number(run.lines[-1], "seconds") if run.lines else None)
     if seconds and math.isfinite(seconds):
         tiles.append(Tile("time", duration(seconds), f"{run.step:,} steps"))

@@ -1,4 +1,4 @@
-"""Drawings of matplotlib as parts of a page: vectors in the page's own colours, light or dark, that can be read aloud."""
+"""Drawings of matplotlib as parts of a page: vectors in its own colours, light or dark, that can be read aloud."""
 
 import io
 import re
@@ -95,7 +95,14 @@ Draw = Callable[["Axes"], None]
 
 
 def draw_svg(
-    name: str, title: str, alt: str, draw: Draw, *, width: float = WIDTH, height: float = HEIGHT, tips: Sequence[str] = ()
+    name: str,
+    title: str,
+    alt: str,
+    draw: Draw,
+    *,
+    width: float = WIDTH,
+    height: float = HEIGHT,
+    tips: Sequence[str] = (),
 ) -> Markup:
     """Draw into an SVG element that is part of a page.
 

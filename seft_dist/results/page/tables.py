@@ -31,7 +31,8 @@ def _results(run: RunRecord) -> dict[str, str]:
     values |= {"validation loss, best": decimal(min(validation), 4)} if validation else {}
     sparsity: Any = run.result.get("sparsity")
     if isinstance(sparsity, dict):
-        values |= {"zeros": percent(number(sparsity, "final"), 3), "targets with another number of zeros": str(sparsity.get("layers_off_target"))}
+        values["zeros"] = percent(number(sparsity, "final"), 3)
+        values["targets with another number of zeros"] = str(sparsity.get("layers_off_target"))
     if run.evolutions:
         values["reactivated positions"] = f"{sum(whole(e, 'reactivated') or 0 for e in run.evolutions):,}"
     seconds = number(run.result, "seconds") or (number(run.lines[-1], "seconds") if run.lines else None)
@@ -69,7 +70,7 @@ def attempts(run: RunRecord) -> Table:
         layout, code = (found if isinstance(found, dict) else {} for found in map(attempt.get, ("layout", "code")))
         hosts = [host for host in attempt.get("hosts") or [] if isinstance(host, dict)]
         where = ", ".join(f"{host.get('host')}: {host.get('ranks')} x {host.get('device')}" for host in hosts[:8])
-        commit = f"{str(code.get('commit'))[:12]}{' with changes' if code.get('dirty') else ''}" if code.get("commit") else "-"
+        commit = str(code.get("commit") or "-")[:12] + (" with changes" if code.get("dirty") else "")
         ranks = f"{layout.get('world_size')} x {layout.get('backend')}"
         rows.append(
             [str(attempt.get("first_step")), str(attempt.get("started")), str(attempt.get("finished") or "-"), ranks]
