@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +13,15 @@ from types import TracebackType
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, number in zip(ends, (3, 4)):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Program that gives Chromium its pipe as descriptors 3 and 4, whatever they were before."""
 
 
 class Browser:
@@ -33,8 +43,7 @@ class Browser:
         os.set_blocking(self._in, False)
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         flags += ["--disable-background-networking", "--hide-scrollbars", "--remote-debugging-pipe"]
-        # The pipe is made of descriptors 3 and 4
-        command = ["sh", "-c", f'exec "$@" 3<&{to_child} 4>&{from_child}', "sh", CHROMIUM, *flags]
+        command = [sys.executable, "-c", _START, str(to_child), str(from_child), CHROMIUM, *flags]
         self._child = subprocess.Popen(
             [*command, f"--user-data-dir={self._profile.name}", "about:blank"],
             pass_fds=(to_child, from_child),

@@ -148,7 +148,7 @@ def _as_element(svg: bytes, name: str, title: str, alt: str, tips: Sequence[str]
     root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-desc", "class": "drawing"}
     for position, (kind, text) in enumerate((("title", title), ("desc", alt))):
         child = ET.Element(f"{{{_SVG}}}{kind}", {"id": f"{name}-{kind}"})
-        child.text = text
+        child.text = printable(text, 2000)
         root.insert(position, child)
     return Markup(ET.tostring(root, encoding="unicode"))
 
@@ -161,7 +161,7 @@ def _adapt(element: ET.Element, name: str, tips: Sequence[str]) -> None:
         tip = re.fullmatch(r"tip-(\d+)", own)
         if tip and int(tip[1]) < len(tips):
             child = ET.Element(f"{{{_SVG}}}title")
-            child.text = tips[int(tip[1])]
+            child.text = printable(tips[int(tip[1])])
             element.insert(0, child)
             element.set("class", "tip")
         run = re.fullmatch(r"run-(\d+)-\d+", own)
