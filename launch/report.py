@@ -1,4 +1,4 @@
-"""What runs did, to look at: one page with figures, for runs that are finished or still going on.
+"""Write a page with figures about runs, finished or still going on: what they did, to look at.
 
     python launch/report.py runs/quickstart                     # writes runs/quickstart/report.html
     python launch/report.py runs/a runs/b --output ab.html      # several runs in the same drawings, and what differs

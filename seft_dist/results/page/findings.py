@@ -1,4 +1,4 @@
-"""What a reader should know before trusting the numbers of a page, and what the page lacks."""
+"""Warnings for readers of a page, and what the page lacks."""
 
 import json
 import math

@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Moves:
-    """What evolutions have moved in one target up to a step."""
+    """Counts of what evolutions have moved in one target up to a step."""
 
     dropped: int
     grown: int

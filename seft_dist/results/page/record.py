@@ -92,7 +92,7 @@ class RunRecord:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """How the last attempt divided the work, as the manifest says."""
+        """Layout of the last attempt, as the manifest says."""
         found = self.attempts[-1].get("layout") if self.attempts else None
         return found if isinstance(found, dict) else {}
 

@@ -39,7 +39,7 @@ class Section:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     absent: str = ""
-    """What is said if there is neither a figure nor a table."""
+    """Text instead, if there is neither a figure nor a table."""
 
     @property
     def is_empty(self) -> bool:

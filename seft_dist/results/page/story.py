@@ -1,4 +1,4 @@
-"""What a run did, in a paragraph, and its most important numbers."""
+"""A run told in a paragraph, and its most important numbers."""
 
 import math
 from dataclasses import dataclass

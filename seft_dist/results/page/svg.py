@@ -82,13 +82,13 @@ class Figure:
     """Its id in the page: letters, digits and hyphens."""
     title: str
     alt: str
-    """What there is to see, in a sentence or two."""
+    """Description, in a sentence or two."""
     table: Table | None
     svg: Markup = field(default_factory=Markup)
     """Empty: nothing was drawn."""
     legend: Sequence[Key] = ()
     note: str = ""
-    """How to read it."""
+    """Advice on reading it."""
 
 
 Draw = Callable[["Axes"], None]
