@@ -25,8 +25,10 @@ from tests.doors import run_door
 from tests.runs import make_config, run_train
 
 SECTIONS = ("warnings", "training", "perplexity", "sparsity", "topology", "deltas", "cost", "configuration", "missing")
-FIGURES = ("loss", "learning-rate", "gradient-norm", "perplexity", "zeros", "overlap", "evolutions", "reactivated-0")
-FIGURES += ("pruned-0", "deltas", "speed", "phases")
+FIGURES = (
+    *("loss", "learning-rate", "gradient-norm", "perplexity", "zeros", "overlap", "evolutions"),
+    *("reactivated-0", "pruned-0", "deltas", "speed", "phases"),
+)
 VOID = {"meta", "link", "input", "br", "img"}
 HOSTILE = "<script>alert('$x$')</script>&\"\x07\u202e${{ 7*7 }}"
 
