@@ -34,7 +34,8 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 quickstart: $(RUN)/summary.json  ## a real model: prune, repair on 2 ranks with ZeRO-3, evaluate, report
-	@echo "Results: $(RUN)/summary.json, figures in $(RUN)/figures, the repaired model in $(RUN)/model"
+	@echo "Results: $(RUN)/summary.json, the repaired model in $(RUN)/model"
+	@echo "The page to look at: file://$(abspath $(RUN)/report.html)"
 
 install: $(INSTALLED)  ## make .venv and install everything into it
 

@@ -127,7 +127,7 @@ def expected(ranks: list[Seen], rank: int, form: str) -> dict[str, int]:
         "grow": wire.selection(form, grow, outside),
         "adapt": wire.total(counts) + wire.selection(form, reactivated, prunable),
         "commit": commit,
-        "verify": 2 * wire.total(counts) + 3 * wire.every(counts) + wire.total(32),
+        "verify": 2 * wire.total(counts) + 3 * wire.every(counts) + wire.total(32 * layers),
     }
 
 
@@ -168,9 +168,10 @@ def test_bytes_of_trials_and_of_curvature() -> None:
     shapes = [tuple(target.module.weight.shape) for target in find_targets(prune_(tiny_llama()), "all-linear").values()]
     wire, counts = Wire(3), 8 * len(shapes)
     sums = sum(wire.total(4 * rows) + wire.total(4 * columns) for rows, columns in shapes)
+    tried = wire.total(4 * counts + 16) - wire.total(4 * counts)
     more = [
         {"window": sums},
-        {"adapt": wire.total(counts), "verify": wire.total(counts) + wire.total(48) - wire.total(32)},
+        {"adapt": wire.total(counts), "verify": wire.total(counts) + tried},
     ]
     for default, *others in run_ranks(on_rank, 3, timeout=120):
         sent = {name: phase.bytes_sent for name, phase in default.report.phases.items()}

@@ -162,8 +162,10 @@ def test_tables_and_figures(make_run: Callable[..., Path]) -> None:
     assert "44%" in text and "60.0000%" in text and "…" not in text
     assert re.search(r"verify +0\.100 +0\.400", text)
     figures = write_run_figures(run, run.folder / "figures")
-    assert [path.name for path in figures] == ["loss.png", "evolutions.png", "perplexity.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
+    names = [f"{name}.{form}" for name in ("loss", "evolutions", "perplexity") for form in ("png", "svg")]
+    assert [path.name for path in figures] == names
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml"}
+    assert all(path.read_bytes().startswith(starts[path.suffix]) for path in figures)
 
 
 def test_models_of_different_types_are_not_compared_in_silence(make_run: Callable[..., Path]) -> None:
@@ -183,7 +185,7 @@ def test_a_model_that_diverged_is_still_drawn(make_run: Callable[..., Path]) -> 
     (folder / "eval.json").write_text(text.replace("29.0", "NaN").replace("66.0", "0"))
     run = read_run(folder)
     print_tables(run, Console(record=True))
-    assert len(write_run_figures(run, folder)) == 3
+    assert len(write_run_figures(run, folder)) == 6
 
 
 def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]) -> None:
@@ -194,7 +196,8 @@ def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]
     )
     run = read_run(folder)
     print_tables(run, Console(record=True))
-    assert [path.name for path in write_run_figures(run, folder)] == ["loss.png", "perplexity.png"]
+    figures = [path.name for path in write_run_figures(run, folder)]
+    assert figures == ["loss.png", "loss.svg", "perplexity.png", "perplexity.svg"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "eval.json"])

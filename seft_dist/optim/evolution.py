@@ -86,8 +86,8 @@ class Evolution:
         if not on_trial:
             self._phase("adapt", lambda: adapt(work))
         self._phase("commit", lambda: self.commit(betas))
-        digest, counts = self._phase("verify", self._verify)
-        dropped, grown, pruned, reactivated, tried, kept = counts + [0] * (6 - len(counts))
+        digest, moved, (tried, kept) = self._phase("verify", self._verify)
+        dropped, grown, reactivated, pruned = map(sum, zip(*moved, strict=True))
         spent = list(self._phases.values())[1:]
         before = self._phases["window"]
         self._phases["window"] = Phase(before.seconds + draft.seconds, before.bytes_sent + draft.bytes_sent)
@@ -108,6 +108,7 @@ class Evolution:
             bytes_sent=sum(phase.bytes_sent for phase in spent),
             phases=self._phases,
             digest=digest,
+            moved=moved,
             near_ties=work.near_ties,
         )
 
@@ -122,10 +123,13 @@ class Evolution:
         self._phases[name] = Phase(time.perf_counter() - began, self.backend.bytes_sent - sent)
         return result
 
-    def _verify(self) -> tuple[str, list[int]]:
+    def _verify(self) -> tuple[str, list[list[int]], list[int]]:
         digest, work = self.state.verify(self.backend, self.config), self.work
-        moved = [sum(map(len, done)) for done in (work.dropped, work.grown, work.removed, work.reactivated)]
-        return digest, self.backend.owners.sum(torch.tensor(moved + self._decided)).tolist()
+        moved = zip(work.dropped, work.grown, work.reactivated, work.removed, strict=True)
+        counts = [len(offsets) for row in moved for offsets in row]
+        counts = self.backend.owners.sum(torch.tensor(counts + self._decided)).tolist()
+        rows = [counts[4 * i : 4 * i + 4] for i in range(len(self.windows))]
+        return digest, rows, counts[4 * len(rows) :] or [0, 0]
 
     def keep_candidates(self) -> None:
         """Narrow the windows to the support, the best positions to grow and the best to prune. Collective."""

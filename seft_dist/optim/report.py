@@ -45,6 +45,8 @@ class EvolutionReport:
     """
     digest: str
     """Digest of all masks and supports; the same for every layout."""
+    moved: list[list[int]] = field(default_factory=list)
+    """Numbers of dropped, grown, reactivated and pruned positions, for each target."""
     near_ties: list[int] | None = None
     """Number of each target's candidates whose selection rounding could have decided; None: not counted.
 

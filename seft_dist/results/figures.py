@@ -45,7 +45,7 @@ def load_pyplot(option: str) -> Any:
 
 
 def write_run_figures(run: FinishedRun, folder: Path) -> list[Path]:
-    """Draw loss.png, evolutions.png (if there were evolutions) and perplexity.png.
+    """Draw loss, evolutions (if there were any) and perplexity, each as .png and .svg.
 
     Args:
         run: The run.
@@ -68,11 +68,12 @@ def write_run_figures(run: FinishedRun, folder: Path) -> list[Path]:
         for name, draw in drawings.items():
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
             draw(run, axes)
-            image = io.BytesIO()
-            figure.savefig(image, dpi=150, format="png")
+            for form in ("png", "svg"):
+                image = io.BytesIO()
+                figure.savefig(image, dpi=150, format=form)
+                paths.append(folder / f"{name}.{form}")
+                write_bytes(paths[-1], image.getvalue())
             plt.close(figure)
-            paths.append(folder / f"{name}.png")
-            write_bytes(paths[-1], image.getvalue())
     return paths
 
 

@@ -113,6 +113,17 @@ def read_run_config(path: Path) -> dict[str, Any]:
     return check_kind(read_yaml(path), dict[str, Any], str(path))
 
 
+def flatten_options(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return all options of a run by their dotted names, except its output."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten_options(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" != "output":
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
 def measurement_of(evaluations: Evaluations, model: str) -> dict[str, Any]:
     """Collect everything except its weights that a model's perplexity depends on, as far as eval.json records it.
 

@@ -21,6 +21,7 @@ from seft_dist.config import SweepConfig
 from seft_dist.files.reading import read_text
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
+    flatten_options,
     list_differences,
     measurement_of,
     read_evaluations,
@@ -132,7 +133,7 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
             from config.yaml, so that all runs have the same entries.
     """
     begun = (run / "config.yaml").exists()
-    settings = _flatten_options(read_run_config(run / "config.yaml")) if begun else {}
+    settings = flatten_options(read_run_config(run / "config.yaml")) if begun else {}
     made = {key: value for key, value in settings.items() if key not in (*_WITHOUT_EFFECT, *SEEDS)}
     measured: dict[str, Any] = {"status": _status(run)}
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
@@ -154,17 +155,6 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
     attempts = _ended_attempts(run)
     measured |= {"restarts": len(attempts) - 1} if attempts else {}
     return SweepRun(name, options if all_listed or not begun else settings, measured, made, evaluated)
-
-
-def _flatten_options(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return all options of a run by their dotted names, except its output."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten_options(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" != "output":
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _status(run: Path) -> str:

@@ -31,6 +31,8 @@ from seft_dist.optim.report import EvolutionReport
 from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "metrics.jsonl"
+_NOT_RECORDED = ("step", "moved", "near_ties")
+"""Entries of an evolution's report that are elsewhere: in the line, in topology.jsonl and in trace.jsonl."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
@@ -160,7 +162,7 @@ class Metrics:
         self._bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
         if evolution is not None:
             report = dataclasses.asdict(evolution)
-            record["evolution"] = {key: value for key, value in report.items() if key not in ("step", "near_ties")}
+            record["evolution"] = {key: value for key, value in report.items() if key not in _NOT_RECORDED}
         self._lines.add(record)
         for tracker in self._trackers:
             tracker.log(_flat(record, numbers_only=True), step=step)

@@ -1,4 +1,4 @@
-"""The exact record of a run, for repeating it: always the manifest, and the trace if the configuration has one."""
+"""The record of a run beside its metrics: how to repeat it, what moved in it, and its trace if there is to be one."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from seft_dist.training.fingerprint import has_dropout, topology_hashes
 from seft_dist.training.manifest import open_manifest
 from seft_dist.training.method import Method, TrainedSeft
 from seft_dist.training.run_folder import RunOrigin
+from seft_dist.training.topology import FirstMasks, Topology
 from seft_dist.training.trace import Trace
 
 
@@ -27,6 +28,7 @@ class Record:
         origin: RunOrigin,
         backend: str,
         ds: DsConfig | None,
+        first: FirstMasks | None,
     ) -> None:
         """Write down the start of the run or of a further attempt. Collective.
 
@@ -38,6 +40,7 @@ class Record:
             origin: Fingerprints of model and data.
             backend: Backend that holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
+            first: Masks of the pruned model, if the method can move them.
         """
         self._method = method
         data = {"fingerprint": origin.data, "sequences": origin.sequences, "global_batch": origin.global_batch}
@@ -53,13 +56,14 @@ class Record:
             ds=ds,
             done=method.num_steps,
         )
+        self._topology = Topology(Path(config.output), first, ranks) if first is not None else None
         self._trace = None
         if config.trace:
             assert isinstance(method, TrainedSeft)  # checked in the configuration
             self._trace = Trace(Path(config.output), method, ranks)
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
-        """Record one optimizer step, after it was done. Collective with a trace, else local.
+        """Record one optimizer step, after it was done. Collective with a trace or an evolution, else local.
 
         Args:
             step: Counted from 1.
@@ -69,6 +73,8 @@ class Record:
             lr: Learning rate of this step.
         """
         self._manifest.evolution(self._method.evolution)
+        if self._topology is not None:
+            self._topology.step()
         if self._trace is not None:
             self._trace.step(step, micro, loss=loss, tokens=tokens, lr=lr)
 
@@ -82,10 +88,14 @@ class Record:
 
     def sync(self) -> None:
         """Force what was recorded to disk."""
+        if self._topology is not None:
+            self._topology.sync()
         if self._trace is not None:
             self._trace.sync()
 
     def close(self) -> None:
         """Close the files."""
+        if self._topology is not None:
+            self._topology.close()
         if self._trace is not None:
             self._trace.close()

@@ -2,6 +2,7 @@
 
 config.yaml         the resolved configuration, written before step 1
 metrics.jsonl       see training/metrics.py
+topology.jsonl      see training/topology.py: only if masks or supports can move
 checkpoints/        see io/checkpoint
 diagnosis/          see training/diagnosis.py: only if an error stopped it
 model/              the repaired model, a Hugging Face folder
@@ -11,6 +12,7 @@ merged/             of method lora_merged, while it is pruned again
 damaged-*           what could not be read when the run went on
 run.lock            see training/writer_lock.py: while a process writes here
 slurm/              what each attempt of a batch job ran, see slurm/common.sh: may be there before the run
+layers.json         counts of every target after the last step, see training/topology.py
 result.json         written last: the run is finished
 """
 
@@ -35,7 +37,7 @@ from seft_dist.io.library_types import PreTrainedTokenizerBase
 from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.distributed import Ranks
-from seft_dist.training import manifest, metrics, trace
+from seft_dist.training import manifest, metrics, topology, trace
 from seft_dist.training.method import Method
 from seft_dist.training.metrics import print_line
 from seft_dist.training.writer_lock import LOCK
@@ -43,7 +45,7 @@ from seft_dist.training.writer_lock import LOCK
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
 SLURM = "slurm"
 _FOLDERS = (SLURM, CHECKPOINTS, MODEL, ADAPTER, MERGED)
-_FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE)
+_FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE, topology.FILE, topology.LAYERS)
 
 
 def is_finished(folder: Path) -> bool:

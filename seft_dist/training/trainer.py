@@ -41,6 +41,7 @@ from seft_dist.training.run_folder import (
 )
 from seft_dist.training.step import Stepper
 from seft_dist.training.teacher import check_teacher
+from seft_dist.training.topology import first_masks, write_layers
 from seft_dist.training.writer_lock import only_writer
 
 
@@ -107,6 +108,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
     check_tokens(data, run.model, ranks)
     run.method.attach()
+    first = first_masks(run.method)  # before a checkpoint brings the masks that they have become
     origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
         data=data_fingerprint(data, ranks),
@@ -117,7 +119,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     )
     state = resume(config, ranks, run.method, origin) or {}
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
-    record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds)
+    record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
     _restore_scheduler(run, state)
     if ranks.is_main:
         print_line(f"kernels: {describe(ranks.device)}")
@@ -252,6 +254,7 @@ def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record
         )
     record.finish(loss)
     if run.ranks.is_main:
+        write_layers(folder, layers)
         write_json(folder / RESULT, result)
         print_summary(result)
     wait_for_all_ranks()  # no rank returns before the files are there
