@@ -119,7 +119,7 @@ class Baseline(ABC):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
-        return self.config.steps
+        return self.config.total_steps
 
     @property
     def target_names(self) -> list[str]:
@@ -232,9 +232,9 @@ class Baseline(ABC):
         for part in self.values.parts:
             yield part.name, self.values.state(part)
 
-    def saver(self, folder: Path) -> BackgroundSaver:
+    def saver(self, folder: Path, keep: int) -> BackgroundSaver:
         """Make the object that writes this method's checkpoints."""
-        return BaselineSaver(self, folder)
+        return BaselineSaver(self, folder, keep)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Collective.
@@ -247,6 +247,10 @@ class Baseline(ABC):
             ValueError: It is of another model, method or format.
         """
         return load(self, checkpoint)
+
+    def rewind(self, checkpoint: Path, source: Source) -> None:
+        """Go back to an earlier checkpoint of the same run: it holds every value that training changes. Collective."""
+        self.load(checkpoint)
 
 
 def is_vector(parameter: Tensor) -> bool:
