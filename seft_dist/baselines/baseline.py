@@ -1,5 +1,6 @@
 """The base class of the comparison methods: targets, optimizer steps, zeros, and a plain model at the end."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,15 @@ class Baseline(ABC):
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
                 "keeping zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
             )
-        check_pattern(backend, self.config.seft, masks)  # does nothing without a pattern
+        self.check_pattern(backend, masks)
+
+    def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
+        """Check that the model has the pattern that was named, if there is one. Collective.
+
+        Masks stay as they are, so a pattern that was not named is not lost.
+        """
+        seft = self.config.seft
+        check_pattern(backend, dataclasses.replace(seft, pattern=seft.known_pattern), masks)
 
     # Doing nothing is right for all methods
     def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027

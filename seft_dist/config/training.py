@@ -140,7 +140,9 @@ class TrainConfig:
         minutes = self.save_every_minutes
         check(0 <= minutes <= _MONTH / 60, f"save_every_minutes={minutes}", f"0 to {_MONTH // 60} minutes (30 days)")
         if self.export == "best":
-            check(self.eval.data is not None, "export=best without eval.data", "text to judge by: --eval.data.path FILE")
+            check(
+                self.eval.data is not None, "export=best without eval.data", "text to judge by: --eval.data.path FILE"
+            )
         unknown = sorted(set(self.tracker_names) - set(get_args(Tracker)))
         check(not unknown, f"trackers={','.join(unknown)}", f"names out of {', '.join(get_args(Tracker))}")
         check(bool(self.project), "project is empty", "a name for the trackers")

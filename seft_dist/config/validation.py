@@ -32,7 +32,9 @@ class EvalConfig:
         check(most is None or most >= 2, f"eval.max_tokens={most}", "at least 2, or null")
         if self.data is None:
             for name in ("every", "stride", "max_tokens", "patience"):
-                check(not getattr(self, name), f"eval.{name} without eval.data", "text to measure: --eval.data.path FILE")
+                check(
+                    not getattr(self, name), f"eval.{name} without eval.data", "text to measure: --eval.data.path FILE"
+                )
             return
         check(not self.patience or self.every > 0, f"eval.patience={self.patience} with eval.every=0", "eval.every")
         check(

@@ -82,7 +82,7 @@ class Evolution:
         if counts_near_ties:
             self._near_ties = draft.near_ties or [0] * len(windows)
         self._counted_before = sum(draft.near_ties)
-        self.groups = NMGroups(backend, config.pattern) if config.pattern else None
+        self.groups = NMGroups(backend, config.known_pattern) if config.known_pattern else None
         """NMGroups of an N:M pattern, if there is one."""
 
     def run(self, fraction: float, betas: tuple[float, float], first: bool) -> EvolutionReport:

@@ -191,11 +191,14 @@ def _load_yaml(text: str) -> Any:
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
-    optional = []
+    """Find the dataclasses that may be left out, at any depth, by their dotted names."""
+    optional: list[tuple[str, type]] = []
     for name, hint in typing.get_type_hints(config_class).items():
         if isinstance(hint, types.UnionType):
             optional += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
-    return typing.cast(list[tuple[str, type]], optional)
+        elif dataclasses.is_dataclass(hint):
+            optional += [(f"{name}.{key}", inner) for key, inner in _optional_dataclasses(typing.cast(type, hint))]
+    return optional
 
 
 def _build(config_class: type[T], values: Namespace) -> T:

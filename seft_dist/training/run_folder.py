@@ -15,10 +15,12 @@ slurm/              what each attempt of a batch job ran, see slurm/common.sh: m
 result.json         written last: the run is finished
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +31,7 @@ from typing_extensions import NotRequired, TypedDict
 from seft_dist.baselines.lora import ADAPTER
 from seft_dist.baselines.repruning import MERGED
 from seft_dist.config import TrainConfig
+from seft_dist.config.pattern import AUTO
 from seft_dist.data.batches import BatchStream
 from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
@@ -183,14 +186,35 @@ def fill_in_steps(config: TrainConfig, data: BatchStream) -> TrainConfig:
 
 
 def _day_of(config: TrainConfig) -> str:
-    for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
-        try:
-            day = checkpoint.read_manifest(path)["extra"]["config"]["data"]["date"]
-        except (ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
-            continue
+    for earlier in _earlier_configs(config):
+        day = earlier.get("data", {}).get("date")
         if isinstance(day, str):
             return day
     return datetime.date.today().isoformat()
+
+
+def fill_in_pattern(config: TrainConfig) -> TrainConfig:
+    """Let a run that is resumed go on as it began, if it does not say whether the model has an N:M pattern.
+
+    Args:
+        config: The run.
+    """
+    if config.seft.pattern != AUTO:
+        return config
+    for earlier in _earlier_configs(config):
+        pattern = earlier.get("seft", {}).get("pattern", AUTO)
+        if pattern is None or isinstance(pattern, str):
+            return dataclasses.replace(config, seft=dataclasses.replace(config.seft, pattern=pattern))
+    return config
+
+
+def _earlier_configs(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Yield the configurations of a run's checkpoints, the newest first."""
+    for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
+            content = checkpoint.read_manifest(path)["extra"]["config"]
+            if isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("data", "seft")):
+                yield content
 
 
 @dataclass(frozen=True, kw_only=True)

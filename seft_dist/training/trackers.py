@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Trackers:
     def log(self, record: dict[str, Any], step: int) -> None:
         """Record the numbers of a step; a tracker that fails gets no further ones."""
         for name, tracker in list(self._open.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.log(flat(record, numbers_only=True), step=step))
+            self._attempt(name, partial(tracker.log, flat(record, numbers_only=True), step=step))
 
     def close(self) -> None:
         """End the trackers."""

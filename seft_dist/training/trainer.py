@@ -1,5 +1,6 @@
 """One fine-tuning run, from the configuration to the repaired model: the only file that sees every part."""
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from seft_dist.training.run_folder import (
     checkpoint_extra,
     fill_in_date,
     fill_in_global_batch,
+    fill_in_pattern,
     fill_in_steps,
     open_run_folder,
     resume,
@@ -103,7 +105,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     on_all_ranks(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     on_all_ranks(ranks, lambda: check_trackers(config))
     given = config.with_method_settings()
-    config = on_all_ranks(ranks, lambda: fill_in_global_batch(given, ranks.world_size))
+    config = on_all_ranks(ranks, lambda: fill_in_pattern(fill_in_global_batch(given, ranks.world_size)))
     ds = on_all_ranks(ranks, lambda: read_ds_config(config, ranks.world_size))
     check_agreement(ranks, to_yaml(config) + repr(ds))
     source = on_all_ranks(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
@@ -116,6 +118,9 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
     check_tokens(data, run.model, ranks)
     run.method.attach()
+    # Attaching has looked for a pattern that was not named
+    config = dataclasses.replace(config, seft=dataclasses.replace(config.seft, pattern=config.seft.known_pattern))
+    run.config = config
     origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
         data=data_fingerprint(data.sequences, ranks),
@@ -273,6 +278,8 @@ def _go_back_to_best(run: TrainingRun, validation: Validation) -> None:
     advice = "give the same command with --export last for the model of the last step"
     if path is None:
         raise ValueError(f"the checkpoint of step {best.step}, the best one, is gone: {advice}")
+    if run.ranks.is_main:
+        print_line(f"the model of step {best.step} is exported: its validation loss was the lowest, {best.loss:.4f}")
     try:
         run.method.rewind(path, run.source)
     except DamagedError as error:

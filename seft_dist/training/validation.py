@@ -94,9 +94,7 @@ def read_validation(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ran
         return None
     try:
         loaded = one_rank_per_machine_first(ranks, lambda: load_sequences(data, tokenizer, progress=ranks.is_main))
-        scored = on_all_ranks(
-            ranks, lambda: scored_sequences(loaded, data, settings.stride, settings.max_tokens)
-        )
+        scored = on_all_ranks(ranks, lambda: scored_sequences(loaded, data, settings.stride, settings.max_tokens))
     except ValueError as error:
         raise ValueError(f"eval.data: {error}") from error
     tokens = data_fingerprint(loaded, ranks)
@@ -128,9 +126,7 @@ class Validation:
         self._worse = 0
         if text is None:
             return
-        self._plan = on_all_ranks(
-            run.ranks, lambda: plan_scoring(run.model, text.sequences, self._settings.batch_size)
-        )
+        self._plan = on_all_ranks(run.ranks, lambda: plan_scoring(run.model, text.sequences, self._settings.batch_size))
         if state is not None:
             self._take_over(state)
 
