@@ -126,7 +126,7 @@ def replace_all(model: Any) -> None:
 def replace_one(model: Any) -> None:
     """Give one target other memory."""
     weight = model.model.layers[0].self_attn.k_proj.weight
-    weight.data = weight.data * 1.01
+    weight.data = weight.data * 1.5
 
 
 @pytest.mark.parametrize("replace", [replace_all, replace_one, None])

@@ -195,7 +195,7 @@ def test_a_method_without_steps_is_evaluated_at_its_end(inputs: Path, held_out: 
 
 @pytest.mark.slow
 def test_a_comparison_method_goes_back_to_its_best(inputs: Path, held_out: DataConfig, tmp_path: Path) -> None:
-    worse = AdamConfig(lr=0.5, schedule="constant", warmup=0.0, max_grad_norm=None)
+    worse = AdamConfig(lr=5.0, schedule="constant", warmup=0.0, max_grad_norm=None)
     settings = {"optim": worse, "eval": EvalConfig(data=held_out, every=1), "seft": SeftConfig(), "trace": False}
     config = evaluated(inputs, tmp_path / "run", held_out, method="masked_full", batch_size=6, **settings)
     result = run_train(config, 2)

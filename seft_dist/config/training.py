@@ -77,8 +77,8 @@ class TrainConfig:
     """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each step
     (about 0.2 kB for each layer and step), in which launch/compare.py finds the first step and layer that differ."""
     export: bool | Literal["last", "best"] = True
-    """Model to write at the end as a Hugging Face folder, with its delta file: "last" (or true), as it is after the last
-    step; "best", as it was at the evaluation with the lowest loss; false: none."""
+    """Model to write at the end as a Hugging Face folder, with its delta file: "last" (or true), as it is after the
+    last step; "best", as it was at the evaluation with the lowest loss; false: none."""
     trackers: tuple[Tracker, ...] | str = ()
     """Experiment trackers beside metrics.jsonl, with commas in between: tensorboard, wandb, mlflow, trackio. A run that
     goes on continues what they have of it."""

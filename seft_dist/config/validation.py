@@ -17,7 +17,8 @@ class EvalConfig:
     batch_size: int = 4
     """Sequences of a rank in one forward pass of an evaluation."""
     stride: int | None = None
-    """Sliding windows over text that begin every so many tokens, as in launch/evaluate.py. None: blocks side by side."""
+    """Tokens between the beginnings of sliding windows over text, as in launch/evaluate.py. None: blocks side by
+    side."""
     max_tokens: int | None = None
     """Measure on at most this many tokens, so that an evaluation takes little time. None: all."""
     patience: int = 0

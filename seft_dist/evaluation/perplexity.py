@@ -204,7 +204,8 @@ def score(
     padded.
 
     Args:
-        called: A causal LM, whole or sharded over ``group``, or what wraps it; its training mode is restored afterwards.
+        called: A causal LM, whole or sharded over ``group``, or what wraps it; its training mode is restored
+            afterwards.
         plan: What is scored.
         device: Device of its inputs.
         group: Ranks that share the work. None: this process alone.

@@ -266,7 +266,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             window.accumulate_step()
         with self.backend.writing():
             if windows or not self._checks_late:  # the host waits for the device only where it does anyway
-                self._replacement_check.check(self.backend, self.sparse_state, step, everywhere=bool(windows))
+                self._replacement_check.check(self.backend, self.sparse_state, step, with_masks=bool(windows))
             if self._is_first(step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())

@@ -5,13 +5,19 @@ The optimizer keeps base and delta of what it trains, and writes their sum into 
 them with the sums of before.
 """
 
+import itertools
 import warnings
+
+import torch
 
 from seft_dist.backends import Backend
 from seft_dist.kernels.bits import count_outside
 from seft_dist.optim.state import State
 
 _LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
+
+_LOOKED_AT = 16
+"""Most deltas of a target, on a rank, that are looked at in a step."""
 
 
 class ReplacementCheck:
@@ -20,37 +26,47 @@ class ReplacementCheck:
     def __init__(self) -> None:
         self._warned = False
 
-    def check(self, backend: Backend, state: State, step: int, *, everywhere: bool) -> None:
-        """Look at the deltas of one target, in turn, or of all targets and at the pruned positions too.
+    def check(self, backend: Backend, state: State, step: int, *, with_masks: bool) -> None:
+        """Look at some deltas of every target, and at its pruned positions if that is wanted.
 
-        Waits for the device. Not collective: each rank looks at, and warns about, its own part.
+        An update writes all deltas, so what it does not find is not found later. Waits for the device. Not collective:
+        each rank looks at its own part, and warns about it.
 
         Args:
             backend: Holds the weights; inside its ``writing()`` context.
             state: Masks and deltas before the step's update.
             step: Optimizer step, counted from 1.
-            everywhere: True: look at all targets.
+            with_masks: True: look whether weights outside the masks are 0, in one pass over all weights.
         """
         if self._warned:
             return
-        count = len(backend.names)
-        for i in range(count) if everywhere else [step % count]:
-            different = self._different(backend, state, i, everywhere)
+        for name, different in zip(backend.names, _different(backend, state, with_masks), strict=True):
             if different:
                 self._warned = True
                 warnings.warn(
-                    f"step {step}: {different} weights of {backend.names[i]} (rank {backend.owners.rank}) are not what "
-                    "SeftOptimizer wrote there: they were replaced after it had read the model (load_state_dict, "
-                    "p.data = ..., another optimizer). Its masks and deltas are those of the old weights, and what is "
-                    "trained from here is neither. Load weights before the first forward pass, or make a new optimizer "
-                    "after loading: seft.detach(); seft = SeftOptimizer(model, ...)",
+                    f"step {step}: weights of {name} (rank {backend.owners.rank}: {different} of those looked at) are "
+                    "not what SeftOptimizer left there: they were replaced after it had read the model "
+                    "(load_state_dict, p.data = ..., another optimizer). Its masks and deltas are those of the old "
+                    "weights, so what is trained from here is a mixture. Load weights before the first forward pass, "
+                    "or make a new optimizer after loading: seft.detach(); seft = SeftOptimizer(model, ...)",
                     stacklevel=_LEVEL,
                 )
                 return
 
-    def _different(self, backend: Backend, state: State, i: int, with_mask: bool) -> int:
-        begin = sum(state.lengths[:i])
-        written = state.columns.take(slice(begin, begin + state.lengths[i])).weight()
-        seen = backend.load(i, state.places[i])
-        different = int((seen != written.to(seen.dtype)).sum())
-        return different + (int(count_outside(state.masks[i], backend.own(i))) if with_mask else 0)
+
+def _different(backend: Backend, state: State, with_masks: bool) -> list[int]:
+    """Count the weights of each target, among those looked at, that are not as they were left."""
+    starts = list(itertools.accumulate(state.lengths, initial=0))
+    counts = [min(length, _LOOKED_AT) for length in state.lengths]
+    rows = [row for start, count in zip(starts, counts, strict=False) for row in range(start, start + count)]
+    left = state.columns.take(torch.tensor(rows, dtype=torch.int64, device=backend.device)).weight().split(counts)
+    found = torch.zeros(len(counts), dtype=torch.int64, device=backend.device)
+    for i, (count, expected) in enumerate(zip(counts, left, strict=True)):
+        if count:
+            seen = backend.load(i, state.places[i][:count])
+            found[i] = torch.count_nonzero(seen != expected.to(seen.dtype))
+    different = found.tolist()
+    if with_masks:
+        outside = [count_outside(mask, backend.own(i)) for i, mask in enumerate(state.masks)]
+        different = [some + more for some, more in zip(different, outside, strict=True)]
+    return different

@@ -160,7 +160,8 @@ def _refuse_pattern(pattern: str | None) -> None:
         raise ValueError(
             f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, in "
             f"every target), and would lose it: give seft.pattern {pattern} to keep it (with seft.reactivation 0 its "
-            "positions stay where they are, which was best in our runs: docs/patterns.md), or seft.pattern null to lose it"
+            "positions stay where they are, which was best in our runs: docs/patterns.md), or seft.pattern null to "
+            "lose it"
         )
 
 

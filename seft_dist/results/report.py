@@ -227,8 +227,8 @@ def print_tables(run: FinishedRun, console: Console) -> None:
         best, last = result["validation"]["best"], result["validation"]["last"]
         ended = "; the run ended early" if result["validation"]["stopped_early"] else ""
         console.print(
-            f"validation loss {best['loss']:.4f} (perplexity {best['perplexity']:.2f}) at step {best['step']}, the best; "
-            f"{last['loss']:.4f} at step {last['step']}, the last{ended}"
+            f"validation loss {best['loss']:.4f} (perplexity {best['perplexity']:.2f}) at step {best['step']}, the "
+            f"best; {last['loss']:.4f} at step {last['step']}, the last{ended}"
         )
     if not run.evolutions:
         return

@@ -21,6 +21,24 @@ class SparsityResult(TypedDict):
 
 
 @with_config(LENIENT)
+class Evaluation(TypedDict):
+    """One evaluation of ``validation`` in result.json."""
+
+    step: Count
+    loss: float
+    perplexity: float
+
+
+@with_config(LENIENT)
+class ValidationResult(TypedDict):
+    """Entry ``validation`` of result.json."""
+
+    last: Evaluation
+    best: Evaluation
+    stopped_early: bool
+
+
+@with_config(LENIENT)
 class RunResult(TypedDict):
     """Content of result.json."""
 
@@ -50,24 +68,6 @@ class MetricsLine(TypedDict):
     loss: float
     seconds: float
     validation: NotRequired[ValidationLine]
-
-
-@with_config(LENIENT)
-class Evaluation(TypedDict):
-    """One evaluation of ``validation`` in result.json."""
-
-    step: Count
-    loss: float
-    perplexity: float
-
-
-@with_config(LENIENT)
-class ValidationResult(TypedDict):
-    """Entry ``validation`` of result.json."""
-
-    last: Evaluation
-    best: Evaluation
-    stopped_early: bool
 
 
 @with_config(LENIENT)

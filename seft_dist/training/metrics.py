@@ -191,8 +191,8 @@ def print_summary(result: dict[str, Any]) -> None:
 def print_stopped(config: TrainConfig, signal: str, step: int) -> None:
     """Print that a signal has stopped the run. For rank 0."""
     print_line(
-        f"stopped by {signal} after step {step} of {config.total_steps}; the state is saved in {config.output}, the same "
-        "command goes on from there"
+        f"stopped by {signal} after step {step} of {config.total_steps}; the state is saved in {config.output}, the "
+        "same command goes on from there"
     )
 
 

@@ -274,8 +274,8 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin)
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
         if method.num_steps > config.total_steps:
             raise ValueError(
-                f"{path} has done {method.num_steps} steps, more than steps={config.total_steps}: raise steps, or choose "
-                "another output"
+                f"{path} has done {method.num_steps} steps, more than steps={config.total_steps}: raise steps, or "
+                "choose another output"
             )
         return extra["state"]
     on_all_ranks(ranks, lambda: _check_new(folder))

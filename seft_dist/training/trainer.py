@@ -158,8 +158,8 @@ def _resolve_steps(given: TrainConfig, data: BatchStream, ranks: Ranks) -> Train
     config = on_all_ranks(ranks, lambda: fill_in_steps(given, data))
     if given.epochs is not None and ranks.is_main:
         print_line(
-            f"epochs={given.epochs:g}: {config.steps} steps ({data.num_sequences:,} sequences, {data.global_batch} in a "
-            "step)"
+            f"epochs={given.epochs:g}: {config.steps} steps ({data.num_sequences:,} sequences, {data.global_batch} in "
+            "a step)"
         )
     return config
 
