@@ -77,9 +77,9 @@ class Trackers:
                     "leave it out"
                 ) from error
             self._open[name] = tracker
-            known |= {name: identity} if identity else {}
-        if known:
-            write_json(folder / FILE, known)
+            if identity and known.get(name) != identity:
+                known[name] = identity
+                write_json(folder / FILE, known)
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Record the numbers of a step; a tracker that fails gets no further ones."""
