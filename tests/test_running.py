@@ -124,7 +124,8 @@ class Wandb(types.ModuleType):
 def test_a_run_that_goes_on_continues_its_wandb_run(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wandb, said = Wandb(), []
+    wandb = Wandb()
+    said: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = make_config(inputs, tmp_path, trackers="wandb", project="pruned", run_name="first try")
     for done in (0, 5):

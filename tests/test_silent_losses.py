@@ -19,13 +19,13 @@ from tests.models import batch, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 from tests.runs import make_config, run_train
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
 CONFIG = SeftConfig(density=0.05, interval=3, steps=20)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:5"])
 def test_a_pattern_that_was_not_named_is_recognised(pattern: str) -> None:
-    sizes = {"hidden_size": 60, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {"hidden_size": 60, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 3}
     model = prune_groups_(tiny_llama(**(sizes if pattern == "3:5" else WIDE)), pattern)
     with pytest.raises(ValueError, match=rf"has the pattern {pattern} .* give seft.pattern {pattern} to keep it"):
         SeftOptimizer(model, CONFIG).attach()
@@ -61,7 +61,7 @@ def test_a_pattern_is_recognised_in_shards(layout: str, world_size: int) -> None
     def on_rank(rank: int, world: int) -> list[str]:
         said = []
         for broken in (False, True):
-            model = prune_groups_(tiny_llama(**WIDE), "2:4")
+            model: Any = prune_groups_(tiny_llama(**WIDE), "2:4")
             if broken:
                 weight = model.model.layers[1].mlp.down_proj.weight
                 weight.data.view(-1)[weight.numel() // 3 // 4 * 4 :][:4] = 1.0

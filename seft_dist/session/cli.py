@@ -195,7 +195,8 @@ def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
     optional: list[tuple[str, type]] = []
     for name, hint in typing.get_type_hints(config_class).items():
         if isinstance(hint, types.UnionType):
-            optional += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+            inside = [inner for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+            optional += [(name, typing.cast(type, inner)) for inner in inside]
         elif dataclasses.is_dataclass(hint):
             optional += [(f"{name}.{key}", inner) for key, inner in _optional_dataclasses(typing.cast(type, hint))]
     return optional
