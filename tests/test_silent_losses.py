@@ -25,7 +25,12 @@ CONFIG = SeftConfig(density=0.05, interval=3, steps=20)
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:5"])
 def test_a_pattern_that_was_not_named_is_recognised(pattern: str) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 60, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 60,
+        "intermediate_size": 80,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    }
     model = prune_groups_(tiny_llama(**(sizes if pattern == "3:5" else WIDE)), pattern)
     with pytest.raises(ValueError, match=rf"has the pattern {pattern} .* give seft.pattern {pattern} to keep it"):
         SeftOptimizer(model, CONFIG).attach()

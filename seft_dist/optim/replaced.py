@@ -12,9 +12,8 @@ import torch
 
 from seft_dist.backends import Backend
 from seft_dist.kernels.bits import count_outside
+from seft_dist.optim.notices import LEVEL, SeftWarning
 from seft_dist.optim.state import State
-
-_LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
 
 _LOOKED_AT = 16
 """Most deltas of a target, on a rank, that are looked at in a step."""
@@ -49,7 +48,8 @@ class ReplacementCheck:
                     "(load_state_dict, p.data = ..., another optimizer). Its masks and deltas are those of the old "
                     "weights, so what is trained from here is a mixture. Load weights before the first forward pass, "
                     "or make a new optimizer after loading: seft.detach(); seft = SeftOptimizer(model, ...)",
-                    stacklevel=_LEVEL,
+                    SeftWarning,
+                    stacklevel=LEVEL + 1,
                 )
                 return
 
