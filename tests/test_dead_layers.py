@@ -14,6 +14,7 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.kernels import adamw
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.optim.delta import Columns, least_size
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import first_evolution
 from seft_dist.training import trainer
@@ -254,7 +255,7 @@ def test_one_rank_says_it() -> None:
                 (called(**batch(t, rank)).loss * 0).backward()
                 seft.step()
                 seft.zero_grad()
-        return [str(each.message) for each in caught if each.category is UserWarning]
+        return [str(each.message) for each in caught if each.category is SeftWarning]
 
     main, other = run_ranks(on_rank, 2)
     assert [text.split(":")[0].split("(")[0].strip() for text in main] == ["no evolution will happen", "step 1"]
