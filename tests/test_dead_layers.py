@@ -66,7 +66,7 @@ def train_(model: nn.Module, seft: Any, steps: int, called: Any = None, rank: in
 )
 def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
     config = dataclasses.replace(CONFIG, **FORMS[form])
-    model = dead_model(config.pattern, dtype)
+    model = dead_model(config.known_pattern, dtype)
     seft = SeftOptimizer(model, config, lr=1e-2)
     weights = {name: model.get_submodule(name).weight for name in seft.target_names}
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -90,7 +90,7 @@ def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["defaults", "half", "momentum", "candidates", "factored", "2:4", "random_first"])
 def test_the_reference_does_the_same(form: str) -> None:
     config = dataclasses.replace(CONFIG, **FORMS[form])
-    model = dead_model(config.pattern)
+    model = dead_model(config.known_pattern)
     twin = copy.deepcopy(model)
     adam: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2}  # else the first deltas are all of one size, to rounding
     seft, dense = SeftOptimizer(model, config, **adam), DenseSeft(twin, config, **adam)
