@@ -3,6 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -229,6 +230,10 @@ class Baseline(ABC):
         numels = [prod(shape) for shape in backend.shapes]
         rows = zip(backend.names, numels, self.active, zeros, strict=True)
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
+
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Do nothing: masks stay as they are, so nothing is on trial."""
+        return nullcontext()
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each target's positions of support (none) and of non-zero weights in this rank's interval."""

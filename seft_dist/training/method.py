@@ -1,6 +1,7 @@
 """The interface between the trainer and a method, and SEFT behind it; the other methods are in baselines/."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +97,9 @@ class Method(Protocol):
 
     def sparsity(self) -> list[LayerSparsity]:
         """Count zeros and deltas of every target. Collective."""
+
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Hide the positions on trial, for evaluations and exports. Collective."""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each target the positions of its support and of its mask, in this rank's interval."""

@@ -301,7 +301,10 @@ def finish(
     _go_back_to_best(run, validation)
     ending = Ending(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
     trained |= method.finalize(ending)
-    layers = method.sparsity()
+    with method.without_trials():  # the best step, or an early end, may lie between two evolutions
+        layers = method.sparsity()
+        if config.export:
+            _export(run)
     numel = sum(layer.numel for layer in layers)
     loss = metrics.last_loss if steps else None
     result = {
@@ -323,23 +326,27 @@ def finish(
         **validation.result(steps),
         **trained,
     }
-    if config.export:
-        export_model(
-            run.model,
-            method.backend.full,
-            folder / MODEL,
-            run.source,
-            writes=run.ranks.is_main,
-            tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
-            delta=folder / DELTA if config.is_seft else None,
-            targets=method.changed,
-        )
     record.finish(loss)
     if run.ranks.is_main:
         write_json(folder / RESULT, result)
         print_summary(result)
     wait_for_all_ranks()  # no rank returns before the files are there
     return result
+
+
+def _export(run: TrainingRun) -> None:
+    """Write the model and its delta file. Collective."""
+    config, folder = run.config, Path(run.config.output)
+    export_model(
+        run.model,
+        run.method.backend.full,
+        folder / MODEL,
+        run.source,
+        writes=run.ranks.is_main,
+        tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
+        delta=folder / DELTA if config.is_seft else None,
+        targets=run.method.changed,
+    )
 
 
 def _peak_memory(ranks: Ranks) -> int:

@@ -165,7 +165,8 @@ class Validation:
         # An engine wants to be called itself; DDP's wrapper is about gradients only.
         called = run.model if run.engine is None else run.called
         try:
-            result = score(called, self._plan, run.ranks.device, group=world_group())
+            with run.method.without_trials():  # as the model would be exported
+                result = score(called, self._plan, run.ranks.device, group=world_group())
         except FloatingPointError as error:
             raise FloatingPointError(f"evaluation after step {step}: {error}") from error
         finally:
