@@ -1,4 +1,4 @@
-"""How far a run is: a progress bar on a terminal, elsewhere (a file, a job's log) a line for each logged step.
+"""The progress of a run: a bar on a terminal, elsewhere (a file, a job's log) a line for each logged step.
 
 2026-11-28 17:05:09  step 60/1000  loss 3.1042  val 3.2010 (ppl 24.56)  lr 9.8e-04  911 tokens/s  ETA 0:17:12
 memory 1.84 GB                                                                                   (on one line)

@@ -182,9 +182,7 @@ def fit(
     request: StopRequest,
     validation: Validation,
 ) -> Stopped | None:
-    """Take all optimizer steps that are left, evaluate, and save checkpoints. Collective.
-
-    A step after which the model was best so far is saved too.
+    """Take all optimizer steps that are left, evaluate, and save checkpoints, also of the best steps. Collective.
 
     Args:
         run: The parts of the run.
@@ -221,8 +219,8 @@ def fit(
             if is_saved or agreement.is_save_due or agreement.stop_signal:
                 metrics.sync()
                 record.sync()
-                state = _state_of(run, metrics, validation)
-                saver.start(checkpoint_extra(config, origin, state), validation.needs(step))
+                extra = checkpoint_extra(config, origin, _state_of(run, metrics, validation))
+                saver.start(extra, validation.needs(step))
                 clock.restart()
             if agreement.stop_signal:
                 saver.finish()

@@ -68,7 +68,7 @@ class ValidationText:
     """Text to measure the loss on."""
 
     sequences: Sequence[Sample]
-    """What is scored."""
+    """The sequences to score."""
     fingerprint: str
     """Hash of all tokens, with the settings that say which are scored; losses with other ones cannot be compared."""
     tokens: str
