@@ -198,7 +198,7 @@ class DenseSeft:
         if self.config.reactivate == "trial" and not any(map(self.evolves, later)):
             cap = 0  # no evolution would decide about it
         count = min(count, int(free.sum()))
-        if self.config.pattern:
+        if self.config.known_pattern:
             return self._walk(layer, score, free, count, cap)
         random = self.config.grow == "random"
         best = self._choose(score, free, count, True, random)
@@ -236,7 +236,7 @@ class DenseSeft:
         if self.config.adapt in ("sensitivity", "curvature"):
             eligible = [which & window.known for which, window in zip(eligible, windows, strict=True)]
         excess = [int(layer.mask.sum()) - layer.target for layer in layers]
-        if self.config.pattern:
+        if self.config.known_pattern:
             out = [self._pay(*args) for args in zip(layers, scores, strict=True)]
         elif self.config.scope == "layer":
             out = [self._choose(*args, largest=False) for args in zip(scores, eligible, excess, strict=True)]
@@ -266,8 +266,8 @@ class DenseSeft:
         return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
     def _group_size(self) -> int:
-        assert self.config.pattern
-        return int(self.config.pattern.split(":")[1])
+        assert self.config.known_pattern
+        return int(self.config.known_pattern.split(":")[1])
 
     def _walk(self, layer: Layer, score: Tensor, free: Tensor, count: int, cap: int) -> Tensor:
         """Growth under an N:M pattern, one position after the other, best first."""

@@ -96,13 +96,14 @@ def write_run(task: Task) -> None:
     model_files(run / "model")
     (run / "checkpoints").mkdir(exist_ok=True)
     tokens = (config.global_batch or 0) * config.data.seq_len
-    lines = [{"step": i, "loss": 5 - i / 9, "seconds": i / 2, "tokens": i * tokens} for i in range(1, config.steps + 1)]
+    numbers = range(1, config.total_steps + 1)
+    lines = [{"step": i, "loss": 5 - i / 9, "seconds": i / 2, "tokens": i * tokens} for i in numbers]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result: dict[str, Any] = {
-        "steps": config.steps,
+        "steps": config.total_steps,
         "loss": 3.0,
-        "seconds": config.steps / 2,
-        "tokens": config.steps * tokens,
+        "seconds": config.total_steps / 2,
+        "tokens": config.total_steps * tokens,
     }
     result |= {
         "sparsity": {"target": 0.6, "final": 0.6, "layers_off_target": 0},

@@ -14,6 +14,7 @@ from seft_dist.config import (
     BaselineConfig,
     ClusterConfig,
     DataConfig,
+    EvalConfig,
     EvaluateConfig,
     ModelConfig,
     PlanConfig,
@@ -35,6 +36,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     DataConfig: {"path": "d"},
     TrainConfig: {"model": MODEL, "data": DATA, "output": "o"},
     PruneConfig: {"model": MODEL, "data": DATA, "output": "o"},
+    EvalConfig: {"data": DATA},
     EvaluateConfig: {"models": {"dense": "m"}, "data": DATA},
     ReproduceConfig: {"output": "o"},
     ClusterConfig: {},
@@ -95,6 +97,24 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"packing": "gather", "backend": "ddp"}, "without DeepSpeed"),
     (TrainConfig, {"packing": "gather", "backend": "single"}, "backend fsdp"),
     (TrainConfig, {"packing": "resident", "offload": True}, "one of the two"),
+    (TrainConfig, {"keep": 0}, "keep=0"),
+    (TrainConfig, {"epochs": 0.0}, "epochs=0.0"),
+    (TrainConfig, {"epochs": 2.0, "steps": 10}, "steps=10 with epochs=2.0"),
+    (TrainConfig, {"save_every_minutes": -1.0}, "save_every_minutes=-1.0"),
+    (TrainConfig, {"export": "best"}, "--eval.data.path FILE"),
+    (TrainConfig, {"trackers": "wandb,comet"}, "trackers=comet"),
+    (TrainConfig, {"project": ""}, "project is empty"),
+    (TrainConfig, {"run_name": ""}, "run_name is empty"),
+    (EvalConfig, {"every": -1}, "eval.every=-1"),
+    (EvalConfig, {"batch_size": 0}, "eval.batch_size=0"),
+    (EvalConfig, {"patience": -1}, "eval.patience=-1"),
+    (EvalConfig, {"max_tokens": 1}, "eval.max_tokens=1"),
+    (EvalConfig, {"patience": 2}, "with eval.every=0"),
+    (EvalConfig, {"stride": 1024}, "eval.data.seq_len - 1"),
+    *(
+        (EvalConfig, {"data": None, name: 2}, f"{name} without")
+        for name in ("every", "stride", "max_tokens", "patience")
+    ),
     (BaselineConfig, {"rank": 0}, "baseline.rank=0"),
     (BaselineConfig, {"alpha": 0.0}, "baseline.alpha=0.0"),
     (BaselineConfig, {"dropout": 1.0}, "baseline.dropout=1.0"),
@@ -187,7 +207,7 @@ def test_every_check_is_raised_above() -> None:
     """Counts the checks in the source: a new one needs a line in BAD."""
     files = [path for path in Path(str(config.__file__)).parent.glob("*.py") if path.name != "checks.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in files)
-    in_loop = 5 - 1 + 3 - 1  # checks that run for five and three names
+    in_loop = 5 - 1 + 3 - 1 + 4 - 1  # checks that run for five, three and four names
     assert len(re.findall(r"\bcheck\(", source)) + in_loop <= len(BAD)
 
 

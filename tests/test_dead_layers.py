@@ -14,6 +14,7 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.kernels import adamw
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.optim.delta import Columns, least_size
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import first_evolution
 from seft_dist.training import trainer
@@ -65,7 +66,7 @@ def train_(model: nn.Module, seft: Any, steps: int, called: Any = None, rank: in
 )
 def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
     config = dataclasses.replace(CONFIG, **FORMS[form])
-    model = dead_model(config.pattern, dtype)
+    model = dead_model(config.known_pattern, dtype)
     seft = SeftOptimizer(model, config, lr=1e-2)
     weights = {name: model.get_submodule(name).weight for name in seft.target_names}
     before = {name: weight.clone() for name, weight in weights.items()}
@@ -89,7 +90,7 @@ def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["defaults", "half", "momentum", "candidates", "factored", "2:4", "random_first"])
 def test_the_reference_does_the_same(form: str) -> None:
     config = dataclasses.replace(CONFIG, **FORMS[form])
-    model = dead_model(config.pattern)
+    model = dead_model(config.known_pattern)
     twin = copy.deepcopy(model)
     adam: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2}  # else the first deltas are all of one size, to rounding
     seft, dense = SeftOptimizer(model, config, **adam), DenseSeft(twin, config, **adam)
@@ -254,7 +255,7 @@ def test_one_rank_says_it() -> None:
                 (called(**batch(t, rank)).loss * 0).backward()
                 seft.step()
                 seft.zero_grad()
-        return [str(each.message) for each in caught if each.category is UserWarning]
+        return [str(each.message) for each in caught if each.category is SeftWarning]
 
     main, other = run_ranks(on_rank, 2)
     assert [text.split(":")[0].split("(")[0].strip() for text in main] == ["no evolution will happen", "step 1"]

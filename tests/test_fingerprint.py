@@ -153,7 +153,7 @@ def data_prints(inputs: Path, lines: list[dict[str, Any]], world_size: int = 1, 
         config = DataConfig(path=str(path), seq_len=seq_len)
         tokenizer = load_tokenizer(ModelConfig(path=str(inputs / "pruned")))
         stream = BatchStream(load_sequences(config, tokenizer, progress=False), batch_size=1)
-        return data_fingerprint(stream, ranks)
+        return data_fingerprint(stream.sequences, ranks)
 
     return set(run_ranks(on_rank, world_size))
 

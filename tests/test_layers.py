@@ -32,9 +32,9 @@ FLOORS = {
     "planning": 8,
     "pruning": 9,
     "baselines": 10,
+    "results": 9,
+    "evaluation": 10,
     "training": 11,
-    "results": 11,
-    "evaluation": 12,
     "reproduce": 12,
     "study": 13,
 }

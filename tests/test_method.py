@@ -174,7 +174,7 @@ def assert_same_report(seft: SeftOptimizer, dense: DenseSeft, mask_before: list[
 
 def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float = 1e-5) -> DenseSeft:
     """Train both, compare after every step to a relative difference of ``rel``."""
-    model = make_model(seed, config.pattern)
+    model = make_model(seed, config.known_pattern)
     twin = copy.deepcopy(model)
     seft, dense = SeftOptimizer(model, config, **(ADAM | adam)), DenseSeft(twin, config, **(ADAM | adam))
     for t in range(1, STEPS + 1):

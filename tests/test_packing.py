@@ -50,7 +50,7 @@ def sharded(packing: str, model: Any, replicas: int = 1) -> Any:
 
 def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONFIG, **over: Any) -> dict[str, Any]:
     """Train a tiny model, evaluate and generate in between; every float that came out, exactly."""
-    pattern = config.pattern
+    pattern = config.known_pattern
     checkpointed = over.pop("checkpointed", False)
     model: Any = tiny_llama(**over)
     model = prune_groups_(model, pattern) if pattern else prune_(model)

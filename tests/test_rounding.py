@@ -110,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def states(config: SeftConfig, noise: float) -> list[tuple[list[tuple[Tensor, Tensor]], list[int]]]:
     """Masks and supports of both layers after each evolution, and the near-ties until then."""
-    model = Given(noise, pattern=config.pattern is not None)
+    model = Given(noise, pattern=config.known_pattern is not None)
     seft, found = SeftOptimizer(model, config, lr=1e-1), []
     seft.attach()
     seft.counts_near_ties = True

@@ -1,7 +1,9 @@
 """The base class of the comparison methods: targets, optimizer steps, zeros, and a plain model at the end."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -119,7 +121,7 @@ class Baseline(ABC):
     @property
     def total_steps(self) -> int:
         """Optimizer steps of a whole run."""
-        return self.config.steps
+        return self.config.total_steps
 
     @property
     def target_names(self) -> list[str]:
@@ -177,7 +179,15 @@ class Baseline(ABC):
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
                 "keeping zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
             )
-        check_pattern(backend, self.config.seft, masks)  # does nothing without a pattern
+        self.check_pattern(backend, masks)
+
+    def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
+        """Check that the model has the pattern that was named, if there is one. Collective.
+
+        Masks stay as they are, so a pattern that was not named is not lost.
+        """
+        seft = self.config.seft
+        check_pattern(backend, dataclasses.replace(seft, pattern=seft.known_pattern), masks)
 
     # Doing nothing is right for all methods
     def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027
@@ -221,6 +231,10 @@ class Baseline(ABC):
         rows = zip(backend.names, numels, self.active, zeros, strict=True)
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Do nothing: masks stay as they are, so nothing is on trial."""
+        return nullcontext()
+
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each target's positions of support (none) and of non-zero weights in this rank's interval."""
         for i in range(len(self.backend.names)):
@@ -232,9 +246,9 @@ class Baseline(ABC):
         for part in self.values.parts:
             yield part.name, self.values.state(part)
 
-    def saver(self, folder: Path) -> BackgroundSaver:
+    def saver(self, folder: Path, keep: int) -> BackgroundSaver:
         """Make the object that writes this method's checkpoints."""
-        return BaselineSaver(self, folder)
+        return BaselineSaver(self, folder, keep)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Go on from a checkpoint. Collective.
@@ -247,6 +261,10 @@ class Baseline(ABC):
             ValueError: It is of another model, method or format.
         """
         return load(self, checkpoint)
+
+    def rewind(self, checkpoint: Path, source: Source) -> None:
+        """Go back to an earlier checkpoint of the same run: it holds every value that training changes. Collective."""
+        self.load(checkpoint)
 
 
 def is_vector(parameter: Tensor) -> bool:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seft_dist.backends import Backend
 from seft_dist.backends.shards import stored_part, whole_shape
 from seft_dist.baselines.baseline import Baseline, Ending
 from seft_dist.baselines.repruning import prune_again
 from seft_dist.export.folders import new_folder
 from seft_dist.io.weight_files import write_safetensors
 from seft_dist.modules.kinds import Target
+from seft_dist.optim.setup import check_pattern
 from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"
@@ -111,6 +113,10 @@ class LoraMerged(Lora):
     """LoRA*: merged, then as many weights as before are pruned again, row by row (or group by group), by Wanda."""
 
     may_be_dense = False
+
+    def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
+        """Refuse a pattern that was not named, too: pruning again would lose it. Collective."""
+        check_pattern(backend, self.config.seft, masks)
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         """Merge the adapter, prune again, and put the weights into the model. Collective."""

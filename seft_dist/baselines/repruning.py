@@ -72,14 +72,15 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
     before = StreamedModel(ending.source, torch.device("cpu"))
     targets = merged.find_targets(config.seft.targets)
     before.find_targets(config.seft.targets)
-    width = None if config.seft.pattern is None else pattern_sizes(config.seft.pattern)[1]
+    pattern = config.seft.known_pattern
+    width = None if pattern is None else pattern_sizes(pattern)[1]
 
     def zeros(name: str, first: int, last: int) -> Tensor:
         rows = before.read_rows(name, first, last)
         return (rows == 0).view(-1, width or rows.shape[1]).sum(1)
 
     pruner = Pruner(
-        PruneConfig(model=ModelConfig(path=str(folder)), data=config.data, pattern=config.seft.pattern, output="-"),
+        PruneConfig(model=ModelConfig(path=str(folder)), data=config.data, pattern=pattern, output="-"),
         merged,
         targets,
         {name: target.matrix_shape for name, target in targets.items()},

@@ -29,12 +29,13 @@ _KEYS = ("values", *MOMENTS)
 class BaselineSaver(BackgroundSaver):
     """Writes the trained values of a comparison method."""
 
-    def __init__(self, method: "Baseline", folder: Path) -> None:
+    def __init__(self, method: "Baseline", folder: Path, keep: int) -> None:
         """Args:
         method: Attached when the first save begins.
         folder: Holds the checkpoints of a run.
+        keep: Number of checkpoints to keep.
         """
-        super().__init__(method, folder)
+        super().__init__(method, folder, keep)
         self._method = method
 
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:

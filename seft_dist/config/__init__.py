@@ -12,6 +12,7 @@ from seft_dist.config.results import EvaluateConfig, SweepConfig
 from seft_dist.config.study import StudyConfig
 from seft_dist.config.teacher import TeacherConfig
 from seft_dist.config.training import ReproduceConfig, TrainConfig
+from seft_dist.config.validation import EvalConfig
 
 __all__ = [
     "AdamConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "ClusterConfig",
     "DType",
     "DataConfig",
+    "EvalConfig",
     "EvaluateConfig",
     "ModelConfig",
     "PlanConfig",

@@ -85,7 +85,7 @@ def check_method(method: str, seft: SeftConfig, baseline: BaselineConfig) -> Non
             needed = f"{fixed[key]}, which is what {method} stands for; leave it out, or choose method seft"
             check(value == fixed[key], f"seft.{key}={value} with method={method}", needed)
     needed = "a method whose zeros stay; leave it out, or choose lora_merged"
-    check(method != "lora" or seft.pattern is None, f"seft.pattern={seft.pattern} with method=lora", needed)
+    check(method != "lora" or seft.known_pattern is None, f"seft.pattern={seft.pattern} with method=lora", needed)
     for key, value, default in _changed(baseline):
         readers = ", ".join(name for name, read in FIELDS.items() if key in read)
         needed = f"{default}, its default: only {readers} read it"

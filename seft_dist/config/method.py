@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.pattern import check_kept
+from seft_dist.config.pattern import AUTO, check_kept
 
 DropSchedule = Literal["cosine", "linear", "constant"]
 OnDrop = Literal["commit_reactivated", "keep"]
@@ -79,9 +79,10 @@ class SeftConfig:
     lost, as SpIEL on a pruned model)."""
     scope: Scope = "layer"
     """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""
-    pattern: str | None = None
+    pattern: str | None = AUTO
     """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active
-    (in YAML with quotation marks). None: any position may be active."""
+    (in YAML with quotation marks). None: any position may become active, so that a pattern is lost. "auto": the same,
+    but a model that has a pattern is refused, with what to give to keep it (unless reactivation is 0)."""
     selection: Selection = "auto"
     """Form of the distributed top-k: "gather" candidates, "radix" histograms, or "auto", the one that moves fewer
     bytes. All give the same result."""
@@ -142,7 +143,7 @@ class SeftConfig:
             check(self.drop != "movement", f"{store} with drop={self.drop}", f'drop "magnitude" or "random", {other}')
             return
         check(self.grow == "gradient", f"{store} with grow={self.grow}", f'grow "gradient", {other}')
-        check(self.pattern is None, f"{store} with pattern={self.pattern}", f"no pattern, {other}")
+        check(self.pattern in (None, AUTO), f"{store} with pattern={self.pattern}", f"no pattern, {other}")
         check(
             self.window > 1,
             f"{store} with window={self.window}",
@@ -153,6 +154,11 @@ class SeftConfig:
             f"window_candidates={self.window_candidates} with drop_fraction={self.drop_fraction}",
             "at least as many candidates as entries that move: a multiple of the budget from drop_fraction on, above 0",
         )
+
+    @property
+    def known_pattern(self) -> str | None:
+        """The pattern that evolutions keep, None if none was named."""
+        return None if self.pattern == AUTO else self.pattern
 
     @property
     def last_step(self) -> int | None:

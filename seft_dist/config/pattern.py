@@ -1,6 +1,8 @@
 """N:M patterns: at most N of M consecutive inputs of a row are active, e.g. "2:4"."""
 
 _LARGEST_GROUP = 64
+AUTO = "auto"
+"""Nobody has said whether there is a pattern: a model that has one is refused."""
 
 
 def pattern_sizes(pattern: str) -> tuple[int, int]:
@@ -28,7 +30,7 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
     """See that a method's options can keep a pattern.
 
     Args:
-        pattern: "N:M" or None.
+        pattern: "N:M", "auto" or None.
         scope: Scope in which Adapt ranks.
         adapt: Its criterion.
         reactivation: Largest share of grown entries that were pruned.
@@ -36,7 +38,7 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
     Raises:
         ValueError: They cannot.
     """
-    if pattern is None:
+    if pattern is None or pattern == AUTO:
         return
     pattern_sizes(pattern)
     if scope == "global":

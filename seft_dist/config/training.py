@@ -2,16 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
 from seft_dist.config.inputs import DataConfig, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 from seft_dist.config.teacher import TeacherConfig
+from seft_dist.config.validation import EvalConfig
 
 BackendName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+DEFAULT_STEPS = 1000
+"""Optimizer steps of a run that says neither steps nor epochs."""
 _MONTH = 30 * 24 * 3600
 
 
@@ -31,8 +35,12 @@ class TrainConfig:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    steps: int = 1000
-    """Optimizer steps of the run."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    steps: int | None = None
+    """Optimizer steps of the run. None: what epochs says, else 1000."""
+    epochs: float | None = None
+    """Length of the run in passes over the data instead of steps, e.g. 3 or 0.5; the steps that this makes are printed
+    at the start and stand in config.yaml. None: steps says it."""
     batch_size: int = 1
     """Most sequences of a rank in one forward pass."""
     global_batch: int | None = None
@@ -60,13 +68,24 @@ class TrainConfig:
     do not wait for their devices; signals and losses that are not finite are looked at when a step is recorded."""
     save_every: int = 0
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
+    save_every_minutes: float = 0.0
+    """Minutes between checkpoints, beside save_every: rank 0's clock says when, and all ranks save after the next
+    logged step. 0: not by time."""
+    keep: int = 2
+    """Newest checkpoints that are kept; older ones are removed. The one with the lowest validation loss stays too."""
     trace: bool = False
     """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each step
     (about 0.2 kB for each layer and step), in which launch/compare.py finds the first step and layer that differ."""
-    export: bool = True
-    """True: write the repaired model as a Hugging Face folder, and the delta file, at the end."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers beside metrics.jsonl."""
+    export: bool | Literal["last", "best"] = True
+    """Model to write at the end as a Hugging Face folder, with its delta file: "last" (or true), as it is after the
+    last step; "best", as it was at the evaluation with the lowest loss; false: none."""
+    trackers: tuple[Tracker, ...] | str = ()
+    """Experiment trackers beside metrics.jsonl, with commas in between: tensorboard, wandb, mlflow, trackio. A run that
+    goes on continues what they have of it."""
+    project: str = "seft_dist"
+    """Project (MLflow: experiment) that the trackers file the run under."""
+    run_name: str | None = None
+    """Name of the run in the trackers. None: that of the output folder."""
     threads: int | None = None
     """CPU threads of a rank. None: the machine's cores divided by the ranks on it (CPU runs only)."""
     timeout: float = 1800.0
@@ -74,16 +93,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("steps", "batch_size", "replicas", "log_every"):
+        for name in ("batch_size", "replicas", "log_every", "keep"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
         check(self.save_every >= 0, f"save_every={self.save_every}", "0 or a number of steps")
+        self._check_length()
+        self._check_outputs()
         check(self.global_batch is None or self.global_batch >= 1, f"global_batch={self.global_batch}", "at least 1")
         check(1 <= self.timeout <= _MONTH, f"timeout={self.timeout}", f"1 to {_MONTH} seconds (30 days)")
         check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.output), "output is empty", "a folder for the run")
         check_method(self.method, self.seft, self.baseline)
-        if self.is_seft:  # check the schedule against the run's length
-            dataclasses.replace(with_variant(self.method, self.seft), steps=self.steps)
+        if self.is_seft:
+            if self.epochs is None:  # check the schedule against the run's length
+                dataclasses.replace(with_variant(self.method, self.seft), steps=self.total_steps)
         else:
             self._check_baseline()
         if self.backend != "auto":
@@ -108,6 +130,24 @@ class TrainConfig:
             )
         check(not (self.offload and self.packing == "resident"), "packing=resident with offload", "one of the two")
 
+    def _check_length(self) -> None:
+        check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1")
+        check(self.epochs is None or self.epochs > 0, f"epochs={self.epochs}", "a number above 0, e.g. 3")
+        both = f"steps={self.steps} with epochs={self.epochs}"
+        check(self.steps is None or self.epochs is None, both, "one of them: leave the other out")
+
+    def _check_outputs(self) -> None:
+        minutes = self.save_every_minutes
+        check(0 <= minutes <= _MONTH / 60, f"save_every_minutes={minutes}", f"0 to {_MONTH // 60} minutes (30 days)")
+        if self.export == "best":
+            check(
+                self.eval.data is not None, "export=best without eval.data", "text to judge by: --eval.data.path FILE"
+            )
+        unknown = sorted(set(self.tracker_names) - set(get_args(Tracker)))
+        check(not unknown, f"trackers={','.join(unknown)}", f"names out of {', '.join(get_args(Tracker))}")
+        check(bool(self.project), "project is empty", "a name for the trackers")
+        check(self.run_name is None or bool(self.run_name), "run_name is empty", "a name, or null")
+
     def _check_baseline(self) -> None:
         """Refuse what only SEFT can do."""
         method, layouts = f"method={self.method}", "backend single, fsdp or ddp, without"
@@ -121,6 +161,18 @@ class TrainConfig:
     def is_seft(self) -> bool:
         """True if the method is SEFT, with any settings."""
         return self.method in VARIANTS
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; known once ``epochs`` has been turned into steps."""
+        assert self.epochs is None, "epochs depend on the data, which was not read yet"
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """Names of the trackers, each once."""
+        given = self.trackers.split(",") if isinstance(self.trackers, str) else self.trackers
+        return tuple(dict.fromkeys(name.strip() for name in given if name.strip()))
 
     def with_method_settings(self) -> "TrainConfig":
         """Return this configuration with the settings of SEFT that its method stands for."""

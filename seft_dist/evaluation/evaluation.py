@@ -102,7 +102,7 @@ def _evaluate_one(
         policy = on_all_ranks(
             ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch."))
         )
-        sequences = on_all_ranks(ranks, lambda: scored_sequences(loaded, config))
+        sequences = on_all_ranks(ranks, lambda: scored_sequences(loaded, data, config.stride, config.max_tokens))
     model = load_model(source, sharding="fsdp" if ranks.world_size > 1 else "none", device=ranks.device)
     zeros = _zeros(model, config.targets, ranks)
     result, metrics = None, {}

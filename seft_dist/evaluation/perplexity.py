@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from seft_dist.backends.group import Group
-from seft_dist.config import EvaluateConfig
+from seft_dist.config import DataConfig
 from seft_dist.data.batches import check_vocabulary, collate
 from seft_dist.data.sequences import IGNORE, PackedBlocks, Sample
 
@@ -85,28 +85,31 @@ def limit_tokens(sequences: Sequence[Sample], max_tokens: int | None) -> Sequenc
     return kept
 
 
-def scored_sequences(sequences: Any, config: EvaluateConfig) -> Sequence[Sample]:
+def scored_sequences(
+    sequences: Any, data: DataConfig, stride: int | None = None, max_tokens: int | None = None
+) -> Sequence[Sample]:
     """Select the sequences to score: sliding windows over the text if a stride is set, otherwise the sequences.
 
     Args:
         sequences: The data, from ``load_sequences``.
-        config: The evaluation, with its stride and max_tokens.
+        data: Its configuration.
+        stride: Number of tokens between the beginnings of two windows; None: no windows.
+        max_tokens: Largest number of tokens; None: all.
 
     Raises:
         ValueError: A stride is set for records that are not text, or max_tokens is shorter than one sequence.
     """
-    if config.stride is None:
-        return limit_tokens(sequences, config.max_tokens)
-    assert config.data is not None
+    if stride is None:
+        return limit_tokens(sequences, max_tokens)
     if not isinstance(sequences, PackedBlocks):
         raise ValueError(
-            f"stride={config.stride}, but {config.data.path} holds instructions or chats, where each record is a "
+            f"stride={stride}, but {data.path} holds instructions or chats, where each record is a "
             "sequence of its own: leave the stride out, or choose data.kind text"
         )
     # One block more than there are, so that the tokens behind the last full block are included
     _, *parts = sequences.contents(0, len(sequences) + 1)
-    stream = torch.from_numpy(np.concatenate(parts)[: config.max_tokens])
-    return SlidingWindows(stream, config.data.seq_len, config.stride)
+    stream = torch.from_numpy(np.concatenate(parts)[:max_tokens])
+    return SlidingWindows(stream, data.seq_len, stride)
 
 
 def plan_passes(lengths: Sequence[int], batch_size: int, *, pad: bool) -> list[list[int]]:
@@ -130,11 +133,66 @@ def plan_passes(lengths: Sequence[int], batch_size: int, *, pad: bool) -> list[l
     return passes
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class ScoringPlan:
+    """Sequences to score, checked, and the forward passes that score them; the same on every rank."""
+
+    sequences: Sequence[Sample]
+    """``(input_ids, labels)`` pairs, 1-D int64; labels of -100 are not scored."""
+    lengths: list[int]
+    """Number of tokens of each sequence."""
+    scored: int
+    """Number of tokens with a label that are not the first of their sequence."""
+    passes: list[list[int]]
+    """Indices of the sequences of each pass."""
+
+
+def plan_scoring(model: nn.Module, sequences: Sequence[Sample], batch_size: int = 4) -> ScoringPlan:
+    """Check sequences, and divide them into forward passes.
+
+    Args:
+        model: A causal LM; it may be on the meta device.
+        sequences: See ``ScoringPlan``. The same on every rank.
+        batch_size: Number of sequences of a rank in one forward pass.
+
+    Raises:
+        ValueError: There is no token to score, or a token is outside the model's vocabulary.
+    """
+    lengths, scored = _check_sequences(model, sequences)
+    passes = plan_passes(lengths, batch_size, pad=not isinstance(sequences, (SlidingWindows, PackedBlocks)))
+    return ScoringPlan(sequences, lengths, scored, passes)
+
+
 def perplexity(
     model: nn.Module,
     sequences: Sequence[Sample],
     batch_size: int = 4,
+    *,
+    group: Group | None = None,
+    progress: str | None = None,
+) -> PerplexityResult:
+    """Measure perplexity, as ``score`` does, on sequences that were not checked yet. Collective over ``group``.
+
+    Args:
+        model: A causal LM, whole or sharded over ``group``.
+        sequences: See ``ScoringPlan``. The same on every rank.
+        batch_size: Number of sequences of a rank in one forward pass.
+        group: Ranks that share the work. None: this process alone.
+        progress: Label of a progress bar. None: no bar.
+
+    Raises:
+        ValueError: There is no token to score, or a token is outside the model's vocabulary.
+        FloatingPointError: The loss is not finite.
+    """
+    plan = plan_scoring(model, sequences, batch_size)
+    return score(model, plan, next(model.parameters()).device, group=group, progress=progress)
+
+
+@torch.no_grad()
+def score(
+    called: nn.Module,
+    plan: ScoringPlan,
+    device: torch.device,
     *,
     group: Group | None = None,
     progress: str | None = None,
@@ -146,9 +204,10 @@ def perplexity(
     padded.
 
     Args:
-        model: A causal LM, whole or sharded over ``group``; its training mode is restored afterwards.
-        sequences: ``(input_ids, labels)`` pairs, 1-D int64; labels of -100 are not scored. The same on every rank.
-        batch_size: Number of sequences of a rank in one forward pass.
+        called: A causal LM, whole or sharded over ``group``, or what wraps it; its training mode is restored
+            afterwards.
+        plan: What is scored.
+        device: Device of its inputs.
         group: Ranks that share the work. None: this process alone.
         progress: Label of a progress bar. None: no bar.
 
@@ -156,31 +215,28 @@ def perplexity(
         The result over all sequences, the same on every rank.
 
     Raises:
-        ValueError: There is no token to score, or a token is outside the model's vocabulary.
         FloatingPointError: The loss is not finite.
     """
     group = group or Group(None)
-    lengths, scored = _check_sequences(model, sequences)
-    passes = plan_passes(lengths, batch_size, pad=not isinstance(sequences, (SlidingWindows, PackedBlocks)))
+    passes, lengths = plan.passes, plan.lengths
     own = passes[group.rank :: group.size]
     # A rank without a pass in the last round repeats one, whose result is not used: gathering sharded weights needs all
     rounds = own + [passes[0]] * (-(-len(passes) // group.size) - len(own))
     sums = torch.zeros(len(rounds), dtype=torch.float64)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    was_training = called.training
+    called.eval()
     total = sum(lengths[index] for chosen in own for index in chosen)
     try:
         with tqdm(total=total, desc=progress, disable=progress is None, unit=" tokens", unit_scale=True) as bar:
             for number, chosen in enumerate(rounds):
-                sums[number] = _pass(model, [sequences[index] for index in chosen], device)
+                sums[number] = _pass(called, [plan.sequences[index] for index in chosen], device)
                 bar.update(sum(lengths[index] for index in chosen) if number < len(own) else 0)
     finally:
-        model.train(was_training)
-    loss = math.fsum(group.stack(sums).T.flatten()[: len(passes)].tolist()) / scored
+        called.train(was_training)
+    loss = math.fsum(group.stack(sums).T.flatten()[: len(passes)].tolist()) / plan.scored
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}: the model's weights or activations are not finite")
-    return PerplexityResult(math.exp(loss) if loss < 700 else math.inf, loss, scored)
+    return PerplexityResult(math.exp(loss) if loss < 700 else math.inf, loss, plan.scored)
 
 
 def _check_sequences(model: Any, sequences: Sequence[Sample]) -> tuple[list[int], int]:

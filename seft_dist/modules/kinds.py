@@ -169,7 +169,7 @@ class Conv1DWeight(Target):
     def check_criteria(self, name: str, config: SeftConfig) -> None:
         kind = type(self.module).__name__
         _refuse_activation(name, kind, config)
-        if config.pattern is not None:
+        if config.known_pattern is not None:
             raise ValueError(
                 f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its "
                 "columns, so groups along the inputs do not lie together; set no pattern, or targets without it"

@@ -11,7 +11,11 @@ from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State
 from seft_dist.sparsity.schedule import first_evolution
 
-_LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
+LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
+
+
+class SeftWarning(UserWarning):
+    """A warning about training that would end without an error and without the result that is wanted."""
 
 
 def _is_main(backend: Backend) -> bool:
@@ -32,7 +36,8 @@ def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
         f"no evolution will happen: one is due at every step from begin={config.begin} on that is divisible by "
         f"interval={config.interval}, but only until step {config.last_step} ({until}), so the first support stays. "
         "Make the interval shorter, or begin earlier, or end later; or set static if this is wanted",
-        stacklevel=_LEVEL,
+        SeftWarning,
+        stacklevel=LEVEL,
     )
 
 
@@ -48,7 +53,8 @@ def warn_without_recomputation(backend: Backend) -> None:
             f"torch {torch.__version__} has no autograd nodes {', '.join(unknown)} as they are expected here, so "
             "inputs of linears that could be computed again for backward are kept: training is right, but needs more "
             "memory",
-            stacklevel=_LEVEL,
+            SeftWarning,
+            stacklevel=LEVEL,
         )
 
 
@@ -76,11 +82,13 @@ def warn_without_gradient(
         warnings.warn(
             f"step {check.step}: the gradient of every target is exactly 0, so nothing is learnt. Look at the labels "
             "(all masked?), at whether the loss depends on the targets, and for weights or activations that are all 0",
-            stacklevel=_LEVEL,
+            SeftWarning,
+            stacklevel=LEVEL,
         )
     elif without:
         warnings.warn(
             f"step {check.step}: the gradient of {len(without)} of {len(backend.names)} targets is exactly 0 (e.g. "
             f"{without[0]}): they get no deltas until an evolution finds one. Look for inputs or outputs that are dead",
-            stacklevel=_LEVEL,
+            SeftWarning,
+            stacklevel=LEVEL,
         )

@@ -3,6 +3,7 @@
 The weights always hold base + delta, so the model is an ordinary Hugging Face model at every moment.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.gradient_check import GradientCheck, check_gradient
 from seft_dist.optim.install import install, uninstall
 from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient, warn_without_recomputation
+from seft_dist.optim.replaced import ReplacementCheck
 from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
@@ -108,6 +110,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._checks_late = False
         """True where ``step`` does not wait for the device to know whether the gradient is finite."""
         self._last_check: GradientCheck | None = None
+        self._replacement_check = ReplacementCheck()
         super().__init__(
             [anchor for anchor, _ in installed],
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -163,6 +166,7 @@ class SeftOptimizer(torch.optim.Optimizer):
             for i in range(len(backend.names)):
                 backend.check_replicas(i)
         self._state = first_state(backend, self.config)
+        self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
         self._backend = backend
         self._exchange = Exchange(backend, self._slots)
         self._checks_late = backend.device.type != "cpu"
@@ -262,6 +266,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         for window in windows:
             window.accumulate_step()
         with self.backend.writing():
+            if windows or not self._checks_late:  # the host waits for the device only where it does anyway
+                self._replacement_check.check(self.backend, self.sparse_state, step, with_masks=bool(windows))
             if self._is_first(step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())

@@ -6,12 +6,13 @@ import torch
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
-from seft_dist.config.pattern import pattern_sizes
+from seft_dist.config.pattern import AUTO, pattern_sizes
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.collectives import disagreeing, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.nm_groups import NMGroups, describe_group
+from seft_dist.optim.nm_search import find_pattern
 from seft_dist.optim.state import State, fingerprint
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
@@ -137,22 +138,24 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
 
 
 def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:
-    """Check that the model has the N:M pattern. Collective with a pattern.
+    """Check that the model has the N:M pattern, or none if it is not said which. Collective, unless it has none.
 
     Returns:
         A hash of each target's groups, by which ``NMGroups.check`` knows later that none has changed; empty without a
         pattern.
     """
-    if config.pattern is None:
+    if config.pattern == AUTO and config.reactivation:  # without reactivation no position becomes active
+        _refuse_pattern(find_pattern(backend, masks))
+    if config.known_pattern is None:
         return []
-    most, size = pattern_sizes(config.pattern)
+    most, size = pattern_sizes(config.known_pattern)
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if width % size:
             raise ValueError(
                 f"{name}: {width} inputs are no multiple of {size}, so its rows have no {config.pattern} pattern; "
                 "leave the layer out (targets), or set no pattern"
             )
-    groups = NMGroups(backend, config.pattern)
+    groups = NMGroups(backend, config.known_pattern)
     for name, (_, width), (group, count) in zip(backend.names, backend.shapes, groups.fullest(masks), strict=True):
         if count > most:
             raise ValueError(
@@ -161,6 +164,17 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
                 "pattern"
             )
     return groups.fingerprints(masks)
+
+
+def _refuse_pattern(pattern: str | None) -> None:
+    if pattern is not None:
+        most, size = pattern_sizes(pattern)
+        raise ValueError(
+            f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, in "
+            f"every target), and would lose it: give seft.pattern {pattern} to keep it (with seft.reactivation 0 its "
+            "positions stay where they are, which was best in our runs: docs/patterns.md), or seft.pattern null to "
+            "lose it"
+        )
 
 
 def _check(names: list[str], numels: list[int], targets: list[int], budgets: list[int], config: SeftConfig) -> None:

@@ -210,8 +210,8 @@ class State:
             off = int((active != wanted).nonzero()[0])
             where = backend.names[off] if config.scope == "layer" else "the model"
             raise RuntimeError(f"{where}: mask has {active[off]} active positions, needs exactly {wanted[off]}")
-        if config.pattern:
-            NMGroups(backend, config.pattern).check(self.masks_without_trial(backend), self.group_prints)
+        if config.known_pattern:
+            NMGroups(backend, config.known_pattern).check(self.masks_without_trial(backend), self.group_prints)
         for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")

@@ -62,7 +62,7 @@ class WorkingState:
         self.near_ties = near_ties
         self.counted_before = sum(near_ties or ())
         """Near-ties that were counted before this evolution began."""
-        self.groups = NMGroups(backend, config.pattern) if config.pattern else None
+        self.groups = NMGroups(backend, config.known_pattern) if config.known_pattern else None
         """Groups of the N:M pattern, if there is one."""
 
     def estimate_rounding(self) -> None:

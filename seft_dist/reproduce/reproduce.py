@@ -205,8 +205,9 @@ def reproduce(
     planned = plan_runs(config, train, [*options, *_date_options(folder, train)], script)
     _open_folder(folder, planned)
     outcomes = [RunOutcome(run.name, run.layout, run.against, shlex.join(run.command)) for run in planned]
+    steps = train.total_steps if train.epochs is None else None  # epochs: only the runs read the data
     for number, (run, outcome) in enumerate(zip(planned, outcomes, strict=True), 1):
-        _execute(folder, run, outcome, train.steps, f"{number}/{len(planned)} {run.layout}", print_line)
+        _execute(folder, run, outcome, steps, f"{number}/{len(planned)} {run.layout}", print_line)
         if outcome.status == "done" and run.against is not None:
             _compare(folder, outcome, {other.name: other for other in outcomes})
             reason = f": {outcome.why}" if outcome.why else ""
@@ -250,7 +251,7 @@ def _open_folder(folder: Path, planned: list[PlannedRun]) -> None:
 
 
 def _execute(
-    folder: Path, run: PlannedRun, outcome: RunOutcome, steps: int, title: str, print_line: Callable[[str], None]
+    folder: Path, run: PlannedRun, outcome: RunOutcome, steps: int | None, title: str, print_line: Callable[[str], None]
 ) -> None:
     """Start one run and wait for it, unless it is finished already; the outcome is updated."""
     output, log = folder / run.name, folder / f"{run.name}.log"
@@ -309,7 +310,7 @@ def _wait(process: subprocess.Popen[bytes], show: Callable[[], None]) -> tuple[i
 
 
 @contextmanager
-def _progress(trace: Path, steps: int, title: str) -> Iterator[Callable[[], None]]:
+def _progress(trace: Path, steps: int | None, title: str) -> Iterator[Callable[[], None]]:
     """Show a progress bar that counts the lines of a growing trace; yields the function that updates it."""
     interval = 0.2 if sys.stderr.isatty() else 30
     with tqdm(total=steps, desc=title, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
@@ -323,7 +324,8 @@ def _progress(trace: Path, steps: int, title: str) -> Iterator[Callable[[], None
                     file.seek(read)
                     new = file.read()
                 read += len(new)
-                bar.update(min(new.count(b"\n"), steps - bar.n))
+                lines = new.count(b"\n")
+                bar.update(lines if steps is None else min(lines, steps - bar.n))
             bar.refresh() if sys.stderr.isatty() else None
 
         yield show

@@ -84,7 +84,22 @@ def _loss(run: FinishedRun, axes: "Axes") -> None:
     axes.plot(steps, smooth(losses), color=BLUE, linewidth=2, label="running mean")
     for i, line in enumerate(run.evolutions):
         axes.axvline(line["step"], color=GREY, linestyle=":", linewidth=1, label="evolution" if i == 0 else None)
-    axes.set(title="Training loss", xlabel="optimizer step", ylabel="cross-entropy, nats per token")
+    if run.evaluations:
+        points = [(line["step"], line["loss"]) for line in run.evaluations]
+        best = min(run.evaluations, key=lambda line: line["loss"])
+        axes.plot(*zip(*points, strict=True), color=ORANGE, marker="o", markersize=4, label="validation")
+        axes.plot(
+            best["step"],
+            best["loss"],
+            color=ORANGE,
+            marker="*",
+            markersize=13,
+            linestyle="",
+            label="best",
+            clip_on=False,
+        )
+    title = "Training and validation loss" if run.evaluations else "Training loss"
+    axes.set(title=title, xlabel="optimizer step", ylabel="cross-entropy, nats per token")
     axes.set_xlim(left=0, right=run.result["steps"])
     axes.grid(False, axis="x")
     axes.legend()

@@ -45,6 +45,8 @@ _KEYS = (
     "seconds",
 )
 """Keys of summary.json, in order; all but "model" and "perplexity" are copied from result.json."""
+_OPTIONAL_KEYS = ("validation",)
+"""Keys that are copied if result.json has them."""
 
 
 @with_config(LENIENT)
@@ -123,6 +125,11 @@ class FinishedRun:
         return {name: self.models[name]["perplexity"] for name in MODELS}
 
     @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Loss and perplexity of the evaluations during training, each with its step."""
+        return [{"step": line["step"], **line["validation"]} for line in self.steps if "validation" in line]
+
+    @property
     def evolutions(self) -> list[dict[str, Any]]:
         """Records of the evolutions, each with its step."""
         return [{"step": line["step"], **line["evolution"]} for line in self.steps if "evolution" in line]
@@ -184,7 +191,7 @@ def write_summary(run: FinishedRun) -> Path:
     """
     values = {**run.result, "model": run.name, "perplexity": run.perplexity}
     path = run.folder / "summary.json"
-    write_json(path, {key: values[key] for key in _KEYS})
+    write_json(path, {key: values[key] for key in (*_KEYS, *_OPTIONAL_KEYS) if key in values or key in _KEYS})
     return path
 
 
@@ -216,6 +223,13 @@ def print_tables(run: FinishedRun, console: Console) -> None:
         f"{run.steps[-1]['tokens']:,} tokens; {trained}; layers with another number of zeros than before: "
         f"{sparsity['layers_off_target']}"
     )
+    if "validation" in result:
+        best, last = result["validation"]["best"], result["validation"]["last"]
+        ended = "; the run ended early" if result["validation"]["stopped_early"] else ""
+        console.print(
+            f"validation loss {best['loss']:.4f} (perplexity {best['perplexity']:.2f}) at step {best['step']}, the "
+            f"best; {last['loss']:.4f} at step {last['step']}, the last{ended}"
+        )
     if not run.evolutions:
         return
     table = Table(title="Evolutions (MB sent: by one rank)", box=SIMPLE, padding=0)

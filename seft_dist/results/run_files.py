@@ -21,6 +21,24 @@ class SparsityResult(TypedDict):
 
 
 @with_config(LENIENT)
+class Evaluation(TypedDict):
+    """One evaluation of ``validation`` in result.json."""
+
+    step: Count
+    loss: float
+    perplexity: float
+
+
+@with_config(LENIENT)
+class ValidationResult(TypedDict):
+    """Entry ``validation`` of result.json."""
+
+    last: Evaluation
+    best: Evaluation
+    stopped_early: bool
+
+
+@with_config(LENIENT)
 class RunResult(TypedDict):
     """Content of result.json."""
 
@@ -31,6 +49,15 @@ class RunResult(TypedDict):
     tokens: NotRequired[Count]
     trainable: NotRequired[Count]
     peak_memory_bytes: NotRequired[Count | None]
+    validation: NotRequired[ValidationResult]
+
+
+@with_config(LENIENT)
+class ValidationLine(TypedDict):
+    """Entry ``validation`` of a line of metrics.jsonl: one evaluation."""
+
+    loss: float
+    perplexity: float
 
 
 @with_config(LENIENT)
@@ -40,6 +67,7 @@ class MetricsLine(TypedDict):
     step: Count
     loss: float
     seconds: float
+    validation: NotRequired[ValidationLine]
 
 
 @with_config(LENIENT)

@@ -33,7 +33,10 @@ from seft_dist.results.run_files import (
 TASKS = "tasks.tsv"
 SEEDS = ("seed", "seft.seed", "baseline.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
-_WITHOUT_EFFECT = ("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers")
+_WITHOUT_EFFECT = (
+    *("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers"),
+    *("project", "run_name", "keep", "save_every_minutes"),
+)
 """Settings in which runs may differ and still be averaged: they choose where and how a run is executed."""
 _MEANS = ("loss", "perplexity", "sparsity", "seconds")
 _NUMBERS = {"loss": ".4f", "perplexity": ".3f", "sparsity": ".4%", "seconds": ".0f"}

@@ -19,6 +19,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from argparse import HelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ T = TypeVar("T")
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 1000
 _load_any_yaml = get_loader("yaml")
+_format_any_warning = warnings.formatwarning
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
@@ -124,6 +126,7 @@ def run(main: Callable[[], None]) -> None:
     are bugs or ranks that were lost, and keep their traceback.
     """
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+    warnings.formatwarning = _format_warning
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
@@ -191,11 +194,15 @@ def _load_yaml(text: str) -> Any:
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
-    optional = []
+    """Find the dataclasses that may be left out, at any depth, by their dotted names."""
+    optional: list[tuple[str, type]] = []
     for name, hint in typing.get_type_hints(config_class).items():
         if isinstance(hint, types.UnionType):
-            optional += [(name, inner) for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
-    return typing.cast(list[tuple[str, type]], optional)
+            inside = [inner for inner in typing.get_args(hint) if dataclasses.is_dataclass(inner)]
+            optional += [(name, typing.cast(type, inner)) for inner in inside]
+        elif dataclasses.is_dataclass(hint):
+            optional += [(f"{name}.{key}", inner) for key, inner in _optional_dataclasses(typing.cast(type, hint))]
+    return optional
 
 
 def _build(config_class: type[T], values: Namespace) -> T:
@@ -230,6 +237,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format our own warnings as one line, without the line of code that raised them."""
+    if category.__module__.startswith("seft_dist."):
+        return f"warning: {message}\n"
+    return _format_any_warning(message, category, filename, lineno, line)
 
 
 def _is_first_to_report() -> bool:

@@ -12,15 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seft_dist.config import DataConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
+from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
+from seft_dist.config.pattern import AUTO
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
 from seft_dist.study.options import arguments, changed_options, flatten
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
-_NO_MATTER = ("output", "save_every", "log_every", "trace", "export", "trackers", "threads", "timeout")
+_NO_MATTER = (
+    *("output", "save_every", "save_every_minutes", "keep", "log_every", "trace", "trackers", "project", "run_name"),
+    *("threads", "timeout"),
+)
 """Options of a run that leave its result as it is."""
+_LATER: dict[str, Any] = {"eval": to_dict(EvalConfig()), "epochs": None, "export": True}
+"""Options that cells did not know once, and their defaults."""
+_PATTERNS = {AUTO: None, None: "null"}
+"""Values of ``seft.pattern`` to those that stand for them in a cell's identity: None was the default once."""
 _LONGEST_NAME = 120
 
 
@@ -119,6 +127,13 @@ class Plan:
 
     def _identity(self, config: TrainConfig, base: Base) -> dict[str, Any]:
         content = {key: value for key, value in to_dict(config).items() if key not in _NO_MATTER}
+        content["steps"] = config.total_steps
+        # As long as they change nothing, later options leave the names of earlier studies' cells as they are.
+        for name, unused in _LATER.items():
+            if content[name] == unused:
+                del content[name]
+        if content["seft"]["pattern"] in _PATTERNS:
+            content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}
         content["data"] |= {"path": self.digests["part train"]}
         return content

@@ -125,7 +125,7 @@ class Progress:
         self._bars.update(self._whole, completed=survey.done, total=survey.total, rest=rest)
         for task, _, share in now:
             if task.key not in self._lines:
-                steps = task.cell.config.steps if task.kind == TRAIN and task.cell and task.cell.config else None
+                steps = task.cell.config.total_steps if task.kind == TRAIN and task.cell and task.cell.config else None
                 self._lines[task.key] = self._bars.add_task(f"  {task.label}", total=steps, rest="")
             total = self._bars.tasks[self._bars.task_ids.index(self._lines[task.key])].total
             self._bars.update(self._lines[task.key], completed=round(share * (total or 0)))
@@ -156,7 +156,7 @@ class Progress:
     def _share(self, task: Task) -> float:
         if task.kind != TRAIN or task.cell is None or task.cell.config is None:
             return 0.0
-        return last_step(self._plan.run_folder(task.cell) / METRICS) / task.cell.config.steps
+        return last_step(self._plan.run_folder(task.cell) / METRICS) / task.cell.config.total_steps
 
 
 def last_step(path: Path) -> int:

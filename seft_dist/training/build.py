@@ -127,7 +127,7 @@ def build(
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
         return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], taught)
-    seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.steps), **args)
+    seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.total_steps), **args)
     run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None

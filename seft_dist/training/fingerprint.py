@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from seft_dist.data.batches import BatchStream
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import SafetensorError
 from seft_dist.optim.state import fingerprint
@@ -76,19 +75,23 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
     return _digest(json.dumps([settings, rows], sort_keys=True).encode())
 
 
-def data_fingerprint(data: BatchStream, ranks: Ranks) -> str:
+def data_fingerprint(sequences: Any, ranks: Ranks) -> str:
     """Fingerprint of the tokenised sequences: lengths, tokens and labels, in their order. Collective.
 
     Each rank hashes its share.
 
+    Args:
+        sequences: The data, from ``load_sequences``.
+        ranks: This process.
+
     Returns:
         32 hexadecimal digits.
     """
-    count = data.num_sequences
+    count = len(sequences)
 
     def piece(start: int) -> bytes:
         digest = hashlib.sha256()
-        for values in data.sequences.contents(start, min(start + _SEQUENCES, count)):
+        for values in sequences.contents(start, min(start + _SEQUENCES, count)):
             digest.update(values.data)
         return digest.digest()
 

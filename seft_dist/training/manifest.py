@@ -39,7 +39,7 @@ from seft_dist.session.agreement import gather_objects
 from seft_dist.session.distributed import Ranks, launch_facts
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.metrics import FILE as METRICS
-from seft_dist.training.metrics import print_line
+from seft_dist.training.progress import print_line
 from seft_dist.training.step_lines import StepLines
 
 FILE = "manifest.json"

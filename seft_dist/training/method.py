@@ -1,6 +1,7 @@
 """The interface between the trainer and a method, and SEFT behind it; the other methods are in baselines/."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,13 @@ from seft_dist.baselines.baseline import Baseline, Ending
 from seft_dist.baselines.lora import Lora, LoraMerged
 from seft_dist.baselines.weights import MaskedFull, NoRepair, NormsAndBiases
 from seft_dist.io import checkpoint
+from seft_dist.io.source import Source
+from seft_dist.kernels.bits import pack
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.report import EvolutionReport
 from seft_dist.optim.state import LayerSparsity
 from seft_dist.sparsity.bitmask import unpack
+from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.schedule import is_evolution, is_first_support
 
 BASELINES: dict[str, type[Baseline]] = {
@@ -94,17 +98,23 @@ class Method(Protocol):
     def sparsity(self) -> list[LayerSparsity]:
         """Count zeros and deltas of every target. Collective."""
 
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Hide the positions on trial, for evaluations and exports. Collective."""
+
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield for each target the positions of its support and of its mask, in this rank's interval."""
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield this rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names."""
 
-    def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
-        """Make the object that writes the checkpoints."""
+    def saver(self, folder: Path, keep: int) -> checkpoint.BackgroundSaver:
+        """Make the object that writes the checkpoints, and keeps so many."""
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore a checkpoint and return its ``extra``. Collective."""
+
+    def rewind(self, checkpoint: Path, source: Source) -> None:
+        """Go back to an earlier checkpoint of the same run, whose pruned model is ``source``. Collective."""
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         """Turn the weights into those of a plain model and return entries for result.json. Collective."""
@@ -154,13 +164,30 @@ class TrainedSeft(SeftOptimizer):
         for name, entries in zip(self.target_names, self.sparse_state.layers(), strict=True):
             yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
 
-    def saver(self, folder: Path) -> checkpoint.BackgroundSaver:
+    def saver(self, folder: Path, keep: int) -> checkpoint.BackgroundSaver:
         """Make the object that writes masks and deltas."""
-        return checkpoint.Saver(self, folder)
+        return checkpoint.Saver(self, folder, keep)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore masks and deltas from a checkpoint. Collective."""
         return checkpoint.load(self, path)
+
+    def rewind(self, path: Path, source: Source) -> None:
+        """Go back to an earlier checkpoint of the same run. Collective.
+
+        A checkpoint is taken over by the pruned model, of which weights that were pruned again are lost here: so each
+        rank reads its part of the targets anew.
+        """
+        backend = self.backend
+        with backend.writing():
+            for i, (name, holder) in enumerate(zip(backend.names, backend.holders, strict=True)):
+                interval, stored = backend.interval(i), source.weights.find(holder.weight_name(name))
+                assert stored is not None, name  # it was loaded from there
+                values, _ = cast_weight(source.weights.read(stored, interval.start, interval.stop), backend.dtypes[i])
+                backend.put_own(i, values.to(backend.device), pack(values != 0).to(backend.device))
+            backend.sync_mask_counts()
+        source.weights.release()
+        checkpoint.load(self, path)
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         """Do nothing: the weights hold base + delta at every moment."""

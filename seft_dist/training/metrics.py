@@ -1,52 +1,41 @@
-"""The output of a run while it trains: a progress bar, ``metrics.jsonl``, experiment trackers. Rank 0 only.
+"""The output of a run while it trains: its progress, ``metrics.jsonl``, experiment trackers. Rank 0 only.
 
-A line of metrics.jsonl, one for each logged step (and for each step with an evolution):
+A line of metrics.jsonl, one for each logged step (and for each step with an evolution or an evaluation):
 
     {"step": 60, "loss": 3.1, "lr": 0.001, "grad_norm": 0.8, "tokens": 61440, "tokens_per_second": 910.5,
      "seconds": 67.5, "evolution": {"first": false, "dropped": 10627, "grown": 10627, "reactivated": 3719,
                                     "pruned": 3719, "support": 106270, "replaced": 0.1, "seconds": 0.4, "bytes_sent":
                                     120000, "phases": {"window": {"seconds": 2.1, "bytes_sent": 8000000}, "drop":
                                     {...}, "grow": {...},
-                                               "adapt": {...}, "commit": {...}, "verify": {...}}, "digest": "..."}}
+                                               "adapt": {...}, "commit": {...}, "verify": {...}}, "digest": "..."},
+     "validation": {"loss": 3.2, "perplexity": 24.5, "tokens": 9709, "seconds": 3.1}}
 
 loss is the mean over ranks and over the steps since the line before; tokens are all ranks' since the run's start.
+tokens_per_second leaves out the time of evaluations.
 """
 
 import dataclasses
-import importlib.util
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
 from seft_dist.files.reading import check_kind
 from seft_dist.optim.report import EvolutionReport
+from seft_dist.training.progress import Progress, print_line
 from seft_dist.training.step_lines import StepLines, as_ranges
+from seft_dist.training.trackers import Trackers, flat
+from seft_dist.training.validation import Evaluated
 
 FILE = "metrics.jsonl"
 _NOT_RECORDED = ("step", "moved", "near_ties")
 """Entries of an evolution's report that are elsewhere: in the line, in topology.jsonl and in trace.jsonl."""
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
-
-def check_trackers(config: TrainConfig) -> None:
-    """Refuse trackers that are not installed.
-
-    Raises:
-        ValueError: Naming the package.
-    """
-    for name in config.trackers:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ValueError(
-                f"trackers has {name}, which is not installed: `pip install {_PACKAGES[name]}`, or leave it out"
-            )
 
 
 class _State(TypedDict, total=False):
@@ -65,16 +54,23 @@ class Metrics:
     """Counts steps on every rank and writes them down on rank 0."""
 
     def __init__(
-        self, config: TrainConfig, *, writes: bool, start: int = 0, state: dict[str, Any] | None = None
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        writes: bool,
+        start: int = 0,
+        state: dict[str, Any] | None = None,
     ) -> None:
         """Args:
         config: The run.
+        device: Device whose memory is shown.
         writes: True on rank 0.
         start: Steps already done (a resumed run); later lines of an earlier attempt are removed.
         state: The state that ``state()`` gave after those steps.
 
         Raises:
-            ValueError: ``state`` does not have the entries that ``state()`` gives.
+            ValueError: ``state`` does not have the entries that ``state()`` gives, or a tracker cannot be started.
             OSError: The file cannot be read or written.
         """
         state = dict(check_kind(state or {}, TypeAdapter(_State), "the checkpoint's state of the metrics"))
@@ -91,21 +87,12 @@ class Metrics:
         self._begin: float = self._last_time - state.get("seconds", 0.0)
         self._last_tokens = self.tokens
         self._losses: list[float] = state.get("losses", [])
-        self._trackers: list[Any] = []
         if not writes:
             return
         self._lines = StepLines(Path(config.output) / FILE, start)
         _warn_of_missing_lines(config, self._lines, start, state.get("records"))
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=config.steps,
-            initial=start,
-            unit="step",
-            desc="train",
-            mininterval=0.2 if terminal else 20,
-            dynamic_ncols=True,
-        )
-        self._trackers = _start_trackers(config)
+        self._trackers = Trackers(config, start, print_line)
+        self._progress = Progress(config.total_steps, start, device)
 
     @property
     def seconds(self) -> float:
@@ -120,7 +107,15 @@ class Metrics:
         return counts | {"loss": self.last_loss, "losses": self._losses, "seconds": self.seconds}
 
     def step(
-        self, step: int, *, loss: float, tokens: int, lr: float, grad_norm: float, evolution: EvolutionReport | None
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens: int,
+        lr: float,
+        grad_norm: float,
+        evolution: EvolutionReport | None,
+        validation: Evaluated | None = None,
     ) -> None:
         """Record one optimizer step.
 
@@ -131,6 +126,7 @@ class Metrics:
             lr: Learning rate of this step.
             grad_norm: Global norm before clipping.
             evolution: Report of this step's evolution, if there was one.
+            validation: Result of the evaluation after this step, if there was one.
         """
         self.tokens += tokens
         self._losses.append(loss)
@@ -138,17 +134,21 @@ class Metrics:
             self.evolutions += not evolution.first
             self.reactivated += evolution.reactivated
         if self._writes:
-            self._bar.update()
-        if step % self._config.log_every and evolution is None and step != self._config.steps:
+            self._progress.advance()
+        is_special = evolution is not None or validation is not None or step == self._config.total_steps
+        if step % self._config.log_every and not is_special:
             return
         self.last_loss = sum(self._losses) / len(self._losses)
         self._losses = []
         if self._writes:
-            self._record(step, lr, grad_norm, evolution)
+            self._record(step, lr, grad_norm, evolution, validation)
 
-    def _record(self, step: int, lr: float, grad_norm: float, evolution: EvolutionReport | None) -> None:
+    def _record(
+        self, step: int, lr: float, grad_norm: float, evolution: EvolutionReport | None, validation: Evaluated | None
+    ) -> None:
         now = time.perf_counter()
-        speed = (self.tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
+        seconds = now - self._last_time - (validation.seconds if validation is not None else 0.0)
+        speed = (self.tokens - self._last_tokens) / max(seconds, 1e-9)
         self._last_time, self._last_tokens = now, self.tokens
         record: dict[str, Any] = {
             "step": step,
@@ -159,13 +159,14 @@ class Metrics:
             "tokens_per_second": round(speed, 1),
             "seconds": round(self.seconds, 3),
         }
-        self._bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{lr:.1e}", tokens_s=f"{speed:.0f}", refresh=False)
         if evolution is not None:
             report = dataclasses.asdict(evolution)
             record["evolution"] = {key: value for key, value in report.items() if key not in _NOT_RECORDED}
+        if validation is not None:
+            record["validation"] = validation.record()
         self._lines.add(record)
-        for tracker in self._trackers:
-            tracker.log(_flat(record, numbers_only=True), step=step)
+        self._progress.show(record)
+        self._trackers.log(record, step)
 
     def sync(self) -> None:
         """Force what was recorded to disk."""
@@ -173,54 +174,28 @@ class Metrics:
             self._lines.sync()
 
     def close(self) -> None:
-        """End the progress bar, the file and the trackers."""
+        """End the progress, the file and the trackers."""
         if not self._writes:
             return
-        self._bar.close()
+        self._progress.close()
         self._lines.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._trackers.close()
 
 
 def print_summary(result: dict[str, Any]) -> None:
     """Print a run's result as a table. For rank 0."""
     table = Table(title="Run", show_header=False)
-    for name, value in _flat(result, numbers_only=False).items():
+    for name, value in flat(result, numbers_only=False).items():
         table.add_row(name, f"{value:,.6g}" if isinstance(value, float) else str(value))
     Console(stderr=True).print(table)
-
-
-def print_line(line: str) -> None:
-    """Print a line about the run. For rank 0."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def print_stopped(config: TrainConfig, signal: str, step: int) -> None:
     """Print that a signal has stopped the run. For rank 0."""
     print_line(
-        f"stopped by {signal} after step {step} of {config.steps}; the state is saved in {config.output}, the same "
-        "command goes on from there"
+        f"stopped by {signal} after step {step} of {config.total_steps}; the state is saved in {config.output}, the "
+        "same command goes on from there"
     )
-
-
-def _start_trackers(config: TrainConfig) -> list[Any]:
-    if not config.trackers:
-        return []
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
-
-    PartialState()  # the trackers log through it; it joins the process group that is there and talks to no other rank
-    folder = Path(config.output).resolve()
-    trackers: list[Any] = []
-    for name in config.trackers:
-        if name == "tensorboard":
-            trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder)))
-        else:
-            trackers.append(WandBTracker("seft_dist", name=folder.name, dir=str(folder)))
-    for tracker in trackers:
-        tracker.start()
-        tracker.store_init_configuration(_flat(dataclasses.asdict(config), numbers_only=False))
-    return trackers
 
 
 def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, records: int | None) -> None:
@@ -242,18 +217,3 @@ def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, rec
             f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has "
             "them"
         )
-
-
-def _flat(tree: dict[str, Any], numbers_only: bool, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to one with dotted names; values that are no numbers become text or are left out."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, numbers_only, f"{prefix}{key}.")
-        elif isinstance(value, (bool, int, float)) and not (
-            numbers_only and (isinstance(value, bool) or key == "step")
-        ):
-            flat[f"{prefix}{key}"] = value
-        elif not numbers_only:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat

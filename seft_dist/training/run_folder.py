@@ -1,6 +1,7 @@
 """The folder of a run: its files, a check before it is written to, and resuming from its newest checkpoint.
 
 config.yaml         the resolved configuration, written before step 1
+trackers.json       see training/trackers.py
 metrics.jsonl       see training/metrics.py
 topology.jsonl      see training/topology.py: only if masks or supports can move
 checkpoints/        see io/checkpoint
@@ -16,9 +17,12 @@ layers.json         counts of every target after the last step, see training/top
 result.json         written last: the run is finished
 """
 
+import contextlib
 import dataclasses
 import datetime
+import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +33,8 @@ from typing_extensions import NotRequired, TypedDict
 from seft_dist.baselines.lora import ADAPTER
 from seft_dist.baselines.repruning import MERGED
 from seft_dist.config import TrainConfig
+from seft_dist.config.pattern import AUTO
+from seft_dist.data.batches import BatchStream
 from seft_dist.data.chat_template import uses_date
 from seft_dist.files.reading import check_kind, read_json
 from seft_dist.files.writing import PART, put_aside, write_text
@@ -37,15 +43,17 @@ from seft_dist.io.library_types import PreTrainedTokenizerBase
 from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.distributed import Ranks
-from seft_dist.training import manifest, metrics, topology, trace
+from seft_dist.training import manifest, metrics, topology, trace, trackers
 from seft_dist.training.method import Method
-from seft_dist.training.metrics import print_line
+from seft_dist.training.progress import print_line
 from seft_dist.training.writer_lock import LOCK
 
 RESULT, CONFIG, MODEL, DELTA, CHECKPOINTS = "result.json", "config.yaml", "model", "delta.safetensors", "checkpoints"
 SLURM = "slurm"
+_ROUNDING = 1e-9
+"""Part of a step by which a product of floats may miss a whole number of steps."""
 _FOLDERS = (SLURM, CHECKPOINTS, MODEL, ADAPTER, MERGED)
-_FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE, topology.FILE, topology.LAYERS)
+_FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE, trackers.FILE, topology.FILE, topology.LAYERS)
 
 
 def is_finished(folder: Path) -> bool:
@@ -107,7 +115,7 @@ def open_run_folder(config: TrainConfig) -> None:
             )
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from error
-    checkpoint.tidy(folder / CHECKPOINTS, checkpoint.KEEP)
+    checkpoint.tidy(folder / CHECKPOINTS, config.keep)
     for name in (MODEL, ADAPTER, MERGED):  # left by an attempt that was stopped while it exported
         shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -135,7 +143,7 @@ def fill_in_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> TrainConfig:
-    """Fill in the day that a chat template sees as today, if the template uses it. Collective.
+    """Fill in the day that a chat template sees as today, for training and evaluations, if it uses it. Collective.
 
     It is that of the run that is resumed, else this day; so a run has the same tokens on every day.
 
@@ -145,24 +153,70 @@ def fill_in_date(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
         ranks: This process.
 
     Returns:
-        The configuration with a day for ``data.date``, or as it was if the template does not write the date.
+        The configuration with a day for ``data.date`` and ``eval.data.date``, or as it was if the template does not
+        write the date.
     """
-    if config.data.date is not None or not uses_date(tokenizer):
+    if not uses_date(tokenizer):
         return config
     # Rank 0 decides: two ranks may start before and after midnight.
-    day = broadcast_object(ranks, _day_of(config) if ranks.is_main else "")
+    day = config.data.date or broadcast_object(ranks, _day_of(config) if ranks.is_main else "")
+    text = config.eval.data
+    if text is not None and text.date is None:
+        config = dataclasses.replace(
+            config, eval=dataclasses.replace(config.eval, data=dataclasses.replace(text, date=day))
+        )
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
 
 
+def fill_in_steps(config: TrainConfig, data: BatchStream) -> TrainConfig:
+    """Turn epochs into optimizer steps. The last one may take sequences of the next pass over the data.
+
+    Args:
+        config: The run.
+        data: Its batches.
+
+    Returns:
+        The configuration with a number for ``steps``, and no ``epochs``.
+
+    Raises:
+        ValueError: That many steps do not fit the method's schedule.
+    """
+    if config.epochs is None:
+        return dataclasses.replace(config, steps=config.total_steps)
+    steps = max(1, math.ceil(config.epochs * data.num_sequences / data.global_batch - _ROUNDING))
+    return dataclasses.replace(config, steps=steps, epochs=None)
+
+
 def _day_of(config: TrainConfig) -> str:
-    for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
-        try:
-            day = checkpoint.read_manifest(path)["extra"]["config"]["data"]["date"]
-        except (ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
-            continue
+    for earlier in _earlier_configs(config):
+        day = earlier.get("data", {}).get("date")
         if isinstance(day, str):
             return day
     return datetime.date.today().isoformat()
+
+
+def fill_in_pattern(config: TrainConfig) -> TrainConfig:
+    """Let a run that is resumed go on as it began, if it does not say whether the model has an N:M pattern.
+
+    Args:
+        config: The run.
+    """
+    if config.seft.pattern != AUTO:
+        return config
+    for earlier in _earlier_configs(config):
+        pattern = earlier.get("seft", {}).get("pattern", AUTO)
+        if pattern is None or isinstance(pattern, str):
+            return dataclasses.replace(config, seft=dataclasses.replace(config.seft, pattern=pattern))
+    return config
+
+
+def _earlier_configs(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Yield the configurations of a run's checkpoints, the newest first."""
+    for path in reversed(checkpoint.complete(Path(config.output) / CHECKPOINTS)):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # resume() reports what is wrong with it
+            content = checkpoint.read_manifest(path)["extra"]["config"]
+            if isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("data", "seft")):
+                yield content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +274,10 @@ def resume(config: TrainConfig, ranks: Ranks, method: Method, origin: RunOrigin)
             on_all_ranks(ranks, lambda: _put_aside(path, problem) if ranks.is_main else None)  # noqa: B023
             continue
         _check_origin(path, dict(extra["origin"]), dataclasses.asdict(origin))
-        if method.num_steps > config.steps:
+        if method.num_steps > config.total_steps:
             raise ValueError(
-                f"{path} has done {method.num_steps} steps, more than steps={config.steps}: raise steps, or choose "
-                "another output"
+                f"{path} has done {method.num_steps} steps, more than steps={config.total_steps}: raise steps, or "
+                "choose another output"
             )
         return extra["state"]
     on_all_ranks(ranks, lambda: _check_new(folder))

@@ -5,6 +5,7 @@ build.py makes what a step moves (model, engine, optimizer); trainer.py has the 
     micro-batches of this rank -> loss weights -> forward and backward       gradients, not yet averaged
                                -> agreement, if the step is recorded         losses, tokens, stop signal of all ranks
                                -> learning rate -> optimizer                 averages, clips and applies the gradients
+                               -> evaluation, if one is due                  loss on other text
                                -> record, if the step is recorded            metrics.jsonl, trace.jsonl, manifest.json
 """
 
@@ -24,7 +25,9 @@ from seft_dist.session.signals import StopRequest
 from seft_dist.training.build import TrainingRun
 from seft_dist.training.metrics import Metrics
 from seft_dist.training.record import Record
+from seft_dist.training.saving import SaveClock
 from seft_dist.training.teacher import learnt_positions
+from seft_dist.training.validation import Evaluated, Validation
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Agreement:
     """Tokens of all ranks, for each of these steps."""
     stop_signal: int
     """The signal that asks for a stop, 0 for none."""
+    is_save_due: bool
+    """True: a checkpoint is due by rank 0's clock."""
     is_written: bool
     """True: every rank's part of the checkpoint that has begun is on disk, or has failed."""
 
@@ -57,11 +62,18 @@ class Stepper:
     """Takes the optimizer steps of a run and records them.
 
     Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged only in
-    steps that are recorded or saved, or that change masks or supports; no other step waits for the device.
+    steps that are recorded, saved or evaluated, or that change masks or supports; no other step waits for the device.
     """
 
     def __init__(
-        self, run: TrainingRun, metrics: Metrics, record: Record, request: StopRequest, saver: BackgroundSaver
+        self,
+        run: TrainingRun,
+        metrics: Metrics,
+        record: Record,
+        request: StopRequest,
+        saver: BackgroundSaver,
+        clock: SaveClock,
+        validation: Validation,
     ) -> None:
         """Args:
         run: The parts of the run.
@@ -69,9 +81,11 @@ class Stepper:
         record: Gets the exact state, for comparisons of runs.
         request: Asks this rank to stop.
         saver: Writes the checkpoints.
+        clock: Says when one is due by time.
+        validation: Evaluates the model.
         """
         self._run, self._metrics, self._record = run, metrics, record
-        self._request, self._saver = request, saver
+        self._request, self._saver, self._clock, self._validation = request, saver, clock, validation
         self._unrecorded: list[LocalStep] = []
 
     def train_step(self, step: int, micro_batches: list[Batch], *, is_saved: bool) -> Agreement | None:
@@ -95,15 +109,19 @@ class Stepper:
         self._unrecorded.append(LocalStep(step, loss, _count_tokens(micro_batches)))
 
         # Before the update: a loss that is not finite must not change the weights.
-        is_recorded = is_saved or run.method.moves(step) or config.trace or step % config.log_every == 0
-        agreement = agree(run.ranks, self._unrecorded, self._request, self._saver) if is_recorded else None
+        is_evaluated = self._validation.is_due(step)
+        is_recorded = is_saved or is_evaluated or run.method.moves(step) or config.trace or step % config.log_every == 0
+        agreement = None
+        if is_recorded:
+            agreement = agree(run.ranks, self._unrecorded, self._request, self._saver, self._clock)
 
         self._unrecorded[-1].lr = update_weights(run, step)
+        evaluated = self._validation.evaluate(step) if is_evaluated else None
         if agreement is not None:
-            self._record_steps(agreement, micro_batches)
+            self._record_steps(agreement, micro_batches, evaluated)
         return agreement
 
-    def _record_steps(self, agreement: Agreement, micro_batches: list[Batch]) -> None:
+    def _record_steps(self, agreement: Agreement, micro_batches: list[Batch], evaluated: Evaluated | None) -> None:
         """Record the last step, and in the metrics also those since the one that was recorded before. Collective."""
         method, last = self._run.method, self._unrecorded[-1]
         for local, loss, tokens in zip(self._unrecorded, agreement.losses, agreement.tokens, strict=True):
@@ -114,6 +132,7 @@ class Stepper:
                 lr=local.lr,
                 grad_norm=method.grad_norm,
                 evolution=method.evolution if local is last else None,
+                validation=evaluated if local is last else None,
             )
         self._record.step(last.step, micro_batches, loss=agreement.losses[-1], tokens=agreement.tokens[-1], lr=last.lr)
         self._unrecorded = []
@@ -163,7 +182,9 @@ def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
     return loss
 
 
-def agree(ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver: BackgroundSaver) -> Agreement:
+def agree(
+    ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver: BackgroundSaver, clock: SaveClock
+) -> Agreement:
     """Exchange what must be known before the optimizer changes the weights again. Collective.
 
     This waits for the device: nothing else does in a step that is neither recorded, saved nor of an evolution's window.
@@ -173,6 +194,7 @@ def agree(ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver
         unrecorded: The steps since the last call; the backward pass of the last one is done, its update is not.
         request: Asks this rank to stop.
         saver: Writes the checkpoints.
+        clock: Says when one is due by time.
 
     Raises:
         FloatingPointError: A loss is not finite; names the step and the ranks.
@@ -180,7 +202,7 @@ def agree(ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver
     count = len(unrecorded)
     tokens = [float(local.tokens) for local in unrecorded]
     rest = torch.tensor(
-        [*tokens, request.number, saver.written], dtype=torch.float64, device=unrecorded[-1].loss.device
+        [*tokens, clock.is_due, request.number, saver.written], dtype=torch.float64, device=unrecorded[-1].loss.device
     )
     row = torch.cat([torch.stack([local.loss.double() for local in unrecorded]), rest])
     table = stack_over_ranks(ranks, row).cpu()
@@ -194,6 +216,7 @@ def agree(ranks: Ranks, unrecorded: list[LocalStep], request: StopRequest, saver
     return Agreement(
         losses=[sum(table[:, i].tolist()) / ranks.world_size for i in range(count)],
         tokens=table[:, count : 2 * count].sum(0).long().tolist(),
+        is_save_due=bool(table[0, -3]),
         stop_signal=int(table[:, -2].max()),
         is_written=bool(table[:, -1].all()),
     )
@@ -211,7 +234,7 @@ def update_weights(run: TrainingRun, step: int) -> float:
     """
     group = run.method.param_groups[0]
     if run.scheduler is None:  # otherwise DeepSpeed's scheduler has set it
-        group["lr"] = run.peak_lr * lr_factor(run.config.optim, step, run.config.steps)
+        group["lr"] = run.peak_lr * lr_factor(run.config.optim, step, run.config.total_steps)
     lr = float(group["lr"])  # read now: the engine's scheduler changes it at the end of the step
     if run.engine is not None:
         run.engine.step()

@@ -29,7 +29,7 @@ from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.hashes import BUCKETS, hash_of_entries, hash_of_set, sketch
 from seft_dist.sparsity.scores import mix
 from seft_dist.training.fingerprint import as_hex
-from seft_dist.training.metrics import print_line
+from seft_dist.training.progress import print_line
 from seft_dist.training.step_lines import StepLines, as_ranges
 
 FILE = "trace.jsonl"

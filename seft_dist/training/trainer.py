@@ -1,5 +1,6 @@
 """One fine-tuning run, from the configuration to the repaired model: the only file that sees every part."""
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from seft_dist.data.batches import Batch, BatchStream
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
 from seft_dist.files.writing import write_json
+from seft_dist.io.checkpoint import DamagedError, checkpoint_of
 from seft_dist.io.source import locate, open_source
 from seft_dist.kernels.describe import describe
 from seft_dist.session import distributed, facts
@@ -24,7 +26,8 @@ from seft_dist.training.build import TrainingRun, build, check_baseline, check_t
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
-from seft_dist.training.metrics import Metrics, check_trackers, print_line, print_stopped, print_summary
+from seft_dist.training.metrics import Metrics, print_stopped, print_summary
+from seft_dist.training.progress import print_line
 from seft_dist.training.record import Record
 from seft_dist.training.run_folder import (
     CHECKPOINTS,
@@ -36,12 +39,17 @@ from seft_dist.training.run_folder import (
     checkpoint_extra,
     fill_in_date,
     fill_in_global_batch,
+    fill_in_pattern,
+    fill_in_steps,
     open_run_folder,
     resume,
 )
+from seft_dist.training.saving import SaveClock
 from seft_dist.training.step import Stepper
 from seft_dist.training.teacher import check_teacher
 from seft_dist.training.topology import first_masks, write_layers
+from seft_dist.training.trackers import check_trackers
+from seft_dist.training.validation import Validation, ValidationText, read_validation
 from seft_dist.training.writer_lock import only_writer
 
 
@@ -53,7 +61,8 @@ class Finished:
     """Content of result.json.
 
     Entries: method, backend, world_size, density, trainable, steps, sparsity (target, final, layers_off_target),
-    evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes; further entries by method.
+    evolutions, reactivated, seconds, tokens, loss, peak_memory_bytes; validation (last, best, stopped_early) with
+    eval.data; further entries by method.
     """
 
 
@@ -97,50 +106,85 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     on_all_ranks(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     on_all_ranks(ranks, lambda: check_trackers(config))
     given = config.with_method_settings()
-    config = on_all_ranks(ranks, lambda: fill_in_global_batch(given, ranks.world_size))
+    config = on_all_ranks(ranks, lambda: fill_in_pattern(fill_in_global_batch(given, ranks.world_size)))
     ds = on_all_ranks(ranks, lambda: read_ds_config(config, ranks.world_size))
     check_agreement(ranks, to_yaml(config) + repr(ds))
     source = on_all_ranks(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
     tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(config.model))
     config = fill_in_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
+    config = _resolve_steps(config, data, ranks)
+    text = read_validation(config, tokenizer, ranks)
     on_all_ranks(ranks, lambda: check_baseline(config, source, data))
     run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
     check_tokens(data, run.model, ranks)
     run.method.attach()
     first = first_masks(run.method)  # before a checkpoint brings the masks that they have become
+    # Attaching has looked for a pattern that was not named
+    config = dataclasses.replace(config, seft=dataclasses.replace(config.seft, pattern=config.seft.known_pattern))
+    run.config = config
     origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
-        data=data_fingerprint(data, ranks),
+        data=data_fingerprint(data.sequences, ranks),
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
         teacher=run.teacher.fingerprint if run.teacher else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
+    validation = _open_validation(run, text, origin, state)
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
     record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
     _restore_scheduler(run, state)
     if ranks.is_main:
         print_line(f"kernels: {describe(ranks.device)}")
-    metrics = Metrics(config, writes=ranks.is_main, start=run.method.num_steps, state=state.get("metrics"))
+    start, counts = run.method.num_steps, state.get("metrics")
+    metrics = on_all_ranks(
+        ranks, lambda: Metrics(config, ranks.device, writes=ranks.is_main, start=start, state=counts)
+    )
     try:
-        stopped = fit(run, data, origin, metrics, record, request)
+        stopped = fit(run, data, origin, metrics, record, request, validation)
     finally:
         metrics.close()
         record.close()
     stopped = stopped or _stopped_after_all_steps(run, request)
     if stopped is None:
-        return Finished(finish(run, data, metrics, record))
+        return Finished(finish(run, data, metrics, record, validation))
     if ranks.is_main:
         print_stopped(config, stopped.signal, stopped.step)
     return stopped
 
 
+def _resolve_steps(given: TrainConfig, data: BatchStream, ranks: Ranks) -> TrainConfig:
+    """Turn epochs into steps, and print what became of them. Collective."""
+    config = on_all_ranks(ranks, lambda: fill_in_steps(given, data))
+    if given.epochs is not None and ranks.is_main:
+        print_line(
+            f"epochs={given.epochs:g}: {config.steps} steps ({data.num_sequences:,} sequences, {data.global_batch} in "
+            "a step)"
+        )
+    return config
+
+
+def _open_validation(
+    run: TrainingRun, text: ValidationText | None, origin: RunOrigin, state: dict[str, Any]
+) -> Validation:
+    """Check what the run is evaluated on, and take over its earlier evaluations. Collective."""
+    if text is not None and text.tokens == origin.data and run.ranks.is_main:
+        print_line("warning: eval.data has the very sequences of data: its loss does not say how the model generalises")
+    return Validation(run, text, state.get("validation"))
+
+
 def fit(
-    run: TrainingRun, data: BatchStream, origin: RunOrigin, metrics: Metrics, record: Record, request: StopRequest
+    run: TrainingRun,
+    data: BatchStream,
+    origin: RunOrigin,
+    metrics: Metrics,
+    record: Record,
+    request: StopRequest,
+    validation: Validation,
 ) -> Stopped | None:
-    """Take all optimizer steps that are left, and save checkpoints. Collective.
+    """Take all optimizer steps that are left, evaluate, and save checkpoints, also of the best steps. Collective.
 
     Args:
         run: The parts of the run.
@@ -149,34 +193,42 @@ def fit(
         metrics: Gets loss, learning rate and speed of every step.
         record: Gets the exact state after each recorded step.
         request: Asks this rank to stop.
+        validation: Evaluates the model, and may end the run early.
 
     Returns:
-        The signal that stopped all ranks before the last step; None: all steps are done. The state is saved either way.
+        The signal that stopped all ranks before the last step; None: all steps are done, or the run has ended early.
+        The state is saved either way.
 
     Raises:
         FloatingPointError: A loss or gradient is not finite; the weights were not changed by that step.
         OSError: A checkpoint could not be written; earlier ones are whole.
     """
     config, method = run.config, run.method
-    saver = method.saver(Path(config.output) / CHECKPOINTS)
-    stepper = Stepper(run, metrics, record, request, saver)
+    saver, clock = method.saver(Path(config.output) / CHECKPOINTS, config.keep), SaveClock(config.save_every_minutes)
+    stepper = Stepper(run, metrics, record, request, saver, clock, validation)
     micro_batches: list[Batch] = []
     first, last = method.num_steps + 1, method.total_steps
     try:
-        for step, micro_batches in zip(range(first, last + 1), data.batches(first - 1), strict=False):
-            is_saved = step == config.steps or bool(config.save_every and step % config.save_every == 0)
+        steps = range(first, last + 1) if not validation.is_over else range(0)
+        for step, micro_batches in zip(steps, data.batches(first - 1), strict=False):
+            is_saved = step == last or bool(config.save_every and step % config.save_every == 0)
             agreement = stepper.train_step(step, micro_batches, is_saved=is_saved)
             if agreement is None:
                 continue
             if agreement.is_written:
                 saver.finish()
-            if is_saved or agreement.stop_signal:
+            is_saved |= validation.improved_at(step) or validation.is_over
+            if is_saved or agreement.is_save_due or agreement.stop_signal:
                 metrics.sync()
                 record.sync()
-                saver.start(checkpoint_extra(config, origin, _state_of(run, metrics)))
+                extra = checkpoint_extra(config, origin, _state_of(run, metrics, validation))
+                saver.start(extra, validation.needs(step))
+                clock.restart()
             if agreement.stop_signal:
                 saver.finish()
-                return Stopped(name_of(agreement.stop_signal), step) if step < config.steps else None
+                return Stopped(name_of(agreement.stop_signal), step) if step < last else None
+            if validation.is_over:
+                break
         saver.finish()
     except Exception as error:
         samples = data.indices(method.num_steps)
@@ -197,8 +249,11 @@ def _restore_scheduler(run: TrainingRun, state: dict[str, Any]) -> None:
         ) from error
 
 
-def _state_of(run: TrainingRun, metrics: Metrics) -> dict[str, Any]:
+def _state_of(run: TrainingRun, metrics: Metrics, validation: Validation) -> dict[str, Any]:
     state: dict[str, Any] = {"metrics": metrics.state()}
+    evaluations = validation.state()
+    if evaluations is not None:
+        state["validation"] = evaluations
     if run.scheduler is not None:
         state |= {"scheduler": run.scheduler.state_dict(), "lr": run.method.param_groups[0]["lr"]}
     return state
@@ -210,25 +265,54 @@ def _stopped_after_all_steps(run: TrainingRun, request: StopRequest) -> Stopped 
     return Stopped(name_of(number), run.method.num_steps) if number else None
 
 
-def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record) -> dict[str, Any]:
+def _go_back_to_best(run: TrainingRun, validation: Validation) -> None:
+    """Give the model the weights of the best evaluation, if they are to be exported. Collective.
+
+    Raises:
+        ValueError: Their checkpoint cannot be read.
+    """
+    best = validation.best
+    if run.config.export != "best" or best is None or best.step == run.method.num_steps:
+        return
+    path = on_all_ranks(run.ranks, lambda: checkpoint_of(Path(run.config.output) / CHECKPOINTS, best.step))
+    advice = "give the same command with --export last for the model of the last step"
+    if path is None:
+        raise ValueError(f"the checkpoint of step {best.step}, the best one, is gone: {advice}")
+    if run.ranks.is_main:
+        print_line(f"the model of step {best.step} is exported: its validation loss was the lowest, {best.loss:.4f}")
+    try:
+        run.method.rewind(path, run.source)
+    except DamagedError as error:
+        raise ValueError(f"{error}; {advice}") from error
+
+
+def finish(
+    run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record, validation: Validation
+) -> dict[str, Any]:
     """Check every layer's sparsity, export, and write the result. Collective.
 
     Returns:
         Content of result.json.
     """
     config, folder, method = run.config, Path(run.config.output), run.method
+    steps = method.num_steps
     trained = {"trainable": method.trainable, "peak_memory_bytes": _peak_memory(run.ranks)}
+    validation.complete()
+    _go_back_to_best(run, validation)
     ending = Ending(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
     trained |= method.finalize(ending)
-    layers = method.sparsity()
+    with method.without_trials():  # the best step, or an early end, may lie between two evolutions
+        layers = method.sparsity()
+        if config.export:
+            _export(run)
     numel = sum(layer.numel for layer in layers)
-    loss = metrics.last_loss if method.num_steps else None
+    loss = metrics.last_loss if steps else None
     result = {
         "method": config.method,
         "backend": run.backend,
         "world_size": run.ranks.world_size,
         "density": method.density,
-        "steps": method.num_steps,
+        "steps": steps,
         "sparsity": {
             "target": 1 - sum(layer.target for layer in layers) / numel,
             "final": sum(layer.zeros for layer in layers) / numel,
@@ -239,19 +323,9 @@ def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record
         "seconds": round(metrics.seconds, 3),
         "tokens": metrics.tokens,
         "loss": loss,
+        **validation.result(steps),
         **trained,
     }
-    if config.export:
-        export_model(
-            run.model,
-            method.backend.full,
-            folder / MODEL,
-            run.source,
-            writes=run.ranks.is_main,
-            tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
-            delta=folder / DELTA if config.is_seft else None,
-            targets=method.changed,
-        )
     record.finish(loss)
     if run.ranks.is_main:
         write_layers(folder, layers)
@@ -259,6 +333,21 @@ def finish(run: TrainingRun, data: BatchStream, metrics: Metrics, record: Record
         print_summary(result)
     wait_for_all_ranks()  # no rank returns before the files are there
     return result
+
+
+def _export(run: TrainingRun) -> None:
+    """Write the model and its delta file. Collective."""
+    config, folder = run.config, Path(run.config.output)
+    export_model(
+        run.model,
+        run.method.backend.full,
+        folder / MODEL,
+        run.source,
+        writes=run.ranks.is_main,
+        tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
+        delta=folder / DELTA if config.is_seft else None,
+        targets=run.method.changed,
+    )
 
 
 def _peak_memory(ranks: Ranks) -> int:

@@ -13,7 +13,7 @@ number is the newest checkpoint. Nothing is unpickled. Methods other than SEFT s
 (baselines/saving.py).
 """
 
-from seft_dist.io.checkpoint.files import DamagedError, complete, latest, read_manifest, tidy
+from seft_dist.io.checkpoint.files import DamagedError, checkpoint_of, complete, latest, read_manifest, tidy
 from seft_dist.io.checkpoint.reader import load, open_checkpoint
 from seft_dist.io.checkpoint.writer import KEEP, BackgroundSaver, Saver, describe_targets, save
 
@@ -22,6 +22,7 @@ __all__ = [
     "BackgroundSaver",
     "DamagedError",
     "Saver",
+    "checkpoint_of",
     "complete",
     "describe_targets",
     "latest",

@@ -50,7 +50,7 @@ def tidy(folder: Path, keep: int) -> None:
 
     Args:
         folder: Folder of a run's checkpoints.
-        keep: Number of complete checkpoints to keep.
+        keep: Number of complete checkpoints to keep, the newest; those that one of these needs stay as well.
     """
     for kind in ("partial", "removed"):
         for path in _numbered(folder, kind).values():
@@ -59,8 +59,22 @@ def tidy(folder: Path, keep: int) -> None:
     for number, path in _numbered(folder, "replaced").items():
         if number in steps and (steps[number] / MANIFEST).exists():
             remove(path)
-    for path in complete(folder)[:-keep]:
-        remove(path)
+    checkpoints = complete(folder)
+    needed = {number for path in checkpoints[-keep:] for number in _needs(path)}
+    for path in checkpoints[:-keep]:
+        if _number(path) not in needed:
+            remove(path)
+
+
+def _needs(checkpoint: Path) -> list[int]:
+    try:
+        return read_manifest(checkpoint).get("needs", [])
+    except ValueError:  # a damaged one is reported by those who load it
+        return []
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
@@ -76,6 +90,11 @@ def _numbered(folder: Path, kind: str) -> dict[int, Path]:
         ):
             numbered[int(number)] = path
     return numbered
+
+
+def checkpoint_of(folder: Path, step: int) -> Path | None:
+    """Return the complete checkpoint of a step, or None if there is none."""
+    return next((path for path in complete(folder) if _number(path) == step), None)
 
 
 def rank_file(rank: int, world_size: int) -> str:

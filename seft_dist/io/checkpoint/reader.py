@@ -131,7 +131,7 @@ def _check_method(seft: SeftOptimizer, manifest: CheckpointManifest, checkpoint:
     free = _MAY_CHANGE if manifest["window_steps"] else _MAY_CHANGE + _MAY_CHANGE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
     # The default of an option that the writer did not know yet does what the writer did
-    theirs = dataclasses.asdict(SeftConfig()) | manifest["method"]
+    theirs = dataclasses.asdict(SeftConfig(pattern=None)) | manifest["method"]
     changed = [
         f"{key}={value!r} there, {repr(ours[key]) if key in ours else 'unknown'} here"
         for key, value in theirs.items()

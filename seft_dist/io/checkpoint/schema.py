@@ -7,7 +7,7 @@ wrong number would show much later, in a kernel or in a collective that only som
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.files.reading import check_kind
 
@@ -41,6 +41,8 @@ class CheckpointManifest(TypedDict):
     targets: Annotated[list[TargetEntry], Field(min_length=1)]
     extra: dict[str, Any]
     sha256: list[str]
+    needs: NotRequired[list[Annotated[int, Field(ge=0)]]]
+    """Steps of earlier checkpoints that a run which goes on from here may still read."""
 
 
 _MANIFEST = TypeAdapter(CheckpointManifest)

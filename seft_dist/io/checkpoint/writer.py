@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,11 +96,12 @@ class BackgroundSaver(ABC):
         """This rank's part of the save that has begun is on disk, or has failed."""
         return self._thread is not None and not self._thread.is_alive()
 
-    def start(self, extra: dict[str, Any]) -> None:
+    def start(self, extra: dict[str, Any], needs: Sequence[int] = ()) -> None:
         """Copy the state and begin to write it, after an earlier save is finished. Collective.
 
         Args:
             extra: Values that the caller gets back from ``load``; they must fit JSON.
+            needs: Steps of earlier checkpoints that are kept as long as this one is.
 
         Raises:
             OSError: The earlier save failed, or the folder cannot be created; complete checkpoints are kept.
@@ -111,6 +113,7 @@ class BackgroundSaver(ABC):
         described, tensors = self.content()
         described |= {"world_size": backend.owners.size, "backend": backend.name, "dtype": str(backend.dtypes[0])}
         described |= {"format_version": FORMAT_VERSION, "num_steps": self._step}
+        described |= {"needs": sorted(needs)} if needs else {}
         described["extra"] = json.loads(json.dumps(extra))  # a copy, since training keeps changing the original
         self._manifest = described
         file = self._partial / rank_file(backend.owners.rank, backend.owners.size)
