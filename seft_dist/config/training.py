@@ -108,6 +108,11 @@ class TrainConfig:
                 dataclasses.replace(with_variant(self.method, self.seft), steps=self.total_steps)
         else:
             self._check_baseline()
+        check(
+            self.method != "none" or self.teacher.path is None,
+            f"teacher.path={self.teacher.path} with method=none",
+            "a method that trains, or no teacher: nothing would learn from it",
+        )
         if self.backend != "auto":
             check(
                 (self.backend == "deepspeed") == (self.deepspeed is not None),
