@@ -45,7 +45,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime,baselines]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[all,dev]'
 	touch $@
 
 # Other versions of transformers, beside torch and all else of .venv: what we write must say the same to them
@@ -77,7 +77,7 @@ $(OLDEST)/.installed: setup.cfg .ci/lower_bounds.py
 	$(OLDEST_PYTHON) .ci/lower_bounds.py >$(OLDEST)/lower_bounds.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $(OLDEST_TORCH)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/lower_bounds.txt \
-	  -e . pytest pytest-timeout pytest-xdist hypothesis triton
+	  -e '.[train,deepspeed,mpi4py]' pytest pytest-timeout pytest-xdist hypothesis triton
 	touch $@
 
 test-oldest: oldest  ## the core of the tests there: make test-oldest OLDEST_PYTHON=python3.10 OLDEST_TORCH=torch==2.9.1
