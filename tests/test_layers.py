@@ -99,9 +99,7 @@ def own_rooms(path: Path) -> set[str]:
     return {part[1] if len(part) > 1 and part[1] in FLOORS else "" for part in parts if part[0] == "seft_dist"}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in PACKAGE if p.parent.name != "seft_dist"], ids=name_of
-)
+@pytest.mark.parametrize("path", [p for p in PACKAGE if p.parent.name != "seft_dist"], ids=name_of)
 def test_imports_only_lower_floors_or_the_own_folder(path: Path) -> None:
     room = room_of(path)
     for other in own_rooms(path):
