@@ -37,6 +37,9 @@ def _plan() -> None:
     console.print(render(plan))
     if plan.best is not None:
         console.print("\nThe recommended run, to be given your pruned model and your text:", style="bold")
-        print(submit_line(config, plan.best.layout))
+        line = submit_line(config, plan.best.layout)
+        if line.startswith("sbatch") and not Path("slurm").is_dir():
+            console.print("(`seft files --copy .` writes the folder slurm/ that it needs.)")
+        print(line)
     if config.output:
         write_text(Path(config.output), to_json(plan))

@@ -7,7 +7,7 @@ from seft_dist.config.checks import check, check_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The teacher of a run of launch/train.py; without a path there is none."""
+    """The teacher of a run of seft train; without a path there is none."""
 
     path: str | None = None
     """Folder or hub name of a Hugging Face causal LM with the same vocabulary, usually the model before it was pruned.

@@ -1,4 +1,4 @@
-"""Runs of launch/train.py and launch/reproduce.py."""
+"""Runs of seft train and seft reproduce."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _MONTH = 30 * 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One fine-tuning run of launch/train.py."""
+    """One fine-tuning run of seft train."""
 
     model: ModelConfig
     data: DataConfig
@@ -62,7 +62,7 @@ class TrainConfig:
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
     trace: bool = False
     """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each step
-    (about 0.2 kB for each layer and step), in which launch/compare.py finds the first step and layer that differ."""
+    (about 0.2 kB for each layer and step), in which seft compare finds the first step and layer that differ."""
     export: bool = True
     """True: write the repaired model as a Hugging Face folder, and the delta file, at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -129,14 +129,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """One check of launch/reproduce.py: the same run several times and on several layouts."""
+    """One check of seft reproduce: the same run several times and on several layouts."""
 
     output: str
     """Folder of the check: a run folder and a log for each run, comparisons, reproduce.json. The same command again
     goes on where it was stopped."""
     layouts: str = "single:1"
     """Layouts to run on, with commas in between: BACKEND:RANKS, BACKEND being single, ddp, fsdp, zero0 to zero3 or
-    zero3_offload. Options of launch/train.py may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2".
+    zero3_offload. Options of seft train may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2".
     All get the same global batch: --global_batch, or batch_size for each rank of the first layout."""
     runs: int = 2
     """Number of runs of each layout; the later ones must equal the first one bit for bit."""

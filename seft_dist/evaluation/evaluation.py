@@ -133,7 +133,7 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
         if (folder / "checkpoints").is_dir():
             raise ValueError(
                 f"models.{name}={path} is the folder of a run without an exported model: write it with "
-                "launch/export.py, then give its folder"
+                "seft export, then give its folder"
             )
     return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
 

@@ -77,7 +77,7 @@ def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     entries = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if entries is None:
-        raise ValueError(f"{source} is not quantized: it can be used as it is (launch/export.py hf changes its type)")
+        raise ValueError(f"{source} is not quantized: it can be used as it is (seft export hf changes its type)")
     if not isinstance(entries, dict) and not hasattr(entries, "to_dict"):
         raise ValueError(f"{source}: its quantization_config is {entries!r:.60}; needs named entries")
     entries = dict(entries if isinstance(entries, dict) else entries.to_dict())

@@ -255,7 +255,7 @@ def _import_package(name: str) -> Any:
 
 def _existing(folder: Path, name: str) -> str:
     if not (folder / name).is_file():
-        raise ValueError(f"{folder} has no {name}: needs a folder made by launch/export.py openvino or onnx")
+        raise ValueError(f"{folder} has no {name}: needs a folder made by seft export openvino or onnx")
     return str(folder / name)
 
 
