@@ -55,15 +55,15 @@ def _unknown_options(message: str) -> list[str]:
 
 
 def _option_like(name: str, known: list[str]) -> str:
-    """Find the option whose whole name is close, or else whose last part is: optim.lr for lr."""
+    """Find the option whose whole name is close, or else its group (models.NAME), or its last part: optim.lr for lr."""
     dashes = "--" if name.startswith("--") else ""
     wanted = name.removeprefix("--").replace("-", "_")
-    whole = get_close_matches(wanted, known, n=1, cutoff=_CUTOFF + 0.1)  # long names share their group
-    if whole:
-        return dashes + whole[0]
+    group, dot, _ = wanted.partition(".")
     last = {option.rpartition(".")[2]: option for option in reversed(known)}
-    found = get_close_matches(wanted.rpartition(".")[2], last, n=1, cutoff=_CUTOFF)
-    return dashes + last[found[0]] if found else ""
+    whole = get_close_matches(wanted, known, n=1, cutoff=_CUTOFF + 0.1)  # names of a group share its name
+    groups = get_close_matches(group, known, n=1, cutoff=_CUTOFF) if dot and group not in known else []
+    parts = [last[part] for part in get_close_matches(wanted.rpartition(".")[2], last, n=1, cutoff=_CUTOFF)]
+    return next((dashes + found for found in (*whole, *groups, *parts)), "")
 
 
 def _choice_like(word: str, choices: list[str]) -> str:
