@@ -56,5 +56,3 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", lead_to_first_page)
     app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon, which writes markup
     app.connect("autodoc-process-docstring", restore, priority=600)
-
-
