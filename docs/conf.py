@@ -11,7 +11,7 @@ author = "the seft_dist authors"
 project_copyright = author
 release = version = seft_dist.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"seft_dist {release}"
 html_show_sphinx = False
