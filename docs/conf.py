@@ -14,13 +14,14 @@ release = version = seft_dist.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"seft_dist {release}"
-html_show_sphinx = False
+html_show_sphinx = html_show_sourcelink = html_copy_source = False
+smartquotes = False  # options begin with two hyphens
 
 myst_heading_anchors = 3
-# Shell and Python in code blocks without a language; what is neither stays plain
 highlight_language = "none"
 
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 add_module_names = False
@@ -41,7 +42,7 @@ COLON = "\0"
 
 def escape(app: Sphinx, kind: str, name: str, item: object, options: object, lines: list[str]) -> None:
     """Keep the bars of |delta| and the star of zero3*.json in docstrings, which are text, not reStructuredText."""
-    lines[:] = [re.sub(r"(?<!`)([|*])(?!`)", r"\\\1", line) for line in lines]
+    lines[:] = [re.sub(r"(?<![`*])([|*])(?![`*])", r"\\\1", line) for line in lines]
     if kind == "attribute":
         lines[:] = [line.replace(":", COLON) for line in lines]
 
