@@ -5,6 +5,7 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -323,6 +324,14 @@ class SeftOptimizer(torch.optim.Optimizer):
         """Count what is wanted, active, zero and trained in every target. Collective."""
         self.check_last_step()
         return self.sparse_state.sparsity(self.backend)
+
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Hide the positions on trial: inside the context their weights are 0 and the sparsity is exact. Collective.
+
+        For exports and evaluations between evolutions with ``reactivate: trial``; do not train inside it.
+        """
+        self.check_last_step()
+        return self.sparse_state.without_trials(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
         """Return this rank's masks and deltas, target by target."""
