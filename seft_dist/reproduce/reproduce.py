@@ -98,7 +98,7 @@ def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], s
         config: The layouts and the number of runs on each.
         train: The configuration that ``options`` result in.
         options: Options of seft train as the user gave them.
-        script: Path of seft train.
+        script: Path of launch/train.py.
 
     Raises:
         ValueError: A layout cannot be read, or a layout would change more than how the work is divided.
@@ -187,7 +187,7 @@ def reproduce(
         config: The layouts and the number of runs on each.
         train: The configuration that ``options`` result in.
         options: Options of seft train as the user gave them.
-        script: Path of seft train.
+        script: Path of launch/train.py.
         print_line: Function that prints a line for the user.
 
     Returns:
