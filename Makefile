@@ -21,14 +21,15 @@ PIP_READER = $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-de
 # pip must not offer or use anything outside .venv
 export PYTHONNOUSERSITE := 1
 
-# Where the quickstart keeps things: model, pruned model and text are inputs, the run is launch/train.py's folder
+# Where the quickstart keeps things: model, pruned model and text are inputs, the run is seft train's folder
 MODEL := models/SmolLM2-135M-Instruct
 PRUNED := models/SmolLM2-135M-Instruct-wanda60
 TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install readers oldest quickstart wheels test test-quick test-long test-oldest lint format clean-quickstart clean
+.PHONY: help install readers oldest quickstart wheels test test-quick test-long test-oldest lint format docs \
+  clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,13 +41,13 @@ quickstart: $(RUN)/summary.json  ## a real model: prune, repair on 2 ranks with 
 install: $(INSTALLED)  ## make .venv and install everything into it
 
 wheels:  ## make wheels DIR=... FOR_TORCH=2.11.0: what a machine without network needs beyond that torch
-	$(PYTHON) launch/wheels.py --output $(DIR) --torch $(FOR_TORCH) --extras '$(EXTRAS)'
+	$(PYTHON) launch/wheels.py --output $(DIR) --torch $(FOR_TORCH) $(if $(EXTRAS),--extras '$(EXTRAS)')
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,eval,plots,quickstart,runtime,baselines]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[train,deepspeed,mpi4py,plots,eval,baselines,quickstart,runtime,dev,docs]'
 	touch $@
 
 # Other versions of transformers, beside torch and all else of .venv: what we write must say the same to them
@@ -78,7 +79,7 @@ $(OLDEST)/.installed: setup.cfg .ci/lower_bounds.py
 	$(OLDEST_PYTHON) .ci/lower_bounds.py >$(OLDEST)/lower_bounds.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $(OLDEST_TORCH)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/lower_bounds.txt \
-	  -e . pytest pytest-timeout pytest-xdist hypothesis triton
+	  -e '.[train,deepspeed,mpi4py]' pytest pytest-timeout pytest-xdist hypothesis triton
 	touch $@
 
 test-oldest: oldest  ## the core of the tests there: make test-oldest OLDEST_PYTHON=python3.10 OLDEST_TORCH=torch==2.9.1
@@ -93,27 +94,30 @@ format: $(INSTALLED)  ## rewrite the files as ruff wants them
 	ruff check --fix .
 	ruff format .
 
+docs: $(INSTALLED)  ## the pages of docs/ and the reference from docstrings as a site: build/site/index.html
+	python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+
 # The quickstart's steps. "|" means: needed first, but its date does not matter; what is there is used as it is.
 # "make clean-quickstart" starts over.
 $(MODEL)/config.json: | $(INSTALLED)
-	python launch/quickstart.py model --output $(MODEL)
+	seft quickstart model --output $(MODEL)
 
 $(TEXT)/heldout.jsonl: | $(INSTALLED)
-	python launch/quickstart.py text --output $(TEXT)
+	seft quickstart text --output $(TEXT)
 
 $(PRUNED)/config.json: | $(MODEL)/config.json $(TEXT)/heldout.jsonl
-	python launch/prune.py --model.path $(MODEL) --method wanda --sparsity 0.6 \
+	seft prune --model.path $(MODEL) --method wanda --sparsity 0.6 \
 	  --data.path $(TEXT)/train.jsonl --data.seq_len 256 --sequences 32 --output $(PRUNED)
 
 $(RUN)/result.json: | $(PRUNED)/config.json
-	deepspeed --num_gpus 2 launch/train.py --config launch/recipes/quickstart.yaml --deepspeed ds_configs/zero3.json
+	deepspeed --num_gpus 2 --module seft_dist train --config quickstart --deepspeed zero3
 
 $(RUN)/eval.json: | $(RUN)/result.json
-	python launch/evaluate.py --models.dense $(MODEL) --models.pruned $(PRUNED) --models.repaired $(RUN)/model \
+	seft evaluate --models.dense $(MODEL) --models.pruned $(PRUNED) --models.repaired $(RUN)/model \
 	  --data.path $(TEXT)/heldout.jsonl --data.seq_len 512 --output $@
 
 $(RUN)/summary.json: | $(RUN)/eval.json
-	python launch/report.py $(RUN)
+	seft report $(RUN)
 
 clean-quickstart:  ## remove the quickstart's pruned model and run; the downloaded model stays
 	rm -rf $(PRUNED) $(RUN)

@@ -1,42 +1,6 @@
-"""Compare two runs: are they equal, and if not, where do they first differ and by how much?
+"""Run `seft compare` as a script, for launchers that start one."""
 
-    python launch/compare.py runs/a runs/b
-    python launch/compare.py runs/a their-manifest.json --output comparison.json
-
-Exit status: 0 if docs/numerics.md is kept, 1 if not, 2 if something cannot be read.
-"""
-
-import sys
-from pathlib import Path
-
-from jsonargparse import auto_cli
-
-from seft_dist.session.cli import run
-
-
-def compare(first: Path, second: Path, output: Path | None = None, weights: bool = True) -> None:
-    """Compare two runs: are they equal, and if not, where do they first differ and by how much?
-
-    Exit status: 0 if docs/numerics.md is kept (all bits equal on the same layout, its tolerances on another), 1 if
-    not, 2 if something cannot be read.
-
-    Args:
-        first: Folder of a run of launch/train.py, or its manifest.json alone.
-        second: Another. Runs with --trace true are compared step by step and layer by layer.
-        output: JSON file for everything that was found.
-        weights: False: leave out the exported models, of which every byte would be read.
-    """
-    from rich.console import Console
-
-    from seft_dist.reproduce.compare import compare, write_comparison
-    from seft_dist.reproduce.compare_report import print_comparison
-
-    comparison = compare(first, second, weights=weights)
-    print_comparison(comparison, Console())
-    if output is not None:
-        write_comparison(comparison, output)
-    sys.exit(0 if comparison.held else 1)
-
+from seft_dist.commands.compare import main
 
 if __name__ == "__main__":
-    run(lambda: auto_cli(compare))
+    main()

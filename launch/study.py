@@ -1,44 +1,6 @@
-"""Compare methods on equal terms, and write tables and plots.
+"""Run `seft study` as a script, for launchers that start one."""
 
-All methods get the same bases, text, tokens and seeds; their settings are chosen on validation data.
-
-    python launch/study.py --config launch/recipes/study_tiny.yaml --jobs 2
-    python launch/study.py --show runs/study-tiny
-
-A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on
-one machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1
-if a process failed, 2 if the study cannot be made so.
-"""
-
-import sys
-from pathlib import Path
-
-from seft_dist.config import StudyConfig
-from seft_dist.session.cli import parse, run
-from seft_dist.session.signals import StopRequest, stop_requests
-
-
-def show(folder: Path) -> None:
-    """Print the tables of a study as they were written last."""
-    from seft_dist.study.results import read_results
-    from seft_dist.study.tables import print_results, table_console
-
-    print_results(read_results(folder), table_console())
-
-
-def main(request: StopRequest) -> None:
-    """Run a study as the command line says, or show one."""
-    if "--show" in sys.argv[1:]:
-        if len(sys.argv) != 3 or sys.argv[1] != "--show":
-            raise ValueError("--show needs a folder and nothing else: launch/study.py --show FOLDER")
-        return show(Path(sys.argv[2]))
-    config = parse(StudyConfig, description=__doc__)
-
-    from seft_dist.study.study import run_study
-
-    sys.exit(run_study(config, Path(__file__).parent, request))
-
+from seft_dist.commands.study import main
 
 if __name__ == "__main__":
-    with stop_requests() as request:
-        run(lambda: main(request))
+    main()

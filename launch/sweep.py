@@ -1,25 +1,6 @@
-"""The runs of a sweep in one table: settings, loss, perplexity, sparsity, time, and which are missing or failed.
+"""Run `seft sweep` as a script, for launchers that start one."""
 
-Example: python launch/sweep.py --folder runs/sweep1
-"""
-
-from seft_dist.config import SweepConfig
-from seft_dist.session.cli import parse, run
-
-
-def main() -> None:
-    """Print and write the tables as the command line says."""
-    config = parse(SweepConfig, description=__doc__)
-
-    from rich.console import Console
-
-    from seft_dist.results.sweep import print_sweep, read_sweep, write_sweep
-
-    sweep = read_sweep(config)
-    console = Console()
-    print_sweep(sweep, console)
-    console.print("Written:", ", ".join(str(path) for path in write_sweep(sweep, config)), soft_wrap=True)
-
+from seft_dist.commands.sweep import main
 
 if __name__ == "__main__":
-    run(main)
+    main()

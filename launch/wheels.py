@@ -1,7 +1,7 @@
 """Collect the wheels that a machine without network needs beyond torch: `pip install --no-index` works there.
 
     python3.12 launch/wheels.py --output wheels --torch 2.11.0
-    (copy the folder there)  pip install --no-index --find-links wheels seft_dist
+    (copy the folder there)  pip install --no-index --find-links wheels 'seft_dist[train,deepspeed,mpi4py]'
 
 Run it with the Python release of that machine, on the same kind of processor and an operating system that is not newer.
 torch, triton and CUDA are left out: that machine has them. What is collected fits the release of torch that is named.
@@ -18,6 +18,8 @@ import zipfile
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+EXTRAS = "train,deepspeed,mpi4py"
+"""Extras of setup.cfg that training needs."""
 
 
 def write_placeholder(folder: Path, version: str) -> Path:
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the wheels, new or empty")
     parser.add_argument("--torch", required=True, metavar="RELEASE", help="torch on the machine without network")
-    parser.add_argument("--extras", default="", help="extras of setup.cfg, for example dev,eval (default: none)")
+    parser.add_argument("--extras", default=EXTRAS, help="extras of setup.cfg (default: %(default)s); may be empty")
     args = parser.parse_args()
     try:
         collect(args.output, args.torch, args.extras)
@@ -85,9 +87,9 @@ def main() -> None:
         parser.error(str(error))
     wheels = list(args.output.glob("*.whl"))
     size = sum(wheel.stat().st_size for wheel in wheels)
-    print(
-        f"{len(wheels)} wheels, {size / 1e6:.0f} MB. There: pip install --no-index --find-links {args.output} seft_dist"
-    )
+    wanted = f"'seft_dist[{args.extras}]'" if args.extras else "seft_dist"
+    install = f"pip install --no-index --find-links {args.output} {wanted}"
+    print(f"{len(wheels)} wheels, {size / 1e6:.0f} MB. There: {install}")
 
 
 if __name__ == "__main__":

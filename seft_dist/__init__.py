@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from seft_dist.optim.packing import pack_weights, unpack_weights
     from seft_dist.optim.report import EvolutionReport
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EvolutionReport",
     "SeftConfig",
@@ -33,7 +35,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first asked for: the doors' --help needs the configuration only, not torch.
+    # Imported when first asked for: --help of a command needs the configuration only, not torch.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

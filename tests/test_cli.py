@@ -11,7 +11,7 @@ import torch
 
 from seft_dist import config as configs
 from seft_dist.config import EvaluateConfig, PruneConfig, TrainConfig
-from seft_dist.session.cli import parse, run, to_yaml
+from seft_dist.session.cli import call, option_reader, parse, run, to_yaml
 from tests.ranks import run_ranks
 
 PRUNE = ["--model.path=m", "--output=o"]
@@ -87,6 +87,73 @@ def test_wrong_options_give_one_short_message(
     assert ended.value.code == 2 and message in printed and "usage" not in printed and len(printed) < 700
 
 
+@pytest.mark.parametrize(
+    ("config_class", "arguments", "meant"),
+    [
+        (TrainConfig, ["--seft.densit=1"], "--seft.density"),
+        (TrainConfig, ["--densty=1"], "--seft.density"),  # in another group
+        (TrainConfig, ["--lr=1e-3"], "--optim.lr"),
+        (TrainConfig, ["--save-evry=3"], "--save_every"),
+        (TrainConfig, ["--method=masked_loar"], "masked_lora"),
+        (TrainConfig, ["--seft.grow=gradien"], "gradient"),
+        (PruneConfig, ["--method=wnada"], "wanda"),
+        (PruneConfig, ["--data.seqlen=3"], "seq_len"),  # of a group that may be left out
+        (EvaluateConfig, ["--modls.a=x"], "--models"),
+        (TrainConfig, ["--config=quikstart"], "quickstart.yaml"),
+    ],
+)
+def test_misspelled_options_get_a_suggestion(
+    config_class: type, arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(config_class, [*PRUNE, *arguments])
+    assert f"id you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("seft: {densty: 0.1}", "seft.density"), ("densty: 0.1", "seft.density"), ("metod: seft", "method")],
+)
+def test_misspelled_keys_of_a_file_get_a_suggestion(
+    text: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--config", str(tmp_path / "a.yaml"), *TRAIN])
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_options_of_a_study_get_a_suggestion() -> None:
+    read = option_reader(TrainConfig)
+    with pytest.raises(ValueError, match=r"methods.a: .*Did you mean --seft.density\?"):
+        read([*TRAIN, "--seft.densty=1"], "methods.a")
+    with pytest.raises(ValueError, match=r"methods.a: .*Did you mean masked_lora\?"):
+        read([*TRAIN, "--method=maskedlora"], "methods.a")
+
+
+def test_nothing_is_suggested_for_what_resembles_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--bogus=1"], ["--method=zzz"], ["--steps=many"]):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, [*TRAIN, *arguments])
+        assert "you mean" not in capsys.readouterr().err
+
+
+def test_functions_are_called_with_one_line_for_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    def double(number: int, twice: bool = False) -> None:
+        """Remember a number."""
+        calls.append(number * (2 if twice else 1))
+
+    call({"double": double}, None, ["double", "3", "--twice", "true"])
+    assert calls == [6]
+    for arguments, meant in ((["duoble"], "double"), (["double", "3", "--twcie=true"], "--twice")):
+        with pytest.raises(SystemExit) as ended:
+            call({"double": double}, None, arguments)
+        printed = capsys.readouterr().err
+        assert ended.value.code == 2 and f"Did you mean {meant}?" in printed and "usage" not in printed
+
+
 def test_unknown_keys_of_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("model: {path: a, colour: red}", "colour: red", "data: {path: a, colour: red}"):
         (tmp_path / "a.yaml").write_text(text)
@@ -138,6 +205,13 @@ def test_errors_of_users_have_no_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     assert said(None) == (0, "") and said(KeyboardInterrupt()) == (130, "")
     with pytest.raises(RuntimeError):
         said(RuntimeError("a bug"))
+    missing = ModuleNotFoundError("No module named 'datasets'", name="datasets.utils")
+    assert said(missing) == (
+        2,
+        "prune.py: error: this needs datasets, which is not installed: pip install 'seft_dist[train]'\n",
+    )
+    with pytest.raises(ModuleNotFoundError):
+        said(ModuleNotFoundError("No module named 'mine'", name="mine"))
 
 
 def test_foreign_errors_say_where_they_arose() -> None:

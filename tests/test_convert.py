@@ -56,7 +56,7 @@ def test_fp8_comes_back_with_its_zeros(family: str, tmp_path: Path) -> None:
         if "_proj" in name and weight.dim() == 2:
             stored[name], stored[f"{name}_scale_inv"] = fp8(weight)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="fp8 is quantized.*launch/export.py plain"):
+    with pytest.raises(ValueError, match="fp8 is quantized.*seft export plain"):
         open_source(ModelConfig(path=str(folder)))
 
     convert(str(folder), tmp_path / "plain", torch.float32)

@@ -300,7 +300,7 @@ def test_a_wrong_token_stops_every_rank(folders: dict[str, str], tmp_path: Path)
 def test_the_folder_of_a_run_is_no_model(folders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     config = EvaluateConfig(models={"mine": str(tmp_path / "run")}, data=DataConfig(path=folders["text.jsonl"]))
-    with pytest.raises(ValueError, match=r"models.mine=.* without an exported model: write it with launch/export.py"):
+    with pytest.raises(ValueError, match=r"models.mine=.* without an exported model: write it with seft export"):
         evaluate(config, show=False)
     dense_folder(tmp_path / "run" / "model")
     with pytest.raises(ValueError, match=r"is the folder of a run: needs its exported model, .*run/model"):

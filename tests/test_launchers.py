@@ -1,4 +1,4 @@
-"""launch/train.py as users start it: plain python, torchrun, deepspeed, accelerate launch, mpirun; two real ranks."""
+"""Training as users start it: plain python, torchrun, deepspeed, accelerate launch, mpirun; two real ranks."""
 
 import fcntl
 import json
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 SCRIPT = "launch/train.py"
+MODULES = {"torchrun": ["-m", "seft_dist", "train"], "deepspeed": ["--module", "seft_dist", "train"]}
+"""Launchers that are tested with the module; the others get the script."""
 
 
 def options(inputs: Path, output: Path) -> list[str]:
@@ -98,14 +100,14 @@ def launcher(name: str) -> list[str]:
         ("accelerate", None),
         ("mpirun", None),
         pytest.param("python", "ds_configs/zero3.json", marks=pytest.mark.long),
-        ("deepspeed", "ds_configs/zero3.json"),
+        ("deepspeed", "zero3"),
         pytest.param("mpirun", "ds_configs/zero2.json", marks=pytest.mark.long),
     ],
 )
 def test_launcher(name: str, ds: str | None, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     extra = ["--deepspeed", ds] if ds else []
-    done = start([*launcher(name), SCRIPT, *options(inputs, output), *extra])
+    done = start([*launcher(name), *MODULES.get(name, [SCRIPT]), *options(inputs, output), *extra])
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads((output / "result.json").read_text())
     assert result["world_size"] == (1 if name == "python" else 2)

@@ -204,7 +204,7 @@ def test_a_run_without_evolutions_has_a_report_too(make_run: Callable[..., Path]
 def test_a_missing_file_is_named_with_the_command_that_makes_it(make_run: Callable[..., Path], name: str) -> None:
     folder = make_run()
     (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"{name} is missing: .*{'evaluate' if name == 'eval.json' else 'train'}.py"):
+    with pytest.raises(ValueError, match=f"{name} is missing: .*seft {'evaluate' if name == 'eval.json' else 'train'}"):
         read_run(folder)
 
 

@@ -38,7 +38,7 @@ def test_commands_are_those_of_make_quickstart() -> None:
     recipe = makefile.replace("$@", "$(RUN)/eval.json")
     for name, value in names.items():
         recipe = recipe.replace(f"$({name})", value)
-    shown = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "quickstart.py" in block)
+    shown = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.S) if "seft quickstart" in block)
     commands = [line.split("  #")[0].strip() for line in shown.replace("\\\n", " ").splitlines()]
     made = " ".join(words(recipe))
     assert len(commands) == 6

@@ -20,6 +20,8 @@ from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
 from seft_dist.files.reading import LENIENT, check_kind, read_json
+from seft_dist.files.shipped import DS_CONFIGS, find_file, shipped_names
+from seft_dist.session.suggest import did_you_mean
 from seft_dist.sparsity.partition import Partition
 
 _ADAM_TYPES = ("adam", "adamw")
@@ -161,7 +163,7 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
     """Read a ds_config and refuse what this project cannot train with.
 
     Args:
-        ds_config: Path of a JSON file, or its content.
+        ds_config: Path of a JSON file, or the name of one that comes with the package ("zero3"), or its content.
 
     Returns:
         The content, a new dict.
@@ -173,10 +175,12 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any]
     if isinstance(ds_config, str):
         name = f"ds_config {ds_config}"
+        path = Path(find_file(ds_config, DS_CONFIGS)).expanduser()
         try:
-            content = read_json(Path(ds_config).expanduser(), dict[str, Any])
+            content = read_json(path, dict[str, Any])
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: {error}; needs a JSON file with DeepSpeed's keys") from error
+            meant = "" if path.exists() else did_you_mean(path.name, shipped_names(DS_CONFIGS))
+            raise ValueError(f"{name}: {error}; needs a JSON file with DeepSpeed's keys{meant}") from error
     else:
         name, content = "ds_config", ds_config
     _check_depth(content, name)

@@ -1,1 +1,1 @@
-"""Methods to compare SEFT with, for launch/train.py (docs/baselines.md)."""
+"""Methods to compare SEFT with, for seft train (docs/baselines.md)."""

@@ -177,7 +177,7 @@ class Baseline(ABC):
         if sparsity < LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
             raise ValueError(
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
-                "keeping zeros: prune the model first (launch/prune.py), choose method lora, or set seft.allow_dense"
+                "keeping zeros: prune the model first (seft prune), choose method lora, or set seft.allow_dense"
             )
         self.check_pattern(backend, masks)
 

@@ -4,7 +4,6 @@ Source: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adapt
 arXiv 2106.09685. LoRA* is what comparisons of sparse fine-tuning call the second.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from seft_dist.export.folders import new_folder
 from seft_dist.io.weight_files import write_safetensors
 from seft_dist.modules.kinds import Target
 from seft_dist.optim.setup import check_pattern
+from seft_dist.session.extras import require
 from seft_dist.sparsity.casts import cast_weight
 
 ADAPTER = "adapter"
@@ -33,10 +33,7 @@ def check_peft() -> None:
     Raises:
         ValueError: Says what to install.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(
-            "methods lora and lora_merged need peft: pip install 'seft_dist[baselines]', or choose masked_lora"
-        )
+    require("peft", "method lora or lora_merged", ", or choose masked_lora")
 
 
 class Lora(Baseline):

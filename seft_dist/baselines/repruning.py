@@ -1,6 +1,6 @@
 """Pruning a merged model again, to as many zeros as each row had before.
 
-It is done by Wanda, as launch/prune.py does it: the merged model is written to a folder and read back one decoder
+It is done by Wanda, as seft prune does it: the merged model is written to a folder and read back one decoder
 layer at a time, and each layer sees what the pruned layers before it produce. So no rank ever holds more than its own
 part and one layer.
 """

@@ -1,4 +1,4 @@
-"""Plans of launch/plan.py: a model, a recipe and a cluster, nothing started."""
+"""Plans of seft plan: a model, a recipe and a cluster, nothing started."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Runs of launch/prune.py."""
+"""Runs of seft prune."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from seft_dist.config.inputs import DataConfig, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """One run of launch/prune.py (docs/pruning.md)."""
+    """One run of seft prune (docs/pruning.md)."""
 
     model: ModelConfig
     output: str = ""

@@ -1,4 +1,4 @@
-"""Reading what runs have left: launch/evaluate.py and launch/sweep.py."""
+"""Reading what runs have left: seft evaluate and seft sweep."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """One evaluation of launch/evaluate.py."""
+    """One evaluation of seft evaluate."""
 
     models: dict[str, str] = field(default_factory=dict)
     """Models to evaluate side by side, as name: folder; at least one."""
@@ -77,10 +77,10 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """The table of a sweep, made by launch/sweep.py."""
+    """The table of a sweep, made by seft sweep."""
 
     folder: str
-    """Folder whose subfolders are runs of launch/train.py; gets sweep.csv, sweep.md and sweep.png. With tasks.tsv in it
+    """Folder whose subfolders are runs of seft train; gets sweep.csv, sweep.md and sweep.png. With tasks.tsv in it
     (by slurm/sweep.sbatch: a line for each run, its name, a tab, its options), runs that have not begun are listed."""
     figure: bool = True
     """False: no sweep.png (it needs matplotlib)."""

@@ -1,4 +1,4 @@
-"""Studies of launch/study.py: which methods are compared, on what, and what each of them may cost."""
+"""Studies of seft study: which methods are compared, on what, and what each of them may cost."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,12 +10,12 @@ Keep = Literal["all", "chosen", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """One study of launch/study.py (docs/studies.md)."""
+    """One study of seft study (docs/studies.md)."""
 
     output: str
     """Folder of the study. The same command again goes on with what is missing; several at a time share the work."""
     bases: dict[str, dict[str, Any]]
-    """Models that methods start from, by name: either {path: FOLDER}, or options of launch/prune.py by their dotted
+    """Models that methods start from, by name: either {path: FOLDER}, or options of seft prune by their dotted
     names, e.g. {model.path: FOLDER, method: wanda, sparsity: 0.6}, by which it is pruned once into OUTPUT/bases/NAME.
     Without data.path the calibration text is the training part."""
     data: dict[str, Any]
@@ -23,7 +23,7 @@ class StudyConfig:
     data set ({path: ..., kind: ...}); or split: {path: FILE, shares: {train: 4, validation: 1, test: 1}, by: hash (or
     index), repeated: keep (or drop)}, which makes those that shares names. No record may be in two parts."""
     methods: dict[str, dict[str, Any]]
-    """The methods that are compared, by name: options of launch/train.py by their dotted names. A list is a grid, out
+    """The methods that are compared, by name: options of seft train by their dotted names. A list is a grid, out
     of which one value is chosen on the validation part, e.g. {optim.lr: [1e-4, 3e-4]}. "base: NAME" starts from
     another base, "method: none" measures the base as it is."""
     tokens: int
@@ -31,9 +31,9 @@ class StudyConfig:
     base: str | None = None
     """Base of the methods that name none. None: the first of bases."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Options of launch/train.py that all methods share; a method's own win."""
+    """Options of seft train that all methods share; a method's own win."""
     evaluate: dict[str, Any] = field(default_factory=dict)
-    """Options of launch/evaluate.py, e.g. {data.seq_len: 512, stride: 256}. Tasks are asked of the final runs only.
+    """Options of seft evaluate, e.g. {data.seq_len: 512, stride: 256}. Tasks are asked of the final runs only.
     What is not said about data is as in training."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the final runs, with the chosen settings; each is both the run's seed and seft.seed."""

@@ -10,7 +10,7 @@ TEACHER_CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The teacher of a run of launch/train.py; without a path there is none."""
+    """The teacher of a run of seft train; without a path there is none."""
 
     path: str | None = None
     """Folder or hub name of a Hugging Face causal LM with the same vocabulary, usually the model before it was pruned.

@@ -1,4 +1,4 @@
-"""Runs of launch/train.py and launch/reproduce.py."""
+"""Runs of seft train and seft reproduce."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _MONTH = 30 * 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One fine-tuning run of launch/train.py."""
+    """One fine-tuning run of seft train."""
 
     model: ModelConfig
     data: DataConfig
@@ -75,7 +75,7 @@ class TrainConfig:
     """Newest checkpoints that are kept; older ones are removed. The one with the lowest validation loss stays too."""
     trace: bool = False
     """True: also write trace.jsonl, exact hashes of every layer's support, mask, deltas and weights after each step
-    (about 0.2 kB for each layer and step), in which launch/compare.py finds the first step and layer that differ."""
+    (about 0.2 kB for each layer and step), in which seft compare finds the first step and layer that differ."""
     export: bool | Literal["last", "best"] = True
     """Model to write at the end as a Hugging Face folder, with its delta file: "last" (or true), as it is after the
     last step; "best", as it was at the evaluation with the lowest loss; false: none."""
@@ -186,14 +186,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """One check of launch/reproduce.py: the same run several times and on several layouts."""
+    """One check of seft reproduce: the same run several times and on several layouts."""
 
     output: str
     """Folder of the check: a run folder and a log for each run, comparisons, reproduce.json. The same command again
     goes on where it was stopped."""
     layouts: str = "single:1"
     """Layouts to run on, with commas in between: BACKEND:RANKS, BACKEND being single, ddp, fsdp, zero0 to zero3 or
-    zero3_offload. Options of launch/train.py may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2".
+    zero3_offload. Options of seft train may follow, for this layout only, e.g. "single:1, fsdp:4 --replicas 2".
     All get the same global batch: --global_batch, or batch_size for each rank of the first layout."""
     runs: int = 2
     """Number of runs of each layout; the later ones must equal the first one bit for bit."""

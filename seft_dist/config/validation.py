@@ -8,7 +8,7 @@ from seft_dist.config.inputs import DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Validation while a run trains: the perplexity that launch/evaluate.py measures, on the layout of the run."""
+    """Validation while a run trains: the perplexity that seft evaluate measures, on the layout of the run."""
 
     data: DataConfig | None = None
     """Text to measure the loss on, which training does not see; options as those of data. None: no evaluation."""
@@ -17,7 +17,7 @@ class EvalConfig:
     batch_size: int = 4
     """Sequences of a rank in one forward pass of an evaluation."""
     stride: int | None = None
-    """Tokens between the beginnings of sliding windows over text, as in launch/evaluate.py. None: blocks side by
+    """Tokens between the beginnings of sliding windows over text, as in seft evaluate. None: blocks side by
     side."""
     max_tokens: int | None = None
     """Measure on at most this many tokens, so that an evaluation takes little time. None: all."""

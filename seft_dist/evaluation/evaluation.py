@@ -6,7 +6,6 @@ the work; their results are those of a single process.
 
 import dataclasses
 import gc
-import importlib.util
 import json
 import time
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from seft_dist.session import facts
 from seft_dist.session.agreement import check_agreement, on_all_ranks, one_rank_per_machine_first
 from seft_dist.session.cli import to_dict
 from seft_dist.session.distributed import Ranks
+from seft_dist.session.extras import require
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 
 Metrics = dict[str, float]
@@ -133,7 +133,7 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
         if (folder / "checkpoints").is_dir():
             raise ValueError(
                 f"models.{name}={path} is the folder of a run without an exported model: write it with "
-                "launch/export.py, then give its folder"
+                "seft export, then give its folder"
             )
     return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
 
@@ -141,8 +141,7 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
 def _tasks(config: EvaluateConfig, show: bool) -> Any:
     if config.tasks is None:
         return None
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={config.tasks} needs lm-evaluation-harness: pip install 'seft_dist[eval]'")
+    require("lm_eval", f"tasks={config.tasks}")
     from seft_dist.evaluation.tasks import load_tasks
 
     return load_tasks(config, show=show)

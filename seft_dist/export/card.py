@@ -30,7 +30,7 @@ def write_card(folder: Path, source: Source, run: Path | None = None, base_model
     Args:
         folder: Folder that gets the file. Its name, without a ".part" at the end, is the name of the model.
         source: The exported weights, for the table of zeros.
-        run: Folder of the run of launch/train.py that made the weights; None if no run is known.
+        run: Folder of the run of seft train that made the weights; None if no run is known.
         base_model: Name of the base model on the Hugging Face hub; None: as recorded in the files.
 
     Raises:
@@ -62,7 +62,7 @@ class _Records:
     def __init__(self, source: Source, run: Path | None) -> None:
         self.config = _read(run / _CONFIG) if run else {}
         if run and not self.config:
-            raise ValueError(f"{run} has no {_CONFIG}: needs the folder of a run of launch/train.py")
+            raise ValueError(f"{run} has no {_CONFIG}: needs the folder of a run of seft train")
         self.result = _read(run / _RESULT) if run else {}
         self.evaluation = _read(run / _EVAL) if run else {}
         self.manifest = _read(run / _MANIFEST) if run else {}
@@ -219,7 +219,7 @@ def _results(records: _Records) -> str:
     names = list({key: None for numbers in measured.values() for key in numbers})
     rows = [[name, *(numbers.get(key, "-") for key in names)] for name, numbers in measured.items()]
     text = _public(str((records.evaluation.get("data") or {}).get("path", "")))
-    where = f"Measured by launch/evaluate.py{f' on {text}' if text else ''}:"
+    where = f"Measured by seft evaluate{f' on {text}' if text else ''}:"
     return "\n".join([*lines, where, "", _table(["model", *names], rows)])
 
 

@@ -19,6 +19,7 @@ from seft_dist.io.settings import error_summary, read_settings
 from seft_dist.io.source import SPARSE_FORMATS, locate
 from seft_dist.io.weight_files import SafetensorError
 from seft_dist.io.weights import MAX_SHARD_BYTES
+from seft_dist.session.extras import require
 
 
 def convert(path: str, output: Path, dtype: torch.dtype = torch.bfloat16, max_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -52,6 +53,7 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
     """
     if not gguf.is_file():
         raise ValueError(f"{gguf} is no file: needs a .gguf file, or the folder of a quantized model")
+    require("gguf", str(gguf))
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Older releases of transformers have no such configuration and always dequantize
     config_class = getattr(transformers, "GgufConfig", None)
@@ -75,7 +77,7 @@ def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     entries = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if entries is None:
-        raise ValueError(f"{source} is not quantized: it can be used as it is (launch/export.py hf changes its type)")
+        raise ValueError(f"{source} is not quantized: it can be used as it is (seft export hf changes its type)")
     if not isinstance(entries, dict) and not hasattr(entries, "to_dict"):
         raise ValueError(f"{source}: its quantization_config is {entries!r:.60}; needs named entries")
     entries = dict(entries if isinstance(entries, dict) else entries.to_dict())

@@ -283,7 +283,7 @@ def name_of(source: Source) -> str:
 def _version(form: str | None, path: Path) -> int:
     match = re.fullmatch(rf"{FORMAT} (\d+)", form or "")
     if match is None:
-        raise ValueError(f"{path} has format {form!r}; needs '{FORMAT} {VERSION}', as launch/train.py writes it")
+        raise ValueError(f"{path} has format {form!r}; needs '{FORMAT} {VERSION}', as seft train writes it")
     if not 1 <= int(match[1]) <= VERSION:
         raise ValueError(f"{path} has format {form!r}, this program reads up to version {VERSION}: update it")
     return int(match[1])

@@ -164,7 +164,7 @@ def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None
     """
     source = open_source(ModelConfig(path=str(folder), dtype=dtype))
     if not isinstance(source.weights, PackedWeights):
-        raise ValueError(f"{folder} is not packed: load it with transformers, or pack it with launch/export.py pack")
+        raise ValueError(f"{folder} is not packed: load it with transformers, or pack it with seft export pack")
     cache = source.config.use_cache
     model = load_model(source, device=device).eval()
     model.config.use_cache = cache

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from seft_dist.export.folders import folder_bytes, new_folder, save_settings
 from seft_dist.io.models import load_model
 from seft_dist.io.source import Source
+from seft_dist.session.extras import install_line
 
 OPENVINO_FILE, ONNX_FILE = "openvino_model.xml", "model.onnx"
 MAX_DIFFERENCE = 1e-3
@@ -249,14 +250,12 @@ def _import_package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ValueError(
-            f"this export needs {name}, which is not installed: pip install 'seft_dist[runtime]'"
-        ) from error
+        raise ValueError(f"this export needs {name}, which is not installed: {install_line(name)}") from error
 
 
 def _existing(folder: Path, name: str) -> str:
     if not (folder / name).is_file():
-        raise ValueError(f"{folder} has no {name}: needs a folder made by launch/export.py openvino or onnx")
+        raise ValueError(f"{folder} has no {name}: needs a folder made by seft export openvino or onnx")
     return str(folder / name)
 
 

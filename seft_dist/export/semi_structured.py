@@ -103,7 +103,7 @@ def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
             raise ValueError(
                 f"not a {pattern} model: {count.name}.weight has {active} active weights in row {row}, columns "
                 f"{column} to {column + size - 1}, {most} are allowed; {sum(c.broken for c in broken):,} such groups "
-                f"in {len(broken)} of {len(counts)} linears. Prune it with launch/prune.py --pattern {pattern}"
+                f"in {len(broken)} of {len(counts)} linears. Prune it with seft prune --pattern {pattern}"
             )
 
 
@@ -155,7 +155,7 @@ def load_semi_structured(
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError(
             f"{device} has no 2:4 kernels: torch's semi-structured tensors need a CUDA GPU of compute capability 8.0 "
-            "or higher. The model runs here as a dense one; its pattern can be checked with launch/export.py check"
+            "or higher. The model runs here as a dense one; its pattern can be checked with seft export check"
         )
     if source.dtype != torch.bfloat16:
         raise ValueError(f"{source.folder} is held in {source.dtype}: 2:4 kernels need model.dtype bfloat16")

@@ -145,7 +145,7 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: s
 def _refuse_quantized(folder: Path, settings: dict[str, Any]) -> None:
     if settings.get("quantization_config") is not None:
         raise ValueError(
-            f"{folder} is quantized: needs plain float32 or bfloat16 weights; launch/export.py plain makes them, where "
+            f"{folder} is quantized: needs plain float32 or bfloat16 weights; seft export plain makes them, where "
             "transformers can"
         )
     sparse = settings.get("sparsity_config")

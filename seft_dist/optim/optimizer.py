@@ -48,7 +48,7 @@ _NOT_IN_STATE_DICT = (
 class SeftOptimizer(torch.optim.Optimizer):
     """Fine-tunes a pruned model with sparse deltas whose positions evolve, at constant sparsity.
 
-    Works on plain, DDP, FSDP2 and DeepSpeed ZeRO-0..3 models; the interface is that of any torch optimizer:
+    Works on plain, DDP, FSDP2 and DeepSpeed ZeRO-0..3 models; the interface is that of any torch optimizer::
 
         seft = SeftOptimizer(model, SeftConfig(density=0.01, interval=60, steps=1000), lr=1e-3)
         fully_shard(model)                      # or deepspeed.initialize(model=model, optimizer=seft, ...), or nothing

@@ -190,7 +190,7 @@ def _check(names: list[str], numels: list[int], targets: list[int], budgets: lis
     if sparsity < LEAST_SPARSITY and not config.allow_dense:
         raise ValueError(
             f"the targets are dense ({sparsity:.2%} of their weights are 0): SEFT starts from a pruned model; prune it "
-            "first (launch/prune.py), or set allow_dense to train it as it is"
+            "first (seft prune), or set allow_dense to train it as it is"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command of a planned run: options of launch/train.py, and the line that submits it."""
+"""The command of a planned run: options of seft train, and the line that submits it."""
 
 import dataclasses
 import shlex
@@ -10,7 +10,7 @@ from seft_dist.planning.layout import Layout
 
 
 def train_options(config: PlanConfig, layout: Layout) -> list[str]:
-    """Return the options of launch/train.py for a planned run.
+    """Return the options of seft train for a planned run.
 
     A plan knows neither the pruned model nor the text, so model.path and data.path are placeholders.
 
@@ -38,8 +38,8 @@ def submit_line(config: PlanConfig, layout: Layout) -> str:
     """Return the command that starts a planned run: sbatch on a cluster, torchrun on a single CPU machine."""
     options = shlex.join(train_options(config, layout))
     if config.cluster.gpu in ("cpu",) or Path(config.cluster.gpu).is_file():
-        start = "python" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size}"
-        return f"{start} launch/train.py {options} --output runs/planned"
+        start = "seft" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size} -m seft_dist"
+        return f"{start} train {options} --output runs/planned"
     near = min(layout.world_size, layout.per_node)
     return f"sbatch --nodes {layout.nodes} --gpus-per-node {near} slurm/train_srun.sbatch {options}"
 

@@ -141,7 +141,7 @@ def read_rates(file: str) -> dict[str, Rates]:
         content = read_json(Path(file), dict[str, dict[str, float | bool | str | None]])
         return {dtype: _checked(Rates(**content[dtype])) for dtype in ("bfloat16", "float32")}  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: {error}; needs a file written by launch/plan.py --save_rates") from error
+        raise ValueError(f"{file}: {error}; needs a file written by seft plan --save_rates") from error
 
 
 _MAY_BE_0 = ("call", "reserve")

@@ -1,4 +1,4 @@
-"""Layouts of a model on ranks, and the options of launch/train.py that choose them."""
+"""Layouts of a model on ranks, and the options of seft train that choose them."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -68,7 +68,7 @@ class Layout:
         return self.owners - used
 
     def options(self, config: PlanConfig) -> list[str]:
-        """Return the options of launch/train.py that choose this layout."""
+        """Return the options of seft train that choose this layout."""
         if self.held.startswith("zero"):
             suffix = "_bf16" if config.dtype == "bfloat16" else ""
             return ["--deepspeed", f"ds_configs/{self.held}{suffix}.json"]

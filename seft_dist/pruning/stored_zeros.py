@@ -107,5 +107,5 @@ def refuse_pruned(stream: StreamedModel, counts: list[ZeroCount], pattern: str |
         Console(file=text, width=80).print(sparsity_table({"": counts}, str(stream.source.folder.name)))
         raise ValueError(
             f"{stream.source.folder}: {describe_zeros(counts, pattern)}: needs the dense model; a pruned one can be "
-            f"trained as it is (launch/train.py --model.path)\n{text.getvalue().rstrip()}"
+            f"trained as it is (seft train --model.path)\n{text.getvalue().rstrip()}"
         )

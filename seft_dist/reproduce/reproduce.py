@@ -97,7 +97,7 @@ def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], s
     Args:
         config: The layouts and the number of runs on each.
         train: The configuration that ``options`` result in.
-        options: Options of launch/train.py as the user gave them.
+        options: Options of seft train as the user gave them.
         script: Path of launch/train.py.
 
     Raises:
@@ -151,7 +151,7 @@ def _dtype(train: TrainConfig, own: dict[str, Any] | None) -> str:
 def _layout_options(
     backend: str, train: TrainConfig, own: dict[str, Any] | None, dtype: str, script: Path
 ) -> list[str]:
-    """Options of launch/train.py for one layout; the user's own ds_config is kept if its ZeRO stage is the layout's."""
+    """Options of seft train for one layout; the user's own ds_config is kept if its ZeRO stage is the layout's."""
     blocks = [key for key in _BLOCKS if own is not None and own.get(key, "auto") != "auto"]
     if own is not None and backend == f"zero{own.get('zero_optimization', {}).get('stage', 0)}":
         return ["--backend", "deepspeed", "--deepspeed", str(train.deepspeed)]
@@ -186,7 +186,7 @@ def reproduce(
     Args:
         config: The layouts and the number of runs on each.
         train: The configuration that ``options`` result in.
-        options: Options of launch/train.py as the user gave them.
+        options: Options of seft train as the user gave them.
         script: Path of launch/train.py.
         print_line: Function that prints a line for the user.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from seft_dist.files.writing import write_bytes
 from seft_dist.results.report import FinishedRun
+from seft_dist.session.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +35,9 @@ def load_pyplot(option: str) -> Any:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(f"{option} needs matplotlib: pip install 'seft_dist[plots]', or --{option} false") from error
+    require("matplotlib", f"--{option}", f", or --{option} false")
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot
 

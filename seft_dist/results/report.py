@@ -139,13 +139,13 @@ def read_run(folder: Path) -> FinishedRun:
     """Read and check the files of a run.
 
     Args:
-        folder: ``output`` of launch/train.py, with eval.json of launch/evaluate.py in it.
+        folder: ``output`` of seft train, with eval.json of seft evaluate in it.
 
     Raises:
         ValueError: A file or an entry is missing; the message names the command that writes it.
     """
-    train = "finish the run with launch/train.py"
-    evaluate = f"run launch/evaluate.py with --output {folder / 'eval.json'}"
+    train = "finish the run with seft train"
+    evaluate = f"run seft evaluate with --output {folder / 'eval.json'}"
     config = _read(read_run_config, folder / "config.yaml", train)
     result = _read(lambda path: read_json(path, dict[str, Any]), folder / "result.json", train)
     lines = _read(lambda path: read_lines(path, _StepLine), folder / "metrics.jsonl", train)

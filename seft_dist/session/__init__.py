@@ -1,1 +1,1 @@
-"""Options, ranks, signals and the environment, for every program of launch/."""
+"""Options, ranks, signals and the environment, for every command."""

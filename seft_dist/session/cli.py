@@ -1,13 +1,13 @@
-"""The command lines of launch/: options from a dataclass, and errors of users without a traceback.
+"""Command lines: options from a dataclass or a function, and errors of users without a traceback.
 
-A program needs these lines::
+A command needs these lines::
 
     def main() -> None:
+        run(_prune)
+
+    def _prune() -> None:
         config = parse(PruneConfig, description=__doc__)
         ...
-
-    if __name__ == "__main__":
-        run(main)
 
 This file imports no torch, so that ``--help`` is quick.
 """
@@ -21,14 +21,26 @@ import types
 import typing
 import warnings
 from argparse import HelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    Namespace,
+    auto_cli,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
 from seft_dist.files.reading import check_yaml
+from seft_dist.files.shipped import RECIPES, find_file, shipped_names
+from seft_dist.session.extras import EXTRAS, install_line
+from seft_dist.session.launchers import without_local_rank
+from seft_dist.session.suggest import did_you_mean, suggest_for_message
 
 T = TypeVar("T")
 
@@ -57,7 +69,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None, description:
         ValueError: The values contradict each other (from the dataclass's own check).
         SystemExit: An option is unknown, missing or of the wrong type (code 2), or ``--help`` or ``--print_config``.
     """
-    values = _parser(config_class, description).parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    values = _parser(config_class, description).parse_args(without_local_rank(sys.argv[1:] if argv is None else argv))
     config = _build(config_class, values)
     if values.print_config:
         print(to_yaml(config), end="")
@@ -86,6 +98,18 @@ def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
     return read
 
 
+def call(components: Any, description: str | None, argv: Sequence[str] | None = None, **options: Any) -> None:
+    """Call the function that the command line names, with its arguments from the command line.
+
+    Args:
+        components: A function, or functions by the name of their subcommand.
+        description: First lines of ``--help``.
+        argv: The arguments; None: those of the process.
+        options: Further arguments of ``jsonargparse.auto_cli``.
+    """
+    auto_cli(components, None if argv is None else list(argv), parser_class=_Parser, description=description, **options)
+
+
 @functools.cache
 def _raising_parser(config_class: type) -> "_Parser":
     """Make the parser of a configuration once: that takes longer than all it reads."""
@@ -99,9 +123,14 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     usage = "%(prog)s [--config FILE] [options]"
     parser = _Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; may be repeated.")
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        help="YAML file with any of the options below, or the name of a recipe (`seft files`); may be repeated.",
+    )
     parser.add_argument("--print_config", action="store_true", help="Print the checked configuration as YAML and exit.")
     parser.add_class_arguments(config_class)
+    parser.options = list(_option_names(config_class))
     for field, inner in _optional_dataclasses(config_class):
         parser.add_optional_group(field, inner)
     return parser
@@ -119,11 +148,11 @@ def to_yaml(config: Any) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program of launch/: errors of users print one message, on one rank, and no traceback.
+    """Run a command: errors of users print one message, on one rank, and no traceback.
 
     Exit codes: 2 for ``ValueError`` and ``FloatingPointError``, as for options that do not exist: the same command
-    would fail again. 1 for everything else: ``OSError`` (disk full, file gone) is one message too, other exceptions
-    are bugs or ranks that were lost, and keep their traceback.
+    would fail again, and so does a library that is not installed. 1 for everything else: ``OSError`` (disk full, file
+    gone) is one message too, other exceptions are bugs or ranks that were lost, and keep their traceback.
     """
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     warnings.formatwarning = _format_warning
@@ -131,10 +160,35 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, FloatingPointError, OSError) as error:
         if getattr(error, "from_any_rank", False) or _is_first_to_report():
-            print(f"{Path(sys.argv[0]).name}: error: {error}{_raised_in(error)}", file=sys.stderr, flush=True)
+            _print_error(f"{error}{_raised_in(error)}")
         sys.exit(1 if isinstance(error, OSError) else 2)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        if _is_first_to_report():
+            _print_error(f"this needs {library}, which is not installed: {install_line(library)}")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_error(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+
+
+class _ConfigFile(ActionConfigFile):
+    """The option --config, which also takes the name of a recipe that comes with the package."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Namespace, dest: str, value: str) -> None:
+        found = find_file(value, RECIPES)
+        if not Path(found).is_file() and "\n" not in value and "{" not in value:
+            raise TypeError(
+                f"--config {value}: there is no such file, and no such recipe in `seft files`"
+                f"{did_you_mean(Path(value).name, shipped_names(RECIPES))}"
+            )
+        ActionConfigFile.apply_config(parser, cfg, dest, found)
 
 
 class _Parser(ArgumentParser):
@@ -142,6 +196,8 @@ class _Parser(ArgumentParser):
 
     raises = False
     """True: an error is a ValueError, and does not end the process."""
+    options: Sequence[str] = ()
+    """Names of the options, dotted; empty: those that were added."""
 
     def add_optional_group(self, name: str, config_class: type) -> None:
         """Show the options of a dataclass that may be left out as a whole: jsonargparse hides them."""
@@ -176,10 +232,15 @@ class _Parser(ArgumentParser):
         named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
         if named:
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
+        parser = getattr(ex, "subcommand_parser", None) or self
+        added = [option.removeprefix("--") for option in parser._option_string_actions]
+        suggestion = suggest_for_message(message, self.options or added)
+        message += f"\n{suggestion}" if suggestion else ""
         if self.raises:
             raise ValueError(" ".join(message.split()))
         if _is_first_to_report():
-            print(f"{self.prog}: error: {message}\nAll options: {self.prog} --help", file=sys.stderr, flush=True)
+            prog = parser.prog.replace(" [options]", "")
+            print(f"{prog}: error: {message}\nAll options: {prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -205,6 +266,15 @@ def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
     return optional
 
 
+def _option_names(config_class: type, prefix: str = "") -> Iterator[str]:
+    """Name all options of a dataclass, those of groups that may be left out too."""
+    for name, hint in typing.get_type_hints(config_class).items():
+        inner = [item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)]
+        yield f"{prefix}{name}"
+        for group in inner:
+            yield from _option_names(typing.cast(type, group), f"{prefix}{name}.")
+
+
 def _build(config_class: type[T], values: Namespace) -> T:
     """Make the dataclass from parsed values, inner ones first, so that each check speaks with its own words."""
     hints = typing.get_type_hints(config_class)
@@ -218,18 +288,6 @@ def _build(config_class: type[T], values: Namespace) -> T:
             value = _build(typing.cast(type, inner[0]), value)
         made[field.name] = value
     return config_class(**made)
-
-
-def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    kept, skip = [], False
-    for argument in argv:
-        if skip:
-            skip = False
-        elif argument in ("--local_rank", "--local-rank"):
-            skip = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(argument)
-    return kept
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ The environment itself is read in ``distributed``; here it is a mapping.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,19 @@ def variables_of_ranks(env: Mapping[str, str]) -> str:
     names = [name for name in ("RANK", "WORLD_SIZE") if name in env]
     names += [name for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") if env.get(name, "1") != "1"]
     return ", ".join(f"{name}={env[name]}" for name in names)
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """Leave out the option ``--local_rank``, which DeepSpeed's launcher adds: the environment says the rank."""
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
 
 
 def _complete(env: Mapping[str, str], launcher: str, rank: str, world_size: str, local_rank: str) -> bool:

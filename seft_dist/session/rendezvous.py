@@ -3,7 +3,6 @@
 The environment is read in ``distributed``; here it only appears in messages.
 """
 
-import importlib.util
 import re
 import socket
 import sys
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from seft_dist.session.extras import require
 
 LONGEST_WAIT = 600.0
 """Most seconds that ranks wait for each other at the start; some file systems take minutes to load libraries."""
@@ -151,11 +152,11 @@ def mpi_rendezvous_address(world_size: int, variables: str) -> tuple[str, int]:
     Raises:
         ValueError: mpi4py is not installed, or MPI itself knows another number of ranks.
     """
-    if importlib.util.find_spec("mpi4py") is None:
-        raise ValueError(
-            "started by MPI, but mpi4py is not installed: `pip install mpi4py`, or set MASTER_ADDR and MASTER_PORT to "
-            "the name of rank 0's machine and a free port on it"
-        )
+    require(
+        "mpi4py",
+        "a start by MPI",
+        ", or set MASTER_ADDR and MASTER_PORT to the name of rank 0's machine and a free port on it",
+    )
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

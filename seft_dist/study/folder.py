@@ -120,7 +120,7 @@ def read_record(folder: Path) -> _Record:
     """
     known = _read_known(folder)
     if known is None:
-        raise ValueError(f"{folder} holds no study: needs the folder of launch/study.py (output)")
+        raise ValueError(f"{folder} holds no study: needs the folder of seft study (output)")
     return known
 
 

@@ -40,7 +40,7 @@ class Base:
     model: Path
     """Its folder, maybe not made yet."""
     prune: PruneConfig | None
-    """Options of launch/prune.py that make it; None if it was there before."""
+    """Options of seft prune that make it; None if it was there before."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Measure:
 
     part: str
     options: tuple[str, ...]
-    """Options of launch/evaluate.py, without models and output."""
+    """Options of seft evaluate, without models and output."""
     id: str
 
 
@@ -159,7 +159,7 @@ class Plan:
         return self.bases[cell.base].model if cell.config is None else self.run_folder(cell) / MODEL
 
     def measured_file(self, cell: Cell, part: str) -> Path:
-        """Return the file in which launch/evaluate.py writes a cell's measurement on a part."""
+        """Return the file in which seft evaluate writes a cell's measurement on a part."""
         return self.cell_folder(cell) / f"{part}-{self.measures[part].id}.json"
 
 
@@ -189,9 +189,7 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
             bases[name] = Base(name, Path(str(options["path"])).expanduser(), None)
             continue
         if "output" in options or options.get("method") == "none" or "path" in options:
-            raise ValueError(
-                f"{what} is {entry}: needs only {{path: FOLDER}}, or options of launch/prune.py without output"
-            )
+            raise ValueError(f"{what} is {entry}: needs only {{path: FOLDER}}, or options of seft prune without output")
         calibrated = options.get("method") not in ("magnitude", "mask") or options.get("layer_ratios") == "owl"
         if calibrated and "data.path" not in options:
             options = changed_options(train, "data.") | options

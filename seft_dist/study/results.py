@@ -35,7 +35,7 @@ class TextPart(TypedDict):
 
 
 class Start(TypedDict):
-    """One start of launch/study.py."""
+    """One start of seft study."""
 
     when: str
     command: str
@@ -175,9 +175,7 @@ def read_results(folder: Path) -> Results:
     try:
         results = read_json(folder / RESULTS, TypeAdapter(Results))
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} has no {RESULTS}: needs the folder of launch/study.py (output) with results"
-        ) from error
+        raise ValueError(f"{folder} has no {RESULTS}: needs the folder of seft study (output) with results") from error
     if results["format"] != FORMAT:
         raise ValueError(f"{folder / RESULTS} has format {results['format']!r}, this program reads {FORMAT!r}")
     return results

@@ -98,7 +98,7 @@ class Runner:
     ) -> None:
         """Args:
         plan: The study.
-        scripts: Folder of launch/train.py and its like.
+        scripts: Folder of train.py and its like.
         progress: Shows the user what happens.
         request: Asks this process to stop.
         after: Called from time to time when tasks have ended; writes the tables.

@@ -21,7 +21,7 @@ from seft_dist.training.run_folder import CHECKPOINTS, is_finished
 PRUNE, TRAIN = "prune", "train"
 FAILED, DIVERGED, COMMANDS = "failed.json", "diverged.json", "commands.jsonl"
 MEASURED = "model"
-"""Name of the one model in the files of launch/evaluate.py."""
+"""Name of the one model in the files of seft evaluate."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def run_study(
 
     Args:
         config: The study.
-        scripts: Folder of launch/train.py and its like.
+        scripts: Folder of train.py and its like.
         request: Asks this process to stop: runs then save and end.
         console: Console to print on; None: the terminal.
         launch: Starts a process.

@@ -186,7 +186,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         content = read_json(file, dict[str, Any])
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: no manifest can be read ({error}); needs the folder of a run of launch/train.py, or its {FILE}"
+            f"{path}: no manifest can be read ({error}); needs the folder of a run of seft train, or its {FILE}"
         ) from error
     if content.get("format") != FORMAT:
         raise ValueError(f"{file} has format {content.get('format')!r}, this program reads {FORMAT!r}")

@@ -316,7 +316,7 @@ def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
     """Check the part of a checkpoint that ``checkpoint_extra`` made."""
     if "origin" not in extra:
         raise ValueError(
-            f"{path} does not say from which model and data it was made: launch/train.py goes on only from checkpoints "
+            f"{path} does not say from which model and data it was made: seft train goes on only from checkpoints "
             "of its own, of this version; choose another output"
         )
     return check_kind(extra, TypeAdapter(_Extra), f"extra of {path}")

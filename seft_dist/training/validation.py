@@ -1,6 +1,6 @@
 """Evaluation while a run trains: when it is due, on what, and at which step the model was best so far.
 
-An evaluation is launch/evaluate.py's perplexity on the layout of the run. It draws no random numbers and changes no
+An evaluation is seft evaluate's perplexity on the layout of the run. It draws no random numbers and changes no
 weight, so a run trains the same with it and without. What it found is in every checkpoint; a run that goes on makes the
 evaluations that are left, and comes to the same best step.
 """

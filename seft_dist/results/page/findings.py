@@ -156,9 +156,9 @@ def missing_of(run: RunRecord) -> list[tuple[str, str]]:
     if not run.is_finished:
         missing.append(("the result", "the run has not ended; the command that began it goes on"))
     if not perplexities(run):
-        missing.append(("perplexities", f"launch/evaluate.py with --output {run.folder / 'eval.json'}"))
+        missing.append(("perplexities", f"seft evaluate with --output {run.folder / 'eval.json'}"))
     if not run.series(VALIDATION)[0]:
-        missing.append(("validation loss", "launch/train.py with validation data records it"))
+        missing.append(("validation loss", "seft train with validation data records it"))
     if not run.layers.numel:
         missing.append(("numbers by layer", "layers.json, topology.jsonl and a checkpoint are not there"))
     if run.is_seft and run.evolutions and run.layers.source != "topology.jsonl":

@@ -145,14 +145,14 @@ def read_records(folders: Sequence[Path]) -> list[RunRecord]:
         ValueError: A folder is no run, is given twice, or there are too many.
     """
     if len(folders) > _MOST_RUNS:
-        raise ValueError(f"{len(folders)} runs: a page shows at most {_MOST_RUNS}; launch/sweep.py tabulates more")
+        raise ValueError(f"{len(folders)} runs: a page shows at most {_MOST_RUNS}; seft sweep tabulates more")
     whole_paths = [folder.resolve() for folder in folders]
     for folder, path in zip(folders, whole_paths, strict=True):
         if whole_paths.count(path) > 1:
             raise ValueError(f"{folder} is given twice: name each run once")
         if not (path / CONFIG).is_file() and not (path / METRICS).is_file():
             raise ValueError(
-                f"{folder} is no run: {CONFIG} is missing; needs the folder that launch/train.py wrote (its --output)"
+                f"{folder} is no run: {CONFIG} is missing; needs the folder that seft train wrote (its --output)"
             )
     return [_read(path, label) for path, label in zip(whole_paths, labels_of(whole_paths), strict=True)]
 

@@ -140,7 +140,7 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
         Section(
             "perplexity",
             "Quality",
-            "Perplexity of whole models on text that launch/evaluate.py was given; lower is better.",
+            "Perplexity of whole models on text that seft evaluate was given; lower is better.",
             _some([perplexity_figure(runs, draws)]),
             [tables.tasks(runs)],
             absent="No run has been evaluated: there is no eval.json with a perplexity or a task.",
