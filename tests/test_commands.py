@@ -139,7 +139,7 @@ def test_extras_are_those_of_the_package() -> None:
     core = names_of(SETTINGS["options"]["install_requires"])
     assert not core & set(EXTRAS), "asked for as an extra, but always installed"
     (everything,) = extras["all"].split()
-    assert set(everything.removeprefix("seft_dist[").removesuffix("]").split(",")) == {*EXTRAS.values()}
+    assert set(everything.removeprefix("seft_dist[").removesuffix("]").split(",")) == {*EXTRAS.values(), "trackers"}
 
 
 def test_a_missing_library_is_asked_for_by_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

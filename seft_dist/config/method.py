@@ -126,11 +126,6 @@ class SeftConfig:
             'reactivate="trial" with adapt="none"',
             'a criterion that ends a trial, e.g. adapt "activation"; or reactivate "commit"',
         )
-        check(
-            self.static or self.last_step is not None,
-            'reactivate="trial" without a last evolution',
-            "steps or end: a run must not end while positions are on trial",
-        )
 
     def _check_window_store(self) -> None:
         if self.window_store not in ("candidates", "factored"):
@@ -159,6 +154,18 @@ class SeftConfig:
     def known_pattern(self) -> str | None:
         """The pattern that evolutions keep, None if none was named."""
         return None if self.pattern == AUTO else self.pattern
+
+    def check_trials_end(self) -> None:
+        """Check, once the run's length is known, that no position stays on trial for ever.
+
+        Raises:
+            ValueError: There is no last evolution.
+        """
+        check(
+            self.reactivate == "commit" or self.static or self.last_step is not None,
+            'reactivate="trial" without a last evolution',
+            "steps or end: a run must not end while positions are on trial",
+        )
 
     @property
     def last_step(self) -> int | None:

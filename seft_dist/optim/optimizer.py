@@ -96,6 +96,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
+        self.config.check_trials_end()
         model.requires_grad_(False)
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
