@@ -16,6 +16,7 @@ from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
+from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
@@ -81,8 +82,11 @@ class SeftOptimizer(torch.optim.Optimizer):
                 name their own group.
 
         Raises:
-            ValueError: The pattern of the targets matches nothing, or a module that cannot carry deltas.
+            TypeError: ``model`` is no module, e.g. ``model.parameters()``.
+            ValueError: The pattern of the targets matches nothing, or a module that cannot carry deltas; or the model
+                has adapters, is fp16, or its weights are fetched from elsewhere.
         """
+        check_is_model(model)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
@@ -93,6 +97,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
+        check_trainable(model, self._targets)
         model.requires_grad_(False)
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
@@ -153,6 +158,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         """
         if self._backend is not None:
             return
+        check_no_adapters(self._model)  # may have come after the constructor
+        check_materialized(self._targets)
         backend = find_backend(self._model, self._targets, self._group)
         group = self.param_groups[0]
         update = [group[key] for key in ("betas", "eps", "weight_decay")]
@@ -172,6 +179,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         warn_without_recomputation(backend)
         self._prepare_step()
 
+    @torch.compiler.disable
     def _attach_before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self.attach()
