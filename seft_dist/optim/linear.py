@@ -19,12 +19,10 @@ from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.packed import PackedWeight, packed_of
 from seft_dist.modules.experts import experts_forward, experts_linear
 from seft_dist.modules.kinds import Forwards
+from seft_dist.optim.anchors import ANCHOR
 from seft_dist.optim.compiled_linear import compiled_linear
 from seft_dist.optim.recompute_inputs import keep
 from seft_dist.optim.slot import ANCHOR_GRAD, Slot
-
-ANCHOR = "seft_anchor"
-"""Name of the anchor in a linear's module; ``seft_dist.optim.install`` makes it."""
 
 HeldWeight = Tensor | PackedWeight
 """A weight to multiply with: the parameter, or the packed weight behind its placeholder."""

@@ -3,7 +3,6 @@
 The weights always hold base + delta, so the model is an ordinary Hugging Face model at every moment.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
+from seft_dist.optim.anchors import StepWatch, check_unclipped
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
@@ -27,6 +27,7 @@ from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
+from seft_dist.optim.torch_interface import TorchInterface
 from seft_dist.optim.window import (
     Needs,
     Window,
@@ -37,13 +38,7 @@ from seft_dist.optim.window import (
 )
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
-_NOT_IN_STATE_DICT = (
-    "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
-    "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
-)
-
-
-class SeftOptimizer(torch.optim.Optimizer):
+class SeftOptimizer(TorchInterface):
     """Fine-tunes a pruned model with sparse deltas whose positions evolve, at constant sparsity.
 
     Works on plain, DDP, FSDP2 and DeepSpeed ZeRO-0..3 models; the interface is that of any torch optimizer:
@@ -107,6 +102,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._state: State | None = None
         self._needs = Needs.of(self.config)
         self._write_checked = False
+        self._step_watch = StepWatch(list(self._targets.values()))
         self._exchange: Exchange | None = None
         self._grad_norm = torch.zeros(())
         self._checks_late = False
@@ -171,6 +167,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._state = first_state(backend, self.config)
         self._backend = backend
         self._exchange = Exchange(backend, self._slots)
+        self._slots[-1].before_record = self._step_watch.note_backward
         self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
@@ -182,6 +179,7 @@ class SeftOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable
     def _attach_before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
+            self._check_awaited()
             self.attach()
 
     def _prepare_step(self) -> None:
@@ -251,6 +249,10 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
+        self._check_awaited()
+        self._step_watch.end()
+        if not self.is_managed and not self._write_checked:
+            check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)
         # The order of what follows is part of the method:
         #   1. Gradients arrive at their owners, and are checked before anything is changed by them.
         #   2. Windows count the step, so that an evolution at its end sees its gradient.
@@ -358,30 +360,6 @@ class SeftOptimizer(torch.optim.Optimizer):
         state.verify(backend, self.config)
         self.num_steps = num_steps
         self._prepare_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
-
-        One rank's part of them is of no use on another number of ranks, and many savers keep the dict of rank 0 alone.
-        """
-        if self.num_steps:
-            warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
-        return super().state_dict() | {"seft_steps": self.num_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the param group.
-
-        Raises:
-            ValueError: The dict is of another step than the masks and deltas of this optimizer.
-        """
-        steps = state_dict.get("seft_steps", 0)
-        if steps != self.num_steps:
-            raise ValueError(
-                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {steps}. "
-                f"{_NOT_IN_STATE_DICT}, and load them with seft_dist.io.checkpoint.load(seft, checkpoint) before "
-                "anything that calls load_state_dict"
-            )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
     def detach(self) -> None:
         """Turn the model back into plain modules with the trained weights. The optimizer is of no use afterwards."""

@@ -37,6 +37,8 @@ class Slot:
         """fp32 [k], this rank's gradient since the last step; None: nothing was recorded, or it has been taken."""
         self.window: Window | None = None
         """Window that accumulates the dense gradient; None outside an evolution's window."""
+        self.before_record: Callable[[], None] = _nothing
+        """Called before each record."""
         self._on_record: Callable[[], None] = _nothing
 
     def prepare(self, support: Support | None, window: Window | None) -> None:
@@ -65,7 +67,16 @@ class Slot:
             x: [T, in], the linear's input.
             grad: [T, out], gradient of its output.
             ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
+
+        Raises:
+            ValueError: The gradient is fp16.
         """
+        if grad.dtype == torch.float16:
+            raise ValueError(
+                "gradients are float16 (autocast or model): their range is too small without loss scaling, which "
+                "SeftOptimizer does not support. Use bf16: torch.autocast(..., dtype=torch.bfloat16), bf16=True"
+            )
+        self.before_record()
         self.touched = True
         dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
