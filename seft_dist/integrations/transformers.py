@@ -132,8 +132,8 @@ def _find(optimizer: Any) -> SeftOptimizer:
         if inner is None:
             raise ValueError(
                 f"Trainer has the optimizer {type(last).__name__}, not SeftOptimizer, so SEFT would train nothing: pass "
-                'optimizers=(seft, None), or optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, ...}). With '
-                "DeepSpeed's offload_optimizer accelerate replaces the optimizer: remove it from the ds_config, or set "
-                '"zero_force_ds_cpu_optimizer": false'
+                'optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": ..., "lr": ...}); with FSDP and '
+                "DeepSpeed Trainer takes no optimizers=. Where the ds_config has offload_optimizer, accelerate puts "
+                'DeepSpeedCPUAdam in its place: remove it, or set "zero_force_ds_cpu_optimizer": false'
             )
     return inner
