@@ -94,4 +94,6 @@ def check_unclipped(backend: Backend, anchors: Iterable[Tensor], max_grad_norm: 
             "norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
         )
     if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        warnings.warn(f"{message}. SEFT clips to max_grad_norm={max_grad_norm:g}; seft.grad_norm is the norm", stacklevel=4)
+        warnings.warn(
+            f"{message}. SEFT clips to max_grad_norm={max_grad_norm:g}; seft.grad_norm is the norm", stacklevel=4
+        )

@@ -38,6 +38,7 @@ from seft_dist.optim.window import (
 )
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
+
 class SeftOptimizer(TorchInterface):
     """Fine-tunes a pruned model with sparse deltas whose positions evolve, at constant sparsity.
 

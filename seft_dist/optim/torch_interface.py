@@ -52,7 +52,7 @@ class TorchInterface(torch.optim.Optimizer):
             ValueError: The dict is of another step than the masks and deltas that were already loaded.
         """
         steps = state_dict.get("seft_steps", self.num_steps)
-        self._awaited_steps = steps
+        self._awaited_steps = steps if steps or self.num_steps else None  # accelerate loads what a new optimizer gave
         if self.num_steps:
             self._check_awaited()
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
