@@ -1,4 +1,4 @@
-"""torch.compile puts the linears into its graphs as they are: no graph break, nothing compiled again, the same training."""
+"""torch.compile puts the linears into its graphs as they are: no graph break, no second compilation."""
 
 from typing import Any
 

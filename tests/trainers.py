@@ -55,6 +55,7 @@ def train(rank: int, world: int, layout: str, output: Path, resume: Path | None 
     if not uses_cpu:
         over["deepspeed"] = ds_config(layout, size, 2, gradient_clipping="auto")
     given = {"max_steps": STEPS, "logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
+    given |= {"train_sampling_strategy": "sequential"}
     given |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     args = TrainingArguments(str(output), use_cpu=uses_cpu, seed=1, **(given | over))
     if not uses_cpu:  # accelerate counts GPUs only

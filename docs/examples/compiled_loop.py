@@ -1,4 +1,4 @@
-"""SEFT in a loop of one's own, with torch.compile: python docs/examples/compiled_loop.py PRUNED_MODEL TEXT.jsonl OUTPUT."""
+"""SEFT in your own loop with torch.compile: python docs/examples/compiled_loop.py PRUNED_MODEL TEXT.jsonl OUTPUT."""
 
 import json
 import sys

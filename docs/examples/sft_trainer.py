@@ -29,9 +29,7 @@ args = SFTConfig(
 trainer = SFTTrainer(
     model=model,
     args=args,
-    train_dataset=load_dataset(
-        "json", data_files=data_path, split="train"
-    ),  # "text", or "prompt" and "completion", ...
+    train_dataset=load_dataset("json", data_files=data_path, split="train"),
     processing_class=tokenizer,
     optimizer_cls_and_kwargs=(
         SeftOptimizer,

@@ -86,9 +86,9 @@ class SeftCallback(TrainerCallback):
             found = checkpoint.latest(Path(folder) / FOLDER)
             if found is None:
                 raise ValueError(
-                    f"{folder} has no complete checkpoint of SEFT in its folder {FOLDER!r}, so masks and deltas of step "
-                    f"{state.global_step} are missing: resume from a checkpoint that was saved with SeftCallback, or "
-                    "name it (SeftCallback(resume_from=...)) if it is not in output_dir"
+                    f"{folder} has no complete checkpoint of SEFT in its folder {FOLDER!r}, so masks and deltas of "
+                    f"step {state.global_step} are missing: resume from a checkpoint that was saved with SeftCallback, "
+                    "or name it (SeftCallback(resume_from=...)) if it is not in output_dir"
                 )
             checkpoint.load(seft, found)
 
@@ -131,9 +131,9 @@ def _find(optimizer: Any) -> SeftOptimizer:
         last, inner = inner, getattr(inner, "optimizer", None)
         if inner is None:
             raise ValueError(
-                f"Trainer has the optimizer {type(last).__name__}, not SeftOptimizer, so SEFT would train nothing: pass "
-                'optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": ..., "lr": ...}); with FSDP and '
-                "DeepSpeed Trainer takes no optimizers=. Where the ds_config has offload_optimizer, accelerate puts "
+                f"Trainer has the optimizer {type(last).__name__}, not SeftOptimizer, so SEFT would train nothing: "
+                'pass optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": ..., "lr": ...}); with FSDP '
+                "and DeepSpeed Trainer takes no optimizers=. Where the ds_config has offload_optimizer, accelerate puts "
                 'DeepSpeedCPUAdam in its place: remove it, or set "zero_force_ds_cpu_optimizer": false'
             )
     return inner

@@ -16,8 +16,8 @@ def check_is_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"SeftOptimizer got a {type(model).__name__} instead of a model: it chooses the weights itself, so pass the "
-            "model, not its parameters: SeftOptimizer(model, SeftConfig(...), lr=...). In transformers.Trainer: "
+            f"SeftOptimizer got a {type(model).__name__} instead of a model: it chooses the weights itself, so pass "
+            "the model, not its parameters: SeftOptimizer(model, SeftConfig(...), lr=...). In transformers.Trainer: "
             'optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": SeftConfig(...), "lr": ...})'
         )
 

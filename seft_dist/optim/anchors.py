@@ -57,8 +57,8 @@ class StepWatch:
             )
         if count == _MANY:
             warnings.warn(
-                f"{count} backward passes and no SeftOptimizer.step(): their gradients only add up. Is another optimizer "
-                "stepped, or is the step missing in the loop?",
+                f"{count} backward passes and no SeftOptimizer.step(): their gradients only add up. Is another "
+                "optimizer stepped, or is the step missing in the loop?",
                 stacklevel=2,
             )
 
@@ -90,8 +90,8 @@ def check_unclipped(backend: Backend, anchors: Iterable[Tensor], max_grad_norm: 
     )
     if max_grad_norm is None:
         raise ValueError(
-            f"{message}. Pass SeftOptimizer(..., max_grad_norm=1.0) and remove the other clipping; seft.grad_norm is the "
-            "norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
+            f"{message}. Pass SeftOptimizer(..., max_grad_norm=1.0) and remove the other clipping; seft.grad_norm is "
+            "the norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
         )
     if backend.owners.rank == 0 and backend.replicas.rank == 0:
         warnings.warn(

@@ -25,15 +25,15 @@ class TorchInterface(torch.optim.Optimizer):
     """GradScaler then sets ``grad_scale``, which refuses it, instead of scaling the anchors only."""
 
     @property
-    def grad_scale(self) -> Tensor | None:
-        """Scale of the gradients that a GradScaler has applied; there is none."""
-        return None
+    def grad_scale(self) -> Tensor | float:
+        """Scale that is in the gradients; there is none."""
+        return 1.0
 
     @grad_scale.setter
-    def grad_scale(self, scale: Tensor | None) -> None:
+    def grad_scale(self, scale: Tensor | float) -> None:
         raise ValueError(
             "SeftOptimizer got a GradScaler: it does not support loss scaling. Train in bf16 (or fp32) without scaler: "
-            'torch.autocast(..., dtype=torch.bfloat16), Accelerator(mixed_precision="bf16"), TrainingArguments(bf16=True)'
+            'torch.autocast(..., dtype=torch.bfloat16), mixed_precision="bf16" of Accelerator, bf16=True of Trainer'
         )
 
     def state_dict(self) -> dict[str, Any]:
