@@ -6,7 +6,6 @@ choice of targets and the random numbers.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,77 +13,10 @@ from torch import Tensor, nn
 from seft_dist.config import SeftConfig
 from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.scores import uniform
+from tests.reference_layer import Layer
 from tests.reference_window import Window
 
 TINY = 2.0**-126
-
-
-@dataclass
-class Layer:
-    """One target linear; all tensors have its weight's shape."""
-
-    module: nn.Linear
-    budget: int
-    base: Tensor
-    mask: Tensor
-    support: Tensor
-    delta: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    age: Tensor
-    target: int
-    first_mask: Tensor
-    window: Window
-    inputs: Tensor
-    outputs: Tensor
-    grown: Tensor
-    dropped: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Linear, config: SeftConfig) -> "Layer":
-        base = module.weight.detach().clone()
-        mask = base != 0
-        none = torch.zeros_like(mask)
-        zero = torch.zeros(base.shape)
-        return cls(
-            module=module,
-            budget=math.floor(config.density * base.numel() + 0.5),
-            base=base,
-            mask=mask,
-            support=none,
-            delta=zero,
-            exp_avg=zero,
-            exp_avg_sq=zero,
-            age=torch.zeros(base.shape, dtype=torch.int64),
-            target=int(mask.sum()),
-            first_mask=mask,
-            window=Window.empty(base, config.window_store),
-            inputs=torch.zeros(base.shape[1]),
-            outputs=torch.zeros(base.shape[0]),
-            grown=none,
-            dropped=none,
-        )
-
-    @property
-    def value(self) -> Tensor:
-        """The weight before any cast."""
-        return torch.where(self.support, self.base.float() + self.delta, self.base.float())
-
-    @property
-    def positions(self) -> Tensor:
-        return torch.arange(self.base.numel()).view(self.base.shape)
-
-    def leave(self, which: Tensor) -> None:
-        """Entries leave the support and forget everything."""
-        self.support = self.support & ~which
-        for name in ("delta", "exp_avg", "exp_avg_sq"):
-            setattr(self, name, torch.where(which, 0.0, getattr(self, name)))
-        self.age = torch.where(which, 0, self.age)
-
-    def write(self) -> None:
-        assert not self.value[~self.mask].any()
-        with torch.no_grad():
-            self.module.weight.copy_(self.value)
 
 
 class DenseSeft:
@@ -209,10 +141,17 @@ class DenseSeft:
             self.largest_delta = max(self.largest_delta, float(layer.delta.abs().max()))
 
     def _evolve(self, windows: list[Window]) -> None:
+        for layer in self.layers.values():
+            layer.grown = layer.removed = torch.zeros_like(layer.mask)
+        if self.config.reactivate == "trial":
+            self._adapt(windows)
+            for layer in self.layers.values():
+                layer.trial = torch.zeros_like(layer.mask)
         for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):
             self._drop(i, layer, window)
             self._grow(i, layer, window)
-        self._adapt(windows)
+        if self.config.reactivate == "commit":
+            self._adapt(windows)
 
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
@@ -236,7 +175,7 @@ class DenseSeft:
             score = torch.minimum(window.rows, window.columns)
         else:
             score = uniform(layer.positions, config.seed, i, t, 2)
-        free = ~layer.support & ~layer.dropped & window.known
+        free = ~layer.support & ~layer.dropped & ~layer.removed & window.known
         if config.grow != "random":
             free &= score != 0  # what has no gradient does not grow
         count = layer.budget - int(layer.support.sum())
@@ -244,6 +183,8 @@ class DenseSeft:
             count = min(count, self._num_candidates(layer))
         layer.grown = grown = self._best_free(layer, score, free, count)
         layer.support = layer.support | grown
+        if config.reactivate == "trial":
+            layer.trial = grown & ~layer.mask
         layer.mask = layer.mask | grown
         if config.moments == "seeded":
             a, (beta1, beta2) = window.steps, self.betas
@@ -253,6 +194,9 @@ class DenseSeft:
 
     def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int) -> Tensor:
         cap = math.floor(self.config.reactivation * count + 0.5)
+        later = range(self.num_steps + 1, (self.config.last_step or 0) + 1)
+        if self.config.reactivate == "trial" and not any(map(self.evolves, later)):
+            cap = 0  # no evolution would decide about it
         count = min(count, int(free.sum()))
         if self.config.pattern:
             return self._walk(layer, score, free, count, cap)
@@ -268,10 +212,10 @@ class DenseSeft:
 
     def _keep_candidates(self, layers: list[Layer]) -> None:
         """After a window's first step: the gradient stays known where it may be needed."""
-        scores = [(layer.value * layer.window.gradient).abs() for layer in layers]
+        scores = [self._adapt_score(layer, layer.window) for layer in layers]
         spare = [layer.mask & ~layer.support for layer in layers]
         counts = [self._num_candidates(layer) for layer in layers]
-        if self.config.adapt != "sensitivity":
+        if self.config.adapt not in ("sensitivity", "curvature"):
             prune = [torch.zeros_like(layer.mask) for layer in layers]
         elif self.config.scope == "layer":
             prune = [self._choose(*args, largest=False) for args in zip(scores, spare, counts, strict=True)]
@@ -287,16 +231,9 @@ class DenseSeft:
         if self.config.adapt == "none":
             return
         layers = list(self.layers.values())
-        scores = []
-        for layer, window in zip(layers, windows, strict=True):
-            if self.config.adapt == "sensitivity":
-                scores.append((layer.value * window.score).abs())
-            elif self.config.adapt == "activation":
-                scores.append(layer.value.abs() * window.inputs.sqrt())
-            else:
-                scores.append(layer.value.abs())
+        scores = [self._adapt_score(*args) for args in zip(layers, windows, strict=True)]
         eligible = [layer.mask & ~layer.grown for layer in layers]
-        if self.config.adapt == "sensitivity":
+        if self.config.adapt in ("sensitivity", "curvature"):
             eligible = [which & window.known for which, window in zip(eligible, windows, strict=True)]
         excess = [int(layer.mask.sum()) - layer.target for layer in layers]
         if self.config.pattern:
@@ -307,12 +244,24 @@ class DenseSeft:
             out = self._choose_of_all(scores, eligible, sum(excess))
         for layer, pruned in zip(layers, out, strict=True):
             layer.mask = layer.mask & ~pruned
+            layer.removed = pruned
             layer.base = torch.where(pruned, 0.0, layer.base)
             layer.leave(pruned)
 
+    def _adapt_score(self, layer: Layer, window: Window) -> Tensor:
+        if self.config.adapt == "sensitivity":
+            return (layer.value * window.score).abs()
+        if self.config.adapt == "curvature":
+            rows, columns = window.outputs / window.steps, window.inputs / window.steps
+            price = rows.view(-1, 1) * columns * layer.value**2 / 2
+            return price + (layer.value * window.score / window.steps).abs()
+        if self.config.adapt == "activation":
+            return layer.value.abs() * window.inputs.sqrt()
+        return layer.value.abs()
+
     def _choose_of_all(self, scores: list[Tensor], eligible: list[Tensor], count: int) -> list[Tensor]:
         """The ``count`` smallest of all layers together."""
-        flat = torch.cat([score.flatten() for score in scores]), torch.cat([e.flatten() for e in eligible])
+        flat = (torch.cat([each.flatten() for each in every]) for every in (scores, eligible))
         parts = self._choose(*flat, count, largest=False).split([score.numel() for score in scores])
         return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
@@ -333,6 +282,7 @@ class DenseSeft:
         for at in sorted((p for p, it_is in enumerate(is_free) if it_is), key=lambda p: (-scores[p], p)):
             group = at // size
             full = took.get(group, 0) == sum(active[group * size : (group + 1) * size])
+            full = full and self.config.reactivate == "commit"  # on trial, nobody has to make room yet
             if full or (not active[at] and pruned == cap):
                 if self.config.grow != "random":  # such scores are exact
                     self._note(passed[group] if full and group in passed else last, scores[at], typical)

@@ -112,6 +112,7 @@ def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp
         pytest.param({"window_store": "bf16", "moments": "seeded"}, marks=pytest.mark.long),
         {"window_store": "candidates"},
         {"window_store": "factored"},
+        {"reactivate": "trial", "adapt": "curvature"},
     ],
 )
 def test_every_kind_of_state_is_kept(options: dict[str, Any], tmp_path: Path) -> None:

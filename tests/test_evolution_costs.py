@@ -11,13 +11,14 @@ from torch import Tensor
 
 from seft_dist import SeftConfig
 from seft_dist.backends.group import Group
+from seft_dist.modules.targets import find_targets
 from seft_dist.optim.collectives import select
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.report import EvolutionReport
 from seft_dist.sparsity.bitmask import popcount
 from seft_dist.sparsity.selection import BINS, DIGITS, keys
 from tests.layouts import build
-from tests.models import batch
+from tests.models import batch, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
 
 CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=8)
@@ -89,7 +90,7 @@ def evolve(layout: str, rank: int, config: SeftConfig) -> Seen:
         step()
     Evolution.run = run  # type: ignore[method-assign]
     assert len(found) == 2 and seft.evolution is not None
-    evolution = found[1]
+    evolution = found[1].work
     return Seen(
         own=[len(layer.interval) for layer in layers],
         deltas=deltas,
@@ -152,6 +153,31 @@ def test_bytes_of_every_phase_are_those_of_the_formulas(layout: str, world_size:
             assert all(phase.seconds > 0 for phase in seen.report.phases.values())
             assert seen.report.bytes_sent == sum(found.values()) - found["window"]
     assert both[0][0].report.digest == both[0][1].report.digest
+
+
+def test_bytes_of_trials_and_of_curvature() -> None:
+    """What both send beyond the default, whose rankings have the same size as histograms."""
+
+    def on_rank(rank: int, _: int) -> list[Seen]:
+        common = vars(CONFIG) | {"selection": "radix", "end": 2 * CONFIG.interval, "steps": 3 * CONFIG.interval}
+        return [
+            evolve("fsdp", rank, SeftConfig(**(common | over)))
+            for over in ({}, {"adapt": "curvature"}, {"reactivate": "trial"})
+        ]
+
+    shapes = [tuple(target.module.weight.shape) for target in find_targets(prune_(tiny_llama()), "all-linear").values()]
+    wire, counts = Wire(3), 8 * len(shapes)
+    sums = sum(wire.total(4 * rows) + wire.total(4 * columns) for rows, columns in shapes)
+    more = [
+        {"window": sums},
+        {"adapt": wire.total(counts), "verify": wire.total(counts) + wire.total(48) - wire.total(32)},
+    ]
+    for default, *others in run_ranks(on_rank, 3, timeout=120):
+        sent = {name: phase.bytes_sent for name, phase in default.report.phases.items()}
+        for seen, added in zip(others, more, strict=True):
+            found = {name: phase.bytes_sent for name, phase in seen.report.phases.items()}
+            del found["commit"], found["drop"]
+            assert found == {name: sent[name] + added.get(name, 0) for name in found}
 
 
 LAYER = 1 << 20

@@ -67,6 +67,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "candidates": {"window_store": "candidates"},
     "candidates, global": {"window_store": "candidates", "window_candidates": 0.5, "scope": "global"},
     "factored": {"window_store": "factored"},
+    "curvature": {"adapt": "curvature"},
+    "trial": {"reactivate": "trial", "adapt": "activation"},
+    "trial, global, curvature": {"reactivate": "trial", "adapt": "curvature", "scope": "global"},
 }
 
 

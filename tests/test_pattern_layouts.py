@@ -114,6 +114,7 @@ def test_zero3_cuts_the_same_groups(world_size: int) -> None:
         {"grow": "random", "init": "random", "adapt": "magnitude"},
         {"density": 0.4, "selection": "gather"},
         {"density": 0.4, "selection": "radix"},
+        {"reactivate": "trial", "adapt": "magnitude"},
     ],
 )
 def test_every_option_follows_one_process(options: dict[str, Any]) -> None:

@@ -74,7 +74,8 @@ options = st.fixed_dictionaries(
         "on_drop": st.sampled_from(["commit_reactivated", "keep"]),
         "drop": st.sampled_from(["magnitude", "movement", "random"]),
         "grow": st.sampled_from(["gradient", "momentum", "random"]),
-        "adapt": st.sampled_from(["sensitivity", "activation", "magnitude"]),
+        "adapt": st.sampled_from(["sensitivity", "activation", "curvature", "magnitude"]),
+        "reactivate": st.sampled_from(["commit", "trial"]),
         "scope": st.sampled_from(["layer", "global"]),
         "init": st.sampled_from(["gradient", "random"]),
         "moments": st.sampled_from(["zero", "seeded"]),
@@ -95,7 +96,9 @@ def test_counts_hold_through_every_evolution(over: dict[str, Any], dtype: torch.
     targets: dict[str, int] = {}
     for t, before, after in run(model, seft, 12):
         targets = targets or {name: int((layer["weight"] != 0).sum()) for name, layer in before.items()}
-        active = {name: int(layer["mask"].sum()) for name, layer in after.items()}
+        trial = {layer.name: len(layer.trial) for layer in seft.deltas()}
+        active = {name: int(layer["mask"].sum()) - trial[name] for name, layer in after.items()}
+        assert all(trial[name] <= int(config.density * len(layer["mask"]) + 0.5) for name, layer in after.items())
         assert sum(active.values()) == sum(targets.values())
         if config.scope == "layer":
             assert active == targets

@@ -55,7 +55,12 @@ def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
 
 
 def test_the_optimizer_goes_back_to_the_best_model(tmp_path: Path) -> None:
-    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "greater_is_better": True}
+    options: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "greater_is_better": True,
+    }
     best = train(0, 1, "single", tmp_path, metric_for_best_model="loss", **options)
     step = int(best["best"].rpartition("-")[2])
     assert best["steps"] == step < STEPS  # the largest loss is not the last

@@ -12,7 +12,8 @@ Init = Literal["gradient", "random"]
 Moments = Literal["zero", "seeded"]
 Drop = Literal["magnitude", "movement", "random"]
 Grow = Literal["gradient", "momentum", "random"]
-Adapt = Literal["sensitivity", "activation", "magnitude", "none"]
+Adapt = Literal["sensitivity", "activation", "curvature", "magnitude", "none"]
+Reactivate = Literal["commit", "trial"]
 Scope = Literal["layer", "global"]
 Selection = Literal["auto", "gather", "radix"]
 Decay = Literal["weight", "delta"]
@@ -58,6 +59,11 @@ class SeftConfig:
     reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta joins the base."""
     reactivation: float = 1.0
     """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the mask never moves."""
+    reactivate: Reactivate = "commit"
+    """Way in which pruned positions come back. "commit": a position that grows takes the place of another at once.
+    "trial": it trains until the next evolution, which ranks all active positions and keeps the best; until then the
+    mask is larger by what is on trial, at most reactivation x density of a layer. The last evolution lets nothing go on
+    trial."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
     positions drawn from the seed)."""
@@ -69,7 +75,8 @@ class SeftConfig:
     """Criterion to grow: largest |accumulated "gradient"| or row/column second "momentum" (SM3), or "random"."""
     adapt: Adapt = "sensitivity"
     """Criterion to prune again: smallest "sensitivity" |weight x accumulated gradient|, "activation" |weight| x input
-    norm (Wanda) or "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned model)."""
+    norm (Wanda), "curvature" h weight^2 / 2 + |weight x mean gradient| or "magnitude" |weight|, or "none" (sparsity is
+    lost, as SpIEL on a pruned model)."""
     scope: Scope = "layer"
     """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""
     pattern: str | None = None
@@ -101,6 +108,7 @@ class SeftConfig:
         check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1 optimizer step")
         check_kept(self.pattern, self.scope, self.adapt, self.reactivation)
         self._check_window_store()
+        self._check_trial()
         last = self.last_evolution
         if self.steps is not None and last is not None:
             check(
@@ -108,6 +116,20 @@ class SeftConfig:
                 f"the last evolution would be at step {last} of {self.steps}",
                 "at least one update after it (grown weights start at 0); set end below steps, or raise steps",
             )
+
+    def _check_trial(self) -> None:
+        if self.reactivate == "commit":
+            return
+        check(
+            self.adapt != "none",
+            'reactivate="trial" with adapt="none"',
+            'a criterion that ends a trial, e.g. adapt "activation"; or reactivate "commit"',
+        )
+        check(
+            self.static or self.last_step is not None,
+            'reactivate="trial" without a last evolution',
+            "steps or end: a run must not end while positions are on trial",
+        )
 
     def _check_window_store(self) -> None:
         if self.window_store not in ("candidates", "factored"):

@@ -1,1 +1,1 @@
-"""What other libraries need to train with SEFT, beyond what they offer every optimizer."""
+"""Adapters that let other libraries train with SEFT, beyond what they offer every optimizer."""

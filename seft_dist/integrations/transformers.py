@@ -15,7 +15,7 @@ FOLDER = "seft"
 """Folder of SEFT's checkpoint in one of Trainer's."""
 
 
-class SeftCallback(TrainerCallback):
+class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
     """Lets Trainer clip, log, save, resume and choose the best model with a ``SeftOptimizer``.
 
         seft = SeftOptimizer(model, SeftConfig(density=0.01), lr=1e-3)

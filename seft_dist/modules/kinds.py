@@ -261,8 +261,8 @@ def is_conv1d(module: object) -> bool:
 
 
 def _refuse_activation(name: str, kind: str, config: SeftConfig) -> None:
-    if config.adapt == "activation":
+    if config.adapt in ("activation", "curvature"):
         raise ValueError(
-            f"seft.adapt=activation is not supported yet for the weights of a {kind} ({name}): choose "
+            f"seft.adapt={config.adapt} is not supported yet for the weights of a {kind} ({name}): choose "
             "seft.adapt=sensitivity or magnitude, or targets without it"
         )

@@ -1,4 +1,4 @@
-"""What the anchors tell: whether another optimizer updates them, and whether somebody clips what they stand for.
+"""Signs in the anchors that another optimizer updates them, or that somebody clips what they stand for.
 
 Every anchor is 0 and stays 0, and each backward pass gives it the gradient ``ANCHOR_GRAD``. An optimizer that took
 SEFT's place moves it at once, and a call that clips gradients scales its gradient. Without that, both would look like

@@ -145,7 +145,8 @@ def _forward_compiled(module: Any, x: Tensor, transposed: bool) -> Tensor:
     weight, bias = module.weight, module.bias
     anchor = getattr(module, ANCHOR, None)
     if packed_of(weight) is not None:
-        return (_untraced_conv1d if transposed else _untraced_linear)(module, x)
+        untraced: Tensor = (_untraced_conv1d if transposed else _untraced_linear)(module, x)
+        return untraced
     if anchor is None or not torch.is_grad_enabled():
         return linear(x, weight.T if transposed else weight, bias)
     slot = module._seft_attachment.slots["weight"]
@@ -179,7 +180,7 @@ def _slot_of(module: nn.Module) -> Slot | None:
     return attachment_of(module).slots.get("weight")
 
 
-@torch.compiler.disable  # how many tokens an expert gets is not known before
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # nobody knows before how many tokens an expert gets
 def _forward_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     packed = any(packed_of(parameter) is not None for parameter in module.parameters(recurse=False))
     if not torch.is_grad_enabled() and not module.training and not packed:

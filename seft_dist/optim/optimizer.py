@@ -4,6 +4,7 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -79,8 +80,7 @@ class SeftOptimizer(TorchInterface):
 
         Raises:
             TypeError: ``model`` is no module, e.g. ``model.parameters()``.
-            ValueError: The pattern of the targets matches nothing, or a module that cannot carry deltas; or the model
-                has adapters, is fp16, or its weights are fetched from elsewhere.
+            ValueError: The pattern of the targets matches nothing, or something that cannot be trained.
         """
         check_is_model(model)
         self.config = config or SeftConfig()
@@ -103,7 +103,6 @@ class SeftOptimizer(TorchInterface):
         self._state: State | None = None
         self._needs = Needs.of(self.config)
         self._write_checked = False
-        self._step_watch = StepWatch(list(self._targets.values()))
         self._exchange: Exchange | None = None
         self._grad_norm = torch.zeros(())
         self._checks_late = False
@@ -168,6 +167,7 @@ class SeftOptimizer(TorchInterface):
         self._state = first_state(backend, self.config)
         self._backend = backend
         self._exchange = Exchange(backend, self._slots)
+        self._step_watch = StepWatch(list(self._targets.values()))
         self._slots[-1].before_record = self._step_watch.note_backward
         self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
@@ -177,7 +177,7 @@ class SeftOptimizer(TorchInterface):
         warn_without_recomputation(backend)
         self._prepare_step()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attach_before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self._check_awaited()
@@ -334,6 +334,14 @@ class SeftOptimizer(TorchInterface):
         """Count what is wanted, active, zero and trained in every target. Collective."""
         self.check_last_step()
         return self.sparse_state.sparsity(self.backend)
+
+    def without_trials(self) -> AbstractContextManager[None]:
+        """Hide the positions on trial: inside the context their weights are 0 and the sparsity is exact. Collective.
+
+        For exports and evaluations between evolutions with ``reactivate: trial``; do not train inside it.
+        """
+        self.check_last_step()
+        return self.sparse_state.without_trials(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
         """Return this rank's masks and deltas, target by target."""

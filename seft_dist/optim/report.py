@@ -25,6 +25,10 @@ class EvolutionReport:
     """Grown entries that were pruned positions."""
     pruned: int
     """Active positions that left the mask."""
+    tried: int
+    """Positions whose trial ended (``reactivate: trial``)."""
+    kept: int
+    """Those of them that stay active."""
     support: int
     """Number of deltas afterwards."""
     replaced: float

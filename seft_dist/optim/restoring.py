@@ -57,6 +57,7 @@ def parts_of(layer: LayerDelta) -> dict[str, Tensor | None]:
     """Return the tensors of a target's part by the names that they have in checkpoints."""
     parts: dict[str, Tensor | None] = {key: getattr(layer.columns, key) for key in COLUMNS}
     parts |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
+    parts["trial"] = layer.trial
     if layer.window is not None:
         keys = WINDOW_OWN + WINDOW_SHARED + WINDOW_SUMS
         parts |= {f"window.{key}": getattr(layer.window, key) for key in keys}
@@ -67,7 +68,8 @@ def check_part(parts: Mapping[str, Tensor | None], limits: Limits) -> None:
     """Check that training could have left a part of a target as it is.
 
     Args:
-        parts: Tensors by their names, see ``parts_of``; window sums and shared statistics may be missing.
+        parts: Tensors by their names, see ``parts_of``; window sums and shared statistics may be missing, and so may
+            the positions on trial if there are none.
         limits: Bounds of the tensors.
 
     Raises:
@@ -86,6 +88,7 @@ def check_part(parts: Mapping[str, Tensor | None], limits: Limits) -> None:
     committed = _positions(parts, "committed", limits)
     values = _vector(parts, "committed_values", limits.dtype, len(committed), limits)
     _bounded(values, "committed_values", None, None, limits)
+    _check_trial(parts, indices, limits)
     for key, positions in (("indices", indices), ("committed", committed)):
         outside = (~holds(mask, positions.long() - start)).nonzero()
         if outside.numel():
@@ -94,6 +97,18 @@ def check_part(parts: Mapping[str, Tensor | None], limits: Limits) -> None:
             )
     if limits.window_steps:
         _check_window(parts, indices, limits)
+
+
+def _check_trial(parts: Mapping[str, Tensor | None], indices: Tensor, limits: Limits) -> None:
+    if parts.get("trial") is None:
+        return
+    trial = _positions(parts, "trial", limits)
+    if len(trial):
+        limits.expect(limits.config.reactivate == "trial", f"{len(trial)} positions on trial", "none")
+        entries = torch.isin(indices, trial)
+        base = _given(parts, "base", limits)[entries]
+        sound = len(base) == len(trial) and not bool(base.any())
+        limits.expect(sound, "a position on trial without a delta over base 0", "one at each of them")
 
 
 def _check_window(parts: Mapping[str, Tensor | None], indices: Tensor, limits: Limits) -> None:
@@ -196,7 +211,8 @@ def check_layers(
 
 def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State) -> None:
     """Check the numbers of active positions and deltas over all ranks. Collective."""
-    counts = backend.owners.sum(torch.tensor([[popcount(layer.mask), len(layer.columns)] for layer in layers]))
+    own = [[popcount(layer.mask) - len(layer.trial), len(layer.columns)] for layer in layers]
+    counts = backend.owners.sum(torch.tensor(own))
     for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
         if config.adapt != "none" and active != layer.target:
             raise ValueError(f"{layer.name}: a mask with {active} active positions; needs exactly {layer.target}")
@@ -223,6 +239,7 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
         for i, layer in enumerate(layers):
             backend.put_own(i, _applied(layer, backend.own(i)), layer.mask)
             state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
+            state.trial[i] = layer.trial
         backend.sync_mask_counts()
         state.set_entries(backend, [layer.columns for layer in layers])
 

@@ -36,7 +36,8 @@ class Rounding:
         """
         self._backend, self._config, self._windows = backend, config, windows
         self._share = _BF16 if config.window_store == "bf16" else ROUNDING
-        needs = config.grow != "random" or config.adapt == "sensitivity" or config.drop == "movement"
+        reads = config.adapt in ("sensitivity", "curvature")
+        needs = config.grow != "random" or reads or config.drop == "movement"
         own = [torch.cat([*self._sums(i, needs), self._update_sums(entries[i])]) for i in range(len(windows))]
         sums = backend.owners.sum(torch.cat(own)).split([len(part) for part in own])
         self._typical, self._update = [], []
@@ -130,9 +131,15 @@ class Rounding:
             entries: The own deltas.
         """
         errors = self._of_weights(i, weight, offsets, entries)
-        if self._config.adapt == "sensitivity":
-            gradient = self._windows[i].gradient().abs()
-            return gradient.mul_(errors) + weight.abs() * self._of_gradient(i)
+        if self._config.adapt in ("sensitivity", "curvature"):
+            window, start = self._windows[i], self._backend.interval(i).start
+            gradient = window.gradient().abs()
+            if self._config.adapt == "sensitivity":
+                return gradient.mul_(errors) + weight.abs() * self._of_gradient(i)
+            linear = (gradient * errors + weight.abs() * self._of_gradient(i)) / window.num_steps
+            # of h w^2 / 2: twice the error of w, and those of both factors of h
+            doubled = (2 * errors + 2 * ROUNDING * weight.abs()) * weight.abs()
+            return linear + scores.curvature(doubled.sqrt_(), torch.zeros_like(weight), *window.moments(), start)
         if norms is not None:
             return scores.activation(errors + weight.abs() * ROUNDING, norms, self._backend.interval(i).start)
         return errors

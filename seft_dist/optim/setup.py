@@ -121,7 +121,19 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         backend.remask(i, mask, none.long())
     backend.sync_mask_counts()
     columns, nothing = Columns.empty(backend.device, backend.position_dtype), [none] * count
-    return State(columns, [0] * count, nothing, masks, targets, budgets, supports, nothing, prints, group_prints)
+    return State(
+        columns=columns,
+        lengths=[0] * count,
+        places=list(nothing),
+        masks=masks,
+        targets=targets,
+        budgets=budgets,
+        supports=supports,
+        committed=list(nothing),
+        trial=list(nothing),
+        fingerprint=prints,
+        group_prints=group_prints,
+    )
 
 
 def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor]) -> list[int]:

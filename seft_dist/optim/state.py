@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ class LayerSparsity:
     """Weights that are exactly 0."""
     support: int
     """Deltas."""
+    trial: int = 0
+    """Active positions on trial, beyond ``target`` (``reactivate: trial``)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class LayerDelta:
     """``Backend.position_dtype``, positions whose delta became part of the base once."""
     committed_values: Tensor
     """Weights at ``committed`` now, in the model's dtype."""
+    trial: Tensor
+    """``Backend.position_dtype``, positions on trial: they have a delta, and are not among ``target``."""
     window: Window | None
     """Statistics of a window that has begun; None outside one."""
 
@@ -78,6 +83,11 @@ class State:
 
     Beside masks and columns, they make the weights differ from the pruned model. They stay listed when they enter the
     support again.
+    """
+    trial: list[Tensor]
+    """Own positions on trial, increasing, ``Backend.position_dtype`` (``reactivate: trial``).
+
+    They are active beyond ``targets`` and have a delta over base 0; the next evolution decides about them.
     """
     fingerprint: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
@@ -125,6 +135,23 @@ class State:
             ]
         backend.store_all(places, new)
 
+    @contextmanager
+    def without_trials(self, backend: Backend) -> Iterator[None]:
+        """Make the weights on trial 0 inside the context. Collective."""
+        if not any(self.on_trial(backend)):
+            yield
+            return
+        hidden = self.columns.weight()
+        for part, entries, trial in zip(hidden.split(self.lengths), self.layers(), self.trial, strict=True):
+            part[torch.searchsorted(entries.indices, trial)] = 0
+        with backend.writing():
+            self.write_weights(backend, hidden)
+        try:
+            yield
+        finally:
+            with backend.writing():
+                self.write_weights(backend, self.columns.weight())
+
     def layer_deltas(self, backend: Backend, windows: Sequence[Window | None]) -> Iterator[LayerDelta]:
         """Yield what this rank owns of each target.
 
@@ -143,12 +170,26 @@ class State:
                 columns=entries,
                 committed=committed,
                 committed_values=backend.load(i, backend.places(i, committed)),
+                trial=self.trial[i],
                 window=windows[i],
             )
 
     def active(self, backend: Backend) -> list[int]:
-        """Count the active positions of each whole weight. Collective."""
+        """Count the active positions of each whole weight, those on trial too. Collective."""
         return backend.owners.sum(torch.tensor([bits.popcount(mask) for mask in self.masks])).tolist()
+
+    def on_trial(self, backend: Backend) -> list[int]:
+        """Count the positions of each whole weight that are on trial. Collective."""
+        return backend.owners.sum(torch.tensor(list(map(len, self.trial)))).tolist()
+
+    def masks_without_trial(self, backend: Backend) -> list[Tensor]:
+        """Return each own mask without the positions on trial, uint8, packed."""
+        return [
+            bits.with_bits(mask, len(interval), where.long() - interval.start, False) if len(where) else mask
+            for mask, where, interval in zip(
+                self.masks, self.trial, map(backend.interval, range(len(self.masks))), strict=True
+            )
+        ]
 
     def verify(self, backend: Backend, config: SeftConfig) -> str:
         """Check every promise about masks and supports on all ranks. Collective.
@@ -161,6 +202,8 @@ class State:
         """
         active = torch.tensor(self.active(backend))
         wanted = torch.tensor(self.targets)
+        if config.reactivate == "trial":
+            wanted += torch.tensor(self.on_trial(backend))
         if config.scope == "global":
             active, wanted = active.sum().view(1), wanted.sum().view(1)
         if config.adapt != "none" and not torch.equal(active, wanted):
@@ -168,7 +211,7 @@ class State:
             where = backend.names[off] if config.scope == "layer" else "the model"
             raise RuntimeError(f"{where}: mask has {active[off]} active positions, needs exactly {wanted[off]}")
         if config.pattern:
-            NMGroups(backend, config.pattern).check(self.masks, self.group_prints)
+            NMGroups(backend, config.pattern).check(self.masks_without_trial(backend), self.group_prints)
         for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")
@@ -196,10 +239,10 @@ class State:
         """Count what is active, zero and trained in every target. Collective."""
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
-        active = self.active(backend)
+        active, trial = self.active(backend), self.on_trial(backend)
         return [
             LayerSparsity(
-                name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i])
+                name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i]), trial[i]
             )
             for i, name in enumerate(backend.names)
         ]

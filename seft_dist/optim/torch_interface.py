@@ -1,4 +1,4 @@
-"""What schedulers, savers and GradScaler expect of any torch optimizer, and what SEFT answers."""
+"""The methods that schedulers, savers and GradScaler expect of any torch optimizer."""
 
 import warnings
 from typing import Any

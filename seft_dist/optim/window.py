@@ -31,6 +31,8 @@ class Needs:
     """True if the gradient of every position is read, or an estimate of it."""
     norms: bool
     """True if norms of the inputs are read."""
+    outputs: bool
+    """True if the size of the outputs' gradients is read too."""
     squares: bool
     """True if squares of the gradient are read."""
     momentum: bool
@@ -50,16 +52,19 @@ class Needs:
             seeded
             or momentum
             or config.grow == "gradient"
-            or config.adapt == "sensitivity"
+            or config.adapt in ("sensitivity", "curvature")
             or config.drop == "movement"
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
         factored, candidates = config.window_store == "factored", config.window_store == "candidates"
-        return cls(gradient, config.adapt == "activation", seeded, momentum, factored, candidates, dtype)
+        outputs = config.adapt == "curvature" or (gradient and factored)
+        norms = config.adapt == "activation" or outputs
+        return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)
 
     def of_first_support(self) -> "Needs":
         """Return the needs with the gradient among them, which chooses the first support whatever the criteria."""
-        return dataclasses.replace(self, gradient=True)
+        outputs = self.outputs or self.factored
+        return dataclasses.replace(self, gradient=True, norms=self.norms or outputs, outputs=outputs)
 
     @property
     def dense(self) -> bool:
@@ -69,8 +74,7 @@ class Needs:
     @property
     def sums(self) -> list[str]:
         """Names of the statistics that each rank sums over its own tokens only."""
-        estimated = self.gradient and self.factored
-        return ["norms"] * (self.norms or estimated) + ["outputs"] * estimated
+        return ["norms"] * self.norms + ["outputs"] * self.outputs
 
 
 class Window:
@@ -99,9 +103,9 @@ class Window:
         self.sampled: Support | None = None
         """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None
-        """fp32 [in], sum of squares of the linear's input, this rank's tokens only (activation, factored)."""
+        """fp32 [in], sum of squares of the input, this rank's tokens only (activation, curvature, factored)."""
         self.outputs: Tensor | None = None
-        """fp32 [out], sum of squares of the gradient of the linear's output, this rank's tokens only (factored)."""
+        """fp32 [out], sum of squares of the output's gradient, this rank's tokens only (curvature, factored)."""
         self.rows: Tensor | None = None
         """fp32 [out], row accumulator (momentum); the same on every rank."""
         self.cols: Tensor | None = None
@@ -208,7 +212,7 @@ class Window:
         self.positions = (offsets + self._backend.interval(self._i).start).to(self._backend.position_dtype)
 
     def reduce_factors(self) -> None:
-        """Add up the row and column sums of all ranks. Collective if factored; otherwise nothing is sent."""
+        """Add up the row and column sums of all ranks. Collective where both are kept; otherwise nothing is sent."""
         if "outputs" in self.sums:
             self._factors = self.summed("outputs"), self.summed("norms")
 
@@ -217,7 +221,7 @@ class Window:
 
         It is 0 outside of candidates where only these are known. The result may be ``total`` itself.
         """
-        if self._factors is not None:
+        if self._needs.factored and self._factors is not None:
             return scores.factored(*self._factors, self._backend.interval(self._i).start, self._numel)
         assert self.total is not None, "criterion without its statistics"
         if self.positions is None:
@@ -226,9 +230,17 @@ class Window:
 
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return the accumulated gradient at some own positions, fp32; 0 if only its size is estimated."""
-        if self._factors is not None:
+        if self._needs.factored:
             return torch.zeros(positions.shape, device=positions.device)
         return self.gradient()[positions.long() - self._backend.interval(self._i).start]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return the mean over steps of the row and column sums of all ranks, fp32 [out] and [in].
+
+        Their product estimates the curvature of the loss at each position. Needs ``reduce_factors``.
+        """
+        assert self._factors is not None, "criterion without its statistics"
+        return self._factors[0] / self.num_steps, self._factors[1] / self.num_steps
 
     def known(self) -> Tensor | None:
         """Return where the gradient of the own interval is known, uint8, packed; None: everywhere."""

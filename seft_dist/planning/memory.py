@@ -186,16 +186,20 @@ def _window_phases(
     own = sum(map(layout.own_numel, shapes.targets))
     # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
+    if config.seft.adapt == "curvature":  # the price, and the mean gradient in it
+        ranked += 8
     ranking = {"ranking of one weight": float(ranked * max(map(layout.own_numel, shapes.targets)))}
-    if needs.factored:
+    sums: MemoryTerms = {}
+    if needs.outputs:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
+    if needs.factored:
         return {
             "loss in a window": {**whole, **head, **sums},
             "window": {**whole, **layers, **sums, **grads},
             "evolution": {**sums, **ranking},
         }
     each = needs.dtype.itemsize
-    total = {"window: accumulated gradient": float(each * own)}
+    total = {"window: accumulated gradient": float(each * own), **sums}
     if needs.squares:
         total["window: squares"] = float(each * own)
     # With candidates only the first step is dense; after it only the sums of the candidates are kept

@@ -116,7 +116,7 @@ def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: 
     moved = config.seft.drop_fraction * deltas
     radix = 2 * 8 * BINS * len(DIGITS) * problems
     ranked = 3 * min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else 3 * radix
-    traffic = _factors(shapes, links) if Needs.of(config.seft).factored else []
+    traffic = _factors(shapes, links) if Needs.of(config.seft).outputs else []
     traffic += [
         links.ring("rankings", ranked),
         links.ring("positions of all deltas", shapes.position_bytes * deltas * layout.skew(shapes)),

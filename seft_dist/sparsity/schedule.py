@@ -14,8 +14,13 @@ def is_evolution(config: SeftConfig, step: int) -> bool:
 
 def first_evolution(config: SeftConfig) -> int | None:
     """Return the step of the first evolution (the first support aside); None if there will be none."""
-    step = max(1, -(-config.begin // config.interval)) * config.interval
-    return step if is_evolution(config, step) else None
+    return next_evolution(config, 0)
+
+
+def next_evolution(config: SeftConfig, step: int) -> int | None:
+    """Return the step of the first evolution after step t; None if there is none."""
+    coming = max(step // config.interval + 1, -(-config.begin // config.interval)) * config.interval
+    return coming if is_evolution(config, coming) else None
 
 
 def is_first_support(config: SeftConfig, step: int) -> bool:

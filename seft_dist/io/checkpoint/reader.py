@@ -199,7 +199,7 @@ class _Reader:
     def part(self, rank: int, name: str) -> dict[str, Tensor]:
         """Read everything that one rank wrote of a target, by the last part of the tensors' names."""
         window = (*WINDOW_OWN, *WINDOW_SHARED, *WINDOW_SUMS) if self.window_steps else ()
-        keys = (*COLUMNS, "mask", "committed", "committed_values", *(f"window.{key}" for key in window))
+        keys = (*COLUMNS, "mask", "committed", "committed_values", "trial", *(f"window.{key}" for key in window))
         values = {key: self.get(rank, f"{name}.{key}") for key in keys}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -223,7 +223,7 @@ def _read_parts(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: in
     """
     backend, name, interval = seft.backend, target["name"], seft.backend.interval(i)
     parts: dict[str, list[Tensor]] = {
-        key: [] for key in [*COLUMNS, "committed", "committed_values", "mask", *WINDOW_OWN]
+        key: [] for key in [*COLUMNS, "committed", "committed_values", "trial", "mask", *WINDOW_OWN]
     }
     for rank, own in reader.overlapping(target, interval):
         stored = reader.part(rank, name)
@@ -247,6 +247,8 @@ def _read_parts(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: in
             inside = (positions >= begin) & (positions < end)
             for key in keys:
                 parts[key].append(stored[key][inside])
+        if (trial := stored.get("trial")) is not None:
+            parts["trial"].append(trial[(trial >= begin) & (trial < end)])
         kept = stored.get("window.positions")
         which = slice(begin - own.start, end - own.start) if kept is None else (kept >= begin) & (kept < end)
         for key in WINDOW_OWN:
@@ -264,6 +266,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         "age": torch.int32,
         "committed": backend.position_dtype,
         "committed_values": backend.dtypes[i],
+        "trial": backend.position_dtype,
         "mask": torch.bool,
         "positions": backend.position_dtype,
     }
@@ -280,6 +283,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         columns=Columns(**{key: whole[key] for key in COLUMNS}),
         committed=whole["committed"],
         committed_values=whole["committed_values"],
+        trial=whole["trial"],
         window=_window(seft, reader, name, i, {key: whole[key] for key in WINDOW_OWN if parts[key]}),
     )
 

@@ -223,6 +223,8 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
     for i, layer in enumerate(seft.deltas()):
         state: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
         state |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
+        if seft.config.reactivate == "trial":
+            state["trial"] = layer.trial
         if layer.window is not None:
             state |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_OWN + WINDOW_SHARED}
             state |= {f"window.{key}": value for key, value in (sums[i] if sums else {}).items()}

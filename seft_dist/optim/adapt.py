@@ -1,0 +1,109 @@
+"""The third part of an evolution: the mask shrinks to its size again."""
+
+import torch
+from torch import Tensor
+
+from seft_dist.kernels import bits
+from seft_dist.kernels.ranking import ranking_keys
+from seft_dist.optim.collectives import next_to_border
+from seft_dist.optim.nm_groups import GroupRanking, NMGroups
+from seft_dist.optim.rounding import Rounding
+from seft_dist.optim.working_state import WorkingState
+from seft_dist.sparsity import scores
+from seft_dist.sparsity.selection import INELIGIBLE
+
+
+def adapt(work: WorkingState) -> None:
+    """Take the active positions with the smallest score out of the mask until it has its size again. Collective.
+
+    Positions that grew in this evolution do not compete. Positions on trial do: their trial ends here.
+    """
+    if work.config.adapt == "none":
+        return
+    if work.config.adapt == "activation":
+        work.norms = {i: window.summed("norms").sqrt() for i, window in enumerate(work.windows)}
+    work.removed = _best_of_layers(work) if work.groups is None else _best_of_groups(work, work.groups)
+    for i, offsets in enumerate(work.removed):
+        mask = work.state.masks[i] = work.mark(i, work.state.masks[i], offsets, False)
+        work.entries[i] = work.entries[i].take(bits.holds(mask, work.offsets(i)))
+        committed = work.state.committed[i]
+        work.state.committed[i] = committed[bits.holds(mask, committed.long() - work.intervals[i].start)]
+    if work.config.scope == "global":
+        work.state.targets = work.state.active(work.backend)
+
+
+def end_trials(work: WorkingState) -> list[int]:
+    """Decide about the positions on trial: all active positions are ranked, and the mask shrinks. Collective.
+
+    Returns:
+        Number of this rank's positions that were on trial, and of those that stay in the mask.
+    """
+    tried = work.state.trial
+    adapt(work)
+    stay = [
+        bits.holds(mask, where.long() - interval.start)
+        for mask, where, interval in zip(work.state.masks, tried, work.intervals, strict=True)
+    ]
+    work.state.trial = [where[:0] for where in tried]
+    work.count_entries()
+    return [sum(map(len, tried)), sum(int(each.sum()) for each in stay)]
+
+
+def _best_of_layers(work: WorkingState) -> list[Tensor]:
+    active = work.state.active(work.backend)
+    excess = [have - want for have, want in zip(active, work.state.targets, strict=True)]
+    wanted = excess if work.config.scope == "layer" else [sum(excess)]
+
+    def key(i: int) -> Tensor:
+        return adapt_key(work, i)
+
+    removed = work.select(key, wanted, lambda rounding, i: adapt_errors(work, rounding, i))
+    if work.rounding is not None and work.config.scope == "global":
+        # A near-tie of one layer in Grow moves the border for all of them.
+        by = sum(work.near_ties or ()) - work.counted_before
+        work.count(next_to_border(work.backend.owners, key, len(work.windows), wanted[0], by))
+    return removed
+
+
+def _best_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
+    """Choose in each group as many positions as it has too many. Collective."""
+
+    def too_many(i: int) -> Tensor:
+        marks = torch.zeros(len(work.intervals[i]), dtype=torch.bool, device=work.backend.device)
+        marks[work.reactivated[i]] = True
+        marks[work.state.trial[i].long() - work.intervals[i].start] = True
+        return marks
+
+    ranking = GroupRanking(groups, lambda i: adapt_key(work, i), groups.counter(too_many))
+    removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(work.windows))]
+    work.count_close_calls(ranking, removed, lambda rounding, i: adapt_errors(work, rounding, i))
+    return removed
+
+
+def _weight(work: WorkingState, i: int) -> Tensor:
+    weight = work.backend.own(i).to(torch.float32, copy=True)
+    weight[work.offsets(i)] = work.entries[i].weight()  # fp32, before any cast
+    return weight
+
+
+def adapt_errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:
+    """Return how far rounding can move each of ``adapt_key``'s scores, fp32 [own]."""
+    return rounding.of_adapt(i, _weight(work, i), work.norms.get(i), work.offsets(i), work.entries[i])
+
+
+def adapt_key(work: WorkingState, i: int) -> Tensor:
+    """Return the keys by which a target's own positions leave the mask, int32 [own]."""
+    weight, window = _weight(work, i), work.windows[i]
+    # Without the grown ones: their weight is still 0, the step would undo itself.
+    eligible = work.mark(i, work.state.masks[i], work.grown[i], False)
+    if work.config.adapt in ("sensitivity", "curvature"):
+        if (known := window.known()) is not None:
+            eligible &= known
+        if work.config.adapt == "sensitivity":
+            return ranking_keys(weight, largest=False, eligible=eligible, times=window.gradient())
+        moments, start = window.moments(), work.intervals[i].start
+        price = scores.curvature(weight, window.gradient() / window.num_steps, *moments, start)
+        return ranking_keys(price, largest=False, eligible=eligible)
+    if work.config.adapt == "activation":
+        weight = scores.activation(weight, work.norms[i], work.intervals[i].start)
+    return ranking_keys(weight, largest=False, eligible=eligible, absolute=True)
