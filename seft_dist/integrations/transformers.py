@@ -133,7 +133,7 @@ def _find(optimizer: Any) -> SeftOptimizer:
             raise ValueError(
                 f"Trainer has the optimizer {type(last).__name__}, not SeftOptimizer, so SEFT would train nothing: "
                 'pass optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": ..., "lr": ...}); with FSDP '
-                "and DeepSpeed Trainer takes no optimizers=. Where the ds_config has offload_optimizer, accelerate puts "
+                "and DeepSpeed Trainer takes no optimizers=. With offload_optimizer in the ds_config, accelerate puts "
                 'DeepSpeedCPUAdam in its place: remove it, or set "zero_force_ds_cpu_optimizer": false'
             )
     return inner
