@@ -319,8 +319,9 @@ def test_a_deepspeed_checkpoint_does_not_lose_masks_and_deltas_in_silence(stage:
         expected = snapshot(engine.module, seft)
 
         engine, seft, backward, step = begin()
+        engine.load_checkpoint(str(tmp_path / "engine"))
         with pytest.raises(ValueError, match="has done 0 steps, the state_dict is of step 3"):
-            engine.load_checkpoint(str(tmp_path / "engine"))
+            engine(**batch(3, rank))
         engine, seft, backward, step = begin()
         checkpoint.load(seft, path)
         engine.load_checkpoint(str(tmp_path / "engine"))

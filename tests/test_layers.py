@@ -28,6 +28,7 @@ FLOORS = {
     "optim": 5,
     "io": 6,
     "data": 7,
+    "integrations": 7,
     "export": 8,
     "planning": 8,
     "pruning": 9,
@@ -51,6 +52,7 @@ CONFINED = {
         "io",
         "data",
         "planning",
+        "integrations",
         "backends/shards.py",  # makes modules whose weights come later
         "evaluation/tasks.py",  # seeds as lm_eval does
         "export/convert.py",

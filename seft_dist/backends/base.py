@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 
 class Holder(Protocol):
     """The part of a target that backends use; ``seft_dist.modules.kinds.Target`` is one."""
+
+    module: Any
+    """Module that has the parameter."""
 
     @property
     def weight(self) -> Tensor:

@@ -143,7 +143,9 @@ class FsdpBackend(DenseBackend):
             raise ValueError(f"targets are sharded over {len(meshes)} different device meshes: needs one mesh for all")
         mesh = meshes.pop()
         owners, replicas = shard_groups(mesh)
-        self._unit = {name: _unit_of(model, name) for name in targets}
+        # Names may have changed since the targets were found: checkpoint wrappers and torch.compile add parts to them.
+        names = {id(module): name for name, module in model.named_modules()}
+        self._unit = {name: _unit_of(model, names[id(target.module)]) for name, target in targets.items()}
         super().__init__(targets, owners, replicas)
         self._packed_units = self._find_packed_units()
 
@@ -231,7 +233,7 @@ def _mesh_of(name: str, weight: Tensor) -> DeviceMesh:
 def _unit_of(model: nn.Module, name: str) -> FSDPModule:
     modules, parts = dict(model.named_modules()), name.split(".")
     for depth in range(len(parts), -1, -1):
-        module = modules.get(".".join(parts[:depth]))  # none for the last part of a fused parameter's name
+        module = modules.get(".".join(parts[:depth]))
         if isinstance(module, FSDPModule):
             return module
     raise ValueError(

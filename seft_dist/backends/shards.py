@@ -50,6 +50,27 @@ def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter.detach().view(-1), 0
 
 
+def zeros_beside(parameter: Tensor, other: Tensor) -> Tensor:
+    """Return zeros in the form of a parameter without values, plain or sharded by FSDP2.
+
+    Args:
+        parameter: On the meta device.
+        other: Tensor on whose device they are to be.
+    """
+    device = (other.to_local() if isinstance(other, DTensor) else other).device
+    if not isinstance(parameter, DTensor):
+        return torch.zeros_like(parameter, device=device)
+    local = torch.zeros_like(parameter.to_local(), device=device)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def shard_fsdp(
     model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, offload: bool, ignored: set[nn.Parameter]
 ) -> None:

@@ -20,7 +20,7 @@ from seft_dist.io.source import Source as Source
 from seft_dist.io.source import locate as locate
 from seft_dist.io.source import open_source as open_source
 from seft_dist.io.weight_files import abbreviate
-from seft_dist.optim.linear import ANCHOR
+from seft_dist.optim.anchors import ANCHOR
 from seft_dist.optim.packing import pack_weights
 from seft_dist.sparsity.casts import cast_weight
 

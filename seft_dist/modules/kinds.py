@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from seft_dist.config import SeftConfig
@@ -102,6 +103,34 @@ class Target(ABC):
 
     def _bind(self, forward: Callable[..., Tensor]) -> None:
         self.module.forward = types.MethodType(forward, self.module)
+
+    def check_stored(self, name: str) -> None:
+        """Refuse a weight that is computed from others, or stored in a way that cannot be written position by position.
+
+        Args:
+            name: Name of the target, for the message.
+
+        Raises:
+            ValueError: Names the target and the reason.
+        """
+        own = self.module._parameters
+        if f"{self.key}_orig" in own:
+            raise ValueError(
+                f"target {name}: torch.nn.utils.prune computes its {self.key} anew in each forward pass; make the "
+                f'pruning permanent first: torch.nn.utils.prune.remove(module, "{self.key}")'
+            )
+        if self.key not in own:
+            raise ValueError(
+                f"target {name}: its {self.key} is no parameter but computed (torch.nn.utils.parametrize?); make it "
+                "plain first: torch.nn.utils.parametrize.remove_parametrizations"
+                f'(module, "{self.key}"), or choose other targets'
+            )
+        layout = own[self.key].layout
+        if layout != torch.strided:
+            raise ValueError(
+                f"target {name}: its {self.key} has the layout {layout}; needs an ordinary dense tensor with zeros "
+                "where it is pruned: weight.to_dense()"
+            )
 
     @abstractmethod
     def check_supported(self, name: str) -> None:

@@ -59,6 +59,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         ends = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in known})) or "none"
         raise ValueError(f"targets={pattern!r} matches no linear of {type(model).__name__}; its linears end in: {ends}")
     for name, target in targets.items():
+        target.check_stored(name)
         target.check_supported(name)
     if pattern == ALL_LINEAR:
         _refuse_unknown(model, known, routers, head)

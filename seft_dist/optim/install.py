@@ -8,8 +8,10 @@ from torch import nn
 
 from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.packed import packed_of
+from seft_dist.backends.shards import zeros_beside
 from seft_dist.modules.kinds import Target
-from seft_dist.optim.linear import ANCHOR, SAMPLED_FORWARDS
+from seft_dist.optim.anchors import ANCHOR
+from seft_dist.optim.linear import SAMPLED_FORWARDS
 from seft_dist.optim.slot import Slot
 
 
@@ -30,7 +32,7 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
     module.register_parameter(name, anchor)
     attachment.hooks += [
         module.register_state_dict_post_hook(_hide_anchor(name)),
-        module.register_load_state_dict_pre_hook(_expect_no_anchor(name)),
+        module.register_load_state_dict_pre_hook(_expect_no_anchor(name, target.key)),
     ]
     attachment.slots[target.key] = slot
     target.bind_forward(SAMPLED_FORWARDS)
@@ -57,8 +59,12 @@ def _hide_anchor(name: str) -> Callable[..., None]:
     return hook
 
 
-def _expect_no_anchor(name: str) -> Callable[..., None]:
+def _expect_no_anchor(name: str, key: str) -> Callable[..., None]:
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        state.setdefault(prefix + name, getattr(module, name).detach())
+        anchor = getattr(module, name).detach()
+        if anchor.is_meta and prefix + key in state:
+            # FSDP2 shards a model without values and then assigns the state (accelerate's cpu_ram_efficient_loading)
+            anchor = zeros_beside(anchor, state[prefix + key])
+        state.setdefault(prefix + name, anchor)
 
     return hook

@@ -19,11 +19,10 @@ from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.packed import PackedWeight, packed_of
 from seft_dist.modules.experts import experts_forward, experts_linear
 from seft_dist.modules.kinds import Forwards
+from seft_dist.optim.anchors import ANCHOR
+from seft_dist.optim.compiled_linear import compiled_linear
 from seft_dist.optim.recompute_inputs import keep
-from seft_dist.optim.slot import Slot
-
-ANCHOR = "seft_anchor"
-"""Name of the anchor in a linear's module; ``seft_dist.optim.install`` makes it."""
+from seft_dist.optim.slot import ANCHOR_GRAD, Slot
 
 HeldWeight = Tensor | PackedWeight
 """A weight to multiply with: the parameter, or the packed weight behind its placeholder."""
@@ -61,7 +60,7 @@ def _anchor_grad(ctx: Any) -> Tensor | None:
     if ctx.anchor is None:
         return None
     shape, dtype, device = ctx.anchor
-    return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.full(shape, ANCHOR_GRAD, dtype=dtype, device=device)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -134,6 +133,27 @@ class _SampledExperts(torch.autograd.Function):
 
 
 def _forward_linear(module: Any, x: Tensor) -> Tensor:
+    return _forward_compiled(module, x, False) if torch.compiler.is_compiling() else _eager_linear(module, x)
+
+
+def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
+    return _forward_compiled(module, x, True) if torch.compiler.is_compiling() else _eager_conv1d(module, x)
+
+
+def _forward_compiled(module: Any, x: Tensor, transposed: bool) -> Tensor:
+    """Compute what ``_eager_linear`` and ``_eager_conv1d`` do, in a form that torch.compile can trace."""
+    weight, bias = module.weight, module.bias
+    anchor = getattr(module, ANCHOR, None)
+    if packed_of(weight) is not None:
+        untraced: Tensor = (_untraced_conv1d if transposed else _untraced_linear)(module, x)
+        return untraced
+    if anchor is None or not torch.is_grad_enabled():
+        return linear(x, weight.T if transposed else weight, bias)
+    slot = module._seft_attachment.slots["weight"]
+    return compiled_linear(x, weight, bias, anchor, slot, transposed)
+
+
+def _eager_linear(module: Any, x: Tensor) -> Tensor:
     weight = _held_weight(module)
     if not torch.is_grad_enabled():
         return linear(x, _dense(weight), module.bias)
@@ -143,7 +163,7 @@ def _forward_linear(module: Any, x: Tensor) -> Tensor:
     return output
 
 
-def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
+def _eager_conv1d(module: Any, x: Tensor) -> Tensor:
     weight = _held_weight(module)
     if not torch.is_grad_enabled():
         whole = isinstance(weight, Tensor)
@@ -152,10 +172,15 @@ def _forward_conv1d(module: Any, x: Tensor) -> Tensor:
     return output
 
 
+_untraced_linear = torch.compiler.disable(_eager_linear)
+_untraced_conv1d = torch.compiler.disable(_eager_conv1d)
+
+
 def _slot_of(module: nn.Module) -> Slot | None:
     return attachment_of(module).slots.get("weight")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # nobody knows before how many tokens an expert gets
 def _forward_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     packed = any(packed_of(parameter) is not None for parameter in module.parameters(recurse=False))
     if not torch.is_grad_enabled() and not module.training and not packed:

@@ -4,7 +4,6 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +17,8 @@ from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
+from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
+from seft_dist.optim.anchors import StepWatch, check_unclipped
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
@@ -29,6 +30,7 @@ from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
+from seft_dist.optim.torch_interface import TorchInterface
 from seft_dist.optim.window import (
     Needs,
     Window,
@@ -39,13 +41,8 @@ from seft_dist.optim.window import (
 )
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
-_NOT_IN_STATE_DICT = (
-    "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
-    "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
-)
 
-
-class SeftOptimizer(torch.optim.Optimizer):
+class SeftOptimizer(TorchInterface):
     """Fine-tunes a pruned model with sparse deltas whose positions evolve, at constant sparsity.
 
     Works on plain, DDP, FSDP2 and DeepSpeed ZeRO-0..3 models; the interface is that of any torch optimizer::
@@ -84,8 +81,10 @@ class SeftOptimizer(torch.optim.Optimizer):
                 name their own group.
 
         Raises:
-            ValueError: The pattern of the targets matches nothing, or a module that cannot carry deltas.
+            TypeError: ``model`` is no module, e.g. ``model.parameters()``.
+            ValueError: The pattern of the targets matches nothing, or something that cannot be trained.
         """
+        check_is_model(model)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
@@ -97,6 +96,7 @@ class SeftOptimizer(torch.optim.Optimizer):
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
         self.config.check_trials_end()
+        check_trainable(model, self._targets)
         model.requires_grad_(False)
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
@@ -158,6 +158,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         """
         if self._backend is not None:
             return
+        check_no_adapters(self._model)  # may have come after the constructor
+        check_materialized(self._targets)
         backend = find_backend(self._model, self._targets, self._group)
         group = self.param_groups[0]
         update = [group[key] for key in ("betas", "eps", "weight_decay")]
@@ -170,6 +172,8 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
         self._backend = backend
         self._exchange = Exchange(backend, self._slots)
+        self._step_watch = StepWatch(list(self._targets.values()))
+        self._slots[-1].before_record = self._step_watch.note_backward
         self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
@@ -178,8 +182,10 @@ class SeftOptimizer(torch.optim.Optimizer):
         warn_without_recomputation(backend)
         self._prepare_step()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attach_before_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
+            self._check_awaited()
             self.attach()
 
     def _prepare_step(self) -> None:
@@ -249,6 +255,10 @@ class SeftOptimizer(torch.optim.Optimizer):
         self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
+        self._check_awaited()
+        self._step_watch.end()
+        if not self.is_managed and not self._write_checked:
+            check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)
         # The order of what follows is part of the method:
         #   1. Gradients arrive at their owners, and are checked before anything is changed by them.
         #   2. Windows count the step, so that an evolution at its end sees its gradient.
@@ -366,30 +376,6 @@ class SeftOptimizer(torch.optim.Optimizer):
         state.verify(backend, self.config)
         self.num_steps = num_steps
         self._prepare_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
-
-        One rank's part of them is of no use on another number of ranks, and many savers keep the dict of rank 0 alone.
-        """
-        if self.num_steps:
-            warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
-        return super().state_dict() | {"seft_steps": self.num_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the param group.
-
-        Raises:
-            ValueError: The dict is of another step than the masks and deltas of this optimizer.
-        """
-        steps = state_dict.get("seft_steps", 0)
-        if steps != self.num_steps:
-            raise ValueError(
-                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {steps}. "
-                f"{_NOT_IN_STATE_DICT}, and load them with seft_dist.io.checkpoint.load(seft, checkpoint) before "
-                "anything that calls load_state_dict"
-            )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
     def detach(self) -> None:
         """Turn the model back into plain modules with the trained weights. The optimizer is of no use afterwards."""

@@ -14,6 +14,7 @@ from seft_dist.config import SeftConfig
 from seft_dist.kernels.bits import holds, popcount, unpack
 from seft_dist.optim.agreement import raise_on_all_ranks
 from seft_dist.optim.delta import Columns
+from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.state import LayerDelta, State
 from seft_dist.optim.window import Needs
 from seft_dist.sparsity.partition import Interval
@@ -236,12 +237,51 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
     _check_counts(layers, backend, config, state)
     with backend.writing():
         for i, layer in enumerate(layers):
-            own, start = backend.own(i).clone(), layer.interval.start
-            own[layer.committed.long() - start] = layer.committed_values.to(own)
-            own.masked_fill_(unpack(layer.mask, len(layer.interval)).logical_not_(), 0)
-            own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
-            backend.put_own(i, own, layer.mask)
+            backend.put_own(i, _applied(layer, backend.own(i)), layer.mask)
             state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
             state.trial[i] = layer.trial
         backend.sync_mask_counts()
         state.set_entries(backend, [layer.columns for layer in layers])
+
+
+def _applied(layer: LayerDelta, own: Tensor) -> Tensor:
+    """Return this rank's weights of a target with masks and deltas in them.
+
+    Args:
+        layer: Masks and deltas.
+        own: Flat weights of its interval, before; not changed.
+    """
+    own, start = own.clone(), layer.interval.start
+    own[layer.committed.long() - start] = layer.committed_values.to(own)
+    own.masked_fill_(unpack(layer.mask, len(layer.interval)).logical_not_(), 0)
+    own[layer.columns.indices.long() - start] = layer.columns.weight().to(own.dtype)
+    return own
+
+
+def holds_result(layers: Sequence[LayerDelta], backend: Backend) -> bool:
+    """Tell whether the weights are already those that taking over the layers would make of them. Collective.
+
+    Args:
+        layers: This rank's part of every target, checked for this layout.
+        backend: Holds the weights.
+    """
+    backend.prepare_write()  # shards, not gathered copies, are compared
+    differs = any(not torch.equal(_applied(layer, backend.own(i)), backend.own(i)) for i, layer in enumerate(layers))
+    return not bool(backend.replicas.max(backend.owners.max(torch.tensor([int(differs)]))))
+
+
+def begin_as(
+    state: State, backend: Backend, config: SeftConfig, layers: Sequence[LayerDelta], fingerprints: list[int]
+) -> None:
+    """Let a state whose model holds trained weights begin as the run did that trained them. Collective with a pattern.
+
+    Args:
+        state: The state to change.
+        backend: Holds the weights.
+        config: The method.
+        layers: What the run has written of this rank's part of every target.
+        fingerprints: Hash of each weight that the run began with.
+    """
+    state.targets, state.fingerprint = [layer.target for layer in layers], fingerprints
+    if config.pattern is not None:
+        state.group_prints = NMGroups(backend, config.pattern).fingerprints([layer.mask for layer in layers])

@@ -1,6 +1,7 @@
 """Slots, in which the backward pass of a target leaves its weight gradient until it goes to the ranks that own it."""
 
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,10 @@ from seft_dist.modules.experts import expert_slices, experts_dense_grad
 from seft_dist.optim.delta import Support
 from seft_dist.optim.window import Window
 
+ANCHOR_GRAD = 8192.0
+"""Gradient of every anchor in a backward pass: a power of two, far from any real gradient. The optimizer notices by it
+whether another one updates the anchors, or whether somebody clips them (``seft_dist.optim.anchors``)."""
+
 
 class Slot:
     """The positions to sample in one target's weight gradient, and the gradient that was sampled there.
@@ -19,6 +24,9 @@ class Slot:
     """
 
     def __init__(self) -> None:
+        self.handle = torch.tensor(id(self))
+        """int64 [] in CPU memory, by which ``seft_dist.optim.compiled_linear`` finds the slot."""
+        SLOTS[id(self)] = self
         self.armed = False
         """True once the slot was prepared: backward records from then on."""
         self.touched = False
@@ -29,6 +37,8 @@ class Slot:
         """fp32 [k], this rank's gradient since the last step; None: nothing was recorded, or it has been taken."""
         self.window: Window | None = None
         """Window that accumulates the dense gradient; None outside an evolution's window."""
+        self.before_record: Callable[[], None] = _nothing
+        """Called before each record."""
         self._on_record: Callable[[], None] = _nothing
 
     def prepare(self, support: Support | None, window: Window | None) -> None:
@@ -57,7 +67,16 @@ class Slot:
             x: [T, in], the linear's input.
             grad: [T, out], gradient of its output.
             ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
+
+        Raises:
+            ValueError: The gradient is fp16.
         """
+        if grad.dtype == torch.float16:
+            raise ValueError(
+                "gradients are float16 (autocast or model): their range is too small without loss scaling, which "
+                "SeftOptimizer does not support. Use bf16: torch.autocast(..., dtype=torch.bfloat16), bf16=True"
+            )
+        self.before_record()
         self.touched = True
         dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
@@ -91,3 +110,7 @@ class Slot:
 
 def _nothing() -> None:
     pass
+
+
+SLOTS: "weakref.WeakValueDictionary[int, Slot]" = weakref.WeakValueDictionary()
+"""All slots by the numbers in their handles."""

@@ -26,12 +26,13 @@ class DamagedError(ValueError):
     """A file of a checkpoint is missing, truncated or altered. An older checkpoint may still be usable."""
 
 
-def complete(folder: Path) -> list[Path]:
+def complete(folder: Path | str) -> list[Path]:
     """Return the complete checkpoints in a folder, the newest last.
 
     Only names that ``Saver`` gives are considered. A copy with another name, e.g. step-00000040-good, is the user's
     own.
     """
+    folder = Path(folder)
     checkpoints = _numbered(folder, "step")
     # A process that was killed between the two renames of a step's second save left its first one under this name
     for number, path in _numbered(folder, "replaced").items():
@@ -39,19 +40,20 @@ def complete(folder: Path) -> list[Path]:
     return [checkpoints[number] for number in sorted(checkpoints) if (checkpoints[number] / MANIFEST).exists()]
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Path | str) -> Path | None:
     """Return the newest complete checkpoint in a folder, or None if there is none."""
     checkpoints = complete(folder)
     return checkpoints[-1] if checkpoints else None
 
 
-def tidy(folder: Path, keep: int) -> None:
+def tidy(folder: Path | str, keep: int) -> None:
     """Remove older checkpoints, and the remains of saves and removals that were interrupted.
 
     Args:
         folder: Folder of a run's checkpoints.
         keep: Number of complete checkpoints to keep, the newest; those that one of these needs stay as well.
     """
+    folder = Path(folder)
     for kind in ("partial", "removed"):
         for path in _numbered(folder, kind).values():
             shutil.rmtree(path, ignore_errors=True)
@@ -112,14 +114,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, content)
 
 
-def read_manifest(checkpoint: Path) -> CheckpointManifest:
+def read_manifest(checkpoint: Path | str) -> CheckpointManifest:
     """Read and check a checkpoint's manifest.
 
     Raises:
         DamagedError: It is missing or altered, or lacks entries of a manifest.
         ValueError: It is intact, but of another format version.
     """
-    file = checkpoint / MANIFEST
+    file = Path(checkpoint) / MANIFEST
     try:
         content = read_json(file, dict[str, Any])
     except (OSError, ValueError) as error:

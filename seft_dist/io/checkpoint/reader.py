@@ -22,8 +22,10 @@ from seft_dist.optim.restoring import (
     WINDOW_SHARED,
     WINDOW_SUMS,
     Limits,
+    begin_as,
     check_layers,
     check_part,
+    holds_result,
 )
 from seft_dist.optim.state import LayerDelta
 from seft_dist.optim.window import Needs, Window
@@ -32,15 +34,20 @@ from seft_dist.sparsity.partition import Interval, Partition
 
 _MAY_CHANGE = ("steps", "end", "selection")
 """Settings that a resumed run may change, because they do not alter the steps already done."""
+_LIVE = (
+    "the model has been trained since it was loaded and does not hold the weights of that step: load the pruned model "
+    "again, or the weights of that step, and make a new SeftOptimizer"
+)
 _MAY_CHANGE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 """Settings that it may change too if the checkpoint holds no unfinished window."""
 
 
-def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
+def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
     """Restore an optimizer from a checkpoint, on any number of ranks and any backend. Collective.
 
     Args:
-        seft: A new optimizer on the pruned model that the checkpointed run started from.
+        seft: A new optimizer on the pruned model that the checkpointed run started from; or any optimizer on the model
+            with the weights that it had when the checkpoint was written, bit for bit (e.g. loaded by another library).
         checkpoint: Folder of the checkpoint, as ``save`` returned it.
 
     Returns:
@@ -51,10 +58,16 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
         ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
     seft.attach()
-    backend = seft.backend
-    manifest = open_checkpoint(
-        checkpoint, backend, seft.sparse_state.fingerprint, lambda loaded: _check_method(seft, loaded, checkpoint)
-    )
+    checkpoint, backend, state = Path(checkpoint), seft.backend, seft.sparse_state
+
+    def check_method(loaded: CheckpointManifest) -> None:
+        _check_method(seft, loaded, checkpoint)
+
+    manifest = open_checkpoint(checkpoint, backend, None, check_method)
+    wrong = None if seft.num_steps else _other_base(backend, state.fingerprint, manifest, checkpoint)
+    if wrong is not None and manifest["dtype"] != str(backend.dtypes[0]):
+        raise ValueError(wrong)
+    is_base = wrong is None and not seft.num_steps
     reader = _Reader(checkpoint, manifest)
     targets = {target["name"]: target for target in manifest["targets"]}
     layers: list[LayerDelta] = []
@@ -62,24 +75,33 @@ def load(seft: SeftOptimizer, checkpoint: Path) -> dict[str, Any]:
     def read() -> None:
         try:
             layers.extend(_layer(seft, reader, targets[name], i) for i, name in enumerate(backend.names))
-            check_layers(layers, backend, seft.config, seft.sparse_state, manifest["num_steps"])
+            if is_base:
+                check_layers(layers, backend, seft.config, state, manifest["num_steps"])
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
     everywhere(backend, read)
+    if not is_base:
+        if not holds_result(layers, backend):
+            raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_LIVE}")
+        fingerprints = [targets[name]["fingerprint"] for name in backend.names]
+        begin_as(state, backend, seft.config, layers, fingerprints)
     seft.restore(manifest["num_steps"], layers)
     return manifest["extra"]
 
 
 def open_checkpoint(
-    checkpoint: Path, backend: Backend, fingerprints: list[int], check_method: Callable[[CheckpointManifest], None]
+    checkpoint: Path,
+    backend: Backend,
+    fingerprints: list[int] | None,
+    check_method: Callable[[CheckpointManifest], None],
 ) -> CheckpointManifest:
     """Check that a checkpoint is intact, and that it belongs to this model and method. Collective.
 
     Args:
         checkpoint: Folder of the checkpoint.
         backend: Backend that holds the weights.
-        fingerprints: Fingerprint of each target's weight as it was loaded.
+        fingerprints: Fingerprint of each target's weight as it was loaded; None: they are not compared.
         check_method: Raises a ValueError if the checkpoint belongs to another method; the same on every rank.
 
     Returns:
@@ -91,7 +113,10 @@ def open_checkpoint(
     """
     everywhere(backend, lambda: read_manifest(checkpoint))
     manifest = read_manifest(checkpoint)
-    _check_model(backend, fingerprints, manifest, checkpoint)
+    _check_model(backend, manifest, checkpoint)
+    other = None if fingerprints is None else _other_base(backend, fingerprints, manifest, checkpoint)
+    if other is not None:
+        raise ValueError(other)
     check_method(manifest)
 
     def verify_checksums() -> None:
@@ -102,7 +127,7 @@ def open_checkpoint(
     return manifest
 
 
-def _check_model(backend: Backend, fingerprints: list[int], manifest: CheckpointManifest, checkpoint: Path) -> None:
+def _check_model(backend: Backend, manifest: CheckpointManifest, checkpoint: Path) -> None:
     entries = {target["name"]: target for target in manifest["targets"]}
     only_there, only_here = entries.keys() - set(backend.names), set(backend.names) - entries.keys()
     for where, names in (("there", only_there), ("here", only_here)):
@@ -117,14 +142,22 @@ def _check_model(backend: Backend, fingerprints: list[int], manifest: Checkpoint
                 f"{checkpoint} is of another model: {name} has shape {entries[name]['shape']} there, {list(shape)} "
                 "here; load the pruned model it began with"
             )
+
+
+def _other_base(
+    backend: Backend, fingerprints: list[int], manifest: CheckpointManifest, checkpoint: Path
+) -> str | None:
+    """Say in which weight a model differs from the one that the checkpointed run began with; None if in none."""
+    entries = {target["name"]: target for target in manifest["targets"]}
     for name, fingerprint in zip(backend.names, fingerprints, strict=True):
         if entries[name]["fingerprint"] != fingerprint:
             here = str(backend.dtypes[0])
             types = f" (held as {manifest['dtype']} there, as {here} here)" if manifest["dtype"] != here else ""
-            raise ValueError(
+            return (
                 f"{checkpoint} was made from another base model: the weights of {name} differ{types}; load the pruned "
                 "model it began with"
             )
+    return None
 
 
 def _check_method(seft: SeftOptimizer, manifest: CheckpointManifest, checkpoint: Path) -> None:

@@ -31,7 +31,7 @@ KEEP = 2
 """Default number of checkpoints of a run that are kept."""
 
 
-def save(seft: SeftOptimizer, folder: Path, extra: dict[str, Any], keep: int = KEEP) -> Path:
+def save(seft: SeftOptimizer, folder: Path | str, extra: dict[str, Any], keep: int = KEEP) -> Path:
     """Write a checkpoint of the optimizer and wait until it is on disk. Collective.
 
     Args:
@@ -77,14 +77,14 @@ class BackgroundSaver(ABC):
     the training thread, because a collective in another thread could be matched with one of training.
     """
 
-    def __init__(self, method: Checkpointed, folder: Path, keep: int = KEEP) -> None:
+    def __init__(self, method: Checkpointed, folder: Path | str, keep: int = KEEP) -> None:
         """Args:
         method: The method that is trained; it must be attached when the first save begins.
         folder: Folder of the run's checkpoints.
         keep: Number of checkpoints to keep; older ones are removed once a new one is complete.
         """
         assert keep >= 1
-        self._checkpointed, self._folder, self._keep = method, folder, keep
+        self._checkpointed, self._folder, self._keep = method, Path(folder), keep
         self._thread: threading.Thread | None = None
         self._step = 0
         self._manifest: dict[str, Any] = {}
@@ -198,7 +198,7 @@ class BackgroundSaver(ABC):
 class Saver(BackgroundSaver):
     """Writes the checkpoints of a ``SeftOptimizer``: its masks, deltas and windows."""
 
-    def __init__(self, seft: SeftOptimizer, folder: Path, keep: int = KEEP) -> None:
+    def __init__(self, seft: SeftOptimizer, folder: Path | str, keep: int = KEEP) -> None:
         """Args:
         seft: The optimizer; it must be attached when the first save begins.
         folder: Folder of the run's checkpoints.

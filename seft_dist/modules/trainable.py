@@ -1,0 +1,95 @@
+"""Checks that a whole model can be trained by SEFT, beyond those of its targets one by one."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from seft_dist.modules.kinds import Target
+
+
+def check_is_model(model: object) -> None:
+    """Refuse what other optimizers take instead of a model.
+
+    Raises:
+        TypeError: It is not a module; says what is wanted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"SeftOptimizer got a {type(model).__name__} instead of a model: it chooses the weights itself, so pass "
+            "the model, not its parameters: SeftOptimizer(model, SeftConfig(...), lr=...). In transformers.Trainer: "
+            'optimizer_cls_and_kwargs=(SeftOptimizer, {"model": model, "config": SeftConfig(...), "lr": ...})'
+        )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters of PEFT: they would be taken for targets, or stay untrained.
+
+    Raises:
+        ValueError: Names the first adapter.
+    """
+    for name, module in model.named_modules():
+        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+            where = f"{name} is a" if name else "the model is a"
+            raise ValueError(
+                f"{where} {type(module).__name__} of PEFT: SEFT trains the weights of the model itself, so adapters "
+                "would neither be trained nor kept sparse. Merge them first (model = model.merge_and_unload()), or "
+                "pass no peft_config"
+            )
+
+
+def check_dtype(name: str, weight: Tensor) -> None:
+    """Refuse fp16 weights.
+
+    Args:
+        name: Name of the weight, for the message.
+        weight: The weight as it is held.
+
+    Raises:
+        ValueError: The weights are fp16.
+    """
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            f"{name} is float16, whose range is too small for updates without loss scaling: load the model with "
+            "dtype=torch.bfloat16 or torch.float32"
+        )
+
+
+def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuse adapters, fp16 weights, and weights that a hook fetches from elsewhere for each forward pass.
+
+    Args:
+        model: The root module.
+        targets: Its targets by name.
+
+    Raises:
+        ValueError: Names the module or weight, and what to change.
+    """
+    check_no_adapters(model)
+    for name, target in targets.items():
+        weight = target.weight_name(name)
+        check_dtype(weight, target.weight)
+        hook = getattr(target.module, "_hf_hook", None)
+        if target.weight.is_meta and hook is not None:
+            raise ValueError(
+                f"{weight} is on the meta device and fetched for each forward pass (device_map with offloading to CPU "
+                "or disk): there is nothing to write updates to. Load the model without device_map, and shard it with "
+                "FSDP2 or ZeRO-3 (which can offload to the CPU)"
+            )
+
+
+def check_materialized(targets: Mapping[str, Target]) -> None:
+    """Refuse weights that have no values yet.
+
+    Args:
+        targets: Targets by name.
+
+    Raises:
+        ValueError: Names the weight.
+    """
+    for name, target in targets.items():
+        if target.weight.is_meta:
+            raise ValueError(
+                f"{target.weight_name(name)} is on the meta device, without values: load the pruned weights before the "
+                "first training step"
+            )

@@ -1,0 +1,72 @@
+"""The methods that schedulers, savers and GradScaler expect of any torch optimizer."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NOT_IN_STATE_DICT = (
+    "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
+    "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
+)
+
+
+class TorchInterface(torch.optim.Optimizer):
+    """The methods of ``SeftOptimizer`` that only other libraries call."""
+
+    num_steps: int
+    """Optimizer steps done."""
+    is_managed: bool = False
+    """True: something else clips by ``max_grad_norm`` and saves masks and deltas, so there is no need to warn."""
+    _awaited_steps: int | None = None
+    """Steps of the state_dict that was loaded; masks and deltas of the same step must be loaded before the next one."""
+    _step_supports_amp_scaling = True
+    """GradScaler then sets ``grad_scale``, which refuses it, instead of scaling the anchors only."""
+
+    @property
+    def grad_scale(self) -> Tensor | float:
+        """Scale that is in the gradients; there is none."""
+        return 1.0
+
+    @grad_scale.setter
+    def grad_scale(self, scale: Tensor | float) -> None:
+        raise ValueError(
+            "SeftOptimizer got a GradScaler: it does not support loss scaling. Train in bf16 (or fp32) without scaler: "
+            'torch.autocast(..., dtype=torch.bfloat16), mixed_precision="bf16" of Accelerator, bf16=True of Trainer'
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.
+
+        One rank's part of them is of no use on another number of ranks, and many savers keep the dict of rank 0 alone.
+        """
+        if self.num_steps and not self.is_managed:
+            warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
+        return super().state_dict() | {"seft_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the param group. Masks and deltas of the same step may be loaded before or afterwards.
+
+        Raises:
+            ValueError: The dict is of another step than the masks and deltas that were already loaded.
+        """
+        steps = state_dict.get("seft_steps", self.num_steps)
+        self._awaited_steps = steps if steps or self.num_steps else None  # accelerate loads what a new optimizer gave
+        if self.num_steps:
+            self._check_awaited()
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
+
+    def _check_awaited(self) -> None:
+        """Refuse to train with masks and deltas of another step than the state_dict.
+
+        Raises:
+            ValueError: They are of another step.
+        """
+        if self._awaited_steps not in (None, self.num_steps):
+            raise ValueError(
+                f"this optimizer has done {self.num_steps} steps, the state_dict is of step {self._awaited_steps}. "
+                f"{_NOT_IN_STATE_DICT}, and load them with seft_dist.io.checkpoint.load(seft, checkpoint) before "
+                "training goes on (with transformers.Trainer, SeftCallback does both)"
+            )
+        self._awaited_steps = None

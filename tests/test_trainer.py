@@ -1,0 +1,147 @@
+"""SEFT in transformers.Trainer and accelerate does what it does in a loop of one's own."""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from seft_dist import SeftConfig, SeftOptimizer
+from tests.layouts import snapshot
+from tests.models import batch, prune_, tiny_llama
+from tests.ranks import run_ranks
+from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
+
+LAYOUTS = ["ddp", "fsdp", "zero2", "zero3"]
+
+
+def _own_loop() -> dict[str, Any]:
+    """Train as tests/trainers.py's Trainer does, in its order of data, without it."""
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, SeftConfig(density=0.05, interval=4, window=2, steps=STEPS), lr=LR, max_grad_norm=0.5)
+    losses, norms = [], []
+    for t in range(STEPS):
+        seft.param_groups[0]["lr"] = LR * (1 - t / STEPS)
+        chosen = DATA[4 * t : 4 * t + 4]
+        rows = {key: torch.stack([row[key] for row in chosen]) for key in chosen[0]}
+        parts = [{key: value[begin : begin + 2] for key, value in rows.items()} for begin in (0, 2)]
+        mean = 0.0
+        for part in parts:
+            loss = model(**part).loss / 2
+            loss.backward()
+            mean += loss.item()
+        seft.step()
+        seft.zero_grad()
+        losses.append(mean)
+        norms.append(seft.grad_norm)
+    return {"losses": losses, "norms": norms, "state": snapshot(model, seft)}
+
+
+def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
+    whole = train(0, 1, "single", tmp_path, save_strategy="steps")
+    own = _own_loop()
+    assert whole["steps"] == STEPS and whole["max_grad_norm"] == 0.5
+    assert whole["losses"] == pytest.approx(own["losses"], abs=1e-5)
+    assert whole["norms"] == pytest.approx(own["norms"], rel=1e-4) and max(whole["norms"]) > 0.5
+    assert same_topology(whole["state"], own["state"])
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    resumed = train(0, 1, "single", tmp_path, tmp_path / "checkpoint-6")
+    assert resumed["losses"] == whole["losses"] and resumed["norms"] == whole["norms"]
+    for name, layer in resumed["state"].items():
+        for key in ("mask", "support", "values", "weight"):
+            assert torch.equal(layer[key], whole["state"][name][key]), (name, key)
+
+
+def test_the_optimizer_goes_back_to_the_best_model(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "greater_is_better": True,
+    }
+    best = train(0, 1, "single", tmp_path, metric_for_best_model="loss", **options)
+    step = int(best["best"].rpartition("-")[2])
+    assert best["steps"] == step < STEPS  # the largest loss is not the last
+    stopped = train(0, 1, "single", tmp_path / "stopped")
+    assert not same_topology(best["state"], stopped["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_path: Path) -> None:
+    one = train(0, 1, "single", tmp_path / "one", save_strategy="no")
+    two = run_ranks(train, 2, layout, tmp_path / "two")[0]
+    assert same_topology(one["state"], two["state"])
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    resumed = run_ranks(train, 2, layout, tmp_path / "two", tmp_path / "two" / "checkpoint-6")[0]
+    assert resumed["losses"] == two["losses"]
+    for name, layer in resumed["state"].items():
+        for key in ("mask", "support", "values", "weight"):
+            assert torch.equal(layer[key], two["state"][name][key]), (name, key)
+
+
+def test_a_resumed_run_without_masks_and_deltas_is_refused(tmp_path: Path) -> None:
+    train(0, 1, "single", tmp_path, max_steps=6)
+    shutil.rmtree(tmp_path / "checkpoint-3" / "seft")
+    with pytest.raises(ValueError, match="no complete checkpoint of SEFT"):
+        train(0, 1, "single", tmp_path, tmp_path / "checkpoint-3", max_steps=6)
+
+
+def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, report_to="none")
+    model = prune_(tiny_llama())
+    SeftOptimizer(model, CONFIG)
+    trainer = Trainer(model, args, train_dataset=DATA, callbacks=[SeftCallback()])
+    with pytest.raises(ValueError, match="optimizer AdamW, not SeftOptimizer"):
+        trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "over"),
+    [("ddp", {}), ("fsdp", {}), ("fsdp", {"activation_checkpointing": True}), ("zero2", {}), ("zero3", {})],
+)
+def test_accelerate_on_two_ranks_is_one_rank(layout: str, over: dict[str, Any]) -> None:
+    def on_rank(rank: int, world: int) -> Any:
+        return loop(rank, world, layout, **over)
+
+    assert same_topology(run_ranks(on_rank, 2)[0], run_ranks(lambda rank, world: loop(rank, world, "ddp"), 1)[0])
+
+
+def test_clipping_by_others_is_refused_or_warned_of() -> None:
+    def step(seft: SeftOptimizer, model: torch.nn.Module) -> None:
+        model(**batch(0)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seft.step()
+
+    model = prune_(tiny_llama())
+    with pytest.raises(ValueError, match="gradients were clipped outside of SeftOptimizer"):
+        step(SeftOptimizer(model, CONFIG), model)
+    model = prune_(tiny_llama())
+    with pytest.warns(UserWarning, match="SEFT clips to max_grad_norm=1"):
+        step(SeftOptimizer(model, CONFIG, max_grad_norm=1.0), model)
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*clipped outside.*")
+        model(**batch(0)).loss.backward()
+        seft.step()
+
+
+def test_an_optimizer_that_steps_instead_of_seft_is_noticed() -> None:
+    """As accelerate's DeepSpeedCPUAdam does with offload_optimizer: it is given the anchors."""
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    other = torch.optim.AdamW(seft.param_groups[0]["params"], lr=1e-3)
+    with pytest.raises(RuntimeError, match="another optimizer updates the model"):
+        for t in range(3):
+            model(**batch(t)).loss.backward()
+            other.step()
+            other.zero_grad()
