@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from seft_dist.config import SeftConfig
 from seft_dist.modules.targets import find_targets
 
 VOCAB = 128
@@ -18,6 +19,11 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 """Sizes of every tiny model, under their names in transformers' configurations."""
+
+
+def moving(**options: Any) -> SeftConfig:
+    """A configuration whose mask moves, as in the paper, unless ``options`` say otherwise: the harder case."""
+    return SeftConfig(**({"reactivation": 1.0} | options))
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.config import AdamConfig, DataConfig, ModelConfig, TrainConfig
 from seft_dist.training.trainer import Finished, Stopped, train
+from tests.models import moving
 from tests.ranks import run_ranks
 
 STEPS = 10
@@ -18,7 +19,7 @@ def run_config(inputs: Path, output: Path, **over: Any) -> TrainConfig:
         "model": ModelConfig(path=str(inputs / "pruned")),
         "data": DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
         "output": str(output),
-        "seft": SeftConfig(density=0.05, interval=3),
+        "seft": moving(density=0.05, interval=3),
         "optim": AdamConfig(lr=1e-2),
         "steps": STEPS,
         "batch_size": 6,

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from seft_dist import SeftConfig, SeftOptimizer, ds_optimizer_args
+from seft_dist import SeftOptimizer, ds_optimizer_args
 from seft_dist.backends.deepspeed import Zero3Backend
 from seft_dist.config import AdamConfig
 from seft_dist.io.models import checkpoint_activations
 from tests.layouts import build, ds_engine, shard_fsdp, train, train_on
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
 
 STEPS = 10
-CONFIG = SeftConfig(density=0.05, interval=3, window=2, steps=STEPS)
+CONFIG = moving(density=0.05, interval=3, window=2, steps=STEPS)
 
 
 def follows(run: dict[str, Any], reference: dict[str, Any], tolerance: float = 2e-6) -> None:
@@ -98,7 +98,7 @@ def test_ranks_that_own_nothing(layout: str, world_size: int) -> None:
     def small() -> nn.Module:
         return prune_(tiny_llama(intermediate_size=3))
 
-    config = SeftConfig(density=0.05, interval=3, steps=STEPS)
+    config = moving(density=0.05, interval=3, steps=STEPS)
     single = train_on("single", 1, config, STEPS, model=small())
     follows(train_on(layout, world_size, config, STEPS, model=small()), single)
 
@@ -222,7 +222,7 @@ def test_partly_sharded_model_is_refused() -> None:
 
 def test_ranks_with_another_configuration_are_refused() -> None:
     def on_rank(rank: int, world_size: int) -> str:
-        seft = SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.02 if rank else 0.01))
+        seft = SeftOptimizer(prune_(tiny_llama()), moving(density=0.02 if rank else 0.01))
         with pytest.raises(ValueError, match="another configuration"):
             seft.attach()
         return "refused"
@@ -263,7 +263,7 @@ def test_gathered_entries_are_counted(reference: dict[str, Any]) -> None:
     """Bytes of a plain step: 4 for each delta of another rank, and two fp64 numbers a layer are summed."""
 
     def on_rank(rank: int, world_size: int) -> tuple[int, int]:
-        called, seft, backward, step = build("fsdp", SeftConfig(density=0.05, interval=50))
+        called, seft, backward, step = build("fsdp", moving(density=0.05, interval=50))
         for t in range(2):
             sent = seft.backend.bytes_sent if t else 0
             backward(called(**batch(t, rank)).loss)
@@ -321,7 +321,7 @@ def train_linears(width: int, depth: int) -> None:
     parameters: list[Any] = list(model.parameters())
     for local in (parameter.to_local().detach() for parameter in parameters):
         local.normal_(std=width**-0.5).masked_fill_(torch.rand_like(local) < 0.6, 0)
-    seft = SeftOptimizer(model, SeftConfig(density=0.02, interval=2, window=1, steps=4))
+    seft = SeftOptimizer(model, moving(density=0.02, interval=2, window=1, steps=4))
     for _ in range(3):
         model(torch.randn(4, width)).square().mean().backward()
         seft.step()

@@ -15,11 +15,11 @@ from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import files, writer
 from seft_dist.io.checkpoint.files import MANIFEST
 from tests.layouts import build, snapshot
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
 STEPS, GLOBAL = 16, 12
-CONFIG = SeftConfig(density=0.05, interval=4, window=3, steps=STEPS)
+CONFIG = moving(density=0.05, interval=4, window=3, steps=STEPS)
 
 
 def run(
@@ -116,7 +116,7 @@ def test_other_layout_follows(first: tuple[str, int], then: tuple[str, int], tmp
     ],
 )
 def test_every_kind_of_state_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
-    config = SeftConfig(density=0.05, interval=4, window=3, steps=STEPS, **options)
+    config = moving(density=0.05, interval=4, window=3, steps=STEPS, **options)
     whole = run("fsdp", 2, 0, STEPS, tmp_path, config, save=False)
     run("fsdp", 2, 0, 7, tmp_path, config)
     assert_same(run("single", 1, 7, STEPS, tmp_path, config), whole, exact=False)
@@ -172,7 +172,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_checkpoint_is_small(tmp_path: Path) -> None:
-    path = saved(tmp_path, SeftConfig(density=0.01))
+    path = saved(tmp_path, moving(density=0.01))
     seft = SeftOptimizer(prune_(tiny_llama()), CONFIG)
     seft.attach()
     numel = sum(layer.numel for layer in seft.sparsity())
@@ -214,7 +214,7 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has shape"):
         checkpoint.load(SeftOptimizer(prune_(tiny_llama(intermediate_size=24)), CONFIG), path)
     with pytest.raises(ValueError, match=r"density=0\.05 there, 0\.02 here"):
-        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.02, interval=4, window=3)), path)
+        checkpoint.load(SeftOptimizer(prune_(tiny_llama()), moving(density=0.02, interval=4, window=3)), path)
     manifest = json.loads((path / MANIFEST).read_text())
     newer = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     newer["method"] = {"later": 3} | {key: value for key, value in newer["method"].items() if key != "scope"}
@@ -301,7 +301,7 @@ def test_a_step_saved_twice_is_there_at_every_instant(tmp_path: Path, monkeypatc
 )
 def test_a_deepspeed_checkpoint_does_not_lose_masks_and_deltas_in_silence(stage: int, tmp_path: Path) -> None:
     """engine.save_checkpoint says what it leaves out; engine.load_checkpoint alone is refused, and works after ours."""
-    config = SeftConfig(density=0.05, interval=2, steps=STEPS)
+    config = moving(density=0.05, interval=2, steps=STEPS)
 
     def begin() -> Any:
         return build(f"zero{stage}", config, prune_(tiny_llama()))

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import files
 from seft_dist.io.checkpoint.files import MANIFEST, rank_file
 from seft_dist.training.trainer import train
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.runs import make_config, records, run_train
 
-CONFIG = SeftConfig(density=0.05, interval=4, window=3, steps=16)
+CONFIG = moving(density=0.05, interval=4, window=3, steps=16)
 NAME = "model.layers.0.self_attn.q_proj"
 
 

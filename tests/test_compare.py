@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
-from seft_dist.config import AdamConfig, DataConfig, SeftConfig
+from seft_dist.config import AdamConfig, DataConfig
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.reproduce.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_comparison
 from seft_dist.reproduce.compare_report import print_comparison
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
+from tests.models import moving
 from tests.runs import STEPS, run_config, run_train
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ CHANGES: list[tuple[dict[str, Any], int, str]] = [
     ({"seed": 1}, 1, "data"),
     ({"optim": AdamConfig(lr=2e-2)}, 1, "learning rate 0.01 against 0.02"),
     ({"optim": AdamConfig(lr=1e-2, schedule="linear")}, 3, "learning rate"),
-    ({"seft": SeftConfig(density=0.05, interval=3, drop_fraction=0.4)}, 3, "support"),
+    ({"seft": moving(density=0.05, interval=3, drop_fraction=0.4)}, 3, "support"),
     ({"optim": AdamConfig(lr=1e-2, weight_decay=0.1)}, 1, "deltas"),
 ]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch._dynamo
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from tests.layouts import snapshot
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 
-CONFIG = SeftConfig(density=0.05, interval=3, window=2, steps=9)
+CONFIG = moving(density=0.05, interval=3, window=2, steps=9)
 
 
 def _train(compiled: str | None) -> tuple[list[float], dict[str, Any]]:

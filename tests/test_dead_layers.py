@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.kernels import adamw
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.optim.delta import Columns, least_size
@@ -19,12 +19,12 @@ from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import first_evolution
 from seft_dist.training import trainer
 from tests.layouts import build, snapshot
-from tests.models import batch, prune_, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 from tests.reference import DenseSeft
 from tests.runs import make_config
 
-CONFIG = SeftConfig(
+CONFIG = moving(
     density=0.06, targets="q_proj|down_proj", interval=2, steps=8, end=7, drop_fraction=0.4, drop_schedule="constant"
 )
 DEAD, ALIVE = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
@@ -229,7 +229,7 @@ def test_a_layer_without_gradient_is_named() -> None:
     ],
 )
 def test_a_schedule_without_evolution_is_said(schedule: dict[str, Any], first: int | None) -> None:
-    config = SeftConfig(density=0.05, **schedule)
+    config = moving(density=0.05, **schedule)
     assert first_evolution(config) == first
     seft = SeftOptimizer(prune_(tiny_llama()), config)
     with warnings.catch_warnings(record=True) as caught:
@@ -248,7 +248,7 @@ def test_a_schedule_without_evolution_is_said(schedule: dict[str, Any], first: i
 def test_one_rank_says_it() -> None:
     def on_rank(rank: int, world: int) -> list[str]:
         model = prune_(tiny_llama())
-        called, seft, _, _ = build("ddp", SeftConfig(density=0.05, interval=60, steps=50), model)
+        called, seft, _, _ = build("ddp", moving(density=0.05, interval=60, steps=50), model)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for t in range(2):
@@ -263,7 +263,7 @@ def test_one_rank_says_it() -> None:
 
 
 def test_a_run_says_once_that_it_has_no_evolution(inputs: Path, tmp_path: Path) -> None:
-    config = make_config(inputs, tmp_path / "run", seft=SeftConfig(density=0.05, interval=60), steps=2, backend="fsdp")
+    config = make_config(inputs, tmp_path / "run", seft=moving(density=0.05, interval=60), steps=2, backend="fsdp")
 
     def on_rank(rank: int, world: int) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:

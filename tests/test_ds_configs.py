@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import tests.preload  # noqa: F401
-from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.config import DataConfig, ModelConfig, TrainConfig
 from seft_dist.session.cli import parse
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.runs import train_to_end
 
@@ -31,7 +32,7 @@ def test_ds_config_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
         model=ModelConfig(path=str(inputs / "pruned")),
         data=DataConfig(path=str(inputs / "text.jsonl"), seq_len=16),
         output=str(tmp_path / "run"),
-        seft=SeftConfig(density=0.05, interval=2),
+        seft=moving(density=0.05, interval=2),
         deepspeed=str(path),
         steps=5,
         threads=1,

@@ -18,10 +18,10 @@ from seft_dist.optim.report import EvolutionReport
 from seft_dist.sparsity.bitmask import popcount
 from seft_dist.sparsity.selection import BINS, DIGITS, keys
 from tests.layouts import build
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
 
-CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=8)
+CONFIG = moving(density=0.05, interval=4, window=2, steps=8)
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("layout", "world_size"), cases())
 def test_bytes_of_every_phase_are_those_of_the_formulas(layout: str, world_size: int) -> None:
     def on_rank(rank: int, _: int) -> list[Seen]:
-        return [
-            evolve(layout, rank, SeftConfig(**(vars(CONFIG) | {"selection": form}))) for form in ("gather", "radix")
-        ]
+        return [evolve(layout, rank, moving(**(vars(CONFIG) | {"selection": form}))) for form in ("gather", "radix")]
 
     both = run_ranks(on_rank, world_size, timeout=120)
     for which, form in enumerate(("gather", "radix")):
@@ -161,7 +159,7 @@ def test_bytes_of_trials_and_of_curvature() -> None:
     def on_rank(rank: int, _: int) -> list[Seen]:
         common = vars(CONFIG) | {"selection": "radix", "end": 2 * CONFIG.interval, "steps": 3 * CONFIG.interval}
         return [
-            evolve("fsdp", rank, SeftConfig(**(common | over)))
+            evolve("fsdp", rank, moving(**(common | over)))
             for over in ({}, {"adapt": "curvature"}, {"reactivate": "trial"})
         ]
 

@@ -11,11 +11,11 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.kernels import adamw
 from seft_dist.optim.exchange import buckets_of
 from tests.layouts import build
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.waits import Waits
 
-CONFIG = SeftConfig(density=0.05, interval=3, window=2, steps=8)
+CONFIG = moving(density=0.05, interval=3, window=2, steps=8)
 STEPS = 6
 
 
@@ -98,7 +98,7 @@ def one_process(late: bool, config: SeftConfig) -> tuple[Any, SeftOptimizer]:
 
 def test_an_ordinary_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "library", lambda: None)  # as on a GPU
-    model, seft = one_process(late=True, config=SeftConfig(density=0.05, static=True, steps=8))
+    model, seft = one_process(late=True, config=moving(density=0.05, static=True, steps=8))
     for t in range(4):
         model(**batch(t, size=2)).loss.backward()
         with Waits() as waits:
@@ -110,7 +110,7 @@ def test_an_ordinary_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_step_refused_late_changed_nothing_and_does_not_count() -> None:
-    config = SeftConfig(density=0.05, interval=4, steps=12)
+    config = moving(density=0.05, interval=4, steps=12)
 
     def train(poison: bool, late: bool) -> list[Any]:
         model, seft = one_process(late, config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.config import ModelConfig
 from seft_dist.export.delta import KINDS, apply_delta
 from seft_dist.export.export import export_model
@@ -22,7 +22,7 @@ from seft_dist.io.source import open_source
 from seft_dist.io.weights import Weights, WeightsWriter
 from tests.doors import run_door
 from tests.folders import model_folder
-from tests.models import batch
+from tests.models import batch, moving
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def train_and_export(
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         source = open_source(ModelConfig(path=str(folder), dtype=dtype))  # type: ignore[arg-type]
         model = load_model(source, sharding=sharding, ds_config=ds)
-        seft = SeftOptimizer(model, SeftConfig(density=0.1, interval=2, steps=10), lr=1e-2)
+        seft = SeftOptimizer(model, moving(density=0.1, interval=2, steps=10), lr=1e-2)
         engine = None
         if sharding == "zero3":
             engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds)

@@ -8,13 +8,14 @@ import pytest
 import yaml
 
 import tests.preload  # noqa: F401
-from seft_dist.config import DataConfig, EvaluateConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.config import DataConfig, EvaluateConfig, ModelConfig, TrainConfig
 from seft_dist.evaluation.evaluation import evaluate
 from seft_dist.export.card import write_card
 from seft_dist.io.source import open_source
 from seft_dist.training.trainer import train
 from tests.doors import run_door
 from tests.folders import model_folder, text_file
+from tests.models import moving
 from tests.test_export import assert_same_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=data,
         output=str(folder / "run"),
         steps=4,
-        seft=SeftConfig(density=0.05, interval=2),
+        seft=moving(density=0.05, interval=2),
     )
     train(config)
     models = {"pruned": str(pruned), "repaired": str(folder / "run" / "model")}

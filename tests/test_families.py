@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tests.preload  # noqa: F401
-from seft_dist.config import AdamConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
+from seft_dist.config import AdamConfig, DataConfig, ModelConfig, PruneConfig, TrainConfig
 from seft_dist.export.delta import apply_delta
 from seft_dist.io.source import open_source
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.training import trainer
 from tests.families import FAMILIES, family_folder
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.runs import train_to_end
 from tests.texts import text_jsonl
@@ -48,7 +49,7 @@ def train_config(folder: Path, layout: str, world_size: int) -> TrainConfig:
         model=ModelConfig(path=str(folder / "pruned")),
         data=DataConfig(path=str(folder / "text.jsonl"), seq_len=16),
         output=str(folder / layout),
-        seft=SeftConfig(density=0.05, interval=2),
+        seft=moving(density=0.05, interval=2),
         optim=AdamConfig(lr=1e-2),
         steps=STEPS,
         batch_size=8 // world_size,

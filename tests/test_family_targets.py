@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seft_dist.backends.group import Group
-from seft_dist.config import DataConfig, ModelConfig, PruneConfig, SeftConfig
+from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.models import load_model
@@ -23,7 +23,7 @@ from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.pruning.prune import prepare, prune, prune_folder
 from tests import pruning_reference as reference
 from tests.families import FAMILIES, family_folder, family_model
-from tests.models import batch
+from tests.models import batch, moving
 from tests.ranks import run_ranks
 from tests.texts import text_jsonl
 
@@ -33,7 +33,7 @@ ODD = ["gpt2", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"]
 @pytest.mark.parametrize("family", ODD)
 def test_sampled_gradients_are_those_of_autograd(family: str) -> None:
     model, twin = family_model(family), family_model(family)
-    seft = SeftOptimizer(model, SeftConfig(density=0.05, init="random", allow_dense=True, static=True))
+    seft = SeftOptimizer(model, moving(density=0.05, init="random", allow_dense=True, static=True))
     for step in range(2):
         model(**batch(step)).loss.backward()
         twin(**batch(step)).loss.backward()
@@ -48,7 +48,7 @@ def test_sampled_gradients_are_those_of_autograd(family: str) -> None:
 @pytest.mark.parametrize("family", ODD)
 def test_with_a_delta_everywhere_it_is_adamw(family: str) -> None:
     model, twin = family_model(family), family_model(family)
-    config = SeftConfig(density=1.0, allow_dense=True, static=True)
+    config = moving(density=1.0, allow_dense=True, static=True)
     seft = SeftOptimizer(model, config, lr=1e-3, eps=1e-4, weight_decay=0.1)
     twin.requires_grad_(False)
     weights = [target.weight.requires_grad_() for target in find_targets(twin).values()]
@@ -121,7 +121,7 @@ def test_what_cannot_be_handled_is_refused() -> None:
         ("gpt2", {"pattern": "2:4"}, "pattern=2:4 is not supported for a Conv1D"),
     ):
         with pytest.raises(ValueError, match=message):
-            SeftOptimizer(family_model(family), SeftConfig(**over))  # type: ignore[arg-type]
+            SeftOptimizer(family_model(family), moving(**over))  # type: ignore[arg-type]
 
 
 def prune_config(folder: Path, family: str, name: str, **over: Any) -> PruneConfig:

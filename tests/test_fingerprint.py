@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
-from seft_dist.config import DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.config import DataConfig, ModelConfig, TrainConfig
 from seft_dist.data.batches import BatchStream, collate
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
@@ -22,6 +22,7 @@ from seft_dist.sparsity.hashes import SCALE, distance, hash_of_entries, hash_of_
 from seft_dist.training.build import build
 from seft_dist.training.fingerprint import data_fingerprint, has_dropout, model_fingerprint
 from seft_dist.training.trace import hash_of_batch
+from tests.models import moving
 from tests.ranks import run_ranks
 
 VECTORS = st.tuples(st.integers(0, 2**31), st.integers(1, 60), st.lists(st.integers(0, 60), max_size=4))
@@ -102,7 +103,7 @@ def prints_of(folder: Path, world_size: int = 1, targets: str = "all-linear", **
     def on_rank(rank: int, world: int) -> str:
         model = ModelConfig(path=str(folder), **over)
         backend: Any = "fsdp" if world == 2 else "auto" if world == 1 else "ddp"
-        seft = SeftConfig(density=0.05, targets=targets)
+        seft = moving(density=0.05, targets=targets)
         config = TrainConfig(model=model, data=DataConfig(path="-"), output="-", backend=backend, seft=seft)
         ranks, source = start(threads=1), open_source(model)
         run = build(config, ranks, source, None)

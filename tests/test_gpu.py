@@ -17,12 +17,12 @@ from seft_dist import SeftConfig, SeftOptimizer, pack_weights
 from seft_dist.io import checkpoint
 from seft_dist.kernels import adamw, bits, choice, packing, ranking, sampled, scatter
 from tests.layouts import ds_engine, shard_fsdp, snapshot
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.waits import Waits
 
 STEPS = 8
-CONFIG = SeftConfig(density=0.05, interval=2, window=2, steps=STEPS)
+CONFIG = moving(density=0.05, interval=2, window=2, steps=STEPS)
 """The first support and three evolutions."""
 SEEDS = (0, 1, 2)
 
@@ -201,7 +201,7 @@ def test_an_ordinary_step_does_not_wait(
 ) -> None:
     if form is not None:
         monkeypatch.setattr(sampled, "choose", lambda *_: form)
-    config = SeftConfig(density=0.05, interval=4, steps=STEPS)
+    config = moving(density=0.05, interval=4, steps=STEPS)
     model, seft = build(device, dtype=torch.bfloat16, resident=resident, config=config)
     seft.attach()
     seft._checks_late = True

@@ -18,14 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seft_dist import SeftConfig
 from seft_dist.io import checkpoint
 from tests.layouts import build
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
 STEPS, KILLS = 6, 30
-CONFIG = SeftConfig(density=0.05, interval=2, steps=STEPS)
+CONFIG = moving(density=0.05, interval=2, steps=STEPS)
 # What Python tells its audit hooks when a file or folder is touched
 TOUCHES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "shutil.rmtree")
 

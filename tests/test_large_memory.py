@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.export.delta import DeltaWriter, read_delta
 from seft_dist.io import checkpoint
 from seft_dist.kernels import ranking
@@ -19,6 +19,7 @@ from seft_dist.kernels.packing import decode, encode
 from seft_dist.kernels.scatter import scatter_
 from seft_dist.planning.architectures import find_architecture
 from seft_dist.sparsity.hashes import hash_of_set
+from tests.models import moving
 from tests.test_large_weights import lazy_zeros, steps
 
 
@@ -62,7 +63,7 @@ def needs_memory(gigabytes: int) -> None:
 
 def of_experts(count: int) -> tuple[Experts, SeftOptimizer]:
     model = Experts(count)
-    config = SeftConfig(density=2000 / (count * 2048 * 2048), targets="gate_up_proj", static=True)
+    config = moving(density=2000 / (count * 2048 * 2048), targets="gate_up_proj", static=True)
     seft = SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
     seft.attach()
     return model, seft

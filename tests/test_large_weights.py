@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.backends import find_backend
 from seft_dist.backends.group import Group
 from seft_dist.backends.replicated import ReplicatedBackend
@@ -39,13 +39,13 @@ from seft_dist.planning.model_trace import PassCost
 from seft_dist.sparsity import partition, scores
 from seft_dist.sparsity.partition import Interval, Partition, position_dtype
 from tests.layouts import build, snapshot, train
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
 ROWS, COLUMNS, BEFORE = 2, 1 << 14, (1 << 17) + 5
 """Shape of the part that exists, and the number of rows before it that do not."""
 SHIFT, NUMEL, DELTAS, STEPS = BEFORE * COLUMNS, (BEFORE + ROWS) * COLUMNS, 300, 7
-CONFIG = SeftConfig(interval=3, window=2, steps=20, reactivation=0.5, drop_fraction=0.5)
+CONFIG = moving(interval=3, window=2, steps=20, reactivation=0.5, drop_fraction=0.5)
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 BORDER = 64
 """Positions from which on int64 is used, of tiny weights."""
-TINY = SeftConfig(density=0.05, targets="q_proj|down_proj", interval=3, window=2, steps=20, window_store="candidates")
+TINY = moving(density=0.05, targets="q_proj|down_proj", interval=3, window=2, steps=20, window_store="candidates")
 
 
 def moved(border: int = BORDER) -> None:
@@ -321,7 +321,7 @@ def test_ranks_of_a_layer_of_deepseek_v3_without_values() -> None:
 def test_plans_count_positions_of_64_bits() -> None:
     def terms(rows: int) -> dict[str, float]:
         shapes = ModelShapes(tiny_llama().config, [ParameterShape("a", (rows, 1 << 16), (rows, 1 << 16), 0)], [()], 0)
-        config = PlanConfig(model="x", seft=SeftConfig(density=0.01, window=2, window_store="candidates"))
+        config = PlanConfig(model="x", seft=moving(density=0.01, window=2, window_store="candidates"))
         memory = seft_memory(config, shapes, Layout("fsdp", 1, 1, packing="resident"), PassCost(*[0.0] * 8), 0.0)
         numel = rows << 16
         found = memory.resident | memory.phases["window of candidates"]

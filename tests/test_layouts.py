@@ -8,10 +8,11 @@ import torch
 
 from seft_dist import SeftConfig
 from tests.layouts import LAYOUTS, train_on
+from tests.models import moving
 
 GOLDEN = Path(__file__).parent / "assets" / "golden_losses.txt"
 STEPS = 30
-CONFIG = SeftConfig(density=0.05, interval=8, window=2, steps=STEPS)
+CONFIG = moving(density=0.05, interval=8, window=2, steps=STEPS)
 """Three evolutions after the first support: steps 8, 16 and 24."""
 
 _oracle: dict[SeftConfig, dict[str, Any]] = {}
@@ -84,14 +85,13 @@ def options_on_layouts() -> list[Any]:
 
 @pytest.mark.parametrize(("option", "layout", "world_size"), options_on_layouts())
 def test_every_option_follows_one_process(option: str, layout: str, world_size: int) -> None:
-    config = SeftConfig(density=0.05, interval=8, window=3, steps=STEPS, **OPTIONS[option])
+    config = moving(density=0.05, interval=8, window=3, steps=STEPS, **OPTIONS[option])
     assert_same_run(train_on(layout, world_size, config, STEPS), oracle(config))
 
 
 def test_selection_forms_choose_the_same() -> None:
     forms = [
-        oracle(SeftConfig(density=0.05, interval=8, window=2, steps=STEPS, selection=form))
-        for form in ("gather", "radix")
+        oracle(moving(density=0.05, interval=8, window=2, steps=STEPS, selection=form)) for form in ("gather", "radix")
     ]
     assert forms[0]["digests"] == forms[1]["digests"] == oracle(CONFIG)["digests"]
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.sparsity.bitmask import unpack
-from tests.models import batch, prune_, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.reference import DenseSeft
 
 STEPS = 13
 VOCAB = 48
-BASE = SeftConfig(density=0.06, interval=4, window=2, steps=STEPS, end=12, drop_fraction=0.4)
+BASE = moving(density=0.06, interval=4, window=2, steps=STEPS, end=12, drop_fraction=0.4)
 CLOSE = 1e-4
 """Distance of two scores (``DenseSeft.closest``) below which another order of summation may choose the other."""
 
@@ -237,7 +237,7 @@ def configs(draw: st.DrawFn) -> SeftConfig:
     if drawn["adapt"] == "none":
         drawn["reactivate"] = "commit"
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))
-    return SeftConfig(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)
+    return moving(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from seft_dist import SeftConfig, SeftOptimizer, pack_gathers, pack_weights
+from seft_dist import SeftOptimizer, pack_gathers, pack_weights
 from seft_dist.io import checkpoint
 from seft_dist.modules.targets import find_targets
 from tests.layouts import build
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
-CONFIG = SeftConfig(density=0.05, interval=2, steps=6)
+CONFIG = moving(density=0.05, interval=2, steps=6)
 
 
 @torch.no_grad()

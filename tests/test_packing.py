@@ -22,11 +22,11 @@ from seft_dist.modules.kinds import LinearWeight
 from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
 from tests.layouts import shard_fsdp
-from tests.models import batch, prune_, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 
 STEPS = 8
-CONFIG = SeftConfig(density=0.05, interval=2, window=2, steps=STEPS)
+CONFIG = moving(density=0.05, interval=2, window=2, steps=STEPS)
 
 
 def sharded(packing: str, model: Any, replicas: int = 1) -> Any:
@@ -154,15 +154,15 @@ def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: f
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "three uneven ranks": (3, {}),
-    "ranks that own nothing": (4, {"intermediate_size": 3, "config": SeftConfig(density=0.1, interval=2, steps=STEPS)}),
+    "ranks that own nothing": (4, {"intermediate_size": 3, "config": moving(density=0.1, interval=2, steps=STEPS)}),
     "hsdp": (4, {"replicas": 2}),
     "hsdp, one rank a shard": (2, {"replicas": 2}),
     "checkpointed": (2, {"checkpointed": True, "dtype": torch.bfloat16}),
-    "pattern": (2, {"config": SeftConfig(density=0.05, interval=2, steps=STEPS, pattern="2:4")}),
+    "pattern": (2, {"config": moving(density=0.05, interval=2, steps=STEPS, pattern="2:4")}),
     "random start, random criteria": (
         2,
         {
-            "config": SeftConfig(
+            "config": moving(
                 density=0.05, interval=2, steps=STEPS, init="random", grow="random", drop="random", adapt="magnitude"
             )
         },
@@ -170,7 +170,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "seeded, global, activation": (
         2,
         {
-            "config": SeftConfig(
+            "config": moving(
                 density=0.05,
                 interval=2,
                 steps=STEPS,
@@ -183,7 +183,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "kept, momentum, movement": (
         2,
-        {"config": SeftConfig(density=0.05, interval=2, steps=STEPS, on_drop="keep", grow="momentum", drop="movement")},
+        {"config": moving(density=0.05, interval=2, steps=STEPS, on_drop="keep", grow="momentum", drop="movement")},
     ),
 }
 

@@ -13,7 +13,7 @@ from seft_dist.io import checkpoint
 from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.sparsity.nm_pattern import counts
 from tests.layouts import LAYOUTS, build, snapshot, train_on
-from tests.models import batch, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 
 STEPS, GLOBAL = 18, 12
@@ -27,7 +27,7 @@ TARGETS = "[qkvo]_proj|gate_proj|up_proj"
 
 
 def config(pattern: str, **options: Any) -> SeftConfig:
-    return SeftConfig(
+    return moving(
         **({"density": 0.1, "interval": 5, "window": 2, "steps": STEPS, "end": 15} | options),
         pattern=pattern,
         targets=TARGETS,
@@ -174,7 +174,7 @@ def test_another_pattern_is_not_resumed(tmp_path: Path) -> None:
 def test_bytes_of_cut_groups_do_not_grow_with_the_weights() -> None:
     def on_rank(rank: int, world: int, rows: int) -> int:
         weight = nn.Linear(4, rows, bias=False)
-        seft = build("ddp", SeftConfig(pattern="2:4"), prune_groups_(nn.Sequential(weight), "2:4"))[1]
+        seft = build("ddp", moving(pattern="2:4"), prune_groups_(nn.Sequential(weight), "2:4"))[1]
         seft.attach()
         group = seft.backend.owners
         assert isinstance(group, Group)

@@ -20,11 +20,12 @@ from seft_dist.sparsity import nm_pattern
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 from seft_dist.sparsity.selection import INELIGIBLE, keys
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.reference import DenseSeft
 
 STEPS = 9
-BASE = SeftConfig(density=0.1, interval=2, steps=STEPS, drop_fraction=0.5, pattern="2:4")
+BASE = moving(density=0.1, interval=2, steps=STEPS, drop_fraction=0.5, pattern="2:4")
 ADAM: dict[str, Any] = {"lr": 0.25, "eps": 1e-2}
 
 

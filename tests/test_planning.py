@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig, TrainConfig
+from seft_dist.config import ClusterConfig, PlanConfig, TrainConfig
 from seft_dist.planning.architectures import ARCHITECTURES, ModelShapes, find_architecture
 from seft_dist.planning.commands import submit_line, train_options
 from seft_dist.planning.hardware import Rates, read_rates, write_rates
@@ -21,7 +21,7 @@ from seft_dist.planning.plan import ClusterPlan, estimate, make_plan
 from seft_dist.planning.report import render, to_json
 from seft_dist.session.cli import parse
 from tests.families import family_model
-from tests.models import tiny_llama
+from tests.models import moving, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_terms_add_up_and_grow_with_what_they_are_for(
     held: Any, ranks: int, density: float, window: int, dtype: Any, work: PassCost
 ) -> None:
     shapes = ModelShapes.of(small(2).config, "all-linear")
-    config = PlanConfig(model="x", dtype=dtype, seft=SeftConfig(density=density, interval=5, window=window))
+    config = PlanConfig(model="x", dtype=dtype, seft=moving(density=density, interval=5, window=window))
     layout = Layout(held, ranks, 8)
     memory = seft_memory(config, shapes, layout, work, 3e9)
     assert sum(memory.terms().values()) == pytest.approx(memory.total)
@@ -132,7 +132,7 @@ def test_the_plan_of_70b_names_every_term(plan70: ClusterPlan) -> None:
 
 def test_the_printed_options_are_real(plan70: ClusterPlan) -> None:
     """launch/train.py's own parser reads them, and they say what was planned."""
-    seft = SeftConfig(density=0.02, interval=10, window=3, static=False, reactivation=0.25, pattern="2:4")
+    seft = moving(density=0.02, interval=10, window=3, static=False, reactivation=0.25, pattern="2:4")
     config = dataclasses.replace(plan70.config, seft=seft)
     seen = set()
     for size in (1, 8, 16, 64):
@@ -193,7 +193,7 @@ def test_errors_say_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no more deltas than active weights"):
         PlanConfig(model="Llama-2-7B", sparsity=0.995)
     with pytest.raises(ValueError, match="last evolution"):
-        make_plan(PlanConfig(model="Llama-2-7B", steps=60, seft=SeftConfig(end=60)))
+        make_plan(PlanConfig(model="Llama-2-7B", steps=60, seft=moving(end=60)))
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ValueError, match="knows no model_type 'unheard-of'"):
         make_plan(PlanConfig(model=str(tmp_path)))

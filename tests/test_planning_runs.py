@@ -14,14 +14,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from seft_dist.backends.shards import fsdp_mesh, shard_fsdp
-from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
+from seft_dist.config import ClusterConfig, PlanConfig
 from seft_dist.io.models import decoder_layers
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.planning.architectures import ModelShapes, find_architecture
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.layout import Layout, LayoutKind
 from seft_dist.planning.plan import estimate, make_plan
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def planned(folder: Path, model: Any, ranks: int, **over: Any) -> PlanConfig:
 
 @pytest.mark.parametrize("held", ["fsdp", "ddp"])
 def test_planned_bytes_are_those_that_are_sent(held: LayoutKind, tmp_path: Path) -> None:
-    seft_config = SeftConfig(density=0.05, interval=3, window=1, steps=8, end=3, selection="radix")
+    seft_config = moving(density=0.05, interval=3, window=1, steps=8, end=3, selection="radix")
     config = planned(tmp_path, tiny_llama(hidden_size=64, intermediate_size=128), 2, seft=seft_config)
     time = estimate(make_plan(config, RATES), held, 2).time
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.sparsity.bitmask import unpack
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 
 VOCAB = 48
-BASE = SeftConfig(density=0.05, interval=3, window=2, steps=12, end=9, drop_fraction=0.4)
+BASE = moving(density=0.05, interval=3, window=2, steps=12, end=9, drop_fraction=0.4)
 
 
 def make_model(sparsity: float = 0.55, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -272,7 +272,7 @@ def test_same_seed_same_run(over: dict[str, Any]) -> None:
 def test_all_positions_without_evolution_is_adamw(weight_decay: float) -> None:
     model = make_model(sparsity=0)
     twin = copy.deepcopy(model)
-    config = SeftConfig(density=1.0, allow_dense=True, static=True, steps=20)
+    config = moving(density=1.0, allow_dense=True, static=True, steps=20)
     adam: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
     seft = SeftOptimizer(model, config, **adam)
     for p in twin.parameters():

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from benchmarks.pruning import measure
-from seft_dist import SeftConfig
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig
 from seft_dist.pruning.masks import Ranking
 from tests.layouts import train
-from tests.models import prune_
+from tests.models import moving, prune_
 from tests.ranks import run_ranks
 
 MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
@@ -48,7 +47,7 @@ needs_model = pytest.mark.skipif(
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 2)])
 def test_real_weights_follow_one_process(layout: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.layouts.batch", lambda step, size: real_batch(step, size))
-    config = SeftConfig(density=0.01, interval=4, window=2, steps=STEPS)
+    config = moving(density=0.01, interval=4, window=2, steps=STEPS)
 
     def on_rank(rank: int, world: int, where: str) -> dict[str, Any]:
         run = train(where, world, config, STEPS, rank, global_batch=4, model=real_slice(), lr=2e-3)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seft_dist import pack_weights
-from seft_dist.config import SeftConfig
 from seft_dist.optim import linear
 from seft_dist.optim import recompute_inputs as inputs
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.recompute_inputs import keep
 from tests.families import family_model
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -113,7 +112,7 @@ def test_torch_has_the_nodes_that_are_followed() -> None:
 @pytest.mark.parametrize("renamed", ["_PRODUCT", "_SELECTION"])
 def test_one_warning_where_torch_names_a_node_otherwise(renamed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, renamed, "OtherBackward0")
-    seft = SeftOptimizer(prune_(tiny_llama()), SeftConfig(density=0.05, interval=2, steps=8))
+    seft = SeftOptimizer(prune_(tiny_llama()), moving(density=0.05, interval=2, steps=8))
     with pytest.warns(UserWarning, match="no autograd nodes .*OtherBackward0.* needs more memory") as given:
         seft.attach()
         seft.attach()
@@ -159,7 +158,7 @@ def test_no_more_kept_than_by_a_frozen_model(family: str, dtype: torch.dtype) ->
     model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
     model.requires_grad_(False)
     floor = activations(model, ids)
-    seft = SeftOptimizer(model, SeftConfig(density=0.05))
+    seft = SeftOptimizer(model, moving(density=0.05))
     mine = activations(model, ids)
     numbers = sum(p.numel() for p in model.parameters() if p.ndim == 1) * 4
     assert mine <= floor + 3 * numbers, (mine / floor, floor)
@@ -198,7 +197,7 @@ def trained(make: Callable[[], nn.Module], dtype: torch.dtype, checkpointed: boo
     if checkpointed:
         for layer in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    seft = SeftOptimizer(model, SeftConfig(density=0.05, interval=2, window=1, steps=5))
+    seft = SeftOptimizer(model, moving(density=0.05, interval=2, window=1, steps=5))
     losses = []
     for step in range(5):
         for micro in range(2):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.io import checkpoint
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 
-CONFIG = SeftConfig(density=0.05, interval=4, steps=9)
+CONFIG = moving(density=0.05, interval=4, steps=9)
 
 
 def _projection(model: Any) -> Any:
@@ -37,7 +37,7 @@ def test_adapters(late: bool) -> None:
             wrapped(**batch(0))
         return
     with pytest.raises(ValueError, match="of PEFT.*merge_and_unload"):
-        SeftOptimizer(get_peft_model(model, adapters), SeftConfig(density=0.01, targets="up_proj"))
+        SeftOptimizer(get_peft_model(model, adapters), moving(density=0.01, targets="up_proj"))
 
 
 def test_fp16_weights() -> None:

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import files
 from seft_dist.optim.delta import Support
 from seft_dist.optim.state import LayerDelta
 from tests.layouts import build
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 
-CONFIG = SeftConfig(density=0.05, targets="q_proj|down_proj", interval=4, window=3, steps=16)
+CONFIG = moving(density=0.05, targets="q_proj|down_proj", interval=4, window=3, steps=16)
 NAME = "model.layers.1.mlp.down_proj"
 STEPS = 7  # an evolution, and two of the three steps of a window
 

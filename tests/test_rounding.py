@@ -13,11 +13,12 @@ from seft_dist.optim import rounding
 from seft_dist.optim.collectives import near_ties, next_to_border, select
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.selection import INELIGIBLE, keys, values_of
+from tests.models import moving
 from tests.ranks import run_ranks
 
 ROWS, COLUMNS = 40, 96
 STEPS = 9
-BASE = SeftConfig(density=0.3, interval=3, window=2, steps=STEPS, end=STEPS - 1, drop_fraction=0.5)
+BASE = moving(density=0.3, interval=3, window=2, steps=STEPS, end=STEPS - 1, drop_fraction=0.5)
 
 
 def test_keys_give_their_numbers_back() -> None:
@@ -157,9 +158,7 @@ def test_gradients_that_cancel_are_near_whatever_their_score() -> None:
     x, gradient = torch.randn(96, 24, generator=draw), torch.randn(96, 16, generator=draw)
     q, _ = torch.linalg.qr(x[:, :12].double())
     gradient[:, 3] -= (q @ (q.T @ gradient[:, 3].double())).float()  # row 3: no part along its 12 active inputs
-    config = SeftConfig(
-        density=0.05, interval=1, window=1, steps=3, end=1, drop_fraction=1.0, init="random", drop="random"
-    )
+    config = moving(density=0.05, interval=1, window=1, steps=3, end=1, drop_fraction=1.0, init="random", drop="random")
     for order in (torch.arange(96), torch.randperm(96, generator=draw)):
         model = nn.Sequential(nn.Linear(24, 16, bias=False))
         model[0].weight = nn.Parameter(linear.weight.detach().clone())

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import tests.preload  # noqa: F401
-from seft_dist.config import EvalConfig, SeftConfig, TrainConfig
+from seft_dist.config import EvalConfig, TrainConfig
 from seft_dist.io.checkpoint import complete
 from seft_dist.session.cli import parse
 from seft_dist.training import saving, trackers
 from seft_dist.training.trackers import Trackers, check_trackers
 from seft_dist.training.trainer import train
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.runs import make_config, records, run_train
 
@@ -28,7 +29,7 @@ def steps_kept(output: Path) -> list[int]:
 
 
 def test_epochs_become_steps(inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = make_config(inputs, tmp_path / "run", steps=None, epochs=0.5, seft=SeftConfig(density=0.05, interval=3))
+    config = make_config(inputs, tmp_path / "run", steps=None, epochs=0.5, seft=moving(density=0.05, interval=3))
     result = run_train(config)
     (sequences,) = re.findall(r"epochs=0\.5: (?:\d+) steps \((\d+) sequences, 12 in a step\)", capfd.readouterr().err)
     assert result["steps"] == -(-int(sequences) // 24)
@@ -39,7 +40,7 @@ def test_epochs_become_steps(inputs: Path, tmp_path: Path, capfd: pytest.Capture
 def test_a_schedule_that_does_not_fit_the_epochs_is_refused_before_the_model_is_loaded(
     inputs: Path, tmp_path: Path
 ) -> None:
-    config = make_config(inputs, tmp_path / "run", steps=None, epochs=0.01, seft=SeftConfig(end=5, interval=1))
+    config = make_config(inputs, tmp_path / "run", steps=None, epochs=0.01, seft=moving(end=5, interval=1))
     with pytest.raises(ValueError, match="last evolution would be at step 5 of 1"):
         train(config)
     assert not (tmp_path / "run").exists()
@@ -74,7 +75,7 @@ def test_a_log_gets_a_line_for_each_logged_step(
     inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = EvalConfig(data=make_config(inputs, tmp_path).data, every=4)
-    run_train(make_config(inputs, tmp_path / "run", log_every=2, eval=settings, seft=SeftConfig(interval=100)))
+    run_train(make_config(inputs, tmp_path / "run", log_every=2, eval=settings, seft=moving(interval=100)))
     said = capfd.readouterr().err
     assert "eval.data has the very sequences of data" in said
     lines = [line for line in said.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  step ", line)]

@@ -15,12 +15,12 @@ from seft_dist.session.cli import parse
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
 from tests.layouts import build
-from tests.models import batch, prune_, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 from tests.runs import make_config, run_train
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
-CONFIG = SeftConfig(density=0.05, interval=3, steps=20)
+CONFIG = moving(density=0.05, interval=3, steps=20)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:5"])
@@ -39,7 +39,7 @@ def test_a_pattern_that_was_not_named_is_recognised(pattern: str) -> None:
 def test_whoever_says_what_becomes_of_the_pattern_can_train() -> None:
     for over in ({"pattern": "2:4"}, {"pattern": None}, {"reactivation": 0.0}):
         model = prune_groups_(tiny_llama(**WIDE), "2:4")
-        seft = SeftOptimizer(model, SeftConfig(density=0.05, interval=3, steps=20, **over))
+        seft = SeftOptimizer(model, moving(density=0.05, interval=3, steps=20, **over))
         seft.attach()
         assert seft.config.pattern == over.get("pattern")
 
@@ -55,7 +55,7 @@ def test_models_without_a_pattern_are_taken_as_they_are(sparsity: float, by_row:
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) > sparsity)
-    seft = SeftOptimizer(model, SeftConfig(density=0.02, interval=3, steps=20))
+    seft = SeftOptimizer(model, moving(density=0.02, interval=3, steps=20))
     seft.attach()
     assert seft.config.pattern is None
 
@@ -93,7 +93,7 @@ def test_launch_train_names_the_options_and_takes_them(tmp_path: Path) -> None:
         train(config)
     assert not (tmp_path / "run").exists()
     lost = make_config(
-        tmp_path, tmp_path / "run", model=config.model, steps=4, seft=SeftConfig(density=0.05, interval=3, pattern=None)
+        tmp_path, tmp_path / "run", model=config.model, steps=4, seft=moving(density=0.05, interval=3, pattern=None)
     )
     run_train(lost)
     assert parse(TrainConfig, ["--config", str(tmp_path / "run" / "config.yaml")]).seft.pattern is None
@@ -137,7 +137,7 @@ def replace_one(model: Any) -> None:
 @pytest.mark.parametrize("replace", [replace_all, replace_one, None])
 def test_weights_that_were_replaced_are_noticed_and_own_updates_are_not(replace: Any) -> None:
     model = prune_(tiny_llama())
-    seft = SeftOptimizer(model, SeftConfig(density=0.05, interval=50, steps=100), lr=1e-3)
+    seft = SeftOptimizer(model, moving(density=0.05, interval=50, steps=100), lr=1e-3)
 
     def steps(count: int) -> None:
         for t in range(count):
@@ -174,7 +174,7 @@ def test_a_restored_run_is_not_taken_for_a_replaced_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 2)])
 def test_replaced_shards_are_noticed(layout: str, world_size: int) -> None:
     def on_rank(rank: int, world: int) -> list[int]:
-        called, seft, backward, step = build(layout, SeftConfig(density=0.05, interval=4, steps=100))
+        called, seft, backward, step = build(layout, moving(density=0.05, interval=4, steps=100))
 
         def steps(count: int) -> None:
             for t in range(count):

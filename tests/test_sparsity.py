@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seft_dist.config import SeftConfig
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, popcount, unpack
 from seft_dist.sparsity.partition import Partition
 from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, share
+from tests.models import moving
 
 sizes = st.integers(0, 500)
 worlds = st.integers(1, 9)
@@ -84,7 +84,7 @@ configs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
 @settings(max_examples=100, deadline=None)
 @given(configs, st.data())
 def test_schedule(drawn: dict[str, Any], data: st.DataObject) -> None:
-    config = SeftConfig(window=data.draw(st.integers(1, drawn["interval"])), **drawn)
+    config = moving(window=data.draw(st.integers(1, drawn["interval"])), **drawn)
     end = config.end
     if end is None:
         end = math.floor(0.8 * config.steps) if config.steps is not None else 10**9
@@ -107,7 +107,7 @@ def test_schedule(drawn: dict[str, Any], data: st.DataObject) -> None:
 
 def test_drop_fraction_ends_at_0() -> None:
     for schedule, half in (("cosine", 0.1), ("linear", 0.1)):
-        config = SeftConfig(steps=100, drop_fraction=0.2, drop_schedule=schedule)  # type: ignore[arg-type]
+        config = moving(steps=100, drop_fraction=0.2, drop_schedule=schedule)  # type: ignore[arg-type]
         assert drop_fraction(config, 50) == pytest.approx(half)
         assert drop_fraction(config, 100) == pytest.approx(0)
 

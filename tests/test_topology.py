@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 import tests.preload  # noqa: F401
-from seft_dist.config import SeftConfig
 from seft_dist.training import topology
+from tests.models import moving
 from tests.runs import STEPS, make_config, records, run_config, run_train
 
 LAST_EVOLUTION = 6  # of a run of STEPS with evolutions every 3 steps, which must end with an update
@@ -97,6 +97,6 @@ def test_many_evolutions_need_few_lines_and_lose_no_count(
 
 
 def test_a_mask_that_cannot_move_is_not_recorded(inputs: Path, tmp_path: Path) -> None:
-    seft = SeftConfig(density=0.05, static=True, init="random")
+    seft = moving(density=0.05, static=True, init="random")
     run_train(make_config(inputs, tmp_path / "run", seft=seft, export=False))
     assert not (tmp_path / "run" / "topology.jsonl").exists() and (tmp_path / "run" / "layers.json").exists()

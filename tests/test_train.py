@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tests.preload  # noqa: F401
-from seft_dist.config import AdamConfig, DataConfig, ModelConfig, SeftConfig, TrainConfig
+from seft_dist.config import AdamConfig, DataConfig, ModelConfig, TrainConfig
 from seft_dist.session.cli import parse
 from seft_dist.training import writer_lock
 from seft_dist.training.run_folder import check_run_folder
@@ -22,6 +22,7 @@ from seft_dist.training.step import lr_factor
 from seft_dist.training.trainer import train
 from seft_dist.training.writer_lock import only_writer
 from tests.folders import model_folder, text_file
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.runs import STEPS, digests, ds_file, make_config, records, run_train
 
@@ -212,7 +213,7 @@ def test_bad_models_are_refused_before_anything_is_written(inputs: Path, tmp_pat
     output = tmp_path / "run"
     dense = model_folder(tmp_path / "dense", sparsity=0)
     assert "dense" in failure(make_config(inputs, output, model=ModelConfig(path=str(dense)))).lower()
-    no_match = make_config(inputs, output, seft=SeftConfig(targets="wrong_proj", interval=3))
+    no_match = make_config(inputs, output, seft=moving(targets="wrong_proj", interval=3))
     assert "wrong_proj" in failure(no_match, 2)
     assert "not a folder" in failure(make_config(inputs, output, model=ModelConfig(path="./nowhere")))
     pickled = tmp_path / "pickled"
@@ -220,7 +221,7 @@ def test_bad_models_are_refused_before_anything_is_written(inputs: Path, tmp_pat
     (pickled / "config.json").write_text((dense / "config.json").read_text())
     (pickled / "pytorch_model.bin").write_bytes(b"never read")
     assert "save_pretrained" in failure(make_config(inputs, output, model=ModelConfig(path=str(pickled))))
-    too_dense = make_config(inputs, output, seft=SeftConfig(density=0.9, interval=3), batch_size=6)
+    too_dense = make_config(inputs, output, seft=moving(density=0.9, interval=3), batch_size=6)
     assert "density" in failure(too_dense, 2)
     assert "single" in failure(make_config(inputs, output, backend="single"), 2)
     assert "replicas=3" in failure(make_config(inputs, output, replicas=3), 2)
@@ -272,7 +273,7 @@ def test_a_stopped_run_goes_on(backend: str, inputs: Path, tmp_path: Path) -> No
         over["deepspeed"] = ds_file(tmp_path, {"zero_optimization": {"stage": int(backend[4])}} | blocks)
     elif backend == "ddp":
         over["backend"] = "ddp"
-    config = make_config(inputs, tmp_path / "run", seft=SeftConfig(density=0.05, interval=3, window=2), **over)
+    config = make_config(inputs, tmp_path / "run", seft=moving(density=0.05, interval=3, window=2), **over)
     whole = run_train(config, world_size)
     weights = tmp_path / "run/model/model.safetensors"
     before = (records(tmp_path / "run"), load_file(weights))
@@ -308,7 +309,7 @@ def test_going_on_with_other_ranks_and_other_settings(inputs: Path, tmp_path: Pa
     model.save_pretrained(tmp_path / "other")
     changed = make_config(inputs, output, batch_size=6, model=ModelConfig(path=str(tmp_path / "other")))
     assert "another base model: its targets are those of this one, but" in failure(changed, 2)
-    other = SeftConfig(density=0.04, interval=3)
+    other = moving(density=0.04, interval=3)
     assert "density" in failure(make_config(inputs, output, batch_size=6, seft=other), 2)
     zero3 = ds_file(tmp_path, {"zero_optimization": {"stage": 3}})
     resumed = run_train(make_config(inputs, output, batch_size=6, deepspeed=zero3), 3)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from tests.layouts import snapshot
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 
@@ -20,7 +20,7 @@ LAYOUTS = ["ddp", "fsdp", "zero2", "zero3"]
 def _own_loop() -> dict[str, Any]:
     """Train as tests/trainers.py's Trainer does, in its order of data, without it."""
     model = prune_(tiny_llama())
-    seft = SeftOptimizer(model, SeftConfig(density=0.05, interval=4, window=2, steps=STEPS), lr=LR, max_grad_norm=0.5)
+    seft = SeftOptimizer(model, moving(density=0.05, interval=4, window=2, steps=STEPS), lr=LR, max_grad_norm=0.5)
     losses, norms = [], []
     for t in range(STEPS):
         seft.param_groups[0]["lr"] = LR * (1 - t / STEPS)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from seft_dist.io import checkpoint
 from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.schedule import next_evolution
 from tests.layouts import build, snapshot
-from tests.models import batch, prune_, prune_groups_, tiny_llama
+from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 
 STEPS = 14
-CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=STEPS, end=12, reactivate="trial", adapt="activation")
+CONFIG = moving(density=0.05, interval=4, window=2, steps=STEPS, end=12, reactivate="trial", adapt="activation")
 
 
 def steps_of(model: nn.Module, seft: SeftOptimizer, last: int) -> None:
@@ -103,7 +103,7 @@ def regression(reactivate: Any, adapt: Any = "magnitude") -> tuple[float, nn.Lin
         layer.weight.copy_(wanted)
         layer.weight[0, 6], layer.weight[2, 7] = 0.0, 0.05
     model = nn.Sequential(layer)
-    config = SeftConfig(
+    config = moving(
         density=1 / 32, interval=60, window=5, steps=200, end=120, reactivate=reactivate, adapt=adapt, drop_fraction=0.0
     )
     seft = SeftOptimizer(model, config, lr=2e-2)
@@ -135,7 +135,7 @@ def test_a_weight_with_a_huge_input_is_never_pruned_by_curvature(reactivate: Any
         layer.weight[3, 2] = 0.02  # small, but its input is large
     scale = torch.ones(16)
     scale[2] = 1000.0
-    config = SeftConfig(
+    config = moving(
         density=0.1, interval=5, window=2, steps=40, adapt="curvature", reactivate=reactivate, drop_fraction=0.5
     )
     model = nn.Sequential(layer)
@@ -207,8 +207,8 @@ def test_positions_on_trial_without_a_delta_are_refused() -> None:
 
 def test_settings_that_would_leave_positions_on_trial_are_refused() -> None:
     with pytest.raises(ValueError, match="without a last evolution"):
-        SeftOptimizer(prune_(tiny_llama()), SeftConfig(reactivate="trial"))
+        SeftOptimizer(prune_(tiny_llama()), moving(reactivate="trial"))
     with pytest.raises(ValueError, match="ends a trial"):
-        SeftConfig(reactivate="trial", adapt="none", steps=100)
-    SeftConfig(reactivate="trial", static=True)
-    SeftConfig(reactivate="trial", end=50, interval=10)
+        moving(reactivate="trial", adapt="none", steps=100)
+    moving(reactivate="trial", static=True)
+    moving(reactivate="trial", end=50, interval=10)

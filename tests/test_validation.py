@@ -18,11 +18,12 @@ from seft_dist.training import trainer
 from seft_dist.training.trainer import Finished, train
 from seft_dist.training.validation import Validation
 from tests.folders import text_file
+from tests.models import moving
 from tests.ranks import run_ranks
 from tests.runs import STEPS, ds_file, make_config, records, run_config, run_train
 
 EVERY = 2
-SEFT = SeftConfig(density=0.05, interval=3, window=2)
+SEFT = moving(density=0.05, interval=3, window=2)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_comparison_method_goes_back_to_its_best(inputs: Path, held_out: DataC
 def test_positions_on_trial_are_pruned_in_evaluations_and_in_what_is_exported(
     inputs: Path, held_out: DataConfig, tmp_path: Path
 ) -> None:
-    seft = SeftConfig(density=0.05, interval=3, reactivate="trial", end=8)
+    seft = moving(density=0.05, interval=3, reactivate="trial", end=8)
     worse = AdamConfig(lr=5.0, schedule="constant", warmup=0.0, max_grad_norm=None)
     settings = EvalConfig(data=held_out, every=1, patience=1)
     config = evaluated(inputs, tmp_path / "run", held_out, optim=worse, eval=settings, seft=seft, trace=False)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist import SeftOptimizer
 from tests.layouts import snapshot
-from tests.models import batch, prune_, tiny_llama
+from tests.models import batch, moving, prune_, tiny_llama
 
-CONFIG = SeftConfig(density=0.05, interval=4, window=2)
+CONFIG = moving(density=0.05, interval=4, window=2)
 STEPS, LR = 9, 1e-2
 DATA = [{key: value[0] for key, value in batch(i, size=1).items()} for i in range(48)]
 """Sequences of training; the last four are for evaluation."""

@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seft_static": {"static": True, "reactivation": 0.0},
     "seft_static_random": {"static": True, "init": "random"},
     "seft_fixed_mask": {"reactivation": 0.0},
-    "spiel": {"adapt": "none", "init": "random", "moments": "seeded"},
+    "spiel": {"adapt": "none", "init": "random", "moments": "seeded", "reactivation": 1.0},
 }
 """Methods that are SEFT with fixed settings."""
 
