@@ -14,7 +14,7 @@ from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 
-LAYOUTS = ["ddp", "fsdp", "zero2", "zero3"]
+LAYOUTS = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"]
 
 
 def _own_loop() -> dict[str, Any]:
@@ -54,18 +54,37 @@ def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
             assert torch.equal(layer[key], whole["state"][name][key]), (name, key)
 
 
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # the largest loss is not the last
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+
+
 def test_the_optimizer_goes_back_to_the_best_model(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "load_best_model_at_end": True,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "greater_is_better": True,
-    }
-    best = train(0, 1, "single", tmp_path, metric_for_best_model="loss", **options)
+    best = train(0, 1, "single", tmp_path, **BEST)
     step = int(best["best"].rpartition("-")[2])
-    assert best["steps"] == step < STEPS  # the largest loss is not the last
+    assert best["steps"] == step < STEPS
     stopped = train(0, 1, "single", tmp_path / "stopped")
     assert not same_topology(best["state"], stopped["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(layout, marks=pytest.mark.long) for layout in ("ddp", "zero2")), "fsdp", "zero3"]
+)
+def test_two_ranks_go_back_to_the_best_model_of_one(layout: str, tmp_path: Path) -> None:
+    def on_rank(rank: int, world: int) -> Any:
+        return train(rank, world, layout, tmp_path / "two", **BEST)
+
+    two, other = run_ranks(on_rank, 2)
+    one = train(0, 1, "single", tmp_path / "one", **BEST)
+    assert two["steps"] == other["steps"] == one["steps"] < STEPS
+    assert same_topology(two["state"], one["state"])
+    for name, layer in one["state"].items():
+        assert torch.allclose(two["state"][name]["weight"], layer["weight"], atol=1e-4), name
 
 
 @pytest.mark.slow
