@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from seft_dist import SeftConfig, SeftOptimizer
 from tests.layouts import snapshot
@@ -88,6 +89,18 @@ def test_two_ranks_go_back_to_the_best_model_of_one(layout: str, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_trainer_compiles(tmp_path: Path) -> None:
+    eager = train(0, 1, "single", tmp_path, save_strategy="no")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
+    compiled = train(0, 1, "single", tmp_path, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
+    assert same_topology(compiled["state"], eager["state"])
+    assert compiled["losses"] == pytest.approx(eager["losses"], abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_path: Path) -> None:
     one = train(0, 1, "single", tmp_path / "one", save_strategy="no")
@@ -107,6 +120,21 @@ def test_a_resumed_run_without_masks_and_deltas_is_refused(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "checkpoint-3" / "seft")
     with pytest.raises(ValueError, match="no complete checkpoint of SEFT"):
         train(0, 1, "single", tmp_path, tmp_path / "checkpoint-3", max_steps=6)
+
+
+def test_trainer_takes_an_optimizer(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, report_to="none", logging_steps=1)
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    trainer = Trainer(model, args, train_dataset=DATA, optimizers=(seft, None))
+    SeftCallback.add_to(trainer)
+    trainer.train()
+    assert seft.num_steps == 2 and seft.config.steps == 2
+    assert [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry][-1] == seft.grad_norm > 0
 
 
 def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
