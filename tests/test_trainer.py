@@ -15,6 +15,10 @@ from tests.models import batch, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 
+OFFLOAD: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
 LAYOUTS = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"]
 
 
@@ -153,7 +157,14 @@ def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "over"),
-    [("ddp", {}), ("fsdp", {}), ("fsdp", {"activation_checkpointing": True}), ("zero2", {}), ("zero3", {})],
+    [
+        ("ddp", {}),
+        ("fsdp", {}),
+        ("fsdp", {"activation_checkpointing": True}),
+        ("zero2", {}),
+        ("zero3", {}),
+        pytest.param("zero2", OFFLOAD, marks=pytest.mark.long),
+    ],
 )
 def test_accelerate_on_two_ranks_is_one_rank(layout: str, over: dict[str, Any]) -> None:
     def on_rank(rank: int, world: int) -> Any:
