@@ -17,6 +17,8 @@ def _train(compiled: str | None) -> tuple[list[float], dict[str, Any]]:
     model: Any = prune_(tiny_llama())
     seft = SeftOptimizer(model, CONFIG, lr=1e-2)
     called = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+    if compiled == "in place":
+        model.compile(backend="aot_eager")
     for layer in model.model.layers if compiled == "layers" else ():
         layer.compile(backend="aot_eager")
     losses = []
@@ -30,7 +32,9 @@ def _train(compiled: str | None) -> tuple[list[float], dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("compiled", "graphs"), [("model", 1), ("layers", 2)])
+@pytest.mark.parametrize(
+    ("compiled", "graphs"), [("model", 1), ("layers", 2), pytest.param("in place", 1, marks=pytest.mark.long)]
+)
 def test_compiled_training_is_eager_training_in_one_graph(compiled: str, graphs: int) -> None:
     losses, state = _train(None)
     torch._dynamo.reset()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from seft_dist import SeftOptimizer
 from tests.layouts import snapshot
@@ -14,7 +15,11 @@ from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 
-LAYOUTS = ["ddp", "fsdp", "zero2", "zero3"]
+OFFLOAD: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+LAYOUTS = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"]
 
 
 def _own_loop() -> dict[str, Any]:
@@ -54,18 +59,49 @@ def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
             assert torch.equal(layer[key], whole["state"][name][key]), (name, key)
 
 
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,  # the largest loss is not the last
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+
+
 def test_the_optimizer_goes_back_to_the_best_model(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "load_best_model_at_end": True,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "greater_is_better": True,
-    }
-    best = train(0, 1, "single", tmp_path, metric_for_best_model="loss", **options)
+    best = train(0, 1, "single", tmp_path, **BEST)
     step = int(best["best"].rpartition("-")[2])
-    assert best["steps"] == step < STEPS  # the largest loss is not the last
+    assert best["steps"] == step < STEPS
     stopped = train(0, 1, "single", tmp_path / "stopped")
     assert not same_topology(best["state"], stopped["state"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(layout, marks=pytest.mark.long) for layout in ("ddp", "zero2")), "fsdp", "zero3"]
+)
+def test_two_ranks_go_back_to_the_best_model_of_one(layout: str, tmp_path: Path) -> None:
+    def on_rank(rank: int, world: int) -> Any:
+        return train(rank, world, layout, tmp_path / "two", **BEST)
+
+    two, other = run_ranks(on_rank, 2)
+    one = train(0, 1, "single", tmp_path / "one", **BEST)
+    assert two["steps"] == other["steps"] == one["steps"] < STEPS
+    assert same_topology(two["state"], one["state"])
+    for name, layer in one["state"].items():
+        assert torch.allclose(two["state"][name]["weight"], layer["weight"], atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_trainer_compiles(tmp_path: Path) -> None:
+    eager = train(0, 1, "single", tmp_path, save_strategy="no")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
+    compiled = train(0, 1, "single", tmp_path, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and not torch._dynamo.utils.counters["graph_break"]
+    assert same_topology(compiled["state"], eager["state"])
+    assert compiled["losses"] == pytest.approx(eager["losses"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -90,6 +126,21 @@ def test_a_resumed_run_without_masks_and_deltas_is_refused(tmp_path: Path) -> No
         train(0, 1, "single", tmp_path, tmp_path / "checkpoint-3", max_steps=6)
 
 
+def test_trainer_takes_an_optimizer(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, report_to="none", logging_steps=1)
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    trainer = Trainer(model, args, train_dataset=DATA, optimizers=(seft, None))
+    SeftCallback.add_to(trainer)
+    trainer.train()
+    assert seft.num_steps == 2 and seft.config.steps == 2
+    assert [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry][-1] == seft.grad_norm > 0
+
+
 def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -106,7 +157,14 @@ def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "over"),
-    [("ddp", {}), ("fsdp", {}), ("fsdp", {"activation_checkpointing": True}), ("zero2", {}), ("zero3", {})],
+    [
+        ("ddp", {}),
+        ("fsdp", {}),
+        ("fsdp", {"activation_checkpointing": True}),
+        ("zero2", {}),
+        ("zero3", {}),
+        pytest.param("zero2", OFFLOAD, marks=pytest.mark.long),
+    ],
 )
 def test_accelerate_on_two_ranks_is_one_rank(layout: str, over: dict[str, Any]) -> None:
     def on_rank(rank: int, world: int) -> Any:

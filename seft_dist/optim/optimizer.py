@@ -94,9 +94,7 @@ class SeftOptimizer(TorchInterface):
         """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
-        check_criteria(self._targets, self.config)
-        self.config.check_trials_end()
-        check_trainable(model, self._targets)
+        self._check_targets()
         model.requires_grad_(False)
         installed = [install(target) for target in self._targets.values()]
         self._slots = [slot for _, slot in installed]
@@ -235,6 +233,17 @@ class SeftOptimizer(TorchInterface):
             if window is not None:
                 window.discard_step()
 
+    def _check_targets(self) -> None:
+        check_criteria(self._targets, self.config)
+        self.config.check_trials_end()
+        check_trainable(self._model, self._targets)
+
+    def _begin_step(self) -> None:
+        self._check_awaited()
+        self._step_watch.end()
+        if not self.is_managed and not self._write_checked:
+            check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Reduce, clip, update, write through, and evolve when due. Collective.
@@ -255,10 +264,7 @@ class SeftOptimizer(TorchInterface):
         self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             return loss
-        self._check_awaited()
-        self._step_watch.end()
-        if not self.is_managed and not self._write_checked:
-            check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)
+        self._begin_step()
         # The order of what follows is part of the method:
         #   1. Gradients arrive at their owners, and are checked before anything is changed by them.
         #   2. Windows count the step, so that an evolution at its end sees its gradient.

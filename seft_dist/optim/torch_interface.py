@@ -18,7 +18,7 @@ class TorchInterface(torch.optim.Optimizer):
     num_steps: int
     """Optimizer steps done."""
     is_managed: bool = False
-    """True: something else clips by ``max_grad_norm`` and saves masks and deltas, so there is no need to warn."""
+    """True: something else clips by ``max_grad_norm``, and saves and loads masks and deltas, so nobody is warned."""
     _awaited_steps: int | None = None
     """Steps of the state_dict that was loaded; masks and deltas of the same step must be loaded before the next one."""
     _step_supports_amp_scaling = True
@@ -49,11 +49,12 @@ class TorchInterface(torch.optim.Optimizer):
         """Take over the param group. Masks and deltas of the same step may be loaded before or afterwards.
 
         Raises:
-            ValueError: The dict is of another step than the masks and deltas that were already loaded.
+            ValueError: The dict is of another step than the masks and deltas that were already loaded; if
+                ``is_managed``, the next training forward pass raises it.
         """
         steps = state_dict.get("seft_steps", self.num_steps)
         self._awaited_steps = steps if steps or self.num_steps else None  # accelerate loads what a new optimizer gave
-        if self.num_steps:
+        if self.num_steps and not self.is_managed:  # else they may come next, e.g. those of the best model
             self._check_awaited()
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "seft_steps"})
 
