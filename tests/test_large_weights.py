@@ -45,7 +45,7 @@ from tests.ranks import run_ranks
 ROWS, COLUMNS, BEFORE = 2, 1 << 14, (1 << 17) + 5
 """Shape of the part that exists, and the number of rows before it that do not."""
 SHIFT, NUMEL, DELTAS, STEPS = BEFORE * COLUMNS, (BEFORE + ROWS) * COLUMNS, 300, 7
-CONFIG = moving(interval=3, window=2, steps=20, reactivation=0.5, drop_fraction=0.5)
+CONFIG = moving(interval=3, window=2, steps=20, reactivation=0.5, drop_fraction=0.5, pattern=None)
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:

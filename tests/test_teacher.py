@@ -34,7 +34,7 @@ def with_teacher(path: Path, **over: Any) -> TeacherConfig:
 def test_divergence_and_its_gradient_are_the_formulas(
     tokens: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 4)
+    monkeypatch.setattr(module, "TEACHER_CHUNK", 4)
     generator = torch.Generator().manual_seed(tokens)
     logits = torch.randn(tokens, 13, generator=generator).requires_grad_()
     wanted = torch.randn(tokens, 13, generator=generator)

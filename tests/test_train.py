@@ -40,10 +40,12 @@ def test_single_run_writes_its_folder(reference: tuple[dict[str, Any], Path]) ->
         "checkpoints",
         "config.yaml",
         "delta.safetensors",
+        "layers.json",
         "manifest.json",
         "metrics.jsonl",
         "model",
         "result.json",
+        "topology.jsonl",
     ]
     assert json.loads((output / "result.json").read_text()) == result
     assert result["backend"] == "single" and result["world_size"] == 1 and result["density"] == 0.05
@@ -205,7 +207,7 @@ def test_non_finite_loss_stops_all_ranks(world_size: int, inputs: Path, tmp_path
         message.startswith("step 1: the loss is not finite on rank 0") and "the weights are those of step 0" in message
     )
     left = {path.name for path in (tmp_path / "run").iterdir() if path.suffix != ".diff"}
-    assert left == {"checkpoints", "config.yaml", "diagnosis", "manifest.json", "metrics.jsonl"}
+    assert left == {"checkpoints", "config.yaml", "diagnosis", "manifest.json", "metrics.jsonl", "topology.jsonl"}
     assert records(tmp_path / "run") == []
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from seft_dist.backends.packed import packed_of
 from seft_dist.modules.kinds import Target
 
 
@@ -88,7 +89,7 @@ def check_materialized(targets: Mapping[str, Target]) -> None:
         ValueError: Names the weight.
     """
     for name, target in targets.items():
-        if target.weight.is_meta:
+        if target.weight.is_meta and packed_of(target.weight) is None:
             raise ValueError(
                 f"{target.weight_name(name)} is on the meta device, without values: load the pruned weights before the "
                 "first training step"
