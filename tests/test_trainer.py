@@ -1,6 +1,7 @@
 """SEFT in transformers.Trainer and accelerate does what it does in a loop of one's own."""
 
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,9 @@ def test_accelerate_on_two_ranks_is_one_rank(layout: str, over: dict[str, Any]) 
     assert same_topology(run_ranks(on_rank, 2)[0], run_ranks(lambda rank, world: loop(rank, world, "ddp"), 1)[0])
 
 
-def test_clipping_by_others_is_refused_or_warned_of() -> None:
+def test_clipping_by_others_is_refused_or_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)  # what other tests have imported
+
     def step(seft: SeftOptimizer, model: torch.nn.Module) -> None:
         model(**batch(0)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -183,8 +186,12 @@ def test_clipping_by_others_is_refused_or_warned_of() -> None:
     with pytest.raises(ValueError, match="gradients were clipped outside of SeftOptimizer"):
         step(SeftOptimizer(model, CONFIG), model)
     model = prune_(tiny_llama())
-    with pytest.warns(UserWarning, match="SEFT clips to max_grad_norm=1"):
+    with pytest.warns(UserWarning, match="SeftOptimizer itself clips to max_grad_norm=1"):
         step(SeftOptimizer(model, CONFIG, max_grad_norm=1.0), model)
+    model = prune_(tiny_llama())
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)  # its own default clips what it sees
+    with pytest.warns(UserWarning, match="SeftOptimizer itself does not clip"):
+        step(SeftOptimizer(model, CONFIG), model)
     model = prune_(tiny_llama())
     seft = SeftOptimizer(model, CONFIG)
     with warnings.catch_warnings():

@@ -5,6 +5,7 @@ SEFT's place moves it at once, and a call that clips gradients scales its gradie
 training: the loss is printed, and nothing is learnt, or nothing is clipped.
 """
 
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -73,7 +74,8 @@ def check_unclipped(backend: Backend, anchors: Iterable[Tensor], max_grad_norm: 
     Args:
         backend: Knows the ranks.
         anchors: Parameters of the optimizer, with the gradients of a backward pass.
-        max_grad_norm: Norm to which SEFT clips itself; then there is only a warning.
+        max_grad_norm: Norm to which SEFT clips itself; then there is only a warning. So it is with DeepSpeed, whose
+            ``gradient_clipping`` is 1.0 for those who never named it.
 
     Raises:
         ValueError: Somebody clips, and SEFT does not; every rank raises the same.
@@ -88,12 +90,11 @@ def check_unclipped(backend: Backend, anchors: Iterable[Tensor], max_grad_norm: 
         "Trainer's max_grad_norm or DeepSpeed's gradient_clipping), which has no effect: they do not see the gradients "
         "of deltas, and the norm that they return means nothing"
     )
-    if max_grad_norm is None:
+    if max_grad_norm is None and "deepspeed" not in sys.modules:
         raise ValueError(
             f"{message}. Pass SeftOptimizer(..., max_grad_norm=1.0) and remove the other clipping; seft.grad_norm is "
             "the norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
         )
     if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        warnings.warn(
-            f"{message}. SEFT clips to max_grad_norm={max_grad_norm:g}; seft.grad_norm is the norm", stacklevel=4
-        )
+        own = "does not clip" if max_grad_norm is None else f"clips to max_grad_norm={max_grad_norm:g}"
+        warnings.warn(f"{message}. SeftOptimizer itself {own}; seft.grad_norm is the norm", stacklevel=4)
