@@ -207,7 +207,7 @@ def test_positions_on_trial_without_a_delta_are_refused() -> None:
 
 def test_settings_that_would_leave_positions_on_trial_are_refused() -> None:
     with pytest.raises(ValueError, match="without a last evolution"):
-        SeftOptimizer(prune_(tiny_llama()), moving(reactivate="trial"))
+        SeftOptimizer(prune_(tiny_llama()), moving(reactivate="trial")).attach()
     with pytest.raises(ValueError, match="ends a trial"):
         moving(reactivate="trial", adapt="none", steps=100)
     moving(reactivate="trial", static=True)

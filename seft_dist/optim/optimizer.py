@@ -158,6 +158,7 @@ class SeftOptimizer(TorchInterface):
             return
         check_no_adapters(self._model)  # may have come after the constructor
         check_materialized(self._targets)
+        self.config.check_trials_end()
         backend = find_backend(self._model, self._targets, self._group)
         group = self.param_groups[0]
         update = [group[key] for key in ("betas", "eps", "weight_decay")]
@@ -235,7 +236,6 @@ class SeftOptimizer(TorchInterface):
 
     def _check_targets(self) -> None:
         check_criteria(self._targets, self.config)
-        self.config.check_trials_end()
         check_trainable(self._model, self._targets)
 
     def _begin_step(self) -> None:
