@@ -145,7 +145,12 @@ def main() -> None:
     torch.manual_seed(0)
     interval = args.begin + args.window
     base = SeftConfig(
-        density=args.density, targets=args.targets, interval=interval, window=args.window, steps=20 * interval
+        density=args.density,
+        targets=args.targets,
+        interval=interval,
+        window=args.window,
+        steps=20 * interval,
+        reactivation=1.0,
     )
     batches = read_batches(args.text, args.model, interval + args.window, tuple(args.shape))
     print(f"torch {version('torch')}, {args.threads} threads, {vars(args)}", flush=True)

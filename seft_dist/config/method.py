@@ -123,6 +123,11 @@ class SeftConfig:
         if self.reactivate == "commit":
             return
         check(
+            self.reactivation > 0,
+            'reactivate="trial" with reactivation=0',
+            "reactivation above 0, e.g. 1: else nothing goes on trial",
+        )
+        check(
             self.adapt != "none",
             'reactivate="trial" with adapt="none"',
             'a criterion that ends a trial, e.g. adapt "activation"; or reactivate "commit"',

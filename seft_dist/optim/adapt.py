@@ -16,13 +16,14 @@ from seft_dist.sparsity.selection import INELIGIBLE
 def adapt(work: WorkingState) -> None:
     """Take the active positions with the smallest score out of the mask until it has its size again. Collective.
 
-    Positions that grew in this evolution do not compete. Positions on trial do: their trial ends here.
+    Their weights become 0 in ``Evolution.commit``. Positions that grew in this evolution do not compete. Positions on
+    trial do: their trial ends here.
     """
     if work.config.adapt == "none":
         return
     if work.config.adapt == "activation":
         work.norms = {i: window.summed("norms").sqrt() for i, window in enumerate(work.windows)}
-    work.removed = _best_of_layers(work) if work.groups is None else _best_of_groups(work, work.groups)
+    work.removed = _least_of_layers(work) if work.groups is None else _least_of_groups(work, work.groups)
     for i, offsets in enumerate(work.removed):
         mask = work.state.masks[i] = work.mark(i, work.state.masks[i], offsets, False)
         work.entries[i] = work.entries[i].take(bits.holds(mask, work.offsets(i)))
@@ -49,7 +50,7 @@ def end_trials(work: WorkingState) -> list[int]:
     return [sum(map(len, tried)), sum(int(each.sum()) for each in stay)]
 
 
-def _best_of_layers(work: WorkingState) -> list[Tensor]:
+def _least_of_layers(work: WorkingState) -> list[Tensor]:
     active = work.state.active(work.backend)
     excess = [have - want for have, want in zip(active, work.state.targets, strict=True)]
     wanted = excess if work.config.scope == "layer" else [sum(excess)]
@@ -65,7 +66,7 @@ def _best_of_layers(work: WorkingState) -> list[Tensor]:
     return removed
 
 
-def _best_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
+def _least_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
     """Choose in each group as many positions as it has too many. Collective."""
 
     def too_many(i: int) -> Tensor:

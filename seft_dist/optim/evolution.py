@@ -135,11 +135,9 @@ class Evolution:
         """Narrow the windows to the support, the best positions to grow and the best to prune. Collective."""
         began, sent = time.perf_counter(), self.backend.bytes_sent
         work = self.work
-        for window in self.windows:
-            window.reduce_factors()
-        work.estimate_rounding()
+        self._prepare()
         wanted = num_candidates(work)
-        prune = work.grown
+        prune = work.grown  # none: nothing to prune is kept for criteria that read no gradient
         _, grown = best_free(work, wanted)
         if self.config.adapt in ("sensitivity", "curvature"):
 
@@ -159,7 +157,7 @@ class Evolution:
         self.draft.near_ties = work.near_ties or []
 
     def commit(self, betas: tuple[float, float]) -> None:
-        """Give the grown positions entries, and every rank all positions. Collective.
+        """Set pruned weights to 0, give the grown positions entries, and every rank all positions. Collective.
 
         The order matters: a backend that stores active positions only has to know the new mask before it can find a
         grown position, and entries must be in place before the replicas' weights are written.

@@ -20,7 +20,7 @@ _GROW = 2  # key of the random criterion's stream
 def grow(work: WorkingState) -> None:
     """Put the positions with the largest score above 0 into the support, pruned ones too. Collective."""
     wanted = [max(0, budget - size) for budget, size in zip(work.state.budgets, work.sizes, strict=True)]
-    if work.windows[0].positions is not None:  # no more than candidates: so Adapt has enough of its own
+    if work.windows[0].positions is not None:  # at most as many as candidates, so that Adapt has as many to prune
         wanted = [min(pair) for pair in zip(wanted, num_candidates(work), strict=True)]
     ranking, work.grown = best_free(work, wanted)
     work.count_close_calls(ranking, work.grown, Rounding.of_grow)
@@ -49,8 +49,11 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
     any_free = _inside_groups(work, lambda i: _grow_key(work, i, _free(work, i)))
     if caps == wanted:
         return any_free, work.select(any_free, wanted, Rounding.of_grow)
-    # The best pruned ones up to the cap compete with all active ones: what walking down one list would give.
-    pruned = work.select(lambda i: any_free(i).masked_fill_(work.mask(i), INELIGIBLE), caps, Rounding.of_grow)
+    # The same as walking down one list and passing over pruned positions beyond the cap: the best pruned ones up to
+    # the cap compete with all active ones.
+    pruned = work.grown  # none
+    if any(caps):
+        pruned = work.select(lambda i: any_free(i).masked_fill_(work.mask(i), INELIGIBLE), caps, Rounding.of_grow)
 
     def with_best_pruned(i: int) -> Tensor:
         return _grow_key(work, i, work.mark(i, _free(work, i) & work.state.masks[i], pruned[i], True))

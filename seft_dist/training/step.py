@@ -61,8 +61,8 @@ class Agreement:
 class Stepper:
     """Takes the optimizer steps of a run and records them.
 
-    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged only in
-    steps that are recorded, saved or evaluated, or that change masks or supports; no other step waits for the device.
+    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged in recorded
+    steps only (see ``is_recorded``). Only recorded steps and those inside a window wait for the device.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Stepper:
             Facts that the ranks have exchanged; None for a step in which they exchanged gradients only.
 
         Raises:
-            FloatingPointError: A loss or gradient is not finite; the weights were not changed by this step.
+            FloatingPointError: A loss or gradient is not finite; that step has changed no weight. It is raised by a
+                later call if the step was not recorded.
         """
         run, config = self._run, self._run.config
         # For dropout. It is derived anew in each step, so that no checkpoint needs the state of a generator.
@@ -187,7 +188,7 @@ def agree(
 ) -> Agreement:
     """Exchange what must be known before the optimizer changes the weights again. Collective.
 
-    This waits for the device: nothing else does in a step that is neither recorded, saved nor of an evolution's window.
+    Waits for the device. Called in recorded steps only.
 
     Args:
         ranks: This process.
