@@ -121,7 +121,7 @@ def test_what_cannot_be_handled_is_refused() -> None:
         ("gpt2", {"pattern": "2:4"}, "pattern=2:4 is not supported for a Conv1D"),
     ):
         with pytest.raises(ValueError, match=message):
-            SeftOptimizer(family_model(family), moving(**over))  # type: ignore[arg-type]
+            SeftOptimizer(family_model(family), moving(**over))
 
 
 def prune_config(folder: Path, family: str, name: str, **over: Any) -> PruneConfig:

@@ -107,7 +107,7 @@ def test_schedule(drawn: dict[str, Any], data: st.DataObject) -> None:
 
 def test_drop_fraction_ends_at_0() -> None:
     for schedule, half in (("cosine", 0.1), ("linear", 0.1)):
-        config = moving(steps=100, drop_fraction=0.2, drop_schedule=schedule)  # type: ignore[arg-type]
+        config = moving(steps=100, drop_fraction=0.2, drop_schedule=schedule)
         assert drop_fraction(config, 50) == pytest.approx(half)
         assert drop_fraction(config, 100) == pytest.approx(0)
 
