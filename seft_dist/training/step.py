@@ -61,8 +61,8 @@ class Agreement:
 class Stepper:
     """Takes the optimizer steps of a run and records them.
 
-    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged in recorded
-    steps only (see ``is_recorded``). Only recorded steps and those inside a window wait for the device.
+    Gradients are exchanged in every step. Losses, stop signals and the state of the checkpoint are exchanged in steps
+    that are recorded (see ``is_recorded``). Only these, and steps inside a window, wait for the device.
     """
 
     def __init__(
