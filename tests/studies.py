@@ -139,7 +139,7 @@ def study_config(folder: Path, **over: Any) -> StudyConfig:
         "output": str(folder / "study"),
         "bases": {"base": {"path": str(folder / "base")}},
         "data": {name: str(folder / f"{name}.jsonl") for name in parts},
-        "methods": {"a": grid, "b": grid | {"seft": {"reactivation": 0}}, "none": {"method": "none"}},
+        "methods": {"a": grid | {"seft": {"reactivation": 1}}, "b": grid, "none": {"method": "none"}},
         "train": {"data.seq_len": 16, "batch_size": 2},
         "tokens": 5 * 32 + 31,
         "seeds": (0, 1),

@@ -160,7 +160,7 @@ def test_a_study_on_an_array(cluster: Cluster, inputs: Path, tmp_path: Path) -> 
         "output": "study",
         "bases": {"pruned": {"path": str(inputs / "pruned")}},
         "data": {"split": {"path": str(inputs / "text.jsonl"), "shares": {"train": 4, "validation": 1, "test": 1}}},
-        "methods": {"moves": method, "stays": method | {"seft.reactivation": 0}},
+        "methods": {"moves": method | {"seft.reactivation": 1}, "stays": method},
         "train": {"data.seq_len": 16, "timeout": 200},
         "tokens": 60 * 16,
         "seeds": [0],
