@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
-from seft_dist.backends.shards import whole_shape
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.baselines.saving import BaselineSaver, load
 from seft_dist.baselines.values import Values
@@ -265,8 +264,3 @@ class Baseline(ABC):
     def rewind(self, checkpoint: Path, source: Source) -> None:
         """Go back to an earlier checkpoint of the same run: it holds every value that training changes. Collective."""
         self.load(checkpoint)
-
-
-def is_vector(parameter: Tensor) -> bool:
-    """Tell whether a parameter has one dimension before it is sharded."""
-    return len(whole_shape(parameter)) == 1

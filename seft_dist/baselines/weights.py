@@ -7,9 +7,9 @@ arXiv 2312.15230.
 from torch import Tensor, nn
 
 from seft_dist.backends.shards import stored_part
-from seft_dist.baselines.baseline import Baseline, is_vector
+from seft_dist.baselines.baseline import Baseline
 from seft_dist.kernels.bits import pack, unpack
-from seft_dist.modules.kinds import is_conv1d
+from seft_dist.modules.vectors import find_vectors
 
 
 class NoRepair(Baseline):
@@ -55,15 +55,11 @@ class NormsAndBiases(Baseline):
     may_be_dense = True
 
     def install(self) -> dict[str, nn.Parameter]:
-        parameters: dict[str, nn.Parameter] = {}
-        for name, module in self.model.named_modules():
-            is_norm = "Norm" in type(module).__name__
-            is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
-            for key, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in self._kept_back or not is_vector(parameter):
-                    continue
-                if is_norm or (is_linear and key == "bias"):
-                    parameters[f"{name}.{key}"] = parameter
+        parameters = {
+            vector.name: vector.parameter
+            for vector in find_vectors(self.model).values()
+            if id(vector.parameter) not in self._kept_back
+        }
         if not parameters:
             raise ValueError(
                 f"{type(self.model).__name__} has no norms with parameters and no biases: choose another method"

@@ -39,7 +39,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
             shared with another module, or "all-linear" would leave out a matrix of a kind that is not known.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    routers = _routers(model)
+    routers = find_routers(model)
     known: dict[str, Target] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module not in routers:
@@ -103,7 +103,7 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
         target.check_criteria(name, config)
 
 
-def _routers(model: nn.Module) -> set[nn.Module]:
+def find_routers(model: nn.Module) -> set[nn.Module]:
     """Return the modules that choose experts, with all they contain: neighbours of experts, by type or name."""
     routers: set[nn.Module] = set()
     for parent in model.modules():

@@ -31,6 +31,7 @@ from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.torch_interface import TorchInterface
+from seft_dist.optim.vectors import Vectors, VectorStates
 from seft_dist.optim.window import (
     Needs,
     Window,
@@ -52,7 +53,7 @@ class SeftOptimizer(TorchInterface):
         for batch in loader:
             model(**batch).loss.backward(); seft.step(); seft.zero_grad()
 
-    All parameters of the model are frozen. Learning-rate schedulers drive ``param_groups[0]["lr"]``.
+    All parameters of the model are frozen; ``train_norms`` trains norms and biases all the same. Learning-rate schedulers drive ``param_groups[0]["lr"]``.
     """
 
     def __init__(
@@ -94,9 +95,12 @@ class SeftOptimizer(TorchInterface):
         """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
-        self._check_targets()
+        check_criteria(self._targets, self.config)
+        check_trainable(model, self._targets)
         model.requires_grad_(False)
-        installed = [install(target) for target in self._targets.values()]
+        installed = list(map(install, self._targets.values()))
+        self.vectors = Vectors(model, self._targets, self.config.train_norms)
+        """Norms and biases that train beside the deltas; none unless ``train_norms`` is set."""
         self._slots = [slot for _, slot in installed]
         self._windows: list[Window | None] = [None] * len(installed)
         self._draft = ReportDraft()
@@ -169,8 +173,8 @@ class SeftOptimizer(TorchInterface):
                 backend.check_replicas(i)
         self._state = first_state(backend, self.config)
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
-        self._backend = backend
-        self._exchange = Exchange(backend, self._slots)
+        self.vectors.attach(backend)
+        self._backend, self._exchange = backend, Exchange(backend, self._slots)
         self._step_watch = StepWatch(list(self._targets.values()))
         self._slots[-1].before_record = self._step_watch.note_backward
         self._checks_late = backend.device.type != "cpu"
@@ -226,6 +230,7 @@ class SeftOptimizer(TorchInterface):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients since the last step, also those in a window."""
         super().zero_grad(set_to_none)
+        self.vectors.forget()
         if self._exchange is not None:
             self._exchange.forget()
         for slot in self._slots:
@@ -233,10 +238,6 @@ class SeftOptimizer(TorchInterface):
         for window in self._windows:
             if window is not None:
                 window.discard_step()
-
-    def _check_targets(self) -> None:
-        check_criteria(self._targets, self.config)
-        check_trainable(self._model, self._targets)
 
     def _begin_step(self) -> None:
         self._check_awaited()
@@ -274,10 +275,11 @@ class SeftOptimizer(TorchInterface):
         #   6. The slots learn the positions of the coming step last, when the support no longer moves.
         step = self.num_steps + 1
         grad = split_candidate_gradients(self._windows, self.exchange.finish(), self.sparse_state.layers())
+        vector_grad = self.vectors.take_grad()
         windows = [window for window in self._windows if window is not None]
-        check = self._check_gradient(step, grad)
+        check = self._check_gradient(step, grad, vector_grad)
         if windows or not self._checks_late:
-            check.raise_if_nonfinite(self.target_names)
+            check.raise_if_nonfinite(self.target_names + self.vectors.names)
         else:
             self._last_check = check
         for window in windows:
@@ -288,8 +290,8 @@ class SeftOptimizer(TorchInterface):
             if self._is_first(step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())
-                check = self._check_gradient(step, grad)
-            self._update(grad, check)
+                check = self._check_gradient(step, grad, vector_grad)
+            self._update(grad, vector_grad, check)
             self.num_steps = step
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
@@ -318,10 +320,11 @@ class SeftOptimizer(TorchInterface):
             self.num_steps -= 1
             self.zero_grad()
             self._prepare_step()
-            check.raise_if_nonfinite(self.target_names)
+            check.raise_if_nonfinite(self.target_names + self.vectors.names)
 
-    def _check_gradient(self, step: int, grad: Tensor) -> GradientCheck:
-        return check_gradient(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
+    def _check_gradient(self, step: int, grad: Tensor, vector_grad: Tensor) -> GradientCheck:
+        parts, vectors = grad.split(self.sparse_state.lengths), vector_grad.split(self.vectors.lengths)
+        return check_gradient(self.backend, step, parts, self._windows, vectors)
 
     def _evolution(self, windows: list[Window], step: int) -> Evolution:
         inputs = (self.backend, self.config, self.sparse_state, windows, self._draft)
@@ -330,7 +333,7 @@ class SeftOptimizer(TorchInterface):
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
         return self._evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
 
-    def _update(self, grad: Tensor, check: GradientCheck) -> None:
+    def _update(self, grad: Tensor, vector_grad: Tensor, check: GradientCheck) -> None:
         self._grad_norm = check.norm
         scale, group = torch.ones((), device=grad.device), self.param_groups[0]
         if self.max_grad_norm is not None:
@@ -342,6 +345,7 @@ class SeftOptimizer(TorchInterface):
         least = least_size(self.backend.dtypes[0])
         weight = self.sparse_state.columns.update_(grad, scale, check.is_finite, rule, least)
         self.sparse_state.write_weights(self.backend, weight)
+        self.vectors.update_(vector_grad, scale, check.is_finite, dataclasses.replace(rule, weight_decay=0.0))
 
     def sparsity(self) -> list[LayerSparsity]:
         """Count what is wanted, active, zero and trained in every target. Collective."""
@@ -362,21 +366,25 @@ class SeftOptimizer(TorchInterface):
         self.backend.prepare_write()
         return self.sparse_state.layer_deltas(self.backend, self._windows)
 
-    def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
+    def restore(self, num_steps: int, layers: Iterable[LayerDelta], vectors: VectorStates | None = None) -> None:
         """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. Collective.
 
         Args:
             num_steps: Optimizer steps done.
             layers: This rank's part of every target, in order.
+            vectors: ``Vectors.states`` of the same moment, the same on every rank; None if there are no vectors.
 
         Raises:
-            ValueError: The layers are no state of this run: out of bounds, out of order, not finite, of other shapes or
+            ValueError: The layers or vectors are no state of this run: out of bounds, out of order, not finite, of other shapes or
                 counts. Names the target; every rank raises it, nothing was changed.
             RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()
         backend, state, given = self.backend, self.sparse_state, list(layers)
+        self.vectors.check_state(vectors or {}, num_steps)
         take_over(given, backend, self.config, state, num_steps)
+        with backend.writing():
+            self.vectors.restore(vectors or {})
         self._windows = [layer.window for layer in given]
         share_positions(backend, self._windows)
         state.verify(backend, self.config)
@@ -388,3 +396,4 @@ class SeftOptimizer(TorchInterface):
         self._attach_hook.remove()
         for target in self._targets.values():
             uninstall(target)
+        self.vectors.uninstall()

@@ -136,13 +136,13 @@ class TrainedSeft(SeftOptimizer):
 
     @property
     def changed(self) -> list[str]:
-        """Names of the targets."""
-        return self.target_names
+        """Names of the targets, and of the norms and biases that train beside them."""
+        return self.target_names + self.vectors.names
 
     @property
     def trainable(self) -> int:
-        """Number of deltas of all ranks."""
-        return sum(len(support) for support in self.sparse_state.supports)
+        """Number of deltas of all ranks, and of trained norms and biases."""
+        return sum(len(support) for support in self.sparse_state.supports) + len(self.vectors)
 
     @property
     def density(self) -> float:
@@ -160,9 +160,10 @@ class TrainedSeft(SeftOptimizer):
             yield layer.columns.indices, mask
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield this rank's deltas and their moments, by the targets' names."""
+        """Yield this rank's deltas and their moments by the targets' names, then those of norms and biases."""
         for name, entries in zip(self.target_names, self.sparse_state.layers(), strict=True):
             yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
+        yield from self.vectors.states()
 
     def saver(self, folder: Path, keep: int) -> checkpoint.BackgroundSaver:
         """Make the object that writes masks and deltas."""
