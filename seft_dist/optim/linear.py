@@ -8,7 +8,7 @@ the weight gradient at the k positions; inside an evolution's window also the de
 owners.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ def _forward_compiled(module: Any, x: Tensor, transposed: bool) -> Tensor:
     """Compute what ``_eager_linear`` and ``_eager_conv1d`` do, in a form that torch.compile can trace."""
     weight, bias = module.weight, module.bias
     anchor = getattr(module, ANCHOR, None)
-    untraced = _untraced_conv1d if transposed else _untraced_linear
+    untraced: Callable[[Any, Tensor], Tensor] = _untraced_conv1d if transposed else _untraced_linear
     if packed_of(weight) is not None:
         return untraced(module, x)
     if anchor is None or not torch.is_grad_enabled():

@@ -53,7 +53,8 @@ class SeftOptimizer(TorchInterface):
         for batch in loader:
             model(**batch).loss.backward(); seft.step(); seft.zero_grad()
 
-    All parameters of the model are frozen; ``train_norms`` trains norms and biases all the same. Learning-rate schedulers drive ``param_groups[0]["lr"]``.
+    All parameters of the model are frozen; ``train_norms`` trains norms and biases all the same. Learning-rate
+    schedulers drive ``param_groups[0]["lr"]``.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class SeftOptimizer(TorchInterface):
     def _prepare_step(self) -> None:
         """Set what the coming step's backward passes record."""
         coming = self.num_steps + 1
-        first = self._is_first(coming)
+        first = is_first_support(self.config, coming)
         if first or in_window(self.config, coming):
             self._windows = [self.new_window(i) if window is None else window for i, window in enumerate(self._windows)]
         else:
@@ -209,11 +210,8 @@ class SeftOptimizer(TorchInterface):
 
     def new_window(self, i: int) -> Window:
         """Make an empty window of target i for the coming step."""
-        first = self._is_first(self.num_steps + 1)
+        first = is_first_support(self.config, self.num_steps + 1)
         return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._draft)
-
-    def _is_first(self, step: int) -> bool:
-        return is_first_support(self.config, step)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set before a backward pass whether it is the last one before ``step()``. The same on every rank.
@@ -287,7 +285,7 @@ class SeftOptimizer(TorchInterface):
         with self.backend.writing():
             if windows or not self._checks_late:  # the host waits for the device only where it does anyway
                 self._replacement_check.check(self.backend, self.sparse_state, step, with_masks=bool(windows))
-            if self._is_first(step):
+            if is_first_support(self.config, step):
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())
                 check = self._check_gradient(step, grad, vector_grad)
@@ -301,7 +299,9 @@ class SeftOptimizer(TorchInterface):
             self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
-            warn_without_gradient(self.backend, self.config, self.sparse_state, check, self._is_first(step))
+            warn_without_gradient(
+                self.backend, self.config, self.sparse_state, check, is_first_support(self.config, step)
+            )
             self._write_checked = True
         self._prepare_step()
         return loss
@@ -375,8 +375,8 @@ class SeftOptimizer(TorchInterface):
             vectors: ``Vectors.states`` of the same moment, the same on every rank; None if there are no vectors.
 
         Raises:
-            ValueError: The layers or vectors are no state of this run: out of bounds, out of order, not finite, of other shapes or
-                counts. Names the target; every rank raises it, nothing was changed.
+            ValueError: The layers or vectors are no state of this run: out of bounds, out of order, not finite, of
+                other shapes or counts. Names the target; every rank raises it, nothing was changed.
             RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()

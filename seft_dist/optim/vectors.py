@@ -238,7 +238,7 @@ def _bind(module: nn.Module) -> None:
             f"train_norms: a {type(module).__name__} has a forward method on the object itself, not of its class "
             "(hooks of accelerate, device_map?): load the model without it, or set train_norms to false"
         )
-    module.forward = types.MethodType(_watched_forward, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(_watched_forward, module)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a leaf cannot be made inside a graph
