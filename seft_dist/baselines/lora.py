@@ -4,6 +4,7 @@ Source: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adapt
 arXiv 2106.09685. LoRA* is what comparisons of sparse fine-tuning call the second.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +114,8 @@ class LoraMerged(Lora):
 
     def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
         """Refuse a pattern that was not named, too: pruning again would lose it. Collective."""
-        check_pattern(backend, self.config.seft, masks)
+        moving = dataclasses.replace(self.config.seft, reactivation=1.0)  # as if any position could become active
+        check_pattern(backend, moving, masks)
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
         """Merge the adapter, prune again, and put the weights into the model. Collective."""
