@@ -188,6 +188,7 @@ class TrainedSeft(SeftOptimizer):
                 backend.put_own(i, values.to(backend.device), pack(values != 0).to(backend.device))
             backend.sync_mask_counts()
         source.weights.release()
+        self.num_steps = 0  # the model is the pruned one again, as a checkpoint's reader expects of a new optimizer
         checkpoint.load(self, path)
 
     def finalize(self, ending: Ending) -> dict[str, Any]:
