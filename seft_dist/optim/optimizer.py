@@ -294,7 +294,7 @@ class SeftOptimizer(TorchInterface):
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
             elif in_window(self.config, step) and windows[0].narrows:
-                self._evolution(windows, step).keep_candidates()
+                self._new_evolution(windows, step).keep_candidates()
         if is_evolution(self.config, step) or not in_window(self.config, step):
             self._close_windows()
         if not self._write_checked:
@@ -326,12 +326,12 @@ class SeftOptimizer(TorchInterface):
         parts, vectors = grad.split(self.sparse_state.lengths), vector_grad.split(self.vectors.lengths)
         return check_gradient(self.backend, step, parts, self._windows, vectors)
 
-    def _evolution(self, windows: list[Window], step: int) -> Evolution:
+    def _new_evolution(self, windows: list[Window], step: int) -> Evolution:
         inputs = (self.backend, self.config, self.sparse_state, windows, self._draft)
         return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
-        return self._evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
+        return self._new_evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
 
     def _update(self, grad: Tensor, vector_grad: Tensor, check: GradientCheck) -> None:
         self._grad_norm = check.norm
