@@ -271,7 +271,7 @@ class SeftOptimizer(TorchInterface):
         #   4. Deltas are updated and written into the weights.
         #   5. The evolution comes after the update: Drop compares deltas as the next forward pass will see them.
         #   6. The slots learn the positions of the coming step last, when the support no longer moves.
-        step = self.num_steps + 1
+        step, first = self.num_steps + 1, is_first_support(self.config, self.num_steps + 1)
         grad = split_candidate_gradients(self._windows, self.exchange.finish(), self.sparse_state.layers())
         vector_grad = self.vectors.take_grad()
         windows = [window for window in self._windows if window is not None]
@@ -285,7 +285,7 @@ class SeftOptimizer(TorchInterface):
         with self.backend.writing():
             if windows or not self._checks_late:  # the host waits for the device only where it does anyway
                 self._replacement_check.check(self.backend, self.sparse_state, step, with_masks=bool(windows))
-            if is_first_support(self.config, step):
+            if first:
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())
                 check = self._check_gradient(step, grad, vector_grad)
@@ -299,9 +299,7 @@ class SeftOptimizer(TorchInterface):
             self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
-            warn_without_gradient(
-                self.backend, self.config, self.sparse_state, check, is_first_support(self.config, step)
-            )
+            warn_without_gradient(self.backend, self.config, self.sparse_state, check, first)
             self._write_checked = True
         self._prepare_step()
         return loss
