@@ -57,6 +57,11 @@ class SeftOptimizer(TorchInterface):
     schedulers drive ``param_groups[0]["lr"]``.
     """
 
+    evolution: EvolutionReport | None = None
+    """Report of the last step's evolution; None if it had none."""
+    counts_near_ties: bool = False
+    """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,10 +95,6 @@ class SeftOptimizer(TorchInterface):
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
-        self.evolution: EvolutionReport | None = None
-        """Report of the last step's evolution; None if it had none."""
-        self.counts_near_ties = False
-        """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
