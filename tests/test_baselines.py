@@ -265,7 +265,7 @@ def test_masked_lora_of_full_rank_over_the_identity_is_masked_full(inputs: Path,
             return found
 
         MaskedLora.install = with_identity  # type: ignore[method-assign,assignment]
-        MaskedLora.finalize = lambda self, ending: {}  # type: ignore[method-assign]
+        MaskedLora.finalize = lambda self, inputs: {}  # type: ignore[method-assign]
 
     baseline = BaselineConfig(rank=32, alpha=32.0)
     run = config_of("masked_lora", inputs, tmp_path / "lora", baseline=baseline, export=False, **targets)
@@ -287,17 +287,17 @@ def test_adapted_linears_have_the_gradients_of_plain_autograd(kind: Any) -> None
     linear = nn.Linear(5, 7)
     linear.weight.data[torch.rand(7, 5) < 0.5] = 0
     linear.requires_grad_(False)
-    a, b = (torch.randn(shape, requires_grad=True) for shape in method.shapes(7, 5))
+    a, b = (torch.randn(shape, requires_grad=True) for shape in method.adapter_shapes(7, 5))
     x, out = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 7)
 
     def plain() -> Tensor:
-        return nn.functional.linear(x, method.combined(linear.weight, method.factor(a, b)), linear.bias)
+        return nn.functional.linear(x, method.combined(linear.weight, method.product(a, b)), linear.bias)
 
     expected = torch.autograd.grad(plain(), (x, a, b), out)
     found = torch.autograd.grad(adapted._forward(linear, a, b, method)(x), (x, a, b), out)  # type: ignore[arg-type]
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    effective = method.combined(linear.weight, method.factor(a, b))
+    effective = method.combined(linear.weight, method.product(a, b))
     assert torch.equal(effective != 0, linear.weight != 0) and not torch.equal(effective, linear.weight)
 
 

@@ -111,7 +111,8 @@ class Stepper:
 
         # Before the update: a loss that is not finite must not change the weights.
         is_evaluated = self._validation.is_due(step)
-        is_recorded = is_saved or is_evaluated or run.method.moves(step) or config.trace or step % config.log_every == 0
+        is_logged = config.trace or step % config.log_every == 0 or run.method.changes_topology(step)
+        is_recorded = is_saved or is_evaluated or is_logged
         agreement = None
         if is_recorded:
             agreement = agree(run.ranks, self._unrecorded, self._request, self._saver, self._clock)
