@@ -37,7 +37,7 @@ class Ended:
 
 
 class Fake:
-    """Stands in for the doors, and remembers what it was asked for."""
+    """Stands in for the commands, and remembers what it was asked for."""
 
     def __init__(self, code: Callable[[Task], int] = lambda task: 0) -> None:
         """Args:

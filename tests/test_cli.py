@@ -1,4 +1,4 @@
-"""Options of the doors, and what users see when something is wrong."""
+"""Options of the commands, and what users see when something is wrong."""
 
 import dataclasses
 import io
@@ -181,7 +181,7 @@ def test_help_documents_every_field(config_class: type, capsys: pytest.CaptureFi
 
 
 def said(error: BaseException | None) -> tuple[int, str]:
-    """Exit code and printed text of a door that ends with an error."""
+    """Exit code and printed text of a command that ends with an error."""
 
     def main() -> None:
         if error is not None:

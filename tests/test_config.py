@@ -1,4 +1,4 @@
-"""Every check of the configuration is raised once; defaults pass; unknown keys are refused at the doors."""
+"""Every check of the configuration is raised once; defaults pass; unknown keys are refused by every command."""
 
 import dataclasses
 import re

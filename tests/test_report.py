@@ -21,8 +21,8 @@ from seft_dist.results.page.render import render, write_page
 from seft_dist.results.page.svg import thin_out
 from seft_dist.results.page.words import decimal, duration, model_name, size, spread_out
 from tests.browser import CHROMIUM, Browser
-from tests.doors import run_door
 from tests.runs import make_config, run_train
+from tests.scripts import run_script
 
 SECTIONS = ("warnings", "training", "perplexity", "sparsity", "topology", "deltas", "cost", "configuration", "missing")
 FIGURES = (
@@ -277,15 +277,15 @@ def test_the_page_is_written_beside_the_run_and_over_nothing_else(trained: Path,
         read_records([tmp_path])
 
 
-def test_the_door(trained: Path, tmp_path: Path) -> None:
+def test_the_command(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
-    done = run_door("launch/report.py", run)
+    done = run_script("launch/report.py", run)
     assert done.returncode == 0 and str(run / "report.html") in done.stdout, done.stderr
     assert (run / "summary.json").exists() and (run / "figures" / "loss.svg").read_text().startswith("<?xml")
     (run / "eval.json").unlink()
-    done = run_door("launch/report.py", run, trained, "--output", tmp_path / "both.html", "--figures", "false")
+    done = run_script("launch/report.py", run, trained, "--output", tmp_path / "both.html", "--figures", "false")
     assert done.returncode == 0 and "2 runs" in (tmp_path / "both.html").read_text(), done.stderr
-    done = run_door("launch/report.py", "--help")
+    done = run_script("launch/report.py", "--help")
     assert "needs no network" in done.stdout and "docs/report.md" in done.stdout
 
 

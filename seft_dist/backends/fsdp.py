@@ -162,8 +162,8 @@ class FsdpBackend(DenseBackend):
                 units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
         return units
 
-    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        super().remask(i, mask, removed)
+    def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
+        super().remask(i, mask, pruned)
         self._count(i, mask)
 
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:

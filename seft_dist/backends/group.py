@@ -9,7 +9,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup as ProcessGroup  # for other rooms, which do not import the library
+from torch.distributed import (
+    ProcessGroup as ProcessGroup,
+)  # for subpackages that may not import torch.distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")

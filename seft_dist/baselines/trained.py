@@ -52,7 +52,7 @@ class ParameterPart:
     def grad(self) -> Tensor:
         """Return the gradient since the last step, fp32 [n]: this rank's, or if sharded the mean over the ranks."""
         grad = self.parameter.grad
-        return torch.zeros_like(self.trained) if grad is None else stored_part(grad)[0].float()
+        return torch.zeros_like(self.values) if grad is None else stored_part(grad)[0].float()
 
 
 class TrainedParameters:

@@ -290,5 +290,5 @@ def main() -> None:
 def _main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0].split("=")[0] in ("--base", "--delta", "--output"):
-        arguments = ["delta", "apply", *arguments]  # what the door did before it had actions
+        arguments = ["delta", "apply", *arguments]  # all that the command did before it had actions
     call(ACTIONS, __doc__, arguments, as_positional=False)

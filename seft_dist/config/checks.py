@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 LARGEST_COUNT = 2**31 - 1
-"""Largest whole number that a knob takes, in size: steps and ages are kept in 32 bits."""
+"""Largest whole number that an option takes, in size: steps and ages are kept in 32 bits."""
 LARGEST_SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-30, 1e30
 """Numbers outside, but for 0, become 0 or infinite in fp32 sooner or later."""
