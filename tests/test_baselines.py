@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.baselines import adapted
 from seft_dist.baselines.adapted import MaskedLora, Spp
+from seft_dist.baselines.trained import ParameterPart
 from seft_dist.config import AdamConfig, BaselineConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.targets import find_targets
@@ -301,7 +302,12 @@ def test_adapted_linears_have_the_gradients_of_plain_autograd(kind: Any) -> None
     assert torch.equal(effective != 0, linear.weight != 0) and not torch.equal(effective, linear.weight)
 
 
-def test_as_many_weights_go_as_each_row_or_group_is_told() -> None:
+def test_a_parameter_without_a_gradient_has_gradient_0() -> None:
+    part = ParameterPart.of("unused", nn.Parameter(torch.ones(2, 3)))
+    assert torch.equal(part.grad(), torch.zeros(6))
+
+
+def test_as_many_weights_are_pruned_as_each_row_or_group_asks_for() -> None:
     torch.manual_seed(0)
     scores, weight = torch.rand(6, 8), torch.randn(6, 8)
     for kind, width in (("row", 8), ("2:4", 4)):
