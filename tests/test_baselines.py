@@ -1,4 +1,4 @@
-"""Comparison methods of launch/train.py: each trains, keeps the zeros it promises, and is what its name says."""
+"""Comparison methods of `seft train`: each trains, keeps the zeros it promises, and is what its name says."""
 
 import dataclasses
 import math
@@ -221,7 +221,7 @@ def test_lora_on_a_dense_model_and_pruned_again(inputs: Path, tmp_path: Path) ->
     dense = {"model": ModelConfig(path=str(model_folder(tmp_path / "dense", sparsity=0)))}
     result = run_train(config_of("lora", inputs, tmp_path / "on_dense", steps=2, **dense))
     assert result["sparsity"] == {"target": 0.0, "final": 0.0, "layers_off_target": 0}
-    # lora_merged is what launch/prune.py makes of lora's model
+    # lora_merged is what `seft prune` makes of lora's model
     merged = {name: config_of(name, inputs, tmp_path / name, steps=4) for name in ("lora", "lora_merged")}
     for config in merged.values():
         run_train(config)

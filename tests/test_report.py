@@ -1,4 +1,4 @@
-"""The page of launch/report.py: of whole, unfinished, damaged and hostile runs, and as a browser shows it."""
+"""The page of `seft report`: of whole, unfinished, damaged and hostile runs, and as a browser shows it."""
 
 import json
 import os

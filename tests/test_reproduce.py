@@ -1,4 +1,4 @@
-"""launch/reproduce.py: the commands it works out, and real runs on two layouts, as a user starts them."""
+"""`seft reproduce`: the commands it works out, and real runs on two layouts, as a user starts them."""
 
 import datetime
 import json
