@@ -15,7 +15,7 @@ import yaml
 import tests.preload  # noqa: F401
 from seft_dist.config import SeftConfig
 from seft_dist.results.page.findings import findings_of, missing_of
-from seft_dist.results.page.layers import Place
+from seft_dist.results.page.layers import TargetLocation
 from seft_dist.results.page.record import labels_of, read_records
 from seft_dist.results.page.render import render, write_page
 from seft_dist.results.page.svg import thin_out
@@ -297,10 +297,10 @@ def test_labels_tell_runs_apart() -> None:
 
 
 def test_places_of_targets() -> None:
-    assert Place.of("model.layers.11.self_attn.q_proj") == Place(11, "self_attn.q_proj")
-    assert Place.of("transformer.h.3.attn.c_attn.weight") == Place(3, "attn.c_attn")
-    assert Place.of("model.layers.2.mlp.experts.63.up_proj") == Place(2, "mlp.experts.*.up_proj")
-    assert Place.of("lm_head") == Place(None, "lm_head")
+    assert TargetLocation.of("model.layers.11.self_attn.q_proj") == TargetLocation(11, "self_attn.q_proj")
+    assert TargetLocation.of("transformer.h.3.attn.c_attn.weight") == TargetLocation(3, "attn.c_attn")
+    assert TargetLocation.of("model.layers.2.mlp.experts.63.up_proj") == TargetLocation(2, "mlp.experts.*.up_proj")
+    assert TargetLocation.of("lm_head") == TargetLocation(None, "lm_head")
 
 
 def test_thinned_lines_keep_their_extremes() -> None:

@@ -37,7 +37,7 @@ class TrainingRun:
     ranks: Ranks
     source: Source
     model: PreTrainedModel
-    called: nn.Module
+    forward_module: nn.Module
     """Module that a forward pass calls: the model, or what wraps it."""
     method: Method
     engine: Any = None
@@ -131,12 +131,12 @@ def build(
     run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
+        run.forward_module = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
     elif ds is not None:
         import deepspeed
 
         run.engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds.content)
-        run.called = run.engine
+        run.forward_module = run.engine
         run.backend = f"zero{ds.stage}"
     elif config.replicas > 1:
         run.backend = "hsdp"

@@ -178,8 +178,8 @@ def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
         # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
         del inputs["labels"]
     if run.teacher is not None:
-        return run.teacher.loss(run.called, inputs, learnt_positions(batch).to(run.ranks.device))
-    outputs = run.called(**inputs)
+        return run.teacher.loss(run.forward_module, inputs, learnt_positions(batch).to(run.ranks.device))
+    outputs = run.forward_module(**inputs)
     loss: Tensor = outputs.loss if loss_tokens else outputs.logits.float().mean()
     return loss
 

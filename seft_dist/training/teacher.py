@@ -45,11 +45,11 @@ class Teacher:
         reshard(self._model)  # else the embeddings and the head stay whole on every rank until the next step
         return outputs
 
-    def loss(self, called: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
+    def loss(self, forward_module: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
         """Compute the loss of a micro-batch, with forward passes of both models. Collective if they are sharded.
 
         Args:
-            called: The model that is trained, or what wraps it.
+            forward_module: The model that is trained, or what wraps it.
             inputs: input_ids, attention_mask and labels [batch, length], int64, on this rank's device. Without labels
                 this rank only takes part in the forward passes.
             learnt: int64 [n], from ``learnt_positions``, on this rank's device.
@@ -62,7 +62,7 @@ class Teacher:
         seen = {key: value for key, value in inputs.items() if key != "labels"}
         taught = self._outputs(seen)  # first: the activations of the other are then the only ones
         needs_labels = labels is not None and config.logits < 1
-        outputs = called(**(inputs if needs_labels else seen), output_hidden_states=config.hidden > 0)
+        outputs = forward_module(**(inputs if needs_labels else seen), output_hidden_states=config.hidden > 0)
         if labels is None:
             mean: Tensor = outputs.logits.float().mean()
             return mean
@@ -178,16 +178,16 @@ def load_teacher(config: TrainConfig, ranks: Ranks, source: Source, sharding: Sh
     )
     model.requires_grad_(False).eval()
     shared = _fingerprint(model, ranks, sharding, config.replicas)
-    called: nn.Module = model
+    forward_module: nn.Module = model
     if sharding == "zero3":
         import deepspeed
 
         assert ds is not None
         # No optimizer: the engine only gathers what a forward pass needs.
         settings = {key: value for key, value in ds.content.items() if key != "scheduler"}
-        called, *_ = deepspeed.initialize(model=model, config=settings)
-        called.eval()
-    return Teacher(called, config.teacher, shared)
+        forward_module, *_ = deepspeed.initialize(model=model, config=settings)
+        forward_module.eval()
+    return Teacher(forward_module, config.teacher, shared)
 
 
 def _fingerprint(model: nn.Module, ranks: Ranks, sharding: Sharding, replicas: int) -> str:
