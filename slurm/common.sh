@@ -5,7 +5,7 @@
 #
 #   take_output "$@"           RUN, the run's folder, is --output of the arguments, else the variable RUN, else runs/NAME-JOB
 #   open_run "$@"              ends the job if the run is finished, records the attempt in RUN/slurm
-#   check_config SCRIPT "$@"     a configuration that cannot work ends the job now, and for good
+#   check_config SCRIPT "$@"   a configuration that cannot work ends the job now, and for good
 #   check_nodes                every node sees the run's folder, the first node and its GPUs; else: another try without it
 #   step SRUN...               runs this srun command; USR1 reaches its ranks, until they have saved and ended
 #   close_run CODE             done, requeue or fail

@@ -199,7 +199,7 @@ def reproduce(
     """
     if find_ranks().world_size > 1:
         raise ValueError(
-            "started on several ranks: start it once, with python; it starts the ranks of every run itself"
+            "started on several ranks: start it once, as one process; it starts the ranks of every run itself"
         )
     folder = Path(config.output)
     planned = plan_runs(config, train, [*options, *_date_options(folder, train)], script)
