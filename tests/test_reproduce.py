@@ -40,8 +40,8 @@ def planned(
     train = parse(TrainConfig, ["--output", "out", *given])
     found = []
     for run in plan_runs(config, train, given, SCRIPT):
-        place = run.command.index(str(SCRIPT))
-        found.append((run.name, run.against, run.command[:place], parse(TrainConfig, run.command[place + 1 :])))
+        at = run.command.index(str(SCRIPT))
+        found.append((run.name, run.against, run.command[:at], parse(TrainConfig, run.command[at + 1 :])))
     return found
 
 

@@ -77,7 +77,7 @@ class PruneConfig:
         check(
             self.sparsity is None or abs(self.sparsity - (1 - kept / width)) < 1e-6,
             f"sparsity={self.sparsity} with pattern={self.pattern}",
-            f"sparsity {1 - kept / width:g}, or none: the pattern says it",
+            f"sparsity {1 - kept / width:g}, or none: the pattern decides it",
         )
         check(
             self.group == "auto",
@@ -96,7 +96,7 @@ class PruneConfig:
             check(
                 choices == (None, None, "auto", "uniform"),
                 f"method={self.method} with sparsity, pattern, group or layer_ratios",
-                "none of them: they say nothing here",
+                "none of them: the mask file decides, or nothing is pruned",
             )
             return
         calibrated = self.method != "magnitude" or self.layer_ratios == "owl"
