@@ -123,12 +123,12 @@ def build(
     )
     if config.packing == "gather":
         _print_packed_units(pack_gathers(model), ranks)
-    taught = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
+    teacher_model = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
-        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], taught)
+        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], teacher_model)
     seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.total_steps), **args)
-    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
+    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], teacher_model)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         run.forward_module = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
