@@ -182,6 +182,7 @@ class Baseline(ABC):
         self._survey(backend)
         self._backend = backend
         self.model.requires_grad_(False)
+        # The first values must be the same on every rank, and drawing them must not move the run's own generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.baseline.seed)
             parameters = self.install()
