@@ -1,4 +1,4 @@
-"""Models and data, as every door reads them."""
+"""Models and data, as every command reads them."""
 
 from dataclasses import dataclass
 from datetime import date

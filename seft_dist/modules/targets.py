@@ -1,8 +1,8 @@
 """The choice of the weights of a model that get deltas.
 
 Linears, GPT-2's Conv1D and fused experts do (``seft_dist.modules.kinds``). Embeddings, the output head, norms, biases
-and routers are left alone: choosing experts is not the weights' damage to repair, and a changed choice would move every
-token's path at once. Any other matrix is refused, never skipped.
+and routers do not; docs/models.md has the reasons. Any other matrix is refused by name: left out in silence it would
+stay dense and untrained.
 """
 
 import re

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.baselines.adapted import MaskedLora, Spp
-from seft_dist.baselines.baseline import Baseline, Ending
+from seft_dist.baselines.baseline import Baseline, FinalizeInputs
 from seft_dist.baselines.lora import Lora, LoraMerged
 from seft_dist.baselines.weights import MaskedFull, NoRepair, NormsAndBiases
 from seft_dist.io import checkpoint
@@ -69,7 +69,7 @@ class Method(Protocol):
         """Hash of each target's weight as it was loaded."""
 
     @property
-    def changed(self) -> list[str]:
+    def changed_names(self) -> list[str]:
         """Names of targets or parameters that training may change."""
 
     @property
@@ -86,7 +86,7 @@ class Method(Protocol):
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Announce before a backward pass whether it is the last one of a step."""
 
-    def moves(self, step: int) -> bool:
+    def changes_topology(self, step: int) -> bool:
         """Tell whether masks or supports change in a step."""
 
     def step(self) -> Any:
@@ -116,7 +116,7 @@ class Method(Protocol):
     def rewind(self, checkpoint: Path, source: Source) -> None:
         """Go back to an earlier checkpoint of the same run, whose pruned model is ``source``. Collective."""
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Turn the weights into those of a plain model and return entries for result.json. Collective."""
 
 
@@ -135,7 +135,7 @@ class TrainedSeft(SeftOptimizer):
         return self.sparse_state.fingerprint
 
     @property
-    def changed(self) -> list[str]:
+    def changed_names(self) -> list[str]:
         """Names of the targets, and of the norms and biases that train beside them."""
         return self.target_names + self.vectors.names
 
@@ -149,7 +149,7 @@ class TrainedSeft(SeftOptimizer):
         """Density of the deltas, as it was configured."""
         return self.config.density
 
-    def moves(self, step: int) -> bool:
+    def changes_topology(self, step: int) -> bool:
         """Tell whether a step chooses the first support or evolves."""
         return is_first_support(self.config, step) or is_evolution(self.config, step)
 
@@ -191,6 +191,6 @@ class TrainedSeft(SeftOptimizer):
         self.num_steps = 0  # the model is the pruned one again, as a checkpoint's reader expects of a new optimizer
         checkpoint.load(self, path)
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Do nothing: the weights hold base + delta at every moment."""
         return {}
