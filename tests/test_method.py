@@ -240,7 +240,7 @@ def configs(draw: st.DrawFn) -> SeftConfig:
         "begin": [1, 4],
     }
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
-    if drawn["adapt"] == "none":
+    if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))
     return moving(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)
