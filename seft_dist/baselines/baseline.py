@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
-from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.baselines.saving import BaselineSaver, load
 from seft_dist.baselines.trained import TrainedParameters
@@ -23,7 +22,7 @@ from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.source import Source
 from seft_dist.modules.targets import check_criteria, find_targets
-from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, clear_negative_zeros, survey
+from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, prepare_weights, survey
 from seft_dist.optim.state import LayerSparsity
 
 
@@ -175,10 +174,7 @@ class Baseline(ABC):
         if self._backend is not None:
             return
         backend = find_backend(self.model, self.targets, None)
-        clear_negative_zeros(backend)
-        if isinstance(backend, ReplicatedBackend):
-            for i in range(len(backend.names)):
-                backend.check_replicas(i)
+        prepare_weights(backend)
         self._survey(backend)
         self._backend = backend
         self.model.requires_grad_(False)

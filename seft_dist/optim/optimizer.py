@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.group import ProcessGroup
-from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
@@ -28,7 +27,7 @@ from seft_dist.optim.notices import warn_without_evolution, warn_without_gradien
 from seft_dist.optim.replaced import ReplacementCheck
 from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
-from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
+from seft_dist.optim.setup import agree_on_config, check_write, first_state, prepare_weights, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.torch_interface import TorchInterface
 from seft_dist.optim.vectors import Vectors, VectorStates
@@ -169,10 +168,7 @@ class SeftOptimizer(TorchInterface):
         group = self.param_groups[0]
         update = [group[key] for key in ("betas", "eps", "weight_decay")]
         agree_on_config(backend, repr((self.config, self.max_grad_norm, update)))
-        clear_negative_zeros(backend)
-        if isinstance(backend, ReplicatedBackend):
-            for i in range(len(backend.names)):
-                backend.check_replicas(i)
+        prepare_weights(backend)
         self._state = first_state(backend, self.config)
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
         self.vectors.attach(backend)

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from seft_dist.backends import Backend
+from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.config.pattern import AUTO, pattern_sizes
 from seft_dist.kernels.bits import pack
@@ -47,15 +48,27 @@ def agree_on_config(backend: Backend, settings: str) -> None:
             )
 
 
+def prepare_weights(backend: Backend) -> None:
+    """Turn -0.0 into 0.0 in the targets' weights, and compare them where every rank has all of them. Collective.
+
+    Args:
+        backend: Holds the weights as they were loaded.
+
+    Raises:
+        ValueError: Ranks hold different weights; every rank raises the same.
+    """
+    _clear_negative_zeros(backend)
+    if isinstance(backend, ReplicatedBackend):
+        for i in range(len(backend.names)):
+            backend.check_replicas(i)
+
+
 @torch.no_grad()
-def clear_negative_zeros(backend: Backend) -> None:
-    """Turn -0.0 into 0.0 in the targets' weights. Collective.
+def _clear_negative_zeros(backend: Backend) -> None:
+    """Turn -0.0 into 0.0. Collective.
 
     ``weight * mask`` leaves -0.0 where it prunes a negative weight. What is resumed, packed or exported has 0.0 there,
     so a run must begin with it.
-
-    Args:
-        backend: Holds the weights.
     """
     flags = torch.tensor([int(has_negative_zeros(backend.memory(i)[0])) for i in range(len(backend.names))])
     # All ranks write if one of them has to: publishing a write is collective.
