@@ -359,3 +359,5 @@ def test_cells_keep_their_names_across_versions(tmp_path: Path) -> None:
     run(config, Fake())
     names = ["fixed-seed0-af13767e88", "lora-seed0-b7105c1b8e", "moving-lr0.001-seed0-2c2260b9db"]
     assert [cell.name for cell in cells(config)] == names
+    measured = {file.name for cell in cells(config) for file in cell.glob("*-*.json")}
+    assert measured == {"forgetting-5d4b2cad2d.json", "test-b7455d7f4a.json"}
