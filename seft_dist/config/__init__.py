@@ -4,7 +4,8 @@ A field's docstring says its meaning, its unit and its special values; ``--help`
 """
 
 from seft_dist.config.baselines import BaselineConfig
-from seft_dist.config.inputs import DataConfig, DType, ModelConfig
+from seft_dist.config.data import DataConfig, RecordsConfig, paths_of
+from seft_dist.config.inputs import DType, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig, Selection
 from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "PlanConfig",
     "PruneConfig",
+    "RecordsConfig",
     "ReproduceConfig",
     "SeftConfig",
     "Selection",
@@ -32,4 +34,5 @@ __all__ = [
     "SweepConfig",
     "TeacherConfig",
     "TrainConfig",
+    "paths_of",
 ]

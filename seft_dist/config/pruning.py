@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.data import DataConfig
+from seft_dist.config.inputs import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

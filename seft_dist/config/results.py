@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig
+from seft_dist.config.data import DataConfig
 
 DType = Literal["auto", "float32", "bfloat16"]
 

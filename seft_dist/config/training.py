@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.data import DataConfig
+from seft_dist.config.inputs import ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 from seft_dist.config.teacher import TeacherConfig
 from seft_dist.config.validation import EvalConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig
+from seft_dist.config.data import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

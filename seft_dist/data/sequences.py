@@ -36,6 +36,8 @@ class Provenance:
     """The records that were read, a ``datasets.Dataset``."""
     date: str | None
     """Day that the chat template was given as today, YYYY-MM-DD; None: the template does not use the date."""
+    invented_template: str | None
+    """Chat template that took the place of the tokenizer's, which has none; None: there was no need of one."""
     adds_bos: bool
     """The tokenizer puts a bos token in front of ordinary text."""
 
@@ -76,7 +78,7 @@ class PackedBlocks(Sequence[Sample]):
         self._encoded = encoded  # keeps the memory map open
         if len(self) == 0:
             raise ValueError(
-                f"{config.path}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
+                f"{config.label}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
                 f"data.seq_len={config.seq_len}: needs more text or a smaller seq_len"
             )
 
@@ -122,17 +124,17 @@ class Conversations(Sequence[Sample]):
         kept = np.flatnonzero(why == 0)
         if len(kept) == 0:
             raise ValueError(
-                f"{config.path}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
+                f"{config.label}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
                 f"({summary}): raise seq_len, or check the fields and data.kind"
             )
         if len(kept) < len(why):
-            log.warning("%s: %d of %d records are left out: %s", config.path, len(why) - len(kept), len(why), summary)
+            log.warning("%s: %d of %d records are left out: %s", config.label, len(why) - len(kept), len(why), summary)
         lost = int(np.asarray(encoded.with_format("numpy")["lost_turns"][:]).sum())
         if lost:
             log.warning(
                 "%s: %d turns of the assistant are not learned: the chat template rewrites them, so that they cannot "
                 "be found; mark them in the template with {%% generation %%}",
-                config.path,
+                config.label,
                 lost,
             )
         encoded = encoded.select_columns(["input_ids", "labels"])

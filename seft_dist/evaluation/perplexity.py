@@ -16,6 +16,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig
 from seft_dist.data.batches import check_vocabulary, collate
 from seft_dist.data.sequences import IGNORE, PackedBlocks, Sample
+from seft_dist.io.positions import longest_sequence
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def scored_sequences(
         return limit_tokens(sequences, max_tokens)
     if not isinstance(sequences, PackedBlocks):
         raise ValueError(
-            f"stride={stride}, but {data.path} holds instructions or chats, where each record is a "
+            f"stride={stride}, but {data.label} holds instructions or chats, where each record is a "
             "sequence of its own: leave the stride out, or choose data.kind text"
         )
     # One block more than there are, so that the tokens behind the last full block are included
@@ -255,7 +256,7 @@ def _check_sequences(model: Any, sequences: Sequence[Sample]) -> tuple[list[int]
         raise ValueError(
             f"none of {len(sequences)} sequences has a token to score: needs labels beyond each first token"
         )
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = longest_sequence(model.config)
     if most is not None and max(lengths) > most:
         log.warning("sequences of %d tokens, but the model was made for %d: lower data.seq_len", max(lengths), most)
     return lengths, scored

@@ -69,7 +69,7 @@ def policy_of(
             digest.update(values.data)
     held = f"1 in {data.holdout_every}"
     return Policy(
-        data=data.path,
+        data=data.label,
         name=data.name,
         split=data.split,
         kind=provenance.kind,

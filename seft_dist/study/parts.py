@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
-from seft_dist.data.records import LOCATION, read_records, select_records
+from seft_dist.data.records import LOCATION, local_files, read_records, select_records
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.options import arguments, flatten, options_of_group
 from seft_dist.study.results import TextPart
@@ -57,7 +57,10 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
 def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
     """Return path, size and time of change of each file; empty if there is none on this machine."""
     location = Path(path).expanduser()
-    files = sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else []
+    return _stamps(sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else [])
+
+
+def _stamps(files: list[Path]) -> list[list[Any]]:
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -76,7 +79,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
         ValueError: A part cannot be read, or records of two parts are equal.
     """
     options = {name: _options(part) for name, part in parts.items()}
-    stamps = {name: stamp_of(part.path) for name, part in parts.items()}
+    stamps = {name: _stamps(local_files(part)) for name, part in parts.items()}
     if all(
         name in known and (known[name]["options"], known[name]["stamp"]) == (options[name], stamps[name])
         for name in parts
@@ -125,7 +128,7 @@ class _Content(NamedTuple):
 
 
 def _read(part: DataConfig) -> _Content:
-    rows, kind = read_records(part)
+    rows, kind, _ = read_records(part)
     rows = select_records(rows, part)
     digest, count, pieces = hashlib.sha256(), 0, set()
     record_hashes: dict[bytes, str] = {}

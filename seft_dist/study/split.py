@@ -92,10 +92,9 @@ def write_split(split: Split, folder: Path, text_field: str) -> None:
 
 
 def _files(split: Split) -> tuple[list[Path], str]:
-    path = Path(split["path"]).expanduser()
-    if not path.exists():
+    if not Path(split["path"]).expanduser().exists():
         raise ValueError(f"data.split.path={split['path']} does not exist: needs a local file or folder")
-    return find_data_files(path, split["path"])
+    return find_data_files([split["path"]])
 
 
 def _records(split: Split) -> Iterator[Record]:
