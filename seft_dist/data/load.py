@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from seft_dist.config import DataConfig
 from seft_dist.data.chat_template import ChatTemplate, plain_template
 from seft_dist.data.encode import chat_encoder, encode_joined, instruction_encoder, text_encoder
-from seft_dist.data.records import generate_cached, read_records, select_records
-from seft_dist.data.sequences import Conversations, PackedBlocks, Provenance
+from seft_dist.data.records import generate_cached, read_records
+from seft_dist.data.selection import select_records
+from seft_dist.data.sequences import Conversations, PackedBlocks, Provenance, TokenSequences
+from seft_dist.data.several import MixedSequences, PackedConversations
 from seft_dist.data.tokenizer import adds_bos
 
 log = logging.getLogger(__name__)
@@ -30,10 +32,38 @@ _MANY_BORDERS = 0.02
 """Share of bos and eos among the tokens of a text above which a warning is logged."""
 
 
-def load_sequences(
+def load_sequences(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> TokenSequences:
+    """Read a data set, or the sources of a mix, and turn it into token sequences. Every rank gets the same sequences.
+
+    Args:
+        config: The records, and how they are read.
+        tokenizer: The model's tokenizer, from ``load_tokenizer``.
+        progress: Show progress bars (rank 0).
+
+    Returns:
+        What ``load_source`` returns; with ``separate`` several conversations to a sequence; for a mix
+        ``MixedSequences``.
+
+    Raises:
+        ValueError: There is no such data, it cannot be read, has no usable columns, or is too short.
+        OSError: The permission to read a file is missing.
+    """
+    if config.mix is None:
+        found = load_source(config, tokenizer, progress=progress)
+        return PackedConversations(found) if config.separate and isinstance(found, Conversations) else found
+    sources: dict[str, TokenSequences] = {}
+    for name, source in config.sources.items():
+        try:
+            sources[name] = load_sequences(source, tokenizer, progress=progress)
+        except ValueError as error:
+            raise ValueError(f"data.mix.{name}: {error}") from error
+    return MixedSequences(sources, {name: source.weight for name, source in config.mix.items()})
+
+
+def load_source(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
 ) -> PackedBlocks | Conversations:
-    """Read a data set and turn it into token sequences. Every rank gets the same sequences.
+    """Read a data set of one source and turn it into token sequences. Every rank gets the same sequences.
 
     Records of kind "text": the documents are concatenated, each with the tokenizer's own special tokens and one eos
     behind it, or (``join``) one text is made of all records. The result is cut into blocks of exactly ``seq_len``
@@ -49,7 +79,8 @@ def load_sequences(
         progress: Show progress bars (rank 0).
 
     Returns:
-        A sequence of ``(input_ids, labels)``, in the order of the records.
+        A sequence of ``(input_ids, labels)``, in the order of the records; of text with ``separate`` also
+        ``position_ids``.
 
     Raises:
         ValueError: There is no such data, it cannot be read, has no usable columns, or is too short.
@@ -132,6 +163,7 @@ def _tokenize(records: Any, encoder: Any, features: dict[str, Any], provenance: 
         batched=True,
         batch_size=200,
         with_indices=True,
+        num_proc=provenance.config.num_proc if provenance.config.num_proc > 1 else None,
         remove_columns=records.column_names,
         features=datasets.Features(features),
         # Without a name of ours, datasets would hash the tokenizer object, which changes as it is used.

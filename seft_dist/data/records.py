@@ -182,32 +182,6 @@ def cause_of(error: BaseException) -> str:
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
-def select_records(records: Any, config: DataConfig) -> Any:
-    """Keep the records of the training part or of the held-out part, at most ``max_records``.
-
-    With ``holdout_every`` n, the n-th, 2n-th, ... record is held out.
-
-    Args:
-        records: A ``datasets.Dataset``.
-        config: The data.
-
-    Raises:
-        ValueError: No record is left.
-    """
-    chosen: Any = range(len(records))
-    if config.holdout_every:
-        n = config.holdout_every
-        chosen = [i for i in chosen if (i % n == n - 1) == config.holdout]
-    chosen = chosen[: config.max_records]
-    if len(chosen) == 0:
-        raise ValueError(
-            f"data.path={config.label} has {len(records)} records, none of them left with "
-            f"holdout_every={config.holdout_every}, holdout={config.holdout}: needs more records (a .txt file is one "
-            "record; use .jsonl with one document a line)"
-        )
-    return records if len(chosen) == len(records) else records.select(chosen)
-
-
 _USUAL: dict[str, dict[str, Any]] = {
     "chat": {"messages_field": "conversations"},
     "instruction": {"prompt_field": "prompt", "answer_field": "completion"},

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
-from seft_dist.data.records import LOCATION, local_files, read_records, select_records
+from seft_dist.data.records import LOCATION, local_files, read_records
+from seft_dist.data.selection import select_records
 from seft_dist.session.cli import option_reader, to_dict
-from seft_dist.study.options import arguments, flatten, options_of_group
+from seft_dist.study.options import arguments, flatten, options_of_group, without_later
 from seft_dist.study.results import TextPart
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
 
 NEEDED = ("train", "validation", "test")
-_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records")
+_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "holdout_share", "max_records", "mix")
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
@@ -50,6 +51,8 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
         own = flatten(own if isinstance(own, dict) else {"path": own}, f"data.{name}")
         # The forgetting text is usually of another kind.
         options = {key: value for key, value in shared.items() if name != "forgetting" or key == "seq_len"} | own
+        if any(key.partition(".")[0] == "mix" for key in options):
+            raise ValueError(f"data.{name} has a mix: needs one source, so that its records can be told from others")
         parts[name] = read(arguments(options), f"data.{name}")
     return parts, split
 
@@ -113,7 +116,11 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
 
 def _options(part: DataConfig) -> dict[str, Any]:
     """Return the options that decide which records a part has."""
-    kept = {key: value for key, value in to_dict(part).items() if key not in ("seq_len", "date", "join")}
+    kept = {
+        key: value
+        for key, value in without_later(to_dict(part)).items()
+        if key not in ("seq_len", "date", "join", "separate")
+    }
     return kept
 
 

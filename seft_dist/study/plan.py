@@ -16,7 +16,7 @@ from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, PruneConfig
 from seft_dist.config.pattern import AUTO
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
-from seft_dist.study.options import arguments, changed_options, flatten
+from seft_dist.study.options import arguments, changed_options, flatten, without_later
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
@@ -25,7 +25,7 @@ _NO_MATTER = (
     *("threads", "timeout"),
 )
 """Options of a run that leave its result as it is."""
-_LATER: dict[str, Any] = {"eval": to_dict(EvalConfig()), "epochs": None, "export": True}
+_LATER: dict[str, Any] = {"eval": to_dict(EvalConfig()), "epochs": None, "export": True, "group_by_length": False}
 """Options that cells did not know once, and their defaults."""
 _PATTERNS = {AUTO: None, None: "null"}
 """Values of ``seft.pattern`` to those that stand for them in a cell's identity: None was the default once."""
@@ -135,7 +135,9 @@ class Plan:
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}
-        content["data"] |= {"path": self.digests["part train"]}
+        content["data"] = without_later(content["data"]) | {"path": self.digests["part train"]}
+        if content.get("eval", {}).get("data"):
+            content["eval"]["data"] = without_later(content["eval"]["data"])
         return content
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
@@ -232,7 +234,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
         checked = to_dict(read(["--models.model=m", *words], "evaluate"))
         for name in ("models", "output", "threads"):
             del checked[name]
-        checked["data"]["path"] = digests[f"part {part}"]
+        checked["data"] = without_later(checked["data"]) | {"path": digests[f"part {part}"]}
         measures[part] = Measure(part, tuple(words), digest_of(checked))
     return measures
 
@@ -253,5 +255,5 @@ def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
     del content["output"]
     content["model"]["path"] = dense
     if content["data"] is not None:
-        content["data"]["path"] = text
+        content["data"] = without_later(content["data"]) | {"path": text}
     return content

@@ -195,6 +195,7 @@ def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
             world_size=ranks.world_size,
             seed=config.seed,
             pad_id=pad,
+            group_by_length=config.group_by_length,
         ),
     )
 

@@ -38,12 +38,12 @@ class Teacher:
         config: Says what is learnt from it.
         fingerprint: Of its weights, from ``teacher_fingerprint``.
         """
-        self._model, self._config, self.fingerprint = model, config, fingerprint
+        self.model, self._config, self.fingerprint = model, config, fingerprint
 
     @torch.no_grad()
     def _outputs(self, inputs: dict[str, Tensor]) -> Any:
-        outputs = self._model(**inputs, output_hidden_states=self._config.hidden > 0)
-        reshard(self._model)  # else the embeddings and the head stay whole on every rank until the next step
+        outputs = self.model(**inputs, output_hidden_states=self._config.hidden > 0)
+        reshard(self.model)  # else the embeddings and the head stay whole on every rank until the next step
         return outputs
 
     def loss(self, called: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from seft_dist.baselines.baseline import Ending
 from seft_dist.config import TrainConfig
 from seft_dist.data.batches import Batch, BatchStream
+from seft_dist.data.several import MixedSequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
 from seft_dist.files.writing import write_json, write_text
@@ -26,7 +27,7 @@ from seft_dist.session.signals import StopRequest, name_of, stop_requests
 from seft_dist.training.build import TrainingRun, build, check_baseline, check_tokens, open_model, read_batches
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
-from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
+from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint, with_order
 from seft_dist.training.metrics import Metrics, print_stopped, print_summary
 from seft_dist.training.progress import print_line
 from seft_dist.training.record import Record
@@ -46,6 +47,7 @@ from seft_dist.training.run_folder import (
     resume,
 )
 from seft_dist.training.saving import SaveClock
+from seft_dist.training.separation import check_separation
 from seft_dist.training.step import Stepper
 from seft_dist.training.teacher import check_teacher
 from seft_dist.training.topology import first_masks, write_layers
@@ -126,13 +128,14 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     run.config = config
     origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
-        data=data_fingerprint(data.sequences, ranks),
+        data=with_order(data_fingerprint(data.sequences, ranks), data.order),
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
         teacher=run.teacher.fingerprint if run.teacher else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
+    check_separation(run)
     validation = _open_validation(run, text, origin, state)
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
     record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
@@ -157,13 +160,16 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
 
 
 def _resolve_steps(given: TrainConfig, data: BatchStream, ranks: Ranks) -> TrainConfig:
-    """Turn epochs into steps, and print what became of them. Collective."""
+    """Turn epochs into steps, and print what became of them and of a mix. Collective."""
     config = on_all_ranks(ranks, lambda: fill_in_steps(given, data))
     if given.epochs is not None and ranks.is_main:
         print_line(
             f"epochs={given.epochs:g}: {config.steps} steps ({data.num_sequences:,} sequences, {data.global_batch} in "
             "a step)"
         )
+    if isinstance(data.sequences, MixedSequences) and ranks.is_main:
+        for line in data.sequences.describe(config.total_steps * data.global_batch):
+            print_line(line)
     return config
 
 
@@ -305,7 +311,7 @@ def finish(
     with method.without_trials():  # the best step, or an early end, may lie between two evolutions
         layers = method.sparsity()
         if config.export:
-            _export(run, data.sequences.provenance.invented_template)
+            _export(run, data.sequences.invented_template)
     numel = sum(layer.numel for layer in layers)
     loss = metrics.last_loss if steps else None
     result = {
