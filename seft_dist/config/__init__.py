@@ -4,7 +4,7 @@ A field's docstring says its meaning, its unit and its special values; ``--help`
 """
 
 from seft_dist.config.baselines import BaselineConfig
-from seft_dist.config.data import DataConfig, RecordsConfig, SourceConfig, paths_of
+from seft_dist.config.data import DataConfig, SourceConfig, paths_of
 from seft_dist.config.inputs import DType, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig, Selection
 from seft_dist.config.planning import ClusterConfig, PlanConfig
@@ -26,7 +26,6 @@ __all__ = [
     "ModelConfig",
     "PlanConfig",
     "PruneConfig",
-    "RecordsConfig",
     "ReproduceConfig",
     "SeftConfig",
     "Selection",

@@ -151,7 +151,7 @@ class PackedBlocks(TokenSequences):
         return ids, labels, positions(starts, self._seq_len)
 
     def _starts_in(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents begin in a stretch of tokens, counted from its beginning, which is one such place."""
+        """Return the places where documents begin in a stretch of tokens, counted from its beginning, which is one."""
         assert self._documents is not None
         first, last = np.searchsorted(self._documents, (start, stop))
         return np.union1d(0, self._documents[first:last] - start)
