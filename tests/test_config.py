@@ -114,8 +114,12 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (EvalConfig, {"patience": 2}, "with eval.every=0"),
     (EvalConfig, {"stride": 1024}, "eval.data.seq_len - 1"),
     *(
-        (TrainConfig, {"eval": dataclasses.replace(EvalConfig(), **{name: 2})}, f"eval.{name} without eval.data")
-        for name in ("every", "stride", "max_tokens")
+        (TrainConfig, {"eval": evaluation}, f"eval.{name} without eval.data")
+        for name, evaluation in (
+            ("every", EvalConfig(every=2)),
+            ("stride", EvalConfig(stride=2)),
+            ("max_tokens", EvalConfig(max_tokens=2)),
+        )
     ),
     (EvalConfig, {"stride": 8, "data": DataConfig(path="d", separate=True)}, "eval.data.separate"),
     (DataConfig, {"holdout_share": 1.0}, "data.holdout_share=1.0"),

@@ -121,7 +121,7 @@ def test_an_invented_layout_is_announced_once_and_exported(
     assert [record.getMessage() for record in caplog.records if "has no chat template" in record.getMessage()] == [
         caplog.records[0].getMessage()
     ]
-    template = sequences[0].provenance.invented_template
+    template = sequences[0].invented_template
     assert template is not None and template in caplog.records[0].getMessage()
 
     config = make_config(
@@ -137,7 +137,7 @@ def test_an_invented_layout_is_announced_once_and_exported(
     assert shown == f"User: Why?\nAssistant: Because.{exported.eos_token}\n"
     # trained once more, it has the same tokens, and no layout is invented
     again = load_sequences(DataConfig(path=str(path)), exported)
-    assert again.provenance.invented_template is None
+    assert again.invented_template is None
     before = load_sequences(DataConfig(path=str(path)), load_tokenizer(ModelConfig(path=str(inputs / "pruned"))))
     assert tokens(again) == tokens(before)
 
