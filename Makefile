@@ -12,7 +12,7 @@ JOBS ?= 2
 
 VENV := .venv
 OLDEST := .venv-oldest
-# One test file or more for each room: the method, layouts, kernels, loading, data, checkpoints, the doors
+# One test file or more for each of: the method, layouts, kernels, loading, data, checkpoints, the commands
 CORE := $(patsubst %,tests/test_%.py,method selection recompute_inputs packing kernels_adamw kernels_build kernels_masks \
   kernels_packing kernels_sampled kernels_scatter kernels_triton files config cli loading exchange data checkpoint)
 INSTALLED := $(VENV)/.installed

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_70b.py --result DIR/70b.json
 
-The model is the largest of 70B, 34B, 13B, 7B and 1B that fits by launch/plan.py. It has random values and 60 % zeros,
+The model is the largest of 70B, 34B, 13B, 7B and 1B that fits by `seft plan`. It has random values and 60 % zeros,
 and is created packed on the device, one weight after the other. It is trained on one sequence of 2,048 tokens with
 activation checkpointing, factored windows and 0.2 % deltas: the first support, two ordinary steps, one evolution. The
 report has the measured values beside those of the plan, which uses the card's data sheet.
@@ -25,7 +25,7 @@ METHOD: dict[str, Any] = {"density": 0.002, "window_store": "factored", "window"
 
 
 def plan_of(part: Part, name: str) -> PlanConfig:
-    """Configuration of launch/plan.py for this training."""
+    """Configuration of `seft plan` for this training."""
     return PlanConfig(
         model=str(part.folder / f"{name}.json"),
         sparsity=SPARSITY,

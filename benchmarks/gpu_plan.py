@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_plan.py --result DIR/plan.json
 
-It measures the card's rates, writes them to DIR/gpu_rates.json (launch/plan.py --cluster.gpu DIR/gpu_rates.json), and
+It measures the card's rates, writes them to DIR/gpu_rates.json (for `seft plan --cluster.gpu DIR/gpu_rates.json`), and
 plans every case in DIR/step.json and DIR/70b.json.
 """
 

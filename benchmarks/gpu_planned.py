@@ -1,4 +1,4 @@
-"""Plans of launch/plan.py for one card, for comparison with the measurements of benchmarks/gpu.py."""
+"""Plans of `seft plan` for one card, for comparison with the measurements of benchmarks/gpu.py."""
 
 import dataclasses
 import json

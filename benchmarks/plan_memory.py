@@ -1,9 +1,9 @@
-"""Comparison of the memory of real runs, rank by rank, with the estimates of launch/plan.py.
+"""Comparison of the memory of real runs, rank by rank, with the estimates of `seft plan`.
 
     python benchmarks/plan_memory.py                        # every case, as a table
     python benchmarks/plan_memory.py --model CONFIG.json --dtype float32 --ranks 2 --held fsdp
 
-A case writes a randomly initialised, pruned model of the given shape to disk, loads it as launch/train.py does, in the
+A case writes a randomly initialised, pruned model of the given shape to disk, loads it as `seft train` does, in the
 same layout, and trains it on gloo ranks for a few steps, which include an evolution with a window of two steps. It
 measures by how much the peak resident set of each rank exceeds that just before the model is loaded, with an allocator
 that returns freed memory to the system at once.
@@ -77,7 +77,7 @@ class Case:
         return " ".join(parts + [self.seft[key] for key in ("window_store",) if key in self.seft])
 
     def plan(self, model: str) -> PlanConfig:
-        """Configuration of launch/plan.py.
+        """Configuration of `seft plan`.
 
         Args:
             model: A folder or config.json.
@@ -98,7 +98,7 @@ class Case:
         )
 
     def run(self, folder: str, plan: PlanConfig) -> TrainConfig:
-        """Configuration of launch/train.py.
+        """Configuration of `seft train`.
 
         Args:
             folder: Folder of the model.

@@ -3,7 +3,7 @@
     python benchmarks/plan_ownership.py --model Llama-2-70B --ranks 8 16 64 256 512 768
 
 The model is built on the meta device and sharded by ``fully_shard`` as each of the sampled ranks would; every local
-shape is compared with launch/plan.py's partition.
+shape is compared with `seft plan`'s partition.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Comparison of the duration of real steps on this machine with the predictions of launch/plan.py.
+"""Comparison of the duration of real steps on this machine with the predictions of `seft plan`.
 
     python benchmarks/plan_time.py
 
-The rates are measured first, by launch/plan.py itself, on matrices of one fixed shape; no case below is used to set
+The rates are measured first, by `seft plan` itself, on matrices of one fixed shape; no case below is used to set
 them.
 """
 
@@ -46,7 +46,7 @@ CASES = [
 
 
 def measured_rates(folder: str) -> str:
-    """Measure this machine by launch/plan.py; returns the path of the file with its rates."""
+    """Measure this machine by `seft plan`; returns the path of the file with its rates."""
     file, model = f"{folder}/rates.json", Path(folder, "rates-model.json")
     model.write_text(json.dumps(content_of("deep")))
     tiny = [f"--model={model}", "--dtype=float32", "--seq_len=64", "--global_batch=null"]

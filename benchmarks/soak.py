@@ -43,7 +43,7 @@ from benchmarks.soak_checks import LIMIT, compare, lines, newest, wrong_code, wr
 from seft_dist.reproduce.promise import LOSS_RELATIVE  # noqa: E402
 from seft_dist.training.run_folder import is_finished  # noqa: E402
 
-DOOR = "launch/train.py"
+SCRIPT = "launch/train.py"
 LAYOUTS: dict[str, tuple[list[str], list[str]]] = {
     "single": ([sys.executable], ["--backend", "single"]),
     "fsdp": (["torchrun"], ["--backend", "fsdp"]),
@@ -81,7 +81,7 @@ def launcher(layout: str) -> list[str]:
 def start(layout: str, args: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
     """Start an attempt in its own process session, with its output in OUTPUT.log."""
     ranks = 1 if layout == "single" else 2
-    command = [*launcher(layout), DOOR, "--config", str(args.config), "--output", str(output)]
+    command = [*launcher(layout), SCRIPT, "--config", str(args.config), "--output", str(output)]
     command += [
         "--steps",
         str(args.steps),
@@ -107,8 +107,8 @@ def processes(output: Path) -> dict[int, bool]:
             words = entry.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # the process has just ended
             continue
-        if str(output) in words and DOOR in words:
-            before = [word for word in words[1 : words.index(DOOR)] if word != "-u"]
+        if str(output) in words and SCRIPT in words:
+            before = [word for word in words[1 : words.index(SCRIPT)] if word != "-u"]
             found[int(entry.parent.name)] = not before and Path(words[0]).name.startswith("python")
     return found
 

@@ -127,7 +127,7 @@ class Walk:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         return int(index["metadata"]["total_size"]) // 2
 
-    def door(self, name: str, *options: str, ranks: int = 1) -> list[str]:
+    def command(self, name: str, *options: str, ranks: int = 1) -> list[str]:
         """Command line that starts a program of launch/ on a number of ranks."""
         started = [sys.executable]
         if ranks > 1:
@@ -145,7 +145,7 @@ class Walk:
 
     def _prune(self, method: str, output: Path, *options: str) -> list[str]:
         given = ["--model.path", str(self.model), "--method", method, "--sparsity", "0.6"]
-        return self.door("prune", *given, "--output", str(output), *options)
+        return self.command("prune", *given, "--output", str(output), *options)
 
     def train(self, output: Path, *options: str, ranks: int = 1) -> list[str]:
         """Command for training four steps: first support, an evolution in step 2, a checkpoint every two steps."""
@@ -163,7 +163,7 @@ class Walk:
         given += ["--global_batch", "2", "--model.activation_checkpointing", "true", "--packing", "resident"]
         given += ["--seft.density", str(self.args.density), "--seft.interval", "2", "--seft.window", "1"]
         given += ["--seft.end", "2", "--seft.window_store", "factored"]
-        return self.door("train", *given, *options, ranks=ranks)
+        return self.command("train", *given, *options, ranks=ranks)
 
     def do_train_single(self) -> list[str]:
         return self.train(self.run)
@@ -179,25 +179,25 @@ class Walk:
         return self.train(self.root / "run-fsdp", "--backend", "fsdp", "--export", "false", ranks=2)
 
     def do_export_hf(self) -> list[str]:
-        return self.door("export", "hf", "--run", str(self.run), "--output", str(self.root / "exported"))
+        return self.command("export", "hf", "--run", str(self.run), "--output", str(self.root / "exported"))
 
     def do_export_pack(self) -> list[str]:
-        return self.door("export", "pack", "--model", str(self.run / "model"), "--output", str(self.root / "packed"))
+        return self.command("export", "pack", "--model", str(self.run / "model"), "--output", str(self.root / "packed"))
 
     def do_evaluate(self) -> list[str]:
         data = ["--data.path", str(self.text / "heldout.jsonl"), "--data.seq_len", str(self.args.seq_len)]
         given = ["--models.repaired", str(self.run / "model"), *data, "--data.max_records", "2"]
-        return self.door("evaluate", *given, "--output", str(self.root / "eval.json"))
+        return self.command("evaluate", *given, "--output", str(self.root / "eval.json"))
 
     def do_delta_apply(self) -> list[str]:
         delta = ["--delta", str(self.run / "delta.safetensors")]
-        return self.door(
+        return self.command(
             "export", "delta", "apply", "--base", str(self.pruned), *delta, "--output", str(self.root / "applied")
         )
 
     def do_delta_remove(self) -> list[str]:
         delta = ["--delta", str(self.run / "delta.safetensors")]
-        return self.door(
+        return self.command(
             "export",
             "delta",
             "remove",
@@ -211,7 +211,7 @@ class Walk:
     def do_plan(self) -> list[str]:
         cluster = ["--cluster.nodes", "1", "--cluster.gpus_per_node", "2"]
         given = ["--model", str(self.pruned), "--seq_len", str(self.args.seq_len), "--global_batch", "2"]
-        return self.door("plan", *given, *cluster, "--seft.density", str(self.args.density))
+        return self.command("plan", *given, *cluster, "--seft.density", str(self.args.density))
 
     # Files that each step writes, for the disk space
     LEAVES = {

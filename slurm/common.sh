@@ -5,7 +5,7 @@
 #
 #   take_output "$@"           RUN, the run's folder, is --output of the arguments, else the variable RUN, else runs/NAME-JOB
 #   open_run "$@"              ends the job if the run is finished, records the attempt in RUN/slurm
-#   check_config DOOR "$@"     a configuration that cannot work ends the job now, and for good
+#   check_config SCRIPT "$@"   a configuration that cannot work ends the job now, and for good
 #   check_nodes                every node sees the run's folder, the first node and its GPUs; else: another try without it
 #   step SRUN...               runs this srun command; USR1 reaches its ranks, until they have saved and ended
 #   close_run CODE             done, requeue or fail
@@ -183,7 +183,7 @@ open_run() { # open_run ARGUMENTS...
 
 # ---------------------------------------------------------------- before the run
 
-check_config() { # check_config DOOR ARGUMENTS...: an unknown option or a value that cannot work will not work later either
+check_config() { # check_config SCRIPT ARGUMENTS...: an unknown option or a value that cannot work will not work later either
     local code
     "${python[@]}" "$@" --print_config >"$ATTEMPT/config.yaml"
     code=$?

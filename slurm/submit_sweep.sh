@@ -3,7 +3,7 @@
 #
 #   SEEDS="0 1 2" DENSITIES="0.01 0.05" LRS="1e-3 3e-3" SWEEP=runs/sweep1 slurm/submit_sweep.sh --config R.yaml
 #
-# Arguments are options of launch/train.py. SWEEP: the sweep's folder, default runs/sweep-TIME; AT_ONCE: runs at a time
+# Arguments are options of seft train. SWEEP: the sweep's folder, default runs/sweep-TIME; AT_ONCE: runs at a time
 # (default 4); SBATCH_ARGS: more options of sbatch, e.g. "--gpus-per-node 1 --time 1:00:00"; EVAL, TASKS: see sweep.sbatch.
 # The same SWEEP again finishes what is unfinished.
 set -euo pipefail
@@ -21,4 +21,4 @@ read -ra args <<<"${SBATCH_ARGS:-}"
 array=$(sbatch --parsable --array="0-$((runs - 1))%${AT_ONCE:-4}" "${args[@]}" "$root/slurm/sweep.sbatch" "$@")
 table=$(sbatch --parsable --dependency="afterany:$array" "$root/slurm/collect.sbatch" --folder "$SWEEP")
 echo "job $array: $runs runs in $SWEEP; job $table: the table of them, $SWEEP/sweep.md"
-echo "to see how far it is: python launch/sweep.py --folder $SWEEP"
+echo "to see how far it is: seft sweep --folder $SWEEP"

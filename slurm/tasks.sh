@@ -1,5 +1,5 @@
 #!/bin/bash
-# The runs of a sweep, one line each: its name, a tab, its options of launch/train.py. They are the lines of the file TASKS,
+# The runs of a sweep, one line each: its name, a tab, its options of seft train. They are the lines of the file TASKS,
 # or every combination of SEEDS, DENSITIES and LRS (lists in one word each: "1e-3 3e-3"). sweep.sbatch and
 # submit_sweep.sh write them to SWEEP/tasks.tsv.
 set -euo pipefail

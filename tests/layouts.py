@@ -132,7 +132,7 @@ def train(
         options: Options of ``build``.
 
     Returns:
-        losses (averaged over ranks), digests of the evolutions, snapshot, sparsity.
+        losses (averaged over ranks), digests of the evolutions, snapshot, sparsity, trained norms and biases.
     """
     model = options.pop("model", None) or prune_(tiny_llama())
     if prepare:
@@ -160,7 +160,14 @@ def train(
             digests.append(seft.evolution.digest)
         if between:
             between(called)
-    return {"losses": losses, "digests": digests, "state": snapshot(model, seft), "sparsity": seft.sparsity()}
+    vectors = {name: seft.backend.full(model.get_parameter(name)).clone() for name in seft.vectors.names}
+    return {
+        "losses": losses,
+        "digests": digests,
+        "state": snapshot(model, seft),
+        "sparsity": seft.sparsity(),
+        "vectors": vectors,
+    }
 
 
 def train_on(layout: str, world_size: int, seft_config: SeftConfig, steps: int, **options: Any) -> dict[str, Any]:

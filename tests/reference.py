@@ -50,6 +50,12 @@ class DenseSeft:
         for layer in self.layers.values():
             layer.module.weight.requires_grad_(True)
             layer.module.register_forward_hook(self._observe(layer))
+        self.vectors: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
+        if config.train_norms:  # of the models in the tests, everything that has one dimension
+            for parameter in (p for p in model.parameters() if p.dim() == 1):
+                parameter.requires_grad_(True)
+                zero = torch.zeros(parameter.shape)
+                self.vectors.append((parameter, {"value": parameter.detach().float(), "mean": zero, "square": zero}))
         if config.init == "random":
             for i, layer in enumerate(self.layers.values()):
                 draw = uniform(layer.positions, config.seed, i, 3)
@@ -118,11 +124,20 @@ class DenseSeft:
         """Clipping as torch.nn.utils.clip_grad_norm_, then torch.optim.AdamW with an age for each entry."""
         layers = list(self.layers.values())
         sparse = [torch.where(layer.support, g, 0.0) for layer, g in zip(layers, gradients, strict=True)]
-        self.grad_norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in sparse))
+        others = [parameter.grad.float() for parameter, _ in self.vectors if parameter.grad is not None]
+        self.grad_norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in sparse + others))
         scale = 1.0
         if self.max_grad_norm is not None:
             scale = min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
         beta1, beta2 = self.betas
+        for (parameter, state), gradient in zip(self.vectors, others, strict=True):
+            state["mean"] = beta1 * state["mean"] + (1 - beta1) * gradient * scale
+            state["square"] = beta2 * state["square"] + (1 - beta2) * (gradient * scale) ** 2
+            first, second = state["mean"] / (1 - beta1**self.num_steps), state["square"] / (1 - beta2**self.num_steps)
+            state["value"] = state["value"] - self.lr * first / (second.sqrt() + self.eps)
+            with torch.no_grad():
+                parameter.copy_(state["value"])
+            parameter.grad = None
         for layer, gradient in zip(layers, sparse, strict=True):
             g = gradient * scale
             layer.age = layer.age + layer.support

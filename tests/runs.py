@@ -1,4 +1,4 @@
-"""Tiny traced runs of launch/train.py's trainer, in forked ranks."""
+"""Tiny traced runs of `seft train`'s trainer, in forked ranks."""
 
 import json
 from collections.abc import Callable

@@ -37,7 +37,7 @@ class Ended:
 
 
 class Fake:
-    """Stands in for the doors, and remembers what it was asked for."""
+    """Stands in for the commands, and remembers what it was asked for."""
 
     def __init__(self, code: Callable[[Task], int] = lambda task: 0) -> None:
         """Args:
@@ -90,7 +90,7 @@ def perplexity(task: Task) -> float:
 
 
 def write_run(task: Task) -> None:
-    """Write the files that launch/train.py leaves."""
+    """Write the files that `seft train` leaves."""
     assert task.cell is not None and task.cell.config is not None
     run, config = task.folder / "run", task.cell.config
     model_files(run / "model")

@@ -1,4 +1,4 @@
-"""Comparison methods of launch/train.py: each trains, keeps the zeros it promises, and is what its name says."""
+"""Comparison methods of `seft train`: each trains, keeps the zeros it promises, and is what its name says."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.baselines import adapted
 from seft_dist.baselines.adapted import MaskedLora, Spp
+from seft_dist.baselines.trained import ParameterPart
 from seft_dist.config import AdamConfig, BaselineConfig, DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.targets import find_targets
@@ -220,7 +221,7 @@ def test_lora_on_a_dense_model_and_pruned_again(inputs: Path, tmp_path: Path) ->
     dense = {"model": ModelConfig(path=str(model_folder(tmp_path / "dense", sparsity=0)))}
     result = run_train(config_of("lora", inputs, tmp_path / "on_dense", steps=2, **dense))
     assert result["sparsity"] == {"target": 0.0, "final": 0.0, "layers_off_target": 0}
-    # lora_merged is what launch/prune.py makes of lora's model
+    # lora_merged is what `seft prune` makes of lora's model
     merged = {name: config_of(name, inputs, tmp_path / name, steps=4) for name in ("lora", "lora_merged")}
     for config in merged.values():
         run_train(config)
@@ -265,7 +266,7 @@ def test_masked_lora_of_full_rank_over_the_identity_is_masked_full(inputs: Path,
             return found
 
         MaskedLora.install = with_identity  # type: ignore[method-assign,assignment]
-        MaskedLora.finalize = lambda self, ending: {}  # type: ignore[method-assign]
+        MaskedLora.finalize = lambda self, inputs: {}  # type: ignore[method-assign]
 
     baseline = BaselineConfig(rank=32, alpha=32.0)
     run = config_of("masked_lora", inputs, tmp_path / "lora", baseline=baseline, export=False, **targets)
@@ -287,21 +288,26 @@ def test_adapted_linears_have_the_gradients_of_plain_autograd(kind: Any) -> None
     linear = nn.Linear(5, 7)
     linear.weight.data[torch.rand(7, 5) < 0.5] = 0
     linear.requires_grad_(False)
-    a, b = (torch.randn(shape, requires_grad=True) for shape in method.shapes(7, 5))
+    a, b = (torch.randn(shape, requires_grad=True) for shape in method.adapter_shapes(7, 5))
     x, out = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 7)
 
     def plain() -> Tensor:
-        return nn.functional.linear(x, method.combined(linear.weight, method.factor(a, b)), linear.bias)
+        return nn.functional.linear(x, method.combined(linear.weight, method.product(a, b)), linear.bias)
 
     expected = torch.autograd.grad(plain(), (x, a, b), out)
     found = torch.autograd.grad(adapted._forward(linear, a, b, method)(x), (x, a, b), out)  # type: ignore[arg-type]
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    effective = method.combined(linear.weight, method.factor(a, b))
+    effective = method.combined(linear.weight, method.product(a, b))
     assert torch.equal(effective != 0, linear.weight != 0) and not torch.equal(effective, linear.weight)
 
 
-def test_as_many_weights_go_as_each_row_or_group_is_told() -> None:
+def test_a_parameter_without_a_gradient_has_gradient_0() -> None:
+    part = ParameterPart.of("unused", nn.Parameter(torch.ones(2, 3)))
+    assert torch.equal(part.grad(), torch.zeros(6))
+
+
+def test_as_many_weights_are_pruned_as_each_row_or_group_asks_for() -> None:
     torch.manual_seed(0)
     scores, weight = torch.rand(6, 8), torch.randn(6, 8)
     for kind, width in (("row", 8), ("2:4", 4)):

@@ -1,4 +1,4 @@
-"""Options of the doors, and what users see when something is wrong."""
+"""Options of the commands, and what users see when something is wrong."""
 
 import dataclasses
 import io
@@ -182,8 +182,18 @@ def test_help_documents_every_field(config_class: type, capsys: pytest.CaptureFi
     assert "Tokens in a sequence: the length of packed blocks" in words  # docstrings of fields, not only their names
 
 
+def test_help_keeps_examples_on_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    example = "    seft prune --model.path MODEL --data.path TEXT.jsonl --output PRUNED --sparsity 0.6 --method wanda"
+    text = f"Prune a model, {'and so on, ' * 10}for short.\n\n{example}\n    seft files\n\nThe last paragraph."
+    with pytest.raises(SystemExit):
+        parse(PruneConfig, ["--help"], text)
+    printed = capsys.readouterr().out
+    assert f"for short.\n\n{example}\n    seft files\n\nThe last paragraph.\n" in printed
+    assert max(map(len, printed.partition(example)[0].splitlines())) <= 100  # prose is still wrapped
+
+
 def said(error: BaseException | None) -> tuple[int, str]:
-    """Exit code and printed text of a door that ends with an error."""
+    """Exit code and printed text of a command that ends with an error."""
 
     def main() -> None:
         if error is not None:

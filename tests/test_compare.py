@@ -1,4 +1,4 @@
-"""launch/compare.py on real runs: equal ones, other layouts, changed seeds, learning rates, data, weights and files."""
+"""`seft compare` on real runs: equal ones, other layouts, changed seeds, learning rates, data, weights and files."""
 
 import io
 import json
@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.reproduce.compare import DIFFERS, EQUAL, OPEN, PARTED, WITHIN, Comparison, compare, write_comparison
+from seft_dist.reproduce.compare import (
+    DIFFERS,
+    EQUAL,
+    PARTED,
+    UNDECIDED,
+    WITHIN,
+    Comparison,
+    compare,
+    write_comparison,
+)
 from seft_dist.reproduce.compare_report import print_comparison
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 from tests.models import moving
@@ -233,7 +242,7 @@ def test_a_run_that_is_not_finished_is_not_judged(single: Path, again: Path) -> 
     edit_json(again / "manifest.json", final=None)
     (again / "trace.jsonl").write_text("".join((single / "trace.jsonl").read_text().splitlines(keepends=True)[:4]))
     found = compare(single, again)
-    assert found.verdict == OPEN and not found.held and found.steps == 4 and "not finished" in found.why
+    assert found.verdict == UNDECIDED and not found.held and found.steps == 4 and "not finished" in found.why
 
 
 def moved_by_near_ties(run: Path, ties: int) -> None:

@@ -1,5 +1,6 @@
 """torch.compile puts the linears into its graphs as they are: no graph break, no second compilation."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from tests.models import batch, moving, prune_, tiny_llama
 CONFIG = moving(density=0.05, interval=3, window=2, steps=9)
 
 
-def _train(compiled: str | None) -> tuple[list[float], dict[str, Any]]:
+def _train(compiled: str | None, **over: Any) -> tuple[list[float], dict[str, Any]]:
     model: Any = prune_(tiny_llama())
-    seft = SeftOptimizer(model, CONFIG, lr=1e-2)
+    seft = SeftOptimizer(model, dataclasses.replace(CONFIG, **over), lr=1e-2)
     called = torch.compile(model, backend="aot_eager") if compiled == "model" else model
     if compiled == "in place":
         model.compile(backend="aot_eager")
@@ -46,3 +47,10 @@ def test_compiled_training_is_eager_training_in_one_graph(compiled: str, graphs:
     assert others == pytest.approx(losses, abs=1e-5)
     for name, layer in other.items():
         assert torch.equal(layer["support"], state[name]["support"]) and torch.equal(layer["mask"], state[name]["mask"])
+
+
+@pytest.mark.slow
+def test_norms_train_outside_of_the_graphs() -> None:
+    losses, _ = _train(None, train_norms=True)
+    torch._dynamo.reset()
+    assert _train("layers", train_norms=True)[0] == pytest.approx(losses, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Every check of the configuration is raised once; defaults pass; unknown keys are refused at the doors."""
+"""Every check of the configuration is raised once; defaults pass; unknown keys are refused by every command."""
 
 import dataclasses
 import re
@@ -256,12 +256,12 @@ def test_last_evolution(values: dict[str, Any], last: int | None) -> None:
 
 def test_methods_that_are_settings_of_seft() -> None:
     given = {**NEEDED[TrainConfig], "seft": SeftConfig(density=0.05, reactivation=0.0)}
-    settled = TrainConfig(**given, method="seft_static").with_method_settings()
+    resolved = TrainConfig(**given, method="seft_static").with_method_settings()
     assert (
-        settled.seft == SeftConfig(density=0.05, reactivation=0.0, static=True)
-        and settled.with_method_settings() == settled
+        resolved.seft == SeftConfig(density=0.05, reactivation=0.0, static=True)
+        and resolved.with_method_settings() == resolved
     )
-    assert settled.is_seft and TrainConfig(**given).with_method_settings() == TrainConfig(**given)
+    assert resolved.is_seft and TrainConfig(**given).with_method_settings() == TrainConfig(**given)
     assert not TrainConfig(**NEEDED[TrainConfig], method="none").is_seft
 
 

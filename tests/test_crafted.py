@@ -48,10 +48,10 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def said(door: Callable[[], Any]) -> tuple[int, str]:
-    """Exit code and message of a door; anything but one message is an error here."""
+def said(command: Callable[[], Any]) -> tuple[int, str]:
+    """Exit code and message of a command; anything but one message is an error here."""
     with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
-        run(door)
+        run(command)
     return int(str(ended.value.code)), printed.getvalue()
 
 

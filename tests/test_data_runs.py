@@ -14,9 +14,9 @@ import yaml
 from seft_dist.config import DataConfig, ModelConfig
 from seft_dist.training import run_folder
 from tests.chat_templates import LLAMA, unmarked
-from tests.doors import run_door
 from tests.folders import text_file
 from tests.runs import make_config, run_train
+from tests.scripts import run_script
 from tests.test_train import as_if_killed, failure
 from tests.texts import write_jsonl
 
@@ -79,17 +79,11 @@ def test_bad_data_ends_every_rank_with_the_same_message(inputs: Path, tmp_path: 
         assert not (tmp_path / "run").exists()
 
 
-def test_the_door_gives_one_message_and_code_2(inputs: Path, tmp_path: Path) -> None:
+def test_the_command_gives_one_message_and_code_2(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "null.jsonl").write_bytes(b'{"te\0xt": "a"}\n')
-    options = [
-        "--model.path",
-        str(inputs / "pruned"),
-        "--data.path",
-        str(tmp_path / "null.jsonl"),
-        "--data.seq_len",
-        "16",
-    ]
-    done = run_door("launch/train.py", *options, "--output", tmp_path / "run", "--threads", "1")
+    options = ["--model.path", str(inputs / "pruned"), "--data.path", str(tmp_path / "null.jsonl")]
+    options += ["--data.seq_len", "16"]
+    done = run_script("launch/train.py", *options, "--output", tmp_path / "run", "--threads", "1")
     assert done.returncode == 2
     said = f"train.py: error: {tmp_path / 'null.jsonl'}, line 1 has a null byte: it may be damaged or cut short"
     assert said in done.stderr and "Traceback" not in done.stderr

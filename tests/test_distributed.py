@@ -13,7 +13,7 @@ import torch.distributed as dist
 from seft_dist.session import launchers
 from seft_dist.session.agreement import check_agreement, on_all_ranks
 from seft_dist.session.distributed import find_ranks, start
-from seft_dist.session.rendezvous import Meeting, first_host, meet, mpi_rendezvous_address
+from seft_dist.session.rendezvous import Rendezvous, first_host, mpi_rendezvous_address, wait_for_ranks
 from tests.ranks import run_ranks
 
 
@@ -166,18 +166,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def meeting(port: int, rank: int, world_size: int) -> Meeting:
+def rendezvous_of(port: int, rank: int, world_size: int) -> Rendezvous:
     variables = f"RANK={rank}, WORLD_SIZE={world_size}"
-    return Meeting(address="127.0.0.1", port=port, rank=rank, world_size=world_size, variables=variables)
+    return Rendezvous(address="127.0.0.1", port=port, rank=rank, world_size=world_size, variables=variables)
 
 
 def test_ranks_meet_and_missing_ones_are_named(capfd: pytest.CaptureFixture[str]) -> None:
     def on_rank(rank: int, world: int, port: int, other: int) -> str:
-        store = meet(meeting(port, rank, world), 60)
+        store = wait_for_ranks(rendezvous_of(port, rank, world), 60)
         store.set(f"at {rank}", "here")
         assert store.get(f"at {1 - rank}") == b"here"
         try:
-            meet(meeting(other, 2 * rank, 5), 3, notice=1)  # as ranks 0 and 2 of 5
+            wait_for_ranks(rendezvous_of(other, 2 * rank, 5), 3, notice=1)  # as ranks 0 and 2 of 5
         except OSError as error:
             return str(error)
         return ""
@@ -191,19 +191,19 @@ def test_ranks_meet_and_missing_ones_are_named(capfd: pytest.CaptureFixture[str]
 
 def test_places_where_nobody_can_meet() -> None:
     with pytest.raises(TimeoutError, match="rank 1 found no rank 0 at 127.0.0.1:.* within 1 s. RANK=1, WORLD_SIZE=2"):
-        meet(meeting(free_port(), 1, 2), 1)
+        wait_for_ranks(rendezvous_of(free_port(), 1, 2), 1)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen(1)
         port = int(other.getsockname()[1])
         with pytest.raises(OSError, match=f"MASTER_PORT={port} is in use"):
-            meet(meeting(port, 0, 2), 5)
+            wait_for_ranks(rendezvous_of(port, 0, 2), 5)
 
 
 def test_two_processes_of_one_rank() -> None:
     def on_rank(rank: int, world: int, port: int) -> str:
         try:
-            meet(meeting(port, min(rank, 1), 3), 4)
+            wait_for_ranks(rendezvous_of(port, min(rank, 1), 3), 4)
         except (OSError, ValueError) as error:
             return type(error).__name__ + str(error)
         return ""

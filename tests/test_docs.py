@@ -14,7 +14,7 @@ import pytest
 from seft_dist import config
 from seft_dist.commands.main import COMMANDS
 from seft_dist.files.shipped import DS_CONFIGS, RECIPES, find_file
-from tests.doors import run_door
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -103,7 +103,7 @@ def test_the_minute_on_a_cpu_runs_as_printed(tmp_path: Path) -> None:
         _, name, *arguments = line.replace(" tiny/", f" {tmp_path}/tiny/").split()
         if name == "quickstart":
             arguments[-1] = str(tmp_path / "tiny")
-        done = run_door(f"launch/{name}.py", *arguments)
+        done = run_script(f"launch/{name}.py", *arguments)
         assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "tiny" / "run" / "eval.json").read_text())["models"]
     assert measured["repaired"]["perplexity"] < measured["pruned"]["perplexity"]

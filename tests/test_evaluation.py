@@ -1,4 +1,4 @@
-"""Perplexity against its definition, reports, and the door called for real."""
+"""Perplexity against its definition, reports, and the command as users type it."""
 
 import json
 import math
@@ -27,9 +27,9 @@ from seft_dist.io.tables import sparsity_table
 from seft_dist.modules.targets import find_targets
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
-from tests.doors import run_door
 from tests.models import prune_, tiny_llama
 from tests.ranks import run_ranks
+from tests.scripts import run_script
 from tests.texts import VOCAB, dense_folder, fast_tokenizer, sentencepiece_tokenizer, text_jsonl, texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,9 +330,9 @@ def test_options_that_contradict_each_other(options: dict[str, Any], words: str)
         EvaluateConfig(**({"models": {"a": "b"}} | data | options))
 
 
-def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def run_evaluate(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     if ranks == 1:
-        return run_door("launch/evaluate.py", *arguments)
+        return run_script("launch/evaluate.py", *arguments)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *torchrun, str(ROOT / "launch" / "evaluate.py"), *arguments]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cache), "COLUMNS": "100"}
@@ -345,10 +345,10 @@ def door(*arguments: str, cache: Path, ranks: int = 1) -> subprocess.CompletedPr
     )
 
 
-def test_door_prints_tables(folders: dict[str, str], tmp_path: Path, cache: Path) -> None:
+def test_the_command_prints_tables(folders: dict[str, str], tmp_path: Path, cache: Path) -> None:
     models = [f"--models.{name}={folders[name]}" for name in ("dense", "pruned")]
     data = ["--data.path", folders["text.jsonl"], "--data.seq_len=64", "--max_tokens=640"]
-    done = door(*models, *data, f"--output={tmp_path / 'out.json'}", cache=cache)
+    done = run_evaluate(*models, *data, f"--output={tmp_path / 'out.json'}", cache=cache)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())["models"]["pruned"]
     assert "Perplexity" in done.stdout and f"{result['perplexity']:.3f}" in done.stdout and "50.00 %" in done.stdout
@@ -356,12 +356,12 @@ def test_door_prints_tables(folders: dict[str, str], tmp_path: Path, cache: Path
 
 
 @pytest.mark.slow
-def test_door_on_two_ranks_says_what_it_says_on_one(folders: dict[str, str], tmp_path: Path, cache: Path) -> None:
+def test_two_ranks_print_what_one_prints(folders: dict[str, str], tmp_path: Path, cache: Path) -> None:
     models = [f"--models.{name}={folders[name]}" for name in ("dense", "pruned")]
     data = ["--data.path", folders["text.jsonl"], "--data.seq_len=64", "--stride=32", "--max_tokens=1500"]
     found = []
     for ranks in (1, 2):
-        done = door(*models, *data, f"--output={tmp_path / 'out.json'}", cache=cache, ranks=ranks)
+        done = run_evaluate(*models, *data, f"--output={tmp_path / 'out.json'}", cache=cache, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Perplexity") == 1  # one rank speaks
         found.append(json.loads((tmp_path / "out.json").read_text()))

@@ -15,7 +15,7 @@ from seft_dist.evaluation.evaluation import Evaluation, evaluate, task_table
 from seft_dist.session.distributed import Ranks
 from tests.models import prune_, tiny_llama
 from tests.ranks import run_ranks
-from tests.test_evaluation import door
+from tests.test_evaluation import run_evaluate
 from tests.texts import VOCAB, dense_folder, fast_tokenizer, texts, write_jsonl
 
 pytest.importorskip("lm_eval", reason='needs the extra "eval"')
@@ -206,13 +206,13 @@ def test_tasks_that_cannot_be_had(top: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_door_gives_a_task_of_lm_eval_records_from_a_file(top: Path, tmp_path: Path, cache: Path) -> None:
+def test_the_command_gives_a_task_of_lm_eval_records_from_a_file(top: Path, tmp_path: Path, cache: Path) -> None:
     records = write_jsonl(tmp_path / "arc.jsonl", science())
     yes = [{"passage": t[:40], "question": t[40:70], "label": i % 2, "idx": i} for i, t in enumerate(texts()[:5])]
     files = [f"--task_files.arc_easy={records}", f"--task_files.boolq={write_jsonl(tmp_path / 'b.jsonl', yes)}"]
     model = f"--models.dense={top / 'dense'}"
     output = tmp_path / "out.json"
-    done = door(model, "--tasks=arc_easy,boolq", *files, f"--output={output}", cache=cache, ranks=2)
+    done = run_evaluate(model, "--tasks=arc_easy,boolq", *files, f"--output={output}", cache=cache, ranks=2)
     assert done.returncode == 0, done.stderr
     tasks = json.loads(output.read_text())["models"]["dense"]["tasks"]
     assert (tasks["arc_easy"]["acc"], tasks["arc_easy"]["acc_norm"]) == pytest.approx(

@@ -60,7 +60,7 @@ class Seen:
     active: list[int]
     dropped: list[int]
     grown: list[int]
-    removed: list[int]
+    pruned: list[int]
     reactivated: list[int]
     deltas_after: list[int]
     numel: int
@@ -97,7 +97,7 @@ def evolve(layout: str, rank: int, config: SeftConfig) -> Seen:
         active=active,
         dropped=list(map(len, evolution.dropped)),
         grown=list(map(len, evolution.grown)),
-        removed=list(map(len, evolution.removed)),
+        pruned=list(map(len, evolution.pruned)),
         reactivated=list(map(len, evolution.reactivated)),
         deltas_after=[len(layer.columns) for layer in seft.deltas()],
         numel=sum(partition.numel for partition in seft.backend.partitions),
@@ -119,7 +119,7 @@ def expected(ranks: list[Seen], rank: int, form: str) -> dict[str, int]:
     counts = 8 * layers
     commit = wire.every(counts) + wire.ragged(max(sum(r.deltas_after) for r in ranks), 4)
     if me.replicates:
-        changed = max(sum(r.dropped) + sum(r.removed) for r in ranks)
+        changed = max(sum(r.dropped) + sum(r.pruned) for r in ranks)
         commit += wire.every(counts) + wire.ragged(changed, 8) + wire.ragged(changed, 4)
     return {
         "window": CONFIG.window * 4 * (me.numel - sum(me.own)),

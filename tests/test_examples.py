@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seft_dist.modules.targets import find_targets
-from tests.doors import run_door
 from tests.models import VOCAB
+from tests.scripts import run_script
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {{ eos_token }} {% endfor %}"
 
 
 def _run(script: str, pruned: Path, data: Path, output: Path) -> subprocess.CompletedProcess[str]:
     """Run an example, and check that it trained weights and kept the number of zeros of each."""
-    done = run_door(f"docs/examples/{script}.py", pruned, data, output, timeout=250)
+    done = run_script(f"docs/examples/{script}.py", pruned, data, output, timeout=250)
     assert done.returncode == 0, done.stderr
     before = find_targets(AutoModelForCausalLM.from_pretrained(pruned))
     after = find_targets(AutoModelForCausalLM.from_pretrained(output))

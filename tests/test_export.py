@@ -20,10 +20,10 @@ from seft_dist.export.export import export_model
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
 from seft_dist.io.weights import Weights, WeightsWriter
-from tests.doors import run_door
 from tests.folders import model_folder
 from tests.models import batch, moving
 from tests.ranks import run_ranks
+from tests.scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,13 +163,13 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_door(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     pruned = model_folder(tmp_path / "pruned")
     train_and_export(pruned, tmp_path, "bfloat16")
 
     def run(base: Path, output: str) -> subprocess.CompletedProcess[str]:
         delta = tmp_path / "delta.safetensors"
-        return run_door("launch/export.py", "--base", base, "--delta", delta, "--output", tmp_path / output)
+        return run_script("launch/export.py", "--base", base, "--delta", delta, "--output", tmp_path / output)
 
     done = run(pruned, "repaired")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The model card says what the files say and nothing else; the door's actions run as users type them."""
+"""The model card says what the files say and nothing else; the actions of seft export run as users type them."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ from seft_dist.evaluation.evaluation import evaluate
 from seft_dist.export.card import write_card
 from seft_dist.io.source import open_source
 from seft_dist.training.trainer import train
-from tests.doors import run_door
 from tests.folders import model_folder, text_file
 from tests.models import moving
+from tests.scripts import run_script
 from tests.test_export import assert_same_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,49 +88,53 @@ def test_card_without_records_says_so(work: Path, tmp_path: Path) -> None:
         card_of(model, run=run)
 
 
-def door(*arguments: object, code: int = 0) -> str:
-    done = run_door("launch/export.py", *arguments, env={"COLUMNS": "200"})
+def run_export(*arguments: object, code: int = 0) -> str:
+    done = run_script("launch/export.py", *arguments, env={"COLUMNS": "200"})
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
 @pytest.mark.slow
-def test_the_door_from_run_to_packed_and_back(work: Path, tmp_path: Path) -> None:
+def test_the_command_from_run_to_packed_and_back(work: Path, tmp_path: Path) -> None:
     run = work / "run"
-    door("hf", "--run", run, "--output", tmp_path / "hf", "--shard_gb", 0.00002)
+    run_export("hf", "--run", run, "--output", tmp_path / "hf", "--shard_gb", 0.00002)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 1
     assert "# hf\n" in (tmp_path / "hf" / "README.md").read_text()
     assert_same_model(run / "model", tmp_path / "hf")
-    said = door(
+    said = run_export(
         "pack", "--model", tmp_path / "hf", "--run", run, "--output", tmp_path / "packed", "--dtype", "bfloat16"
     )
     assert "bytes a weight" in said and "load_packed" in (tmp_path / "packed" / "README.md").read_text()
-    door("unpack", "--model", tmp_path / "packed", "--output", tmp_path / "plain")
-    door("hf", "--model", run / "model", "--dtype", "bfloat16", "--output", tmp_path / "cast")
+    run_export("unpack", "--model", tmp_path / "packed", "--output", tmp_path / "plain")
+    run_export("hf", "--model", run / "model", "--dtype", "bfloat16", "--output", tmp_path / "cast")
     assert_same_model(tmp_path / "cast", tmp_path / "plain")
-    assert "is not packed" in door("unpack", "--model", tmp_path / "hf", "--output", tmp_path / "x", code=2)
-    assert "needs --run or --model" in door("hf", "--output", tmp_path / "x", code=2)
-    assert "shard_gb=0" in door("hf", "--run", run, "--output", tmp_path / "x", "--shard_gb", 0, code=2)
-    assert "has no model" in door("hf", "--run", tmp_path, "--output", tmp_path / "x", code=2)
-    assert "exists already" in door("hf", "--run", run, "--output", tmp_path / "hf", code=2)
+    assert "is not packed" in run_export("unpack", "--model", tmp_path / "hf", "--output", tmp_path / "x", code=2)
+    assert "needs --run or --model" in run_export("hf", "--output", tmp_path / "x", code=2)
+    assert "shard_gb=0" in run_export("hf", "--run", run, "--output", tmp_path / "x", "--shard_gb", 0, code=2)
+    assert "has no model" in run_export("hf", "--run", tmp_path, "--output", tmp_path / "x", code=2)
+    assert "exists already" in run_export("hf", "--run", run, "--output", tmp_path / "hf", code=2)
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
-def test_the_door_of_deltas(work: Path, tmp_path: Path) -> None:
+def test_the_command_delta(work: Path, tmp_path: Path) -> None:
     pruned, delta = work / "pruned", work / "run" / "delta.safetensors"
-    door("delta", "apply", "--base", pruned, "--delta", delta, "--output", tmp_path / "repaired")
+    run_export("delta", "apply", "--base", pruned, "--delta", delta, "--output", tmp_path / "repaired")
     assert_same_model(work / "run" / "model", tmp_path / "repaired")
-    door("delta", "remove", "--model", tmp_path / "repaired", "--delta", delta, "--output", tmp_path / "removed")
+    run_export("delta", "remove", "--model", tmp_path / "repaired", "--delta", delta, "--output", tmp_path / "removed")
     assert_same_model(pruned, tmp_path / "removed")
-    said = door("delta", "inspect", "--delta", delta)
+    said = run_export("delta", "inspect", "--delta", delta)
     assert "model.layers.0.mlp.up_proj.weight" in said and "on pruned" in said
-    door("delta", "make", "--base", pruned, "--model", work / "run" / "model", "--output", tmp_path / "d.safetensors")
-    door("delta", "apply", "--base", pruned, "--delta", tmp_path / "d.safetensors", "--output", tmp_path / "again")
+    run_export(
+        "delta", "make", "--base", pruned, "--model", work / "run" / "model", "--output", tmp_path / "d.safetensors"
+    )
+    run_export(
+        "delta", "apply", "--base", pruned, "--delta", tmp_path / "d.safetensors", "--output", tmp_path / "again"
+    )
     assert_same_model(work / "run" / "model", tmp_path / "again")
-    assert "another pruned" in door(
+    assert "another pruned" in run_export(
         "delta", "apply", "--base", tmp_path / "again", "--delta", delta, "--output", tmp_path / "x", code=2
     )
-    assert "not a 2:4 model" in door("check", "--model", pruned, code=2)
+    assert "not a 2:4 model" in run_export("check", "--model", pruned, code=2)
     assert not (tmp_path / "x").exists()

@@ -66,7 +66,7 @@ def train_and_look(config: TrainConfig) -> tuple[dict[str, Any], Tensor]:
     def look_then_finish(run: Any, *rest: Any) -> dict[str, Any]:
         run.model.eval()
         with torch.no_grad():
-            seen.append(run.called(input_ids=IDS).logits.float())
+            seen.append(run.forward_module(input_ids=IDS).logits.float())
         run.model.train()
         return finish(run, *rest)
 

@@ -320,7 +320,9 @@ def test_ranks_of_a_layer_of_deepseek_v3_without_values() -> None:
 
 def test_plans_count_positions_of_64_bits() -> None:
     def terms(rows: int) -> dict[str, float]:
-        shapes = ModelShapes(tiny_llama().config, [ParameterShape("a", (rows, 1 << 16), (rows, 1 << 16), 0)], [()], 0)
+        shapes = ModelShapes(
+            tiny_llama().config, [ParameterShape("a", (rows, 1 << 16), (rows, 1 << 16), 0)], [()], 0, 0
+        )
         config = PlanConfig(model="x", seft=moving(density=0.01, window=2, window_store="candidates"))
         memory = seft_memory(config, shapes, Layout("fsdp", 1, 1, packing="resident"), PassCost(*[0.0] * 8), 0.0)
         numel = rows << 16

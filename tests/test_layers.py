@@ -1,4 +1,4 @@
-"""The house rules that can be read off the source: who imports whom, how long things get, that no knob is dead."""
+"""Rules that can be read off the source: who imports whom, how long things get, that every option is read."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ from seft_dist import config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "seft_dist").rglob("*.py"))
-DOORS = sorted((ROOT / "launch").glob("*.py"))
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 TESTS = sorted((ROOT / "tests").glob("*.py"))
 CONFIG = sorted((ROOT / "seft_dist" / "config").glob("*.py"))
 FLOORS = {
@@ -41,7 +41,7 @@ FLOORS = {
     "commands": 14,
 }
 
-# Who may import a framework: rooms, and files with a reason of their own. All others go through these.
+# Who may import a framework: packages, and files with a reason of their own. All others go through these.
 CONFINED = {
     "torch.distributed": {
         "session",
@@ -77,7 +77,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """Folder below seft_dist, or the file's own name for config.py and __init__.py."""
     return path.relative_to(ROOT / "seft_dist").with_suffix("").parts[0]
 
@@ -96,26 +96,26 @@ def attributes_of(path: Path) -> Iterator[ast.Attribute]:
     return (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute))
 
 
-def own_rooms(path: Path) -> set[str]:
+def own_packages(path: Path) -> set[str]:
     parts = [name.split(".") for name in imports_of(path)]
     return {part[1] if len(part) > 1 and part[1] in FLOORS else "" for part in parts if part[0] == "seft_dist"}
 
 
 @pytest.mark.parametrize("path", [p for p in PACKAGE if p.parent.name != "seft_dist"], ids=name_of)
 def test_imports_only_lower_floors_or_the_own_folder(path: Path) -> None:
-    room = room_of(path)
-    for other in own_rooms(path):
-        assert other, f"{name_of(path)} imports from seft_dist itself: name the room"
-        assert other == room or FLOORS[other] < FLOORS[room], f"{name_of(path)} ({room}) imports {other}"
+    package = package_of(path)
+    for other in own_packages(path):
+        assert other, f"{name_of(path)} imports from seft_dist itself: name the package"
+        assert other == package or FLOORS[other] < FLOORS[package], f"{name_of(path)} ({package}) imports {other}"
 
 
-def test_every_room_has_a_floor_and_says_what_it_is() -> None:
-    assert {room_of(path) for path in PACKAGE} == {*FLOORS, "__init__", "__main__"}
-    silent = [name_of(path) for path in [*PACKAGE, *DOORS, *TESTS] if not ast.get_docstring(tree_of(path))]
+def test_every_package_has_a_floor_and_says_what_it_is() -> None:
+    assert {package_of(path) for path in PACKAGE} == {*FLOORS, "__init__", "__main__"}
+    silent = [name_of(path) for path in [*PACKAGE, *SCRIPTS, *TESTS] if not ast.get_docstring(tree_of(path))]
     assert not silent, f"no docstring at the top: {silent}"
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *DOORS], ids=name_of)
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], ids=name_of)
 def test_docstrings_are_sentences(path: Path) -> None:
     # a string that stands alone is the docstring of a module, class, function or attribute
     statements = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Expr)]
@@ -140,18 +140,18 @@ def test_frameworks_stay_in_their_rooms(framework: str) -> None:
             assert not found, f"{name_of(path)} imports {found}: only {sorted(CONFINED[framework])} may"
 
 
-@pytest.mark.parametrize("path", [p for p in PACKAGE if FLOORS.get(room_of(p), 9) < 5], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in PACKAGE if FLOORS.get(package_of(p), 9) < 5], ids=name_of)
 def test_one_file_knows_each_framework(path: Path) -> None:
-    room, name = room_of(path), path.name
+    package, name = package_of(path), path.name
     known = [
         item for item in imports_of(path) if item.startswith(("torch.distributed.tensor", "torch.distributed.fsdp"))
     ]
-    if room != "backends" or name not in {"fsdp.py", "shards.py"}:
+    if package != "backends" or name not in {"fsdp.py", "shards.py"}:
         assert not known, f"{name_of(path)} knows FSDP2: {known}"
     known = [item for item in imports_of(path) if item.split(".")[0] == "deepspeed"]
     known += [node.attr for node in attributes_of(path) if node.attr.startswith("ds_")]
     # session/distributed.py starts its process group, as DeepSpeed's users do
-    if (room, name) not in {("backends", "deepspeed.py"), ("backends", "shards.py"), ("session", "distributed.py")}:
+    if (package, name) not in {("backends", "deepspeed.py"), ("backends", "shards.py"), ("session", "distributed.py")}:
         assert not known, f"{name_of(path)} knows DeepSpeed: {known}"
 
 
@@ -178,7 +178,7 @@ def test_the_package_imports_without_heavy_frameworks() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *DOORS, *TESTS], ids=name_of)
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS, *TESTS], ids=name_of)
 def test_files_and_functions_stay_short(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MAX_FILE, f"{name_of(path)} has {len(lines)} lines: needs at most {MAX_FILE}"
@@ -195,7 +195,7 @@ CONFIG_CLASSES = [item for item in vars(config).values() if dataclasses.is_datac
 
 @pytest.mark.parametrize("config_class", CONFIG_CLASSES, ids=lambda c: c.__name__)
 def test_every_field_is_read_and_documented(config_class: type) -> None:
-    readers = [tree_of(path) for path in [*PACKAGE, *DOORS] if path not in CONFIG]
+    readers = [tree_of(path) for path in [*PACKAGE, *SCRIPTS] if path not in CONFIG]
     # a property of the configuration reads for others, its check of itself does not
     own = next(
         node

@@ -76,6 +76,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "static_random": ({"static": True, "init": "random"}, {}),
     "decay_weight": ({"decay": "weight"}, {"weight_decay": 0.3}),
     "decay_delta": ({"decay": "delta"}, {"weight_decay": 0.3}),
+    # The gradient of a key's bias is only rounding: softmax does not see it.
+    "norms": ({"train_norms": True}, {"weight_decay": 0.3, "eps": 1e-3}),
+    "norms_trial": ({"train_norms": True, "reactivate": "trial", "adapt": "activation"}, {"eps": 1e-3}),
     "some_targets": ({"targets": "q_proj|down_proj"}, {}),
     "one_target": ({"targets": "down_proj", "scope": "global"}, {}),
     "dense_product": ({"density": 0.25}, {}),
@@ -142,6 +145,9 @@ def assert_same(seft: SeftOptimizer, dense: DenseSeft, rel: float) -> None:
     }
     # A committed delta lives on in the weight, also in a step in which every entry is dropped and all deltas are 0.
     scales["weight"] = dense.largest_delta
+    for vector, (_, state) in zip(seft.vectors.states(), dense.vectors, strict=True):
+        for mine, theirs in {"values": "value", "exp_avg": "mean", "exp_avg_sq": "square"}.items():
+            torch.testing.assert_close(vector[1][mine], state[theirs], rtol=rel, atol=rel * float(state[theirs].max()))
     for layer in seft.deltas():
         oracle = dense.layers[layer.name]
         mask, support = oracle.mask.flatten(), oracle.support.flatten()
@@ -234,7 +240,7 @@ def configs(draw: st.DrawFn) -> SeftConfig:
         "begin": [1, 4],
     }
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
-    if drawn["adapt"] == "none":
+    if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))
     return moving(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)

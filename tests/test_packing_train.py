@@ -1,4 +1,4 @@
-"""launch/train.py's run with packing: the same trace, checkpoints and exported files as without."""
+"""`seft train`'s run with packing: the same trace, checkpoints and exported files as without."""
 
 import shutil
 from pathlib import Path

@@ -131,7 +131,7 @@ def test_the_plan_of_70b_names_every_term(plan70: ClusterPlan) -> None:
 
 
 def test_the_printed_options_are_real(plan70: ClusterPlan) -> None:
-    """launch/train.py's own parser reads them, and they say what was planned."""
+    """`seft train`'s own parser reads them, and they say what was planned."""
     seft = moving(density=0.02, interval=10, window=3, static=False, reactivation=0.25, pattern="2:4")
     config = dataclasses.replace(plan70.config, seft=seft)
     seen = set()

@@ -1,4 +1,4 @@
-"""Pruned folders against a plain dense reference, and the door called for real."""
+"""Pruned folders against a plain dense reference, and the command as users type it."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 from tests import pruning_reference
-from tests.doors import run_door
+from tests.scripts import run_script
 from tests.texts import dense_folder, sentencepiece_tokenizer, text_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,21 +315,21 @@ def test_rows_that_were_empty_before_are_kept_and_named(
     assert "model.layers.0.mlp.up_proj has 925 zeros, 912 asked for" in caplog.text
 
 
-def test_door_prunes_from_a_recipe(dense: Path, tmp_path: Path, cache: Path) -> None:
+def test_the_command_prunes_from_a_recipe(dense: Path, tmp_path: Path, cache: Path) -> None:
     recipe = tmp_path / "prune.yaml"
     recipe.write_text(
         f"model: {{path: {dense}}}\ndata:\n  path: {dense.parent / 'text.jsonl'}\n  seq_len: 32\nsequences: 12\n"
         f"output: {tmp_path / 'wrong'}\n"
     )
-    done = run_door("launch/prune.py", "--config", recipe, "--output", tmp_path / "out", "--sparsity", "0.5")
+    done = run_script("launch/prune.py", "--config", recipe, "--output", tmp_path / "out", "--sparsity", "0.5")
     assert done.returncode == 0, done.stderr
     assert "self_attn.q_proj (2 x)" in done.stdout and "50.00 %" in done.stdout and "Pruning layers" in done.stderr
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["reached"] == 0.5
     assert not (tmp_path / "wrong").exists()
 
 
-def test_door_tells_users_what_is_wrong(tmp_path: Path, cache: Path) -> None:
-    done = run_door(
+def test_the_command_reports_what_is_wrong(tmp_path: Path, cache: Path) -> None:
+    done = run_script(
         "launch/prune.py", "--model.path=gone", "--data.path=x.txt", "--sparsity=60", f"--output={tmp_path / 'out'}"
     )
     assert done.returncode == 2

@@ -21,7 +21,7 @@ from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.sparsegpt import Hessians, inverse_factor
 from seft_dist.sparsity.bitmask import pack
 from tests import pruning_reference as reference
-from tests.doors import run_door
+from tests.scripts import run_script
 from tests.texts import dense_folder, text_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,14 +207,14 @@ def test_patterns_that_do_not_divide_are_refused(dense: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_door_on_two_ranks_is_the_door_on_one(dense: Path, tmp_path: Path) -> None:
+def test_two_ranks_prune_as_one(dense: Path, tmp_path: Path) -> None:
     options = [f"--model.path={dense}", f"--data.path={dense.parent / 'text.jsonl'}", "--data.seq_len=32"]
     options += ["--sequences=12", "--method=sparsegpt", "--pattern=2:4"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name in ("one", "two"):
         given = ["launch/prune.py", *options, f"--output={tmp_path / name}"]
         if name == "one":
-            done = run_door(*given)
+            done = run_script(*given)
         else:
             done = subprocess.run([*torchrun, *given], cwd=ROOT, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from rich.console import Console
 from seft_dist.export import demo
 from seft_dist.results.figures import write_run_figures
 from seft_dist.results.report import print_tables, read_run, write_summary
-from tests.doors import run_door
+from tests.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -218,10 +218,10 @@ def test_missing_numbers_are_named(make_run: Callable[..., Path]) -> None:
         read_run(folder)
 
 
-def test_the_doors_speak_plainly(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    done = run_door("launch/report.py", str(make_run()), "--figures", "false")
+def test_commands_end_with_one_message(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    done = run_script("launch/report.py", str(make_run()), "--figures", "false")
     assert done.returncode == 0 and "summary.json" in done.stdout, done.stderr
-    done = run_door("launch/report.py", str(tmp_path / "absent"))
+    done = run_script("launch/report.py", str(tmp_path / "absent"))
     assert done.returncode == 2 and "config.yaml is missing" in done.stderr and "Traceback" not in done.stderr
-    done = run_door("launch/quickstart.py", "text", "--output", str(tmp_path / "text"))
+    done = run_script("launch/quickstart.py", "text", "--output", str(tmp_path / "text"))
     assert done.returncode == 0 and "train.jsonl" in done.stdout, done.stderr

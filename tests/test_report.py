@@ -1,4 +1,4 @@
-"""The page of launch/report.py: of whole, unfinished, damaged and hostile runs, and as a browser shows it."""
+"""The page of `seft report`: of whole, unfinished, damaged and hostile runs, and as a browser shows it."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import yaml
 import tests.preload  # noqa: F401
 from seft_dist.config import SeftConfig
 from seft_dist.results.page.findings import findings_of, missing_of
-from seft_dist.results.page.layers import Place
+from seft_dist.results.page.layers import TargetLocation
 from seft_dist.results.page.record import labels_of, read_records
 from seft_dist.results.page.render import render, write_page
 from seft_dist.results.page.svg import thin_out
 from seft_dist.results.page.words import decimal, duration, model_name, size, spread_out
 from tests.browser import CHROMIUM, Browser
-from tests.doors import run_door
 from tests.runs import make_config, run_train
+from tests.scripts import run_script
 
 SECTIONS = ("warnings", "training", "perplexity", "sparsity", "topology", "deltas", "cost", "configuration", "missing")
 FIGURES = (
@@ -277,15 +277,15 @@ def test_the_page_is_written_beside_the_run_and_over_nothing_else(trained: Path,
         read_records([tmp_path])
 
 
-def test_the_door(trained: Path, tmp_path: Path) -> None:
+def test_the_command(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
-    done = run_door("launch/report.py", run)
+    done = run_script("launch/report.py", run)
     assert done.returncode == 0 and str(run / "report.html") in done.stdout, done.stderr
     assert (run / "summary.json").exists() and (run / "figures" / "loss.svg").read_text().startswith("<?xml")
     (run / "eval.json").unlink()
-    done = run_door("launch/report.py", run, trained, "--output", tmp_path / "both.html", "--figures", "false")
+    done = run_script("launch/report.py", run, trained, "--output", tmp_path / "both.html", "--figures", "false")
     assert done.returncode == 0 and "2 runs" in (tmp_path / "both.html").read_text(), done.stderr
-    done = run_door("launch/report.py", "--help")
+    done = run_script("launch/report.py", "--help")
     assert "needs no network" in done.stdout and "docs/report.md" in done.stdout
 
 
@@ -297,10 +297,10 @@ def test_labels_tell_runs_apart() -> None:
 
 
 def test_places_of_targets() -> None:
-    assert Place.of("model.layers.11.self_attn.q_proj") == Place(11, "self_attn.q_proj")
-    assert Place.of("transformer.h.3.attn.c_attn.weight") == Place(3, "attn.c_attn")
-    assert Place.of("model.layers.2.mlp.experts.63.up_proj") == Place(2, "mlp.experts.*.up_proj")
-    assert Place.of("lm_head") == Place(None, "lm_head")
+    assert TargetLocation.of("model.layers.11.self_attn.q_proj") == TargetLocation(11, "self_attn.q_proj")
+    assert TargetLocation.of("transformer.h.3.attn.c_attn.weight") == TargetLocation(3, "attn.c_attn")
+    assert TargetLocation.of("model.layers.2.mlp.experts.63.up_proj") == TargetLocation(2, "mlp.experts.*.up_proj")
+    assert TargetLocation.of("lm_head") == TargetLocation(None, "lm_head")
 
 
 def test_thinned_lines_keep_their_extremes() -> None:

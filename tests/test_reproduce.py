@@ -1,4 +1,4 @@
-"""launch/reproduce.py: the commands it works out, and real runs on two layouts, as a user starts them."""
+"""`seft reproduce`: the commands it works out, and real runs on two layouts, as a user starts them."""
 
 import datetime
 import json
@@ -40,8 +40,8 @@ def planned(
     train = parse(TrainConfig, ["--output", "out", *given])
     found = []
     for run in plan_runs(config, train, given, SCRIPT):
-        place = run.command.index(str(SCRIPT))
-        found.append((run.name, run.against, run.command[:place], parse(TrainConfig, run.command[place + 1 :])))
+        at = run.command.index(str(SCRIPT))
+        found.append((run.name, run.against, run.command[:at], parse(TrainConfig, run.command[at + 1 :])))
     return found
 
 
@@ -113,9 +113,9 @@ def test_what_counts_as_held() -> None:
 
 
 def command(inputs: Path, output: Path, layouts: str, *more: str) -> list[str]:
-    door = [sys.executable, "launch/reproduce.py", "--output", str(output), "--layouts", layouts]
+    command = [sys.executable, "launch/reproduce.py", "--output", str(output), "--layouts", layouts]
     before = [word for word in more if word.startswith("--runs")]
-    return [*door, *before, "--", *options(inputs, *(word for word in more if not word.startswith("--runs")))]
+    return [*command, *before, "--", *options(inputs, *(word for word in more if not word.startswith("--runs")))]
 
 
 def clean_environment() -> dict[str, str]:
@@ -123,7 +123,7 @@ def clean_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in known} | {"PYTHONPATH": str(ROOT)}
 
 
-def run_door(words: list[str]) -> subprocess.CompletedProcess[str]:
+def run_script(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=280, check=False
     )
@@ -132,7 +132,7 @@ def run_door(words: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_two_layouts_twice_and_again(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = run_door(command(inputs, output, "single:1, fsdp:2"))
+    done = run_script(command(inputs, output, "single:1, fsdp:2"))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "every promise was kept" in done.stdout
     content = json.loads((output / "reproduce.json").read_text())
@@ -188,7 +188,7 @@ def test_a_dated_template_sees_one_day_in_all_runs(
 @pytest.mark.long
 def test_a_changed_run_and_one_that_fails(inputs: Path, tmp_path: Path) -> None:
     layouts = "single:1, single:1 --optim.lr 0.002, single:1 --seft.targets nothing_like_this"
-    done = run_door(command(inputs, tmp_path / "out", layouts, "--runs=1"))
+    done = run_script(command(inputs, tmp_path / "out", layouts, "--runs=1"))
     assert done.returncode == 1, done.stderr[-3000:]
     assert "2-single-1 against 1-single-1: differs: first at step 1, learning rate" in done.stdout
     assert "layer model.layers.0.self_attn.q_proj: deltas" in done.stdout
@@ -234,5 +234,5 @@ def test_errors_of_users_come_before_any_run(inputs: Path, tmp_path: Path, monke
     with pytest.raises(ValueError, match="start it once"):
         reproduce(ReproduceConfig(output=str(tmp_path / "new")), train, given, SCRIPT)
     assert not (tmp_path / "new").exists()
-    done = run_door([sys.executable, "launch/reproduce.py", "--output", str(tmp_path / "x"), "--", "--nonsense", "1"])
+    done = run_script([sys.executable, "launch/reproduce.py", "--output", str(tmp_path / "x"), "--", "--nonsense", "1"])
     assert done.returncode == 2 and "nonsense" in done.stderr and not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm with the real doors and a tiny model: two nodes, gloo."""
+"""The batch scripts on a real Slurm with the real commands and a tiny model: two nodes, gloo."""
 
 import csv
 import json

@@ -199,7 +199,7 @@ def test_what_a_changed_study_keeps(tmp_path: Path) -> None:
     more = study_config(
         tmp_path,
         seeds=(0, 1, 2),
-        methods=config.methods | {"c": {"optim.lr": [1e-3, 2e-3, 8e-3], "seft.interval": 2}},
+        methods=config.methods | {"c": {"optim.lr": [1e-3, 2e-3, 8e-3], "seft.interval": 2, "seft.reactivation": 1}},
         unequal_grids=False,
     )
     _, results, _ = run(more, fake)
@@ -343,3 +343,19 @@ def test_a_real_study_that_is_killed_goes_on(tmp_path: Path) -> None:
     )
     tables = done.stdout[done.stdout.index("Quality") :].partition("Written in")[0]
     assert shown.returncode == 0 and tables.strip() == shown.stdout.strip()
+
+
+def test_cells_keep_their_names_across_versions(tmp_path: Path) -> None:
+    """Names that an earlier version gave: options that came later must not orphan what users have run."""
+    study_config(tmp_path)
+    parts = ("train", "validation", "test", "forgetting")
+    data = {name: {"path": str(tmp_path / f"{name}.jsonl"), "date": "2026-01-01"} for name in parts}
+    methods: dict[str, dict[str, Any]] = {
+        "moving": {"optim.lr": [1e-3], "seft.reactivation": 1},
+        "fixed": {"method": "seft_fixed_mask"},
+        "lora": {"method": "masked_lora"},
+    }
+    config = study_config(tmp_path, data=data, methods=methods, seeds=(0,))
+    run(config, Fake())
+    names = ["fixed-seed0-af13767e88", "lora-seed0-b7105c1b8e", "moving-lr0.001-seed0-2c2260b9db"]
+    assert [cell.name for cell in cells(config)] == names

@@ -1,4 +1,4 @@
-"""launch/train.py's run, in forked ranks: every backend gives the same run; what users get and what bad input gets."""
+"""`seft train`'s run, in forked ranks: every backend gives the same run; what users get and what bad input gets."""
 
 import dataclasses
 import json

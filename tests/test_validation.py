@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: it changes nothing, it is launch/evaluate.py's, and the best model is kept."""
+"""Evaluation while a run trains: it changes nothing, it is `seft evaluate`'s, and the best model is kept."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def evaluated(inputs: Path, output: Path, held_out: DataConfig, **over: Any) -> 
 
 
 def measured(model: Path, data: DataConfig) -> tuple[float, int]:
-    """launch/evaluate.py's loss and number of tokens."""
+    """`seft evaluate`'s loss and number of tokens."""
     (entry,) = evaluate(EvaluateConfig(models={"model": str(model)}, data=data), show=False)
     assert entry.result is not None
     return entry.result.loss, entry.result.num_tokens

@@ -1,4 +1,4 @@
-"""benchmarks/walk.py: the model that it makes, and every door on a tiny shape."""
+"""benchmarks/walk.py: the model that it makes, and every command on a tiny shape."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_the_model_is_whole_and_random(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_every_door(tmp_path: Path) -> None:
+def test_every_command(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/walk.py", "--shape", "tiny", "--output", str(tmp_path / "walk")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=800)

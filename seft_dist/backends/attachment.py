@@ -24,6 +24,9 @@ class Attachment:
     """A parameter's name to the ``seft_dist.optim.slot.Slot`` in which its gradient is recorded."""
     hooks: list[RemovableHandle] = field(default_factory=list)
     """Hooks that ``seft_dist.optim.install`` registered on the module."""
+    vectors: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Name of a trained norm's or bias's parameter to the function that returns it for one forward pass, such that the
+    backward pass records its gradient (``seft_dist.optim.vectors``)."""
     watchers: dict[str, Callable[[Tensor, list[int]], None]] = field(default_factory=dict)
     """A fused parameter's name to the function that gets the inputs of its experts (``seft_dist.pruning.watch``)."""
     gather: PackedAllGather | None = None

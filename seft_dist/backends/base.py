@@ -146,7 +146,7 @@ class Backend(ABC):
         scatter_(memories, starts, places, values)
 
     @abstractmethod
-    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
+    def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
         """Set a new mask of weight i, and 0 where positions left it; inside ``writing()``.
 
         Call ``sync_mask_counts`` once after all weights.
@@ -154,7 +154,7 @@ class Backend(ABC):
         Args:
             i: Number of the target.
             mask: uint8, packed mask of the own interval; not to be changed afterwards.
-            removed: int64, offsets in the own interval that left the mask.
+            pruned: int64, offsets in the own interval that left the mask.
         """
 
     @abstractmethod
@@ -249,8 +249,8 @@ class DenseBackend(Backend):
     def memory(self, i: int) -> tuple[Tensor, int]:
         return self.local(i), self.stored(i).start
 
-    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        self.own(i)[removed] = 0
+    def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
+        self.own(i)[pruned] = 0
 
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
         if self.replicates:

@@ -70,8 +70,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         attachment_of(unit).gather = gather  # FsdpBackend looks there
         gathers.append(gather)
     owners, _ = shard_groups(next(iter(members.values()))[0].device_mesh)
-    shards = [[parameter.to_local().detach() for parameter in parameters] for parameters in members.values()]
-    _agree(owners, gathers, [sum(map(_stored, of_unit)) for of_unit in shards])
+    _agree(owners, gathers, list(map(_most_values, members.values())))
     sizes = []
     for gather, parameters in zip(gathers, members.values(), strict=True):
         if len({parameter.dtype for parameter in parameters}) > 1:
@@ -97,8 +96,11 @@ def _padded(parameter: DTensor) -> int:
 
 
 def _most_values(parameters: list[DTensor]) -> int:
-    """Count the non-zero values of this rank's frozen shards, and all values of trained ones, which may change."""
-    local = [(parameter.requires_grad, parameter.to_local().detach()) for parameter in parameters]
+    """Count the non-zero values of this rank's frozen shards, and all values of those that may be trained: norms and
+    biases (``train_norms``), and what needs gradients."""
+    local = [
+        (parameter.requires_grad or parameter.dim() == 1, parameter.to_local().detach()) for parameter in parameters
+    ]
     return sum(shard.numel() if trained else _stored(shard) for trained, shard in local)
 
 
@@ -162,8 +164,8 @@ class FsdpBackend(DenseBackend):
                 units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
         return units
 
-    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
-        super().remask(i, mask, removed)
+    def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
+        super().remask(i, mask, pruned)
         self._count(i, mask)
 
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:

@@ -9,20 +9,22 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup as ProcessGroup  # for other rooms, which do not import the library
+from torch.distributed import (
+    ProcessGroup as ProcessGroup,
+)  # for subpackages that may not import torch.distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
 
 def all_gather_single(
-    output: Tensor, given: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+    output: Tensor, tensor: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
 ) -> dist.Work | None:
     """Gather equally large tensors into one, by the name that this torch has for it. Collective.
 
     Args:
         output: Receives the ranks' values, in rank order; as many times larger as there are ranks.
-        given: This rank's.
+        tensor: This rank's values.
         group: The ranks; None: all.
         async_op: True: return at once.
 
@@ -31,7 +33,7 @@ def all_gather_single(
     """
     newer = getattr(dist, "all_gather_single", None)  # since torch 2.13, which warns of the older name
     gather = dist.all_gather_into_tensor if newer is None else newer
-    work: dist.Work | None = gather(output, given, group=group, async_op=async_op)
+    work: dist.Work | None = gather(output, tensor, group=group, async_op=async_op)
     return work
 
 

@@ -361,7 +361,7 @@ class PackedBackend(Backend):
     def memory(self, i: int) -> tuple[Tensor, int]:
         return self._weights[i].values, 0
 
-    def remask(self, i: int, mask: Tensor, removed: Tensor) -> None:
+    def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
         weight = self._weights[i]
         if torch.equal(mask, weight.bits):
             weight.bits = mask  # one memory for both

@@ -50,6 +50,21 @@ def stored_part(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter.detach().view(-1), 0
 
 
+def store_whole(parameter: Tensor, values: Tensor) -> None:
+    """Give a parameter new values, in the part that this rank stores and in a copy that ZeRO-3 may have gathered.
+
+    Args:
+        parameter: Plain, sharded by FSDP2 (not gathered now) or partitioned by ZeRO-3.
+        values: [n], the whole value, the same on every rank; it is cast.
+    """
+    part, start = stored_part(parameter)
+    part.copy_(values[start : start + len(part)])
+    if is_zero3(parameter):
+        held: Any = parameter
+        if held.ds_status.name == "AVAILABLE":
+            held.data.view(-1).copy_(values)
+
+
 def zeros_beside(parameter: Tensor, other: Tensor) -> Tensor:
     """Return zeros in the form of a parameter without values, plain or sharded by FSDP2.
 

@@ -1,10 +1,10 @@
-"""Linears that compute with a weight made anew in each pass, from the frozen one and a few trained values.
+"""Adapters inside the linear: each pass computes its weight from the frozen one and two small trained matrices.
 
     masked_lora    W + mask * (B A) alpha / r            A [r, in], B [out, r]
     spp            W + W * (A' c) alpha / r              A [r, in], each row for out / r rows of W; c [out]
 
-Zeros of W are zeros of both. Neither the weight that is computed with nor its gradient outlives a linear's pass;
-backward makes it again, as engines gather the frozen weight again.
+Where W is 0, both are 0. The computed weight and its gradient live only as long as one linear's pass; backward computes
+the weight again, just as the engines gather the frozen weight again.
 
 Sources: Munoz, Yuan, Jain, "SQFT: Low-cost Model Adaptation in Low-precision Sparse Foundation Models", arXiv
     2410.03750 (SparsePEFT); Lu, Zhou, Xu, Zhang, Gao, Li, "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from seft_dist.backends.shards import stored_part, whole_shape
-from seft_dist.baselines.baseline import Baseline, Ending
-from seft_dist.baselines.values import keep_active_
+from seft_dist.baselines.baseline import Baseline, FinalizeInputs
+from seft_dist.baselines.trained import keep_active_
 from seft_dist.sparsity.casts import cast_weight
 
 
-class Adapted(Baseline):
-    """A method whose linears compute with ``combined(W, factor(A, B))``."""
+class AdaptedLinears(Baseline):
+    """A method whose linears use the weight ``combined(W, product(A, B))``."""
 
-    takes = ("Linear",)
-    settings = ("rank", "alpha", "seed")
+    supported_kinds = ("Linear",)
+    config_fields = ("rank", "alpha", "seed")
 
     @property
     def scale(self) -> float:
@@ -37,77 +37,77 @@ class Adapted(Baseline):
         return self.config.baseline.alpha / self.config.baseline.rank
 
     @abstractmethod
-    def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A, which begins as in LoRA, and B, which begins as 0, for a weight [rows, columns]."""
+    def adapter_shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for a weight [rows, columns]. A is initialised as LoRA's A, B with zeros."""
 
     @abstractmethod
-    def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compute the factor, fp32 [out, in], from A and B. Differentiable."""
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply A and B, and by ``scale``, to fp32 [out, in]. Differentiable."""
 
     @staticmethod
     @abstractmethod
-    def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        """Combine the frozen fp32 weight and the factor, of equal shape, into the weight to use. Differentiable."""
+    def combined(weight: Tensor, product: Tensor) -> Tensor:
+        """Apply the product to the frozen weight of the same shape, both fp32. Differentiable."""
 
     def install(self) -> dict[str, nn.Parameter]:
         parameters: dict[str, nn.Parameter] = {}
         for name, target in self.targets.items():
             rows, columns = whole_shape(target.weight)
-            shapes = self.shapes(rows, columns)
+            shapes = self.adapter_shapes(rows, columns)
             a = nn.init.kaiming_uniform_(torch.empty(shapes[0]), a=5**0.5)
             pair = [nn.Parameter(values.to(self.backend.device)) for values in (a, torch.zeros(shapes[1]))]
             parameters |= {f"{name}.A": pair[0], f"{name}.B": pair[1]}
             target.module.forward = _forward(target.module, pair[0], pair[1], self)
         return parameters
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
-        values = {part.name: part.values.view(part.parameter.shape) for part in self.values.parts}
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
+        values = {part.name: part.values.view(part.parameter.shape) for part in self.trained.parts}
         with self.backend.writing():
             for name, target in self.targets.items():
                 held, start = stored_part(target.weight)
-                factor = self.factor(values[f"{name}.A"], values[f"{name}.B"])
-                merged = self.combined(held.float(), factor.view(-1)[start : start + held.numel()])
+                product = self.product(values[f"{name}.A"], values[f"{name}.B"])
+                merged = self.combined(held.float(), product.view(-1)[start : start + held.numel()])
                 keep_active_(merged, held != 0, held.dtype)
-                merged.masked_fill_(held == 0, 0.0)  # no -0.0
+                merged.masked_fill_(held == 0, 0.0)  # not -0.0
                 held.copy_(cast_weight(merged, held.dtype)[0])
                 target.unbind_forward()
         return {}
 
 
-class MaskedLora(Adapted):
+class MaskedLora(AdaptedLinears):
     """SparsePEFT of SQFT: low-rank matrices under the mask."""
 
-    def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         rank = self.config.baseline.rank
         return (rank, columns), (rows, rank)
 
-    def factor(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a) * self.scale
 
     @staticmethod
-    def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        return weight + factor.masked_fill(weight == 0, 0.0)
+    def combined(weight: Tensor, product: Tensor) -> Tensor:
+        return weight + product.masked_fill(weight == 0, 0.0)
 
 
-class Spp(Adapted):
+class Spp(AdaptedLinears):
     """SPP: each active weight times 1 + a column's scaling times a row's."""
 
-    def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def adapter_shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         rank = self.config.baseline.rank
         if rank > rows:
             raise ValueError(f"baseline.rank={rank} with a target of {rows} rows: needs at most as many for spp")
         return (rank, columns), (rows, 1)
 
-    def factor(self, a: Tensor, b: Tensor) -> Tensor:
-        each = torch.arange(len(b), device=b.device) * len(a) // len(b)  # row of A for each row of the weight
-        return a[each] * b * self.scale
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        row_of_a = torch.arange(len(b), device=b.device) * len(a) // len(b)  # for each row of the weight
+        return a[row_of_a] * b * self.scale
 
     @staticmethod
-    def combined(weight: Tensor, factor: Tensor) -> Tensor:
-        return weight + weight * factor
+    def combined(weight: Tensor, product: Tensor) -> Tensor:
+        return weight + weight * product
 
 
-def _forward(target: nn.Linear, a: nn.Parameter, b: nn.Parameter, method: Adapted) -> Callable[[Tensor], Tensor]:
+def _forward(target: nn.Linear, a: nn.Parameter, b: nn.Parameter, method: AdaptedLinears) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         output: Tensor = _AdaptedLinear.apply(x, target.weight, target.bias, a, b, method)
         return output
@@ -115,8 +115,8 @@ def _forward(target: nn.Linear, a: nn.Parameter, b: nn.Parameter, method: Adapte
     return forward
 
 
-def _effective(weight: Tensor, a: Tensor, b: Tensor, method: Adapted) -> Tensor:
-    return method.combined(weight.detach().float(), method.factor(a, b)).to(weight.dtype)
+def _effective(weight: Tensor, a: Tensor, b: Tensor, method: AdaptedLinears) -> Tensor:
+    return method.combined(weight.detach().float(), method.product(a, b)).to(weight.dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -124,7 +124,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, method: Adapted
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, method: AdaptedLinears
     ) -> Tensor:
         ctx.method = method
         ctx.save_for_backward(x, weight, a, b)
@@ -137,6 +137,6 @@ class _AdaptedLinear(torch.autograd.Function):
             trained = a.detach().requires_grad_(), b.detach().requires_grad_()
             effective = _effective(weight, *trained, ctx.method)
         input_grad = grad @ effective.detach() if ctx.needs_input_grad[0] else None
-        of_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        grads = torch.autograd.grad(effective, trained, of_weight)
+        weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        grads = torch.autograd.grad(effective, trained, weight_grad)
         return input_grad, None, None, *grads, None

@@ -1,4 +1,4 @@
-"""The base class of the comparison methods: targets, optimizer steps, zeros, and a plain model at the end."""
+"""The base class of the comparison methods: what they have in common from the loaded model to the exported one."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.replicated import ReplicatedBackend
-from seft_dist.backends.shards import whole_shape
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.baselines.saving import BaselineSaver, load
-from seft_dist.baselines.values import Values
+from seft_dist.baselines.trained import TrainedParameters
 from seft_dist.config import TrainConfig
 from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
@@ -29,8 +28,8 @@ from seft_dist.optim.state import LayerSparsity
 
 
 @dataclass(frozen=True)
-class Ending:
-    """Inputs for turning the trained values into a plain model."""
+class FinalizeInputs:
+    """Inputs of ``Baseline.finalize``, which turns the trained values into a plain model."""
 
     folder: Path
     """Folder of the run."""
@@ -46,17 +45,17 @@ class Ending:
 class Baseline(ABC):
     """A method that trains some parameters with torch's AdamW and freezes all others.
 
-    It is made before a forward pass and attached before the first step. Weights may be held by one process, by every
-    rank, or in FSDP2 shards.
+    It is constructed before the first forward pass and attached before the first step. Weights may be held by one
+    process, by every rank, or in FSDP2 shards.
     """
 
     evolution = None
-    """Masks do not move."""
-    takes: tuple[str, ...] = ("Linear", "Conv1D", "fused experts")
-    """Kinds of targets that it can train."""
-    may_be_dense = False
+    """Report of the last step's evolution: there is none, because masks stay as they are."""
+    supported_kinds: tuple[str, ...] = ("Linear", "Conv1D", "fused experts")
+    """Kinds of targets (``Target.kind``) that the method can train."""
+    allows_dense = False
     """True if the method can also train a model without zeros."""
-    settings: tuple[str, ...] = ()
+    config_fields: tuple[str, ...] = ()
     """Fields of BaselineConfig that decide what is trained."""
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, adam: dict[str, Any]) -> None:
@@ -72,49 +71,61 @@ class Baseline(ABC):
         """
         self.model, self.config, self.name = model, config, str(config.method)
         self.num_steps = 0
+        """Optimizer steps done."""
         self.grad_norm = 0.0
         """Global norm of the last step's gradient before clipping."""
         self.targets = find_targets(model, config.seft.targets)
+        self.fingerprints: list[int] = []
+        """Hash of each target's weight as it was loaded; filled by ``attach``."""
+        self.active_counts: list[int] = []
+        """Number of non-zero weights of each target as it was loaded, which is also the number wanted at the end;
+        filled by ``attach``."""
         self._adam = {key: value for key, value in adam.items() if key != "max_grad_norm"}
         self._max_grad_norm: float | None = adam["max_grad_norm"]
         self._backend: Backend | None = None
-        self.fingerprints: list[int] = []
-        """Hash of each target's weight as it was loaded."""
-        self.active: list[int] = []
-        """Non-zero weights of each target as it was loaded: how many there shall be in the end."""
+        self._trained: TrainedParameters | None = None
         check_criteria(self.targets, config.seft)
         for name, target in self.targets.items():
-            if target.kind not in self.takes:
+            if target.kind not in self.supported_kinds:
                 raise ValueError(
                     f"method={self.name} is not supported for {name}, a weight of {target.kind}: needs "
-                    f"{' or '.join(self.takes)}; choose seft.targets without it, or another method (docs/baselines.md)"
+                    f"{' or '.join(self.supported_kinds)}; choose seft.targets without it, or another method "
+                    "(docs/baselines.md)"
                 )
 
     @abstractmethod
     def install(self) -> dict[str, nn.Parameter]:
-        """Prepare the model for training.
+        """Add to the model what the method trains. All parameters that the model had are frozen before.
 
         Returns:
-            What is trained, by name; all else is frozen already.
+            The parameters to train, by name.
         """
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Turn what was trained into weights of a plain model. Collective.
 
         Args:
-            ending: The pruned model that training started from, and the folder that gets files.
+            inputs: Everything beside the trained values that some method needs for it.
 
         Returns:
             Entries for result.json.
         """
         return {}
 
-    def active_of(self, i: int) -> Tensor | None:
-        """Mark the values of trained part i that may change but not become 0, bool [n]; None: all may do both."""
+    def active_mask(self, i: int) -> Tensor | None:
+        """Return the mask of trained parameter i, if its zeros are to stay.
+
+        Args:
+            i: Number of the parameter in ``trained.parts``.
+
+        Returns:
+            bool [n], for this rank's part: True values are trained and must not become 0, the others stay 0. None:
+            every value is trained, and may become 0.
+        """
         return None
 
     @property
-    def changed(self) -> list[str]:
+    def changed_names(self) -> list[str]:
         """Names of the targets or parameters that training may have changed."""
         return list(self.targets)
 
@@ -130,19 +141,25 @@ class Baseline(ABC):
 
     @property
     def backend(self) -> Backend:
-        """Backend that holds the weights; it is known once the method is attached."""
+        """Backend that holds the weights; known once the method is attached."""
         assert self._backend is not None, "not attached"
         return self._backend
 
     @property
+    def trained(self) -> TrainedParameters:
+        """The parameters that are trained, and their optimizer; known once the method is attached."""
+        assert self._trained is not None, "not attached"
+        return self._trained
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """One group, whose "lr" a schedule sets."""
-        return self.values.param_groups
+        return self.trained.param_groups
 
     @property
     def trainable(self) -> int:
         """Number of values that are trained, in all ranks together."""
-        return sum(part.numel for part in self.values.parts)
+        return sum(part.numel for part in self.trained.parts)
 
     @property
     def density(self) -> float:
@@ -150,7 +167,7 @@ class Baseline(ABC):
         return self.trainable / sum(prod(shape) for shape in self.backend.shapes)
 
     def attach(self) -> None:
-        """Look at the weights and install what is trained. Collective, idempotent.
+        """Check the weights and install what is trained. Collective. A second call does nothing.
 
         Raises:
             ValueError: The weights cannot be trained by this method; every rank raises the same.
@@ -165,16 +182,17 @@ class Baseline(ABC):
         self._survey(backend)
         self._backend = backend
         self.model.requires_grad_(False)
+        # The first values must be the same on every rank, and drawing them must not move the run's own generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.baseline.seed)
             parameters = self.install()
-        self.values = Values(parameters, backend, self._adam)
+        self._trained = TrainedParameters(parameters, backend, self._adam)
 
     def _survey(self, backend: Backend) -> None:
         """Count and check the targets' weights. Collective."""
-        masks, self.active, self.fingerprints = survey(backend)
-        sparsity = 1 - sum(self.active) / sum(prod(shape) for shape in backend.shapes)
-        if sparsity < LEAST_SPARSITY and not (self.may_be_dense or self.config.seft.allow_dense):
+        masks, self.active_counts, self.fingerprints = survey(backend)
+        sparsity = 1 - sum(self.active_counts) / sum(prod(shape) for shape in backend.shapes)
+        if sparsity < LEAST_SPARSITY and not (self.allows_dense or self.config.seft.allow_dense):
             raise ValueError(
                 f"the targets are dense ({sparsity:.2%} of their weights are 0), and method={self.name} is about "
                 "keeping zeros: prune the model first (seft prune), choose method lora, or set seft.allow_dense"
@@ -189,11 +207,11 @@ class Baseline(ABC):
         seft = self.config.seft
         check_pattern(backend, dataclasses.replace(seft, pattern=seft.known_pattern), masks)
 
-    # Doing nothing is right for all methods
+    # No method needs to override it, so it is not abstract.
     def set_is_last_backward(self, is_last_backward: bool) -> None:  # noqa: B027
         """Do nothing: gradients are exchanged in ``step()``, or by FSDP2 in every backward pass."""
 
-    def moves(self, step: int) -> bool:
+    def changes_topology(self, step: int) -> bool:
         """Tell whether masks or supports change in a step, which they never do here."""
         return False
 
@@ -204,23 +222,21 @@ class Baseline(ABC):
         Raises:
             FloatingPointError: A gradient is not finite; nothing was changed.
         """
-        grads = self.values.grads()
+        grads = self.trained.grads()
         for i, grad in enumerate(grads):
-            active = self.active_of(i)
+            active = self.active_mask(i)
             if active is not None:
                 grad.masked_fill_(~active, 0.0)
-        self.grad_norm = self.values.norm(grads, self.num_steps + 1)
+        self.grad_norm = self.trained.norm(grads, self.num_steps + 1)
         if self._max_grad_norm is not None:
-            scale = min(1.0, self._max_grad_norm / (self.grad_norm + 1e-6))
-            for grad in grads:
-                grad.mul_(scale)
+            self.trained.clip_(grads, self.grad_norm, self._max_grad_norm)
         with self.backend.writing():
-            self.values.update(grads, self.active_of)
+            self.trained.update(grads, self.active_mask)
         self.num_steps += 1
 
     def zero_grad(self) -> None:
         """Forget the gradients since the last step."""
-        self.values.forget()
+        self.trained.zero_grad()
 
     def sparsity(self) -> list[LayerSparsity]:
         """Count the zeros of every target as its weights are now. Collective."""
@@ -228,7 +244,7 @@ class Baseline(ABC):
         backend.prepare_write()  # shards, not gathered copies, are counted
         zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
         numels = [prod(shape) for shape in backend.shapes]
-        rows = zip(backend.names, numels, self.active, zeros, strict=True)
+        rows = zip(backend.names, numels, self.active_counts, zeros, strict=True)
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
     def without_trials(self) -> AbstractContextManager[None]:
@@ -243,8 +259,8 @@ class Baseline(ABC):
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield this rank's trained values and their moments, by the parameters' names."""
-        for part in self.values.parts:
-            yield part.name, self.values.state(part)
+        for part in self.trained.parts:
+            yield part.name, self.trained.state(part)
 
     def saver(self, folder: Path, keep: int) -> BackgroundSaver:
         """Make the object that writes this method's checkpoints."""
@@ -265,8 +281,3 @@ class Baseline(ABC):
     def rewind(self, checkpoint: Path, source: Source) -> None:
         """Go back to an earlier checkpoint of the same run: it holds every value that training changes. Collective."""
         self.load(checkpoint)
-
-
-def is_vector(parameter: Tensor) -> bool:
-    """Tell whether a parameter has one dimension before it is sharded."""
-    return len(whole_shape(parameter)) == 1

@@ -1,9 +1,10 @@
 """LoRA, by PEFT: beside the frozen weights, then merged; and LoRA*, which is pruned again after that.
 
 Source: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, "LoRA: Low-Rank Adaptation of Large Language Models",
-arXiv 2106.09685. LoRA* is what comparisons of sparse fine-tuning call the second.
+arXiv 2106.09685. LoRA* is the name of the second in comparisons of sparse fine-tuning.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from seft_dist.backends import Backend
 from seft_dist.backends.shards import stored_part, whole_shape
-from seft_dist.baselines.baseline import Baseline, Ending
+from seft_dist.baselines.baseline import Baseline, FinalizeInputs
 from seft_dist.baselines.repruning import prune_again
 from seft_dist.export.folders import new_folder
 from seft_dist.io.weight_files import write_safetensors
@@ -39,9 +40,9 @@ def check_peft() -> None:
 class Lora(Baseline):
     """LoRA. The result is the merged model, which is dense; what was trained is written beside it."""
 
-    takes = ("Linear", "Conv1D")
-    may_be_dense = True
-    settings = ("rank", "alpha", "dropout", "seed")
+    supported_kinds = ("Linear", "Conv1D")
+    allows_dense = True
+    config_fields = ("rank", "alpha", "dropout", "seed")
 
     def install(self) -> dict[str, nn.Parameter]:
         from peft import LoraConfig, inject_adapter_in_model
@@ -55,20 +56,20 @@ class Lora(Baseline):
             target_modules=list(self.targets),
             base_model_name_or_path=self.config.model.path,
         )
-        with _stand_ins(self.targets, self.backend.device):
+        with _whole_placeholders(self.targets, self.backend.device):
             inject_adapter_in_model(self._peft, self.model, _NAME)
         layers = {name: self.model.get_submodule(name) for name in self.targets}
         return {
             f"{name}.{key}": getattr(layers[name], key)[_NAME].weight for name in layers for key in ("lora_A", "lora_B")
         }
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         adapter = {
             f"base_model.model.{part.name}.weight": part.values.view(part.parameter.shape).cpu()
-            for part in self.values.parts
+            for part in self.trained.parts
         }
-        if ending.is_main and self.config.export:
-            with new_folder(ending.folder / ADAPTER) as folder:
+        if inputs.is_main and self.config.export:
+            with new_folder(inputs.folder / ADAPTER) as folder:
                 self._peft.inference_mode = True
                 self._peft.save_pretrained(str(folder))
                 write_safetensors(folder / "adapter_model.safetensors", adapter, {"format": "pt"})
@@ -90,7 +91,7 @@ class Lora(Baseline):
 
 
 @contextmanager
-def _stand_ins(targets: dict[str, Target], device: torch.device) -> Iterator[None]:
+def _whole_placeholders(targets: dict[str, Target], device: torch.device) -> Iterator[None]:
     """Put whole fp32 weights that take no memory in the targets' places while the context lasts.
 
     PEFT gives its matrices the weight's type, and takes a DTensor for a part of a linear that is computed in parts.
@@ -109,16 +110,17 @@ def _stand_ins(targets: dict[str, Target], device: torch.device) -> Iterator[Non
 class LoraMerged(Lora):
     """LoRA*: merged, then as many weights as before are pruned again, row by row (or group by group), by Wanda."""
 
-    may_be_dense = False
+    allows_dense = False
 
     def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
         """Refuse a pattern that was not named, too: pruning again would lose it. Collective."""
-        check_pattern(backend, self.config.seft, masks)
+        moving = dataclasses.replace(self.config.seft, reactivation=1.0)  # as if any position could become active
+        check_pattern(backend, moving, masks)
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Merge the adapter, prune again, and put the weights into the model. Collective."""
         self._merge()
-        for name, weight in prune_again(self, ending):
+        for name, weight in prune_again(self, inputs):
             target = self.targets[name]
             with self.backend.writing():
                 held, start = stored_part(target.weight)

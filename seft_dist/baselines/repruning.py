@@ -23,7 +23,7 @@ from seft_dist.pruning.methods import Pruner, open_calibration
 from seft_dist.pruning.stream import StreamedModel
 
 if TYPE_CHECKING:
-    from seft_dist.baselines.baseline import Baseline, Ending
+    from seft_dist.baselines.baseline import Baseline, FinalizeInputs
 
 MERGED = "merged"
 """Folder of a run with the merged model, while it is pruned again."""
@@ -52,24 +52,24 @@ def check_repruning(config: TrainConfig, source: Source, sequences: Sequence[Sam
     open_calibration(stream, chosen[:1], Group(None))
 
 
-def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Tensor]]:
+def prune_again(method: "Baseline", inputs: "FinalizeInputs") -> Iterator[tuple[str, Tensor]]:
     """Prune a model whose targets are merged. Collective.
 
     Args:
         method: Holds the merged weights.
-        ending: The pruned model that the run began with, and training text.
+        inputs: The pruned model that the run began with, and training text.
 
     Yields:
         Name of a target and its whole weight, in the shape in which it is stored, on every rank.
     """
     config, backend = method.config, method.backend
-    folder, ranks = ending.folder / MERGED, backend.owners
-    if ending.is_main:
+    folder, ranks = inputs.folder / MERGED, backend.owners
+    if inputs.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that was stopped here
-    export_model(method.model, backend.full, folder, ending.source, writes=ending.is_main, targets=method.target_names)
+    export_model(method.model, backend.full, folder, inputs.source, writes=inputs.is_main, targets=method.target_names)
     ranks.sum(torch.zeros(1))  # no rank reads before the folder is there
-    merged = StreamedModel(open_source(ModelConfig(path=str(folder))), ending.device)
-    before = StreamedModel(ending.source, torch.device("cpu"))
+    merged = StreamedModel(open_source(ModelConfig(path=str(folder))), inputs.device)
+    before = StreamedModel(inputs.source, torch.device("cpu"))
     targets = merged.find_targets(config.seft.targets)
     before.find_targets(config.seft.targets)
     pattern = config.seft.known_pattern
@@ -85,16 +85,16 @@ def prune_again(method: "Baseline", ending: "Ending") -> Iterator[tuple[str, Ten
         targets,
         {name: target.matrix_shape for name, target in targets.items()},
         dict.fromkeys(targets, 0.0),
-        _calibration_text(config, ending.sequences),
+        _calibration_text(config, inputs.sequences),
         None,
         ranks,
-        ending.is_main,
+        inputs.is_main,
         zeros,
     )
     for name, weight in pruner.pruned():
         yield name, targets[name].from_rows(weight)
     ranks.sum(torch.zeros(1))  # every rank has read it
-    if ending.is_main:
+    if inputs.is_main:
         shutil.rmtree(folder, ignore_errors=True)
 
 

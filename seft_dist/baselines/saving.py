@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seft_dist.baselines.values import MOMENTS, ParameterPart
+from seft_dist.baselines.trained import MOMENTS, ParameterPart
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
 from seft_dist.io.checkpoint.files import everywhere, rank_file
 from seft_dist.io.checkpoint.schema import CheckpointManifest
@@ -40,18 +40,18 @@ class BaselineSaver(BackgroundSaver):
 
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         method, tensors = self._method, {}
-        for part in method.values.parts:
+        for part in method.trained.parts:
             if part.is_sharded or method.backend.owners.rank == 0:
                 tensors[f"{part.name}.start"] = torch.tensor([part.start])
-                for key, value in method.values.state(part).items():
+                for key, value in method.trained.state(part).items():
                     tensors[f"{part.name}.{key}"] = value.detach().to("cpu", copy=True)
-        targets = describe_targets(method.backend, method.active, method.fingerprints)
+        targets = describe_targets(method.backend, method.active_counts, method.fingerprints)
         return {"method": settings_of(method), "window_steps": None, "targets": targets}, tensors
 
 
 def settings_of(method: "Baseline") -> dict[str, Any]:
     """Collect the settings that a resumed run must share with the run before."""
-    return {"name": method.name} | {key: getattr(method.config.baseline, key) for key in method.settings}
+    return {"name": method.name} | {key: getattr(method.config.baseline, key) for key in method.config_fields}
 
 
 def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
@@ -81,15 +81,15 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
                 safe_open(checkpoint / rank_file(rank, manifest["world_size"]), framework="pt")
                 for rank in range(manifest["world_size"])
             ]
-            states.extend(_assemble(part, files) for part in method.values.parts)
+            states.extend(_assemble(part, files) for part in method.trained.parts)
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
     everywhere(backend, read)
     with backend.writing():
-        for part, state in zip(method.values.parts, states, strict=True):
-            method.values.restore(part, state, manifest["num_steps"])
-        method.values.publish()
+        for part, state in zip(method.trained.parts, states, strict=True):
+            method.trained.restore(part, state, manifest["num_steps"])
+        method.trained.publish()
     method.num_steps = manifest["num_steps"]
     return manifest["extra"]
 

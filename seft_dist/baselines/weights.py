@@ -7,15 +7,15 @@ arXiv 2312.15230.
 from torch import Tensor, nn
 
 from seft_dist.backends.shards import stored_part
-from seft_dist.baselines.baseline import Baseline, is_vector
+from seft_dist.baselines.baseline import Baseline
 from seft_dist.kernels.bits import pack, unpack
-from seft_dist.modules.kinds import is_conv1d
+from seft_dist.modules.vectors import find_vectors
 
 
 class NoRepair(Baseline):
     """Trains nothing: the pruned model as it is."""
 
-    may_be_dense = True
+    allows_dense = True
 
     def install(self) -> dict[str, nn.Parameter]:
         return {}
@@ -25,45 +25,45 @@ class NoRepair(Baseline):
         return 0
 
     @property
-    def changed(self) -> list[str]:
+    def changed_names(self) -> list[str]:
         return []
 
 
 class MaskedFull(Baseline):
     """Full fine-tuning of the targets' active weights; zeros stay.
 
-    A zero's gradient is 0, so are its moments, and AdamW adds 0 to it: only its weight decay would matter, of 0.
+    A pruned weight's gradient is set to 0, so its moments are 0 and AdamW adds 0. Weight decay takes a share of 0.
     """
+
+    _masks: list[Tensor]
+    """Active weights of each target's stored part, packed into one bit each; set by ``install``."""
 
     def install(self) -> dict[str, nn.Parameter]:
         names = {target.weight_name(name): target.weight for name, target in self.targets.items()}
-        # One bit for each stored weight
         self._masks = [pack(stored_part(parameter)[0] != 0) for parameter in names.values()]
         return names
 
     @property
     def trainable(self) -> int:
-        return sum(self.active)
+        return sum(self.active_counts)
 
-    def active_of(self, i: int) -> Tensor | None:
-        return unpack(self._masks[i], self.values.parts[i].values.numel())
+    def active_mask(self, i: int) -> Tensor | None:
+        return unpack(self._masks[i], self.trained.parts[i].values.numel())
 
 
 class NormsAndBiases(Baseline):
     """Trains the scales and shifts of norms, and the biases of linears; no matrix changes."""
 
-    may_be_dense = True
+    allows_dense = True
+    _loaded_frozen: set[int]
+    """Identities of the parameters that were frozen when the model was loaded, and stay so; set by ``attach``."""
 
     def install(self) -> dict[str, nn.Parameter]:
-        parameters: dict[str, nn.Parameter] = {}
-        for name, module in self.model.named_modules():
-            is_norm = "Norm" in type(module).__name__
-            is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
-            for key, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in self._kept_back or not is_vector(parameter):
-                    continue
-                if is_norm or (is_linear and key == "bias"):
-                    parameters[f"{name}.{key}"] = parameter
+        parameters = {
+            vector.name: vector.parameter
+            for vector in find_vectors(self.model).values()
+            if id(vector.parameter) not in self._loaded_frozen
+        }
         if not parameters:
             raise ValueError(
                 f"{type(self.model).__name__} has no norms with parameters and no biases: choose another method"
@@ -72,10 +72,12 @@ class NormsAndBiases(Baseline):
 
     def attach(self) -> None:
         if self._backend is None:
-            # Parameters that the model computes with in fp32 among others of 16 bits are frozen as they are loaded.
-            self._kept_back = {id(parameter) for parameter in self.model.parameters() if not parameter.requires_grad}
+            # Parameters that a model of 16 bits keeps in fp32 are frozen when it is loaded.
+            self._loaded_frozen = {
+                id(parameter) for parameter in self.model.parameters() if not parameter.requires_grad
+            }
         super().attach()
 
     @property
-    def changed(self) -> list[str]:
-        return [part.name for part in self.values.parts]
+    def changed_names(self) -> list[str]:
+        return [part.name for part in self.trained.parts]

@@ -1,1 +1,1 @@
-"""The commands of `seft`: each parses its options and calls one room; launch/ has them as scripts."""
+"""The commands of `seft`: each parses its options and calls another subpackage; launch/ has them as scripts."""

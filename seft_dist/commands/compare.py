@@ -20,7 +20,7 @@ def compare(first: Path, second: Path, output: Path | None = None, weights: bool
 
     Args:
         first: Folder of a run of seft train, or its manifest.json alone.
-        second: Another. Runs with --trace true are compared step by step and layer by layer.
+        second: The same of the other run. Runs with --trace true are compared step by step and layer by layer.
         output: JSON file for everything that was found.
         weights: False: leave out the exported models, of which every byte would be read.
     """

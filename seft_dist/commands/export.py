@@ -1,13 +1,19 @@
-"""Bring a model into the form in which it is used; docs/exports.md describes each.
+"""Write a model in another form, e.g. packed, as a delta file or for a CPU runtime.
 
-seft export hf --run runs/r1 --output exports/r1            plain Hugging Face, with a model card
-seft export pack --model exports/r1 --output exports/r1-packed
-seft export unpack --model exports/r1-packed --output exports/r1-again
-seft export plain --model models/fp8 --output models/plain    from quantized to plain weights
-seft export delta apply --base models/pruned --delta runs/r1/delta.safetensors --output models/repaired
-seft export check --model exports/r1 --pattern 2:4
-seft export openvino --model exports/r1 --output exports/r1-openvino
-seft export onnx --model exports/r1 --output exports/r1-onnx
+    seft export hf --run runs/r1 --output exports/r1                # plain Hugging Face folder with a model card
+    seft export pack --model exports/r1 --output exports/r1-packed
+    seft export unpack --model exports/r1-packed --output exports/r1-again
+    seft export plain --model models/fp8 --output models/plain      # from quantized to plain weights
+    seft export card --model runs/r1/model --run runs/r1            # README.md with method, recipe and results
+    seft export delta apply --base models/pruned --delta runs/r1/delta.safetensors --output models/repaired
+    seft export delta remove --model models/repaired --delta runs/r1/delta.safetensors --output models/pruned-again
+    seft export delta inspect --delta runs/r1/delta.safetensors
+    seft export delta make --base models/pruned --model models/repaired --output delta.safetensors
+    seft export check --model exports/r1 --pattern 2:4
+    seft export openvino --model exports/r1 --output exports/r1-openvino
+    seft export onnx --model exports/r1 --output exports/r1-onnx
+
+docs/exports.md describes each form. An --output that exists is refused.
 """
 
 import sys
@@ -56,7 +62,7 @@ def hf(
 
 
 def pack(model: str, output: Path, run: Path | None = None, dtype: DType = "auto", shard_gb: float = 5.0) -> None:
-    """Write the packed form: one bit for each position and the values that are there.
+    """Write the packed form: one bit for each position, and the values of those that are not 0.
 
     Args:
         model: Folder or hub name of the model.
@@ -173,7 +179,7 @@ def make(base: str, model: str, output: Path) -> None:
 
     Args:
         base: The pruned model's folder or hub name.
-        model: The repaired model's.
+        model: The repaired model's folder or hub name.
         output: File to make; it must not exist.
     """
     from seft_dist.export.delta import delta_table, make_delta, read_delta
@@ -183,12 +189,12 @@ def make(base: str, model: str, output: Path) -> None:
 
 
 def check(model: str, pattern: str = "2:4", targets: str = "all-linear") -> None:
-    """See that a model keeps an N:M pattern; exit status 2 if it does not.
+    """Check that a model keeps an N:M pattern; exit status 2 if it does not.
 
     Args:
         model: Folder or hub name of the model, plain or packed.
         pattern: N:M.
-        targets: Linears to look at, chosen as by seft.targets.
+        targets: Linears to check, chosen as by seft.targets.
     """
     from seft_dist.export.semi_structured import count_groups, pattern_table, refuse_broken
 
@@ -223,7 +229,7 @@ def onnx(model: str, output: Path) -> None:
 
 
 def _open(model: str, dtype: DType = "float32") -> "Source":
-    """float32 is what is computed with here; what is stored is read as it is."""
+    """Open a model that is computed with in ``dtype``; exports that only copy weights read them as they are stored."""
     from seft_dist.config import ModelConfig
     from seft_dist.io.source import open_source
 
@@ -270,7 +276,7 @@ ACTIONS: Any = {
     "plain": plain,
     "card": card,
     "delta": {
-        "_help": "A small file on top of a pruned model.",
+        "_help": "Delta files: apply, remove, inspect or make the difference between pruned and repaired model.",
         "apply": apply,
         "remove": remove,
         "inspect": inspect,
@@ -284,11 +290,12 @@ ACTIONS: Any = {
 
 def main() -> None:
     """Export as the command line says."""
-    run_command(_main)
+    run_command(_export)
 
 
-def _main() -> None:
+def _export() -> None:
     arguments = sys.argv[1:]
+    # Before the command had actions it only applied delta files, with these options: such calls still work.
     if arguments and arguments[0].split("=")[0] in ("--base", "--delta", "--output"):
-        arguments = ["delta", "apply", *arguments]  # what the door did before it had actions
+        arguments = ["delta", "apply", *arguments]
     call(ACTIONS, __doc__, arguments, as_positional=False)

@@ -1,7 +1,7 @@
 """List the recipes, ds_configs and batch scripts that come with the package, or copy them.
 
     seft files
-    seft files --copy work && cd work && sbatch slurm/train.sbatch --config llama_fsdp.yaml
+    seft files --copy work && cd work && sbatch slurm/train.sbatch --config llama_fsdp
 
 Recipes and ds_configs can be named from anywhere: --config quickstart, --deepspeed zero3. Copies are for changes of
 your own; launch/, ds_configs/ and slurm/ lie in them as in a checkout, so every command of the documentation works.

@@ -1,13 +1,14 @@
-"""Say before the queue whether a model fits a cluster, and how long a recipe takes.
+"""Estimate before a run is queued whether it fits a cluster, and how long it takes.
 
     seft plan --model Llama-2-70B
     seft plan --model Llama-2-70B --cluster.nodes 2 --cluster.gpu A100-80GB --seft.density 0.005
     seft plan --model models/pruned --cluster.gpu cpu --cluster.nodes 1 --cluster.gpus_per_node 2
 
 Nothing is loaded and no GPU is needed: shapes and activations come from the model's own class, run without values.
-The table names every layout with its memory on the fullest rank, step time and hours; below it every term of the
-recommended one, what its ranks send, Full fine-tuning and LoRA beside it, and the line that submits the run.
-docs/planning.md has the formulas. GPU times are data-sheet peaks times an assumed share: never run on a GPU.
+The table lists every layout with its memory on the fullest rank, step time and hours. Below it stand the terms of the
+recommended layout, what its ranks send, full fine-tuning and LoRA for comparison, and the line that submits the run.
+docs/planning.md has the formulas. GPU times are data-sheet peaks times an assumed share, and were never compared with
+a GPU.
 """
 
 from seft_dist.config import PlanConfig

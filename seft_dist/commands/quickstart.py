@@ -32,7 +32,7 @@ def text(output: Path = Path("data/pydoc-topics"), every: int = 6) -> None:
 
 
 def tiny(output: Path = Path("data/tiny")) -> None:
-    """Write a random model of 29,000 weights and text for it: for trying the doors in seconds, not for results.
+    """Write a random model of 29,000 weights and text for it: for trying the commands in seconds, not for results.
 
     Args:
         output: Folder to make, with model, text.jsonl and other.jsonl in it.

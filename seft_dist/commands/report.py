@@ -1,24 +1,25 @@
-"""Write a page with figures about runs, finished or still going on: what they did, to look at.
+"""Write a page with figures that shows what one run or several did, finished or still going on.
 
     seft report runs/quickstart                   # writes runs/quickstart/report.html
     seft report runs/a runs/b --output ab.html    # several runs in the same drawings, and what differs
 
 The page is one HTML file that needs no network: open it in any browser, send it, print it. It shows losses,
 learning rate, perplexities, zeros by layer, where masks and deltas moved, sizes of the deltas, time, memory, bytes,
-configuration and warnings, as far as the folders tell, and says what is missing. No evaluation is needed before.
+configuration and warnings, as far as the folders contain them, and names what is missing. The runs need not have been
+evaluated.
 
-Of one run that is finished and evaluated (eval.json of seft evaluate, models dense, pruned and repaired) it
-also prints tables and writes summary.json, and figures/ with loss, evolutions and perplexity as .png and .svg.
-docs/report.md says how to read all of it.
+For a single run that is finished and evaluated (eval.json of seft evaluate, with models dense, pruned and repaired) the
+command also prints tables and writes summary.json, and figures/ with loss, evolutions and perplexity as .png and .svg.
+docs/report.md explains how to read them.
 """
 
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from seft_dist.session.cli import run
 from seft_dist.session.extras import require
+from seft_dist.session.help_format import HelpFormatter
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
 
 
 def _report() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that seft train wrote (its --output)")
     parser.add_argument(
         "--output", help="file for the page; without it RUN/report.html, and ./report.html for several runs"
@@ -44,7 +45,7 @@ def report(folders: list[Path], output: Path | None, figures: bool) -> None:
 
     Args:
         folders: Folders of runs.
-        output: File for the page; None: report.html, in the run's folder or, for several runs, in this one.
+        output: File for the page; None: report.html in the run's folder or, for several runs, in the current folder.
         figures: False: no figures.
     """
     require("jinja2", "the page")

@@ -1,9 +1,9 @@
 """Run a recipe twice, or on several layouts, and see whether the results are what docs/numerics.md promises.
 
-    seft reproduce --output runs/twice -- --config quickstart.yaml --steps 10
+    seft reproduce --output runs/twice -- --config quickstart --steps 10
     seft reproduce --output runs/layouts --layouts "single:1, fsdp:2, zero3:2" -- --config R.yaml
 
-Behind "--": the options of seft train. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2
+Behind "--" stand the options of seft train. Exit status: 0 if every promise was kept, 1 if not or if a run failed, 2
 if the options cannot be used.
 """
 

@@ -2,12 +2,12 @@
 
 All methods get the same bases, text, tokens and seeds; their settings are chosen on validation data.
 
-    seft study --config study_tiny.yaml --jobs 2
+    seft study --config study_tiny --jobs 2
     seft study --show runs/study-tiny
 
 A study is one YAML file (docs/studies.md). The same command again goes on with what is missing; several at a time, on
 one machine or many, share the work. --show prints the tables again and runs nothing. Exit status: 0 if all is done, 1
-if a process failed, 2 if the study cannot be made so.
+if a process failed, 2 if the study cannot be run as it is written.
 """
 
 import sys

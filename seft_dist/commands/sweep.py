@@ -1,6 +1,8 @@
-"""The runs of a sweep in one table: settings, loss, perplexity, sparsity, time, and which are missing or failed.
+"""Show the runs of a sweep in one table: settings, loss, perplexity, sparsity, time, and which are missing or failed.
 
-Example: seft sweep --folder runs/sweep1
+    seft sweep --folder runs/sweep1
+
+The folder also gets the table as sweep.md and sweep.csv, and a figure, sweep.png.
 """
 
 from seft_dist.config import SweepConfig

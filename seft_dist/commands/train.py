@@ -1,10 +1,10 @@
 """Fine-tune a pruned causal LM with SEFT: its sparsity stays what it is, its quality comes back.
 
     seft train --model.path models/pruned --data.path data/train.jsonl --output runs/r1
-    torchrun --nproc-per-node 8 -m seft_dist train --config llama_fsdp.yaml
-    deepspeed --num_gpus 8 --module seft_dist train --config llama_zero3.yaml --deepspeed zero3.json
+    torchrun --nproc-per-node 8 -m seft_dist train --config llama_fsdp
+    deepspeed --num_gpus 8 --module seft_dist train --config llama_zero3 --deepspeed zero3
 
-The same script runs under accelerate launch, mpirun and srun.
+The same command runs under accelerate launch, mpirun and srun.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Every knob of the project, once: frozen, keyword-only, checked when made.
+"""Every option of the project, defined once, as fields of frozen dataclasses that check their values when made.
 
-A field's docstring says its meaning, its unit and its special values; ``--help`` of each door prints it.
+A field's docstring says its meaning, its unit and its special values; ``--help`` of each command prints it.
 """
 
 from seft_dist.config.baselines import BaselineConfig

@@ -66,7 +66,7 @@ FIELDS = {
 
 
 def with_variant(method: str, seft: SeftConfig) -> SeftConfig:
-    """The settings of SEFT that a method stands for; unchanged for methods that are not SEFT."""
+    """Return SEFT's settings with those that a method fixes; unchanged for methods that are not SEFT."""
     return dataclasses.replace(seft, **VARIANTS.get(method, {}))
 
 
@@ -93,6 +93,6 @@ def check_method(method: str, seft: SeftConfig, baseline: BaselineConfig) -> Non
 
 
 def _changed(config: Any) -> list[tuple[str, Any, Any]]:
-    """Fields that differ from their defaults: name, value, default."""
+    """Return name, value and default of the fields that differ from their defaults."""
     fields = [(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)]
     return [(name, value, default) for name, value, default in fields if value != default]

@@ -4,14 +4,19 @@ import dataclasses
 from typing import Any
 
 LARGEST_COUNT = 2**31 - 1
-"""Largest whole number that a knob takes, in size: steps and ages are kept in 32 bits."""
+"""Largest whole number that an option takes, in size: steps and ages are kept in 32 bits."""
 LARGEST_SEED = 2**63 - 1
 _SMALLEST, _LARGEST = 1e-30, 1e30
-"""Numbers outside, but for 0, become 0 or infinite in fp32 sooner or later."""
+"""Smaller numbers would become 0 in the fp32 computations, and larger ones infinite; 0 itself is admitted."""
 
 
 def check(condition: bool, found: str, needed: str) -> None:
     """Refuse a value.
+
+    Args:
+        condition: True for a value that can be used.
+        found: The value with its name, for the message, e.g. "steps=0".
+        needed: The values that can be used, for the message.
 
     Raises:
         ValueError: The condition does not hold; says what was found and what is needed.
@@ -21,7 +26,9 @@ def check(condition: bool, found: str, needed: str) -> None:
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:
-    """Refuse numbers of a configuration dataclass that no computation can be done with; call it first in its check.
+    """Refuse numbers that no computation can be done with, in the fields of a configuration dataclass.
+
+    Dataclasses call it first in their ``__post_init__``, so that their own checks need not expect nan, for example.
 
     Args:
         config: The dataclass; those inside it check themselves.

@@ -1,4 +1,4 @@
-"""Data, as every door reads it."""
+"""Data, as every command reads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Models, as every door reads them."""
+"""Models, as every command reads them."""
 
 from dataclasses import dataclass
 from typing import Literal

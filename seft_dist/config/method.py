@@ -89,6 +89,9 @@ class SeftConfig:
     bytes. All give the same result."""
     decay: Decay = "weight"
     """Values that weight_decay shrinks: "weight" (base + delta, as torch.optim.AdamW) or "delta" (to the base)."""
+    train_norms: bool = False
+    """True: train the norms' scales and shifts and the linears' biases too, all of them, with the same learning rate
+    and no weight decay. They are well below 0.1 % of a model, and every rank keeps all of them."""
     allow_dense: bool = False
     """True: accept a model whose targets have no pruned positions."""
     seed: int = 0

@@ -59,7 +59,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """A run that might be started: whether it fits, how long it takes."""
+    """A run to be planned: its model, its settings and the cluster."""
 
     model: str
     """A name (Llama-2-7B, Llama-2-13B, Llama-2-70B, Llama-3-8B, Llama-3-70B, Mistral-7B, Qwen2.5-72B, DeepSeek-V3), a

@@ -18,13 +18,15 @@ class PruneConfig:
     data: DataConfig | None = None
     """Calibration text; needed by wanda, sparsegpt and OWL."""
     method: Literal["wanda", "sparsegpt", "magnitude", "mask", "none"] = "wanda"
-    """Pruning criterion: the smallest |weight| x norm of its input ("wanda"), what costs least once the others make
-    up for it ("sparsegpt", also changes the weights that stay), the smallest |weight| ("magnitude"), or what a file
-    of kept positions leaves out ("mask"). "none" prunes nothing: it shows the zeros that a model has."""
+    """Weights that are pruned: "wanda": those with the smallest |weight| x norm of their input; "sparsegpt": those
+    whose loss the remaining weights can compensate best, which are changed to do so; "magnitude": those with the
+    smallest |weight|; "mask": those that a file of kept positions does not name. "none" prunes nothing: it shows the
+    zeros that a model has."""
     sparsity: float | None = None
-    """Share of the targets' weights that become 0, above 0 and below 1. None: what the pattern says, else 0.6."""
+    """Share of the targets' weights that become 0, above 0 and below 1. None: that of the pattern, or 0.6 without
+    one."""
     pattern: str | None = None
-    """N:M, e.g. "2:4": of M weights that follow each other in a row, N stay. None: unstructured."""
+    """N:M, e.g. "2:4": N of M consecutive weights of a row stay. None: unstructured."""
     group: Literal["auto", "row", "layer", "global"] = "auto"
     """Scope in which weights are ranked: inside each output "row", over the whole weight of a linear ("layer"),
     or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer" for
@@ -76,7 +78,7 @@ class PruneConfig:
         check(
             self.sparsity is None or abs(self.sparsity - (1 - kept / width)) < 1e-6,
             f"sparsity={self.sparsity} with pattern={self.pattern}",
-            f"sparsity {1 - kept / width:g}, or none: the pattern says it",
+            f"sparsity {1 - kept / width:g}, or none: the pattern decides it",
         )
         check(
             self.group == "auto",
@@ -95,7 +97,7 @@ class PruneConfig:
             check(
                 choices == (None, None, "auto", "uniform"),
                 f"method={self.method} with sparsity, pattern, group or layer_ratios",
-                "none of them: they say nothing here",
+                "none of them: the mask file decides, or nothing is pruned",
             )
             return
         calibrated = self.method != "magnitude" or self.layer_ratios == "owl"

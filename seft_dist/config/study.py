@@ -51,8 +51,9 @@ class StudyConfig:
     threads: int | None = None
     """CPU threads of a process. None: the machine's cores divided by jobs."""
     launcher: str | None = None
-    """Words in front of launch/train.py, evaluate.py and prune.py, e.g. "torchrun --standalone --nproc-per-node 8";
-    {slot} in it becomes 0 to jobs - 1, e.g. "env CUDA_VISIBLE_DEVICES={slot} python". None: python."""
+    """Words in front of the script of each command (launch/train.py, evaluate.py, prune.py of the package), e.g.
+    "torchrun --standalone --nproc-per-node 8"; {slot} in them becomes 0 to jobs - 1, e.g.
+    "env CUDA_VISIBLE_DEVICES={slot} python". None: python."""
     figures: bool = True
     """False: no figures (they need matplotlib)."""
 

@@ -16,7 +16,7 @@ BackendName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Packing = Literal["none", "gather", "resident"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 DEFAULT_STEPS = 1000
-"""Optimizer steps of a run that says neither steps nor epochs."""
+"""Optimizer steps of a run for which neither steps nor epochs is given."""
 _MONTH = 30 * 24 * 3600
 
 
@@ -29,24 +29,25 @@ class TrainConfig:
     output: str
     """Folder of the run: configuration, metrics, checkpoints, repaired model. It must be new or of a run to resume."""
     method: MethodName = "seft"
-    """Method of training (docs/baselines.md): "seft"; its settings "seft_static", "seft_static_random",
-    "seft_fixed_mask" and "spiel"; or to compare with: "none" (the pruned model as it is), "lora", "lora_merged" (pruned
-    again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights), "norms_and_biases" (PERP)."""
+    """Method of training (docs/baselines.md): "seft"; SEFT with fixed settings: "seft_static", "seft_static_random",
+    "seft_fixed_mask" and "spiel"; or another method to compare it with: "none" (the pruned model as it is), "lora",
+    "lora_merged" (LoRA*, pruned again), "masked_lora" (SQFT), "spp", "masked_full" (all active weights),
+    "norms_and_biases" (PERP)."""
     seft: SeftConfig = field(default_factory=SeftConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int | None = None
-    """Optimizer steps of the run. None: what epochs says, else 1000."""
+    """Optimizer steps of the run. None: as many as epochs makes, or 1000 without epochs."""
     epochs: float | None = None
     """Length of the run in passes over the data instead of steps, e.g. 3 or 0.5; the steps that this makes are printed
-    at the start and stand in config.yaml. None: steps says it."""
+    at the start and written to config.yaml. None: the length is given by steps."""
     batch_size: int = 1
     """Most sequences of a rank in one forward pass."""
     global_batch: int | None = None
-    """Sequences of one optimizer step over all ranks: as many forward passes as that takes are accumulated, and every
-    token that is learnt weighs the same. None: batch_size for each rank; a resumed run keeps what it began with, on any
+    """Sequences of one optimizer step over all ranks: as many forward passes as needed are accumulated, and every
+    loss token weighs the same. None: batch_size for each rank; a resumed run keeps what it began with, on any
     number of ranks. A ds_config's batch sizes must agree or be "auto"."""
     backend: BackendName = "auto"
     """Backend that holds weights on several ranks: "fsdp" (FSDP2, sharded), "ddp" (a full copy each), "deepspeed"
@@ -68,12 +69,12 @@ class TrainConfig:
     """True: sequences of similar length come together, so that less is padded: those of 50 optimizer steps are sorted
     by length, and the steps shuffled. Each pass over the data still has every sequence once."""
     log_every: int = 1
-    """Optimizer steps between records in metrics.jsonl and the trackers. In between ranks exchange gradients only and
-    do not wait for their devices; signals and losses that are not finite are looked at when a step is recorded."""
+    """Optimizer steps between records in metrics.jsonl and the trackers. In between, ranks exchange gradients only and
+    do not wait for their devices; stop signals and losses that are not finite are noticed when a step is recorded."""
     save_every: int = 0
     """Optimizer steps between checkpoints, from which a rerun of the same command goes on. 0: only at the end."""
     save_every_minutes: float = 0.0
-    """Minutes between checkpoints, beside save_every: rank 0's clock says when, and all ranks save after the next
+    """Minutes between checkpoints, in addition to save_every, by the clock of rank 0: all ranks save after the next
     logged step. 0: not by time."""
     keep: int = 2
     """Newest checkpoints that are kept; older ones are removed. The one with the lowest validation loss stays too."""
@@ -84,8 +85,8 @@ class TrainConfig:
     """Model to write at the end as a Hugging Face folder, with its delta file: "last" (or true), as it is after the
     last step; "best", as it was at the evaluation with the lowest loss; false: none."""
     trackers: tuple[Tracker, ...] | str = ()
-    """Experiment trackers beside metrics.jsonl, with commas in between: tensorboard, wandb, mlflow, trackio. A run that
-    goes on continues what they have of it."""
+    """Experiment trackers beside metrics.jsonl, with commas in between: tensorboard, wandb, mlflow, trackio. A
+    resumed run continues its own entry in them."""
     project: str = "seft_dist"
     """Project (MLflow: experiment) that the trackers file the run under."""
     run_name: str | None = None

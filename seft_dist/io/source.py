@@ -20,7 +20,7 @@ from seft_dist.sparsity.casts import cast_weight
 log = logging.getLogger(__name__)
 
 _PIECE = 1 << 24
-"""Number of positions that are compared at a time."""
+"""Number of positions that are read and compared at a time, because a head can be larger than the free memory."""
 SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 """Formats of compressed-tensors that its current releases cannot load."""
 
@@ -119,13 +119,13 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: s
     hf = read_config(folder, weights)
     _refuse_quantized(folder, {"quantization_config": getattr(hf, "quantization_config", None)})
     read_generation(folder)
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    if dtype is not None and named not in (None, dtype):
+    configured = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)  # None for "auto"
+    if dtype is not None and configured not in (None, dtype):
         raise ValueError(
             f'model.dtype={config.dtype}, but the ds_config trains in {dtype}: set "bf16": {{"enabled": true}} in the '
             "ds_config for bfloat16, remove it for float32, or leave model.dtype at auto"
         )
-    chosen = dtype or named or weights.dtype
+    chosen = dtype or configured or weights.dtype
     if chosen not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{folder} is stored in {chosen}: choose {option} float32 or bfloat16")
     changes: dict[str, Any] = {}

@@ -6,7 +6,7 @@ Files outside the model's folder and pickled files are refused.
 from pathlib import Path
 
 from pydantic import with_config
-from safetensors import SafetensorError as SafetensorError  # for other rooms, which do not import the library
+from safetensors import SafetensorError as SafetensorError  # for other subpackages, which may not import safetensors
 from safetensors import safe_open as safe_open
 from safetensors.torch import save_file
 from torch import Tensor

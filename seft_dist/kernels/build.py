@@ -1,4 +1,4 @@
-"""The C++ library of this room, compiled when first used, and the Triton kernels.
+"""The C++ library of the kernels, compiled when first used, and the Triton kernels.
 
 The library is kept in the folder of torch's extensions. It is plain C++ behind C functions, so one file serves every
 version of torch and compiles in seconds. Its name depends on the source, the processor and the compiler. One process of

@@ -1,8 +1,8 @@
 """The choice of the weights of a model that get deltas.
 
 Linears, GPT-2's Conv1D and fused experts do (``seft_dist.modules.kinds``). Embeddings, the output head, norms, biases
-and routers are left alone: choosing experts is not the weights' damage to repair, and a changed choice would move every
-token's path at once. Any other matrix is refused, never skipped.
+and routers do not; docs/models.md has the reasons. Any other matrix is refused by name: left out in silence it would
+stay dense and untrained.
 """
 
 import re
@@ -39,7 +39,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
             shared with another module, or "all-linear" would leave out a matrix of a kind that is not known.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    routers = _routers(model)
+    routers = find_routers(model)
     known: dict[str, Target] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module not in routers:
@@ -103,7 +103,7 @@ def check_criteria(targets: dict[str, Target], config: SeftConfig) -> None:
         target.check_criteria(name, config)
 
 
-def _routers(model: nn.Module) -> set[nn.Module]:
+def find_routers(model: nn.Module) -> set[nn.Module]:
     """Return the modules that choose experts, with all they contain: neighbours of experts, by type or name."""
     routers: set[nn.Module] = set()
     for parent in model.modules():

@@ -23,8 +23,8 @@ def adapt(work: WorkingState) -> None:
         return
     if work.config.adapt == "activation":
         work.norms = {i: window.summed("norms").sqrt() for i, window in enumerate(work.windows)}
-    work.removed = _least_of_layers(work) if work.groups is None else _least_of_groups(work, work.groups)
-    for i, offsets in enumerate(work.removed):
+    work.pruned = _least_of_layers(work) if work.groups is None else _least_of_groups(work, work.groups)
+    for i, offsets in enumerate(work.pruned):
         mask = work.state.masks[i] = work.mark(i, work.state.masks[i], offsets, False)
         work.entries[i] = work.entries[i].take(bits.holds(mask, work.offsets(i)))
         committed = work.state.committed[i]
@@ -58,12 +58,12 @@ def _least_of_layers(work: WorkingState) -> list[Tensor]:
     def key(i: int) -> Tensor:
         return adapt_key(work, i)
 
-    removed = work.select(key, wanted, lambda rounding, i: adapt_errors(work, rounding, i))
+    pruned = work.select(key, wanted, lambda rounding, i: adapt_errors(work, rounding, i))
     if work.rounding is not None and work.config.scope == "global":
         # A near-tie of one layer in Grow moves the border for all of them.
         by = sum(work.near_ties or ()) - work.counted_before
         work.count(next_to_border(work.backend.owners, key, len(work.windows), wanted[0], by))
-    return removed
+    return pruned
 
 
 def _least_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
@@ -76,9 +76,9 @@ def _least_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
         return marks
 
     ranking = GroupRanking(groups, lambda i: adapt_key(work, i), groups.counter(too_many))
-    removed = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(work.windows))]
-    work.count_close_calls(ranking, removed, lambda rounding, i: adapt_errors(work, rounding, i))
-    return removed
+    pruned = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(work.windows))]
+    work.count_close_calls(ranking, pruned, lambda rounding, i: adapt_errors(work, rounding, i))
+    return pruned
 
 
 def _weight(work: WorkingState, i: int) -> Tensor:

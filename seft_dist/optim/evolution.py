@@ -60,7 +60,6 @@ class Evolution:
         """
         near_ties = (draft.near_ties or [0] * len(windows)) if counts_near_ties else None
         self.work = WorkingState(backend, config, state, windows, step=step, near_ties=near_ties)
-        self.backend, self.config, self.state, self.windows, self.step = backend, config, state, windows, step
         self.draft = draft
         self._phases: dict[str, Phase] = {}
         self._decided: list[int] = []
@@ -77,7 +76,8 @@ class Evolution:
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
         """
-        draft, work, on_trial = self.draft, self.work, self.config.reactivate == "trial"
+        draft, work = self.draft, self.work
+        on_trial = work.config.reactivate == "trial"
         self._phase("window", self._prepare)
         if on_trial:
             self._decided = self._phase("adapt", lambda: end_trials(work))
@@ -92,9 +92,9 @@ class Evolution:
         before = self._phases["window"]
         self._phases["window"] = Phase(before.seconds + draft.seconds, before.bytes_sent + draft.bytes_sent)
         draft.near_ties = []
-        support = sum(map(len, self.state.supports))
+        support = sum(map(len, work.state.supports))
         return EvolutionReport(
-            step=self.step,
+            step=work.step,
             first=first,
             dropped=dropped,
             grown=grown,
@@ -113,47 +113,48 @@ class Evolution:
         )
 
     def _prepare(self) -> None:
-        for window in self.windows:
+        for window in self.work.windows:
             window.reduce_factors()
         self.work.estimate_rounding()
 
     def _phase(self, name: str, act: Callable[[], _T]) -> _T:
-        began, sent = time.perf_counter(), self.backend.bytes_sent
+        began, sent = time.perf_counter(), self.work.backend.bytes_sent
         result = act()
-        self._phases[name] = Phase(time.perf_counter() - began, self.backend.bytes_sent - sent)
+        self._phases[name] = Phase(time.perf_counter() - began, self.work.backend.bytes_sent - sent)
         return result
 
     def _verify(self) -> tuple[str, list[list[int]], list[int]]:
-        digest, work = self.state.verify(self.backend, self.config), self.work
-        moved = zip(work.dropped, work.grown, work.reactivated, work.removed, strict=True)
+        work = self.work
+        digest = work.state.verify(work.backend, work.config)
+        moved = zip(work.dropped, work.grown, work.reactivated, work.pruned, strict=True)
         counts = [len(offsets) for row in moved for offsets in row]
-        counts = self.backend.owners.sum(torch.tensor(counts + self._decided)).tolist()
-        rows = [counts[4 * i : 4 * i + 4] for i in range(len(self.windows))]
+        counts = work.backend.owners.sum(torch.tensor(counts + self._decided)).tolist()
+        rows = [counts[4 * i : 4 * i + 4] for i in range(len(work.windows))]
         return digest, rows, counts[4 * len(rows) :] or [0, 0]
 
     def keep_candidates(self) -> None:
         """Narrow the windows to the support, the best positions to grow and the best to prune. Collective."""
-        began, sent = time.perf_counter(), self.backend.bytes_sent
         work = self.work
+        began, sent = time.perf_counter(), work.backend.bytes_sent
         self._prepare()
         wanted = num_candidates(work)
         prune = work.grown  # none: nothing to prune is kept for criteria that read no gradient
         _, grown = best_free(work, wanted)
-        if self.config.adapt in ("sensitivity", "curvature"):
+        if work.config.adapt in ("sensitivity", "curvature"):
 
             def spare(i: int) -> Tensor:
                 return adapt_key(work, i).index_fill_(0, work.offsets(i), INELIGIBLE)
 
             prune = work.select(
                 spare,
-                wanted if self.config.scope == "layer" else [sum(wanted)],
+                wanted if work.config.scope == "layer" else [sum(wanted)],
                 lambda rounding, i: adapt_errors(work, rounding, i),
             )
-        for i, window in enumerate(self.windows):
+        for i, window in enumerate(work.windows):
             window.narrow_to(torch.cat([work.offsets(i), grown[i], prune[i]]).unique())
-        share_positions(self.backend, self.windows)
+        share_positions(work.backend, work.windows)
         self.draft.seconds += time.perf_counter() - began
-        self.draft.bytes_sent += self.backend.bytes_sent - sent
+        self.draft.bytes_sent += work.backend.bytes_sent - sent
         self.draft.near_ties = work.near_ties or []
 
     def commit(self, betas: tuple[float, float]) -> None:
@@ -163,17 +164,17 @@ class Evolution:
         grown position, and entries must be in place before the replicas' weights are written.
         """
         work = self.work
-        for i, removed in enumerate(work.removed):
-            self.backend.remask(i, self.state.masks[i], removed)
-        self.backend.sync_mask_counts()
+        for i, pruned in enumerate(work.pruned):
+            work.backend.remask(i, work.state.masks[i], pruned)
+        work.backend.sync_mask_counts()
         for i, offsets in enumerate(work.grown):
             positions = work.positions(i, offsets)
-            new = Columns.grown(positions, self.backend.load(i, self.backend.places(i, positions)).float())
-            if self.config.moments == "seeded":
-                self._seed(new, offsets, self.windows[i], betas)
+            new = Columns.grown(positions, work.backend.load(i, work.backend.places(i, positions)).float())
+            if work.config.moments == "seeded":
+                self._seed(new, offsets, work.windows[i], betas)
             work.entries[i] = Columns.cat([work.entries[i], new]).sorted()
-        self.state.set_entries(self.backend, work.entries)
-        if self.backend.replicates:
+        work.state.set_entries(work.backend, work.entries)
+        if work.backend.replicates:
             self._write_to_replicas()
 
     def _seed(self, new: Columns, offsets: Tensor, window: Window, betas: tuple[float, float]) -> None:
@@ -185,14 +186,15 @@ class Evolution:
 
     def _write_to_replicas(self) -> None:
         """Write what other ranks changed in their intervals into this rank's whole weights. Collective."""
-        changed = [torch.cat(moved) for moved in zip(self.work.dropped, self.work.removed, strict=True)]
-        owners = self.backend.owners
+        work = self.work
+        changed = [torch.cat(moved) for moved in zip(work.dropped, work.pruned, strict=True)]
+        owners = work.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()
         positions = owners.gather(
-            torch.cat([offsets + part.start for offsets, part in zip(changed, self.work.intervals, strict=True)])
+            torch.cat([offsets + part.start for offsets, part in zip(changed, work.intervals, strict=True)])
         )
-        values = owners.gather(torch.cat([self.backend.own(i)[offsets] for i, offsets in enumerate(changed)]))
+        values = owners.gather(torch.cat([work.backend.own(i)[offsets] for i, offsets in enumerate(changed)]))
         for rank in range(owners.size):
             parts = zip(positions[rank].split(lengths[rank]), values[rank].split(lengths[rank]), strict=True)
             for i, (where, what) in enumerate(parts):
-                self.backend.store(i, self.backend.places(i, where), what)
+                work.backend.store(i, work.backend.places(i, where), what)

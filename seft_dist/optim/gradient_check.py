@@ -16,11 +16,11 @@ class GradientCheck:
 
     step: int
     nonfinite: Tensor
-    """bool [targets], True where the gradient is not finite."""
+    """bool [targets, then vectors], True where the gradient is not finite."""
     is_finite: Tensor
-    """bool [], True if the gradient of every target is finite; on the device."""
+    """bool [], True if the whole gradient is finite; on the device."""
     norm: Tensor
-    """fp64 [], global norm of the deltas' gradient."""
+    """fp64 [], global norm of the gradient of deltas, norms and biases."""
     is_finite_on_host: Tensor
     """Copy of ``is_finite`` in host memory; complete once ``event`` is."""
     event: torch.cuda.Event | None
@@ -36,7 +36,7 @@ class GradientCheck:
         """Stop here if a gradient is not finite. Waits as ``passed`` does.
 
         Args:
-            names: Names of the targets.
+            names: Names of the targets, then of the vectors.
 
         Raises:
             FloatingPointError: A gradient is not finite.
@@ -51,7 +51,11 @@ class GradientCheck:
 
 
 def check_gradient(
-    backend: Backend, step: int, grads: Sequence[Tensor], windows: Sequence[Window | None]
+    backend: Backend,
+    step: int,
+    grads: Sequence[Tensor],
+    windows: Sequence[Window | None],
+    vectors: Sequence[Tensor] = (),
 ) -> GradientCheck:
     """Compute the global norm of all ranks' gradients, and whether they are finite. Collective.
 
@@ -62,6 +66,7 @@ def check_gradient(
         step: Optimizer step, counted from 1.
         grads: Own entries' gradient of each target, fp32, averaged over ranks.
         windows: Window of each target; its pending step must be finite as well.
+        vectors: Gradient of each trained norm and bias, fp32, averaged over ranks, the same on every rank.
     """
     # one call for all layers, as torch's own clip_grad_norm_ does it
     norms = torch.stack(torch._foreach_norm(list(grads), dtype=torch.float64))
@@ -71,6 +76,9 @@ def check_gradient(
             in_windows[i] = window.is_finite().logical_not()
     squared, in_windows = backend.owners.sum(torch.stack([norms.square(), in_windows]))
     nonfinite = squared.isfinite().logical_not() | in_windows.bool()
+    if vectors:
+        others = torch.stack(torch._foreach_norm(list(vectors), dtype=torch.float64)).square()
+        squared, nonfinite = torch.cat([squared, others]), torch.cat([nonfinite, others.isfinite().logical_not()])
     is_finite, event = nonfinite.any().logical_not(), None
     on_host = is_finite
     if norms.device.type == "cuda":  # never run on a GPU

@@ -51,12 +51,12 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
         return any_free, work.select(any_free, wanted, Rounding.of_grow)
     # The same as walking down one list and passing over pruned positions beyond the cap: the best pruned ones up to
     # the cap compete with all active ones.
-    pruned = work.grown  # none
+    returning = work.grown  # none
     if any(caps):
-        pruned = work.select(lambda i: any_free(i).masked_fill_(work.mask(i), INELIGIBLE), caps, Rounding.of_grow)
+        returning = work.select(lambda i: any_free(i).masked_fill_(work.mask(i), INELIGIBLE), caps, Rounding.of_grow)
 
     def with_best_pruned(i: int) -> Tensor:
-        return _grow_key(work, i, work.mark(i, _free(work, i) & work.state.masks[i], pruned[i], True))
+        return _grow_key(work, i, work.mark(i, _free(work, i) & work.state.masks[i], returning[i], True))
 
     ranking = _inside_groups(work, with_best_pruned)
     return ranking, work.select(ranking, wanted, Rounding.of_grow)
@@ -84,7 +84,7 @@ def _free(work: WorkingState, i: int) -> Tensor:
     if free is None:
         free = torch.full_like(work.state.masks[i], 255)
     # what left in this step may not come back in it
-    return work.mark(i, free, torch.cat([work.offsets(i), work.dropped[i], work.removed[i]]), False)
+    return work.mark(i, free, torch.cat([work.offsets(i), work.dropped[i], work.pruned[i]]), False)
 
 
 def _grow_key(work: WorkingState, i: int, eligible: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
     module.register_parameter(name, anchor)
     attachment.hooks += [
         module.register_state_dict_post_hook(_hide_anchor(name)),
-        module.register_load_state_dict_pre_hook(_expect_no_anchor(name, target.key)),
+        module.register_load_state_dict_pre_hook(_supply_anchor(name, target.key)),
     ]
     attachment.slots[target.key] = slot
     target.bind_forward(SAMPLED_FORWARDS)
@@ -59,7 +59,7 @@ def _hide_anchor(name: str) -> Callable[..., None]:
     return hook
 
 
-def _expect_no_anchor(name: str, key: str) -> Callable[..., None]:
+def _supply_anchor(name: str, key: str) -> Callable[..., None]:
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         anchor = getattr(module, name).detach()
         if anchor.is_meta and prefix + key in state:

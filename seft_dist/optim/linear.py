@@ -8,7 +8,7 @@ the weight gradient at the k positions; inside an evolution's window also the de
 owners.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from seft_dist.optim.anchors import ANCHOR
 from seft_dist.optim.compiled_linear import compiled_linear
 from seft_dist.optim.recompute_inputs import keep
 from seft_dist.optim.slot import ANCHOR_GRAD, Slot
+from seft_dist.optim.vectors import watched
 
 HeldWeight = Tensor | PackedWeight
 """A weight to multiply with: the parameter, or the packed weight behind its placeholder."""
@@ -99,7 +100,8 @@ class _SampledLinear(torch.autograd.Function):
             dense = _dense(weight)
             # Under autocast the output's type is not the weight's.
             grad_x = (grad.to(dense.dtype) @ (dense.T if ctx.transposed else dense)).to(ctx.dtype)
-        return grad_x, None, None, _anchor_grad(ctx), None, None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, _anchor_grad(ctx), None, None
 
 
 class _SampledExperts(torch.autograd.Function):
@@ -144,11 +146,13 @@ def _forward_compiled(module: Any, x: Tensor, transposed: bool) -> Tensor:
     """Compute what ``_eager_linear`` and ``_eager_conv1d`` do, in a form that torch.compile can trace."""
     weight, bias = module.weight, module.bias
     anchor = getattr(module, ANCHOR, None)
+    untraced: Callable[[Any, Tensor], Tensor] = _untraced_conv1d if transposed else _untraced_linear
     if packed_of(weight) is not None:
-        untraced: Tensor = (_untraced_conv1d if transposed else _untraced_linear)(module, x)
-        return untraced
+        return untraced(module, x)
     if anchor is None or not torch.is_grad_enabled():
         return linear(x, weight.T if transposed else weight, bias)
+    if module._seft_attachment.vectors:  # its bias is trained
+        return untraced(module, x)
     slot = module._seft_attachment.slots["weight"]
     return compiled_linear(x, weight, bias, anchor, slot, transposed)
 
@@ -158,7 +162,7 @@ def _eager_linear(module: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return linear(x, _dense(weight), module.bias)
     output: Tensor = _SampledLinear.apply(
-        x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), False
+        x, weight, watched(module, "bias"), getattr(module, ANCHOR, None), _slot_of(module), False
     )
     return output
 
@@ -168,7 +172,9 @@ def _eager_conv1d(module: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         whole = isinstance(weight, Tensor)
         return type(module).forward(module, x) if whole else linear(x, _dense(weight).T, module.bias)
-    output: Tensor = _SampledLinear.apply(x, weight, module.bias, getattr(module, ANCHOR, None), _slot_of(module), True)
+    output: Tensor = _SampledLinear.apply(
+        x, weight, watched(module, "bias"), getattr(module, ANCHOR, None), _slot_of(module), True
+    )
     return output
 
 

@@ -31,6 +31,7 @@ from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, clear_negative_zeros, first_state, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
 from seft_dist.optim.torch_interface import TorchInterface
+from seft_dist.optim.vectors import Vectors, VectorStates
 from seft_dist.optim.window import (
     Needs,
     Window,
@@ -52,8 +53,14 @@ class SeftOptimizer(TorchInterface):
         for batch in loader:
             model(**batch).loss.backward(); seft.step(); seft.zero_grad()
 
-    All parameters of the model are frozen. Learning-rate schedulers drive ``param_groups[0]["lr"]``.
+    All parameters of the model are frozen; ``train_norms`` trains norms and biases all the same. Learning-rate
+    schedulers drive ``param_groups[0]["lr"]``.
     """
+
+    evolution: EvolutionReport | None = None
+    """Report of the last step's evolution; None if it had none."""
+    counts_near_ties: bool = False
+    """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
 
     def __init__(
         self,
@@ -88,15 +95,14 @@ class SeftOptimizer(TorchInterface):
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
-        self.evolution: EvolutionReport | None = None
-        """Report of the last step's evolution; None if it had none."""
-        self.counts_near_ties = False
-        """True lets evolutions count near-ties (``EvolutionReport.near_ties``), in further passes over the scores."""
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
-        self._check_targets()
+        check_criteria(self._targets, self.config)
+        check_trainable(model, self._targets)
         model.requires_grad_(False)
-        installed = [install(target) for target in self._targets.values()]
+        installed = list(map(install, self._targets.values()))
+        self.vectors = Vectors(model, self._targets, self.config.train_norms)
+        """Norms and biases that train beside the deltas; none unless ``train_norms`` is set."""
         self._slots = [slot for _, slot in installed]
         self._windows: list[Window | None] = [None] * len(installed)
         self._draft = ReportDraft()
@@ -169,8 +175,8 @@ class SeftOptimizer(TorchInterface):
                 backend.check_replicas(i)
         self._state = first_state(backend, self.config)
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
-        self._backend = backend
-        self._exchange = Exchange(backend, self._slots)
+        self.vectors.attach(backend)
+        self._backend, self._exchange = backend, Exchange(backend, self._slots)
         self._step_watch = StepWatch(list(self._targets.values()))
         self._slots[-1].before_record = self._step_watch.note_backward
         self._checks_late = backend.device.type != "cpu"
@@ -190,7 +196,7 @@ class SeftOptimizer(TorchInterface):
     def _prepare_step(self) -> None:
         """Set what the coming step's backward passes record."""
         coming = self.num_steps + 1
-        first = self._is_first(coming)
+        first = is_first_support(self.config, coming)
         if first or in_window(self.config, coming):
             self._windows = [self.new_window(i) if window is None else window for i, window in enumerate(self._windows)]
         else:
@@ -205,11 +211,8 @@ class SeftOptimizer(TorchInterface):
 
     def new_window(self, i: int) -> Window:
         """Make an empty window of target i for the coming step."""
-        first = self._is_first(self.num_steps + 1)
+        first = is_first_support(self.config, self.num_steps + 1)
         return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._draft)
-
-    def _is_first(self, step: int) -> bool:
-        return is_first_support(self.config, step)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set before a backward pass whether it is the last one before ``step()``. The same on every rank.
@@ -226,6 +229,7 @@ class SeftOptimizer(TorchInterface):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients since the last step, also those in a window."""
         super().zero_grad(set_to_none)
+        self.vectors.forget()
         if self._exchange is not None:
             self._exchange.forget()
         for slot in self._slots:
@@ -233,10 +237,6 @@ class SeftOptimizer(TorchInterface):
         for window in self._windows:
             if window is not None:
                 window.discard_step()
-
-    def _check_targets(self) -> None:
-        check_criteria(self._targets, self.config)
-        check_trainable(self._model, self._targets)
 
     def _begin_step(self) -> None:
         self._check_awaited()
@@ -272,12 +272,13 @@ class SeftOptimizer(TorchInterface):
         #   4. Deltas are updated and written into the weights.
         #   5. The evolution comes after the update: Drop compares deltas as the next forward pass will see them.
         #   6. The slots learn the positions of the coming step last, when the support no longer moves.
-        step = self.num_steps + 1
+        step, first = self.num_steps + 1, is_first_support(self.config, self.num_steps + 1)
         grad = split_candidate_gradients(self._windows, self.exchange.finish(), self.sparse_state.layers())
+        vector_grad = self.vectors.take_grad()
         windows = [window for window in self._windows if window is not None]
-        check = self._check_gradient(step, grad)
+        check = self._check_gradient(step, grad, vector_grad)
         if windows or not self._checks_late:
-            check.raise_if_nonfinite(self.target_names)
+            check.raise_if_nonfinite(self.target_names + self.vectors.names)
         else:
             self._last_check = check
         for window in windows:
@@ -285,21 +286,21 @@ class SeftOptimizer(TorchInterface):
         with self.backend.writing():
             if windows or not self._checks_late:  # the host waits for the device only where it does anyway
                 self._replacement_check.check(self.backend, self.sparse_state, step, with_masks=bool(windows))
-            if self._is_first(step):
+            if first:
                 self.evolution = self._evolve(windows, step, fraction=0.0, first=True)
                 grad = gradient_at_entries(windows, self.sparse_state.layers())
-                check = self._check_gradient(step, grad)
-            self._update(grad, check)
+                check = self._check_gradient(step, grad, vector_grad)
+            self._update(grad, vector_grad, check)
             self.num_steps = step
             if is_evolution(self.config, step):
                 self.evolution = self._evolve(windows, step, drop_fraction(self.config, step), first=False)
             elif in_window(self.config, step) and windows[0].narrows:
-                self._evolution(windows, step).keep_candidates()
+                self._new_evolution(windows, step).keep_candidates()
         if is_evolution(self.config, step) or not in_window(self.config, step):
             self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
-            warn_without_gradient(self.backend, self.config, self.sparse_state, check, self._is_first(step))
+            warn_without_gradient(self.backend, self.config, self.sparse_state, check, first)
             self._write_checked = True
         self._prepare_step()
         return loss
@@ -318,19 +319,20 @@ class SeftOptimizer(TorchInterface):
             self.num_steps -= 1
             self.zero_grad()
             self._prepare_step()
-            check.raise_if_nonfinite(self.target_names)
+            check.raise_if_nonfinite(self.target_names + self.vectors.names)
 
-    def _check_gradient(self, step: int, grad: Tensor) -> GradientCheck:
-        return check_gradient(self.backend, step, grad.split(self.sparse_state.lengths), self._windows)
+    def _check_gradient(self, step: int, grad: Tensor, vector_grad: Tensor) -> GradientCheck:
+        parts, vectors = grad.split(self.sparse_state.lengths), vector_grad.split(self.vectors.lengths)
+        return check_gradient(self.backend, step, parts, self._windows, vectors)
 
-    def _evolution(self, windows: list[Window], step: int) -> Evolution:
+    def _new_evolution(self, windows: list[Window], step: int) -> Evolution:
         inputs = (self.backend, self.config, self.sparse_state, windows, self._draft)
         return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
-        return self._evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
+        return self._new_evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
 
-    def _update(self, grad: Tensor, check: GradientCheck) -> None:
+    def _update(self, grad: Tensor, vector_grad: Tensor, check: GradientCheck) -> None:
         self._grad_norm = check.norm
         scale, group = torch.ones((), device=grad.device), self.param_groups[0]
         if self.max_grad_norm is not None:
@@ -342,6 +344,7 @@ class SeftOptimizer(TorchInterface):
         least = least_size(self.backend.dtypes[0])
         weight = self.sparse_state.columns.update_(grad, scale, check.is_finite, rule, least)
         self.sparse_state.write_weights(self.backend, weight)
+        self.vectors.update_(vector_grad, scale, check.is_finite, dataclasses.replace(rule, weight_decay=0.0))
 
     def sparsity(self) -> list[LayerSparsity]:
         """Count what is wanted, active, zero and trained in every target. Collective."""
@@ -362,21 +365,25 @@ class SeftOptimizer(TorchInterface):
         self.backend.prepare_write()
         return self.sparse_state.layer_deltas(self.backend, self._windows)
 
-    def restore(self, num_steps: int, layers: Iterable[LayerDelta]) -> None:
+    def restore(self, num_steps: int, layers: Iterable[LayerDelta], vectors: VectorStates | None = None) -> None:
         """Take over masks and deltas, e.g. from a checkpoint, on the model as it was when the run began. Collective.
 
         Args:
             num_steps: Optimizer steps done.
             layers: This rank's part of every target, in order.
+            vectors: ``Vectors.states`` of the same moment, the same on every rank; None if there are no vectors.
 
         Raises:
-            ValueError: The layers are no state of this run: out of bounds, out of order, not finite, of other shapes or
-                counts. Names the target; every rank raises it, nothing was changed.
+            ValueError: The layers or vectors are no state of this run: out of bounds, out of order, not finite, of
+                other shapes or counts. Names the target; every rank raises it, nothing was changed.
             RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()
         backend, state, given = self.backend, self.sparse_state, list(layers)
+        self.vectors.check_state(vectors or {}, num_steps)
         take_over(given, backend, self.config, state, num_steps)
+        with backend.writing():
+            self.vectors.restore(vectors or {})
         self._windows = [layer.window for layer in given]
         share_positions(backend, self._windows)
         state.verify(backend, self.config)
@@ -388,3 +395,4 @@ class SeftOptimizer(TorchInterface):
         self._attach_hook.remove()
         for target in self._targets.values():
             uninstall(target)
+        self.vectors.uninstall()

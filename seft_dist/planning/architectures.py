@@ -17,6 +17,7 @@ from seft_dist.files.reading import read_json
 from seft_dist.io.models import decoder_layers
 from seft_dist.io.settings import ModelSettings, check_usual_sizes, error_summary
 from seft_dist.modules.targets import find_targets
+from seft_dist.modules.vectors import find_vectors
 from seft_dist.sparsity.partition import position_dtype
 
 _LLAMA2: dict[str, Any] = {
@@ -162,6 +163,8 @@ class ModelShapes:
     """For each decoder layer a key that is equal for layers with the same parameters."""
     buffers: int
     """Bytes of all buffers, the same on every rank."""
+    vector_numel: int
+    """Number of entries in all norms and biases that ``train_norms`` trains."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig, targets: str) -> "ModelShapes":
@@ -189,7 +192,9 @@ class ModelShapes:
             for name, p in model.named_parameters()
         ]
         kinds = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers]
-        return cls(config, weights, kinds, sum(b.numel() * b.element_size() for b in model.buffers()))
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        vectors = sum(vector.parameter.numel() for vector in find_vectors(model).values())
+        return cls(config, weights, kinds, buffers, vectors)
 
     @cached_property
     def targets(self) -> list[ParameterShape]:

@@ -99,6 +99,10 @@ def seft_step(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) 
         traffic.append(links.replicas("gradients between replicas", 4 * deltas / layout.owners))
     if not layout.sharded:
         traffic.append(links.ring("new weights", item * deltas))
+    if config.seft.train_norms:
+        size = 4 * shapes.vector_numel
+        traffic.append(links.exchange("gradients of norms and biases, to one rank each", size))
+        traffic.append(links.ring("gradients of norms and biases, to all ranks", size))
     return traffic
 
 

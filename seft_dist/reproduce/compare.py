@@ -23,8 +23,12 @@ from seft_dist.training.manifest import FILE, read_manifest
 from seft_dist.training.run_folder import CHECKPOINTS, DELTA, MODEL
 from seft_dist.training.trace import read_trace
 
-EQUAL, WITHIN, DIFFERS, OPEN = "bitwise equal", "equal within docs/numerics.md", "differs", "cannot be judged"
+EQUAL = "bitwise equal"
+WITHIN = "equal within docs/numerics.md"
 PARTED = "equal within docs/numerics.md until near-ties part the runs"
+DIFFERS = "differs"
+UNDECIDED = "cannot be judged"
+"""The last of the verdicts: a run is not finished, or its final weights are missing."""
 
 
 @dataclass
@@ -59,8 +63,8 @@ class Comparison:
     """Number of positions that are in the final support of one run only, by layer; None if it could not be read."""
     problems: list[str] = field(default_factory=list)
     """Findings that prevent a verdict, or that show files which do not belong together."""
-    verdict: str = OPEN
-    """One of the constants above."""
+    verdict: str = UNDECIDED
+    """EQUAL, WITHIN, PARTED, DIFFERS or UNDECIDED."""
     why: str = ""
     """Reason for the verdict, in words."""
 
@@ -94,6 +98,7 @@ def compare(first: Path, second: Path, *, weights: bool = True) -> Comparison:
         ValueError: A file cannot be read.
     """
     manifests = read_manifest(first), read_manifest(second)
+    # A manifest that was copied elsewhere comes without the other files of its run.
     folders = tuple(path if path.is_dir() else path.parent if path.name == FILE else None for path in (first, second))
     one, two = manifests
     log_every = tuple(run["attempts"][-1]["config"]["log_every"] for run in manifests)
@@ -110,24 +115,22 @@ def compare(first: Path, second: Path, *, weights: bool = True) -> Comparison:
         if weights:
             _compare_files(comparison, manifests, folders)
     else:
-        which = " and ".join(
-            str(path) for path, run in zip((first, second), manifests, strict=True) if not run["final"]
-        )
-        comparison.problems.append(f"not finished: {which}")
+        unfinished = [str(path) for path, run in zip((first, second), manifests, strict=True) if not run["final"]]
+        comparison.problems.append(f"not finished: {' and '.join(unfinished)}")
     _set_verdict(comparison, manifests)
     return comparison
 
 
 def _compare_steps(comparison: Comparison, first: Path | None, second: Path | None) -> None:
+    """Compare what both runs recorded of the same steps: traces if both have one, else metrics."""
     if first is None or second is None:
         return
     one, two = list(read_trace(first)), list(read_trace(second))
     comparison.traced = bool(one and two)
     if not comparison.traced:
         one, two = read_metrics(first), read_metrics(second)
-        if (
-            comparison.log_every[0] != comparison.log_every[1]
-        ):  # losses are means since the line before, so they do not compare
+        # A loss is the mean since the line before, so losses at different intervals cannot be compared.
+        if comparison.log_every[0] != comparison.log_every[1]:
             one, two = ([{**line, "loss": None} for line in lines] for lines in (one, two))
     common = {line["step"] for line in one} & {line["step"] for line in two}
     comparison.steps = len(common)
@@ -135,6 +138,7 @@ def _compare_steps(comparison: Comparison, first: Path | None, second: Path | No
 
 
 def _compare_evolutions(comparison: Comparison, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Compare the digests of masks and supports after each evolution that both manifests can know."""
     one, two = ({entry["step"]: entry["digest"] for entry in run["evolutions"]} for run in (first, second))
     until = min(_last_known(first), _last_known(second))
     steps = sorted(step for step in one.keys() | two.keys() if step <= until)
@@ -143,13 +147,14 @@ def _compare_evolutions(comparison: Comparison, first: dict[str, Any], second: d
 
 
 def _last_known(manifest: dict[str, Any]) -> float:
-    """Last step up to which a manifest names every evolution; an unfinished run may have done later ones."""
+    """Return the step up to which a manifest has all evolutions; an unfinished run may have done later ones."""
     if manifest["final"]:
         return float("inf")
     return max((entry["step"] for entry in manifest["evolutions"]), default=0)
 
 
 def _compare_ends(comparison: Comparison, first: dict[str, list[str]], second: dict[str, list[str]]) -> None:
+    """Compare the hashes of every layer's final support, mask and weights."""
     for name in dict.fromkeys([*first, *second]):
         one, two = first.get(name), second.get(name)
         if one is None or two is None:
@@ -214,7 +219,7 @@ def _set_verdict(comparison: Comparison, manifests: tuple[Any, Any]) -> None:
     The order matters: a run that parted at a near-tie is outside the tolerances afterwards, so it is recognized before
     they are applied. Tolerances are applied only to runs with the same inputs on different layouts or machines.
     """
-    changed = [row for row in comparison.weights or [] if row.different]
+    changed = [row for row in comparison.weights or [] if row.different]  # tensors
     ended = bool(manifests[0]["final"] and manifests[1]["final"])
     alike = comparison.first_evolution is None and not comparison.differences and not comparison.layers and not changed
     if ended and comparison.log_every[0] == comparison.log_every[1]:

@@ -41,12 +41,12 @@ from seft_dist.training.run_folder import is_finished
 from seft_dist.training.trace import FILE as TRACE
 
 FILE = "reproduce.json"
-_POLL = 0.2
+_POLL_INTERVAL = 0.2
 """Seconds between two looks at a running process."""
-_TAIL = 25
+_SHOWN_LINES = 25
 """Number of lines of a failed run's log that are shown."""
-_PATIENCE = 60.0
-"""Seconds that a run has to save and end after a signal."""
+_STOP_TIMEOUT = 60.0
+"""Seconds that a run has to save and end after a signal; then it is killed."""
 _BLOCKS = ("optimizer", "scheduler", "gradient_clipping")
 """Blocks of a ds_config that change the result, and that layouts without DeepSpeed would not get."""
 
@@ -104,8 +104,8 @@ def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], s
         ValueError: A layout cannot be read, or a layout would change more than how the work is divided.
     """
     layouts = [_parse_layout(entry) for entry in config.layouts.split(",") if entry.strip()]
-    own = load_ds_config(train.deepspeed) if train.deepspeed else None
-    dtype = _dtype(train, own)
+    ds_config = load_ds_config(train.deepspeed) if train.deepspeed else None
+    dtype = _dtype(train, ds_config)
     global_batch = train.global_batch or train.batch_size * layouts[0][1]
     planned: list[PlannedRun] = []
     first_of: dict[str, str] = {}
@@ -122,7 +122,7 @@ def plan_runs(config: ReproduceConfig, train: TrainConfig, options: list[str], s
                 "--trace": str(train.is_seft).lower(),
                 "--trackers": "[]",
             }
-            run_options = [*options, *_layout_options(backend, train, own, dtype, script)]
+            run_options = [*options, *_layout_options(backend, train, ds_config, dtype, script)]
             run_options += [word for option in fixed.items() for word in option]
             run_options += [*extra, "--output", str(Path(config.output) / name)]
             command = [*_launcher(config.launcher, ranks), str(script), *run_options]
@@ -141,19 +141,19 @@ def _parse_layout(entry: str) -> tuple[str, int, list[str]]:
     return match[1], int(match[2]), words[1:]
 
 
-def _dtype(train: TrainConfig, own: dict[str, Any] | None) -> str:
-    """Dtype of the weights that all layouts use, even if the ds_config of a layout has another one."""
-    if own is not None:
-        return "bfloat16" if own.get("bf16", {}).get("enabled") else "float32"
+def _dtype(train: TrainConfig, ds_config: dict[str, Any] | None) -> str:
+    """Return the dtype of the weights on all layouts: that of the user's ds_config, or of the model."""
+    if ds_config is not None:
+        return "bfloat16" if ds_config.get("bf16", {}).get("enabled") else "float32"
     return str(open_source(train.model).dtype).removeprefix("torch.")
 
 
 def _layout_options(
-    backend: str, train: TrainConfig, own: dict[str, Any] | None, dtype: str, script: Path
+    backend: str, train: TrainConfig, ds_config: dict[str, Any] | None, dtype: str, script: Path
 ) -> list[str]:
-    """Options of seft train for one layout; the user's own ds_config is kept if its ZeRO stage is the layout's."""
-    blocks = [key for key in _BLOCKS if own is not None and own.get(key, "auto") != "auto"]
-    if own is not None and backend == f"zero{own.get('zero_optimization', {}).get('stage', 0)}":
+    """Return the options of seft train that choose a layout; the user's ds_config is kept if its ZeRO stage fits."""
+    blocks = [key for key in _BLOCKS if ds_config is not None and ds_config.get(key, "auto") != "auto"]
+    if ds_config is not None and backend == f"zero{ds_config.get('zero_optimization', {}).get('stage', 0)}":
         return ["--backend", "deepspeed", "--deepspeed", str(train.deepspeed)]
     if blocks:
         raise ValueError(
@@ -199,7 +199,7 @@ def reproduce(
     """
     if find_ranks().world_size > 1:
         raise ValueError(
-            "started on several ranks: start it once, with python; it starts the ranks of every run itself"
+            "started on several ranks: start it once, as one process; it starts the ranks of every run itself"
         )
     folder = Path(config.output)
     planned = plan_runs(config, train, [*options, *_date_options(folder, train)], script)
@@ -219,7 +219,7 @@ def reproduce(
 
 
 def _date_options(folder: Path, train: TrainConfig) -> list[str]:
-    """Options that fix the day which the chat template is given as today, since midnight may fall between two runs."""
+    """Return options that fix the date for the chat template: midnight may fall between two runs."""
     if train.data.date is not None:
         return []
     if (folder / FILE).is_file():  # this check was begun earlier: its day is used
@@ -253,7 +253,7 @@ def _open_folder(folder: Path, planned: list[PlannedRun]) -> None:
 def _execute(
     folder: Path, run: PlannedRun, outcome: RunOutcome, steps: int | None, title: str, print_line: Callable[[str], None]
 ) -> None:
-    """Start one run and wait for it, unless it is finished already; the outcome is updated."""
+    """Start one run and wait for it, unless it is finished already, and enter status and result in the outcome."""
     output, log = folder / run.name, folder / f"{run.name}.log"
     if not is_finished(output):
         began = time.perf_counter()
@@ -266,7 +266,7 @@ def _execute(
             return
         if code:
             outcome.status = "failed"
-            lines = log.read_text(errors="replace").splitlines()[-_TAIL:]
+            lines = log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
             print_line("\n".join([f"{run.name} failed with exit status {code}; the end of {log}:", *lines]))
             print_line(f"its command was\n{shlex.join(run.command)}")
             return
@@ -295,10 +295,10 @@ def _wait(process: subprocess.Popen[bytes], show: Callable[[], None]) -> tuple[i
     try:
         deadline = float("inf")
         while process.poll() is None:
-            time.sleep(_POLL)
+            time.sleep(_POLL_INTERVAL)
             show()
             if received and deadline == float("inf"):
-                deadline = time.monotonic() + _PATIENCE
+                deadline = time.monotonic() + _STOP_TIMEOUT
             if time.monotonic() > deadline:
                 process.kill()
         return process.returncode, bool(received)
@@ -326,7 +326,8 @@ def _progress(trace: Path, steps: int | None, title: str) -> Iterator[Callable[[
                 read += len(new)
                 lines = new.count(b"\n")
                 bar.update(lines if steps is None else min(lines, steps - bar.n))
-            bar.refresh() if sys.stderr.isatty() else None
+            if sys.stderr.isatty():
+                bar.refresh()
 
         yield show
         show()

@@ -1,4 +1,4 @@
-"""Summary of a finished run (summary.json, tables), from the files that train.py and evaluate.py wrote.
+"""Summary of a finished run (summary.json, tables), from the files that seft train and seft evaluate wrote.
 
 runs/x/config.yaml     the configuration          runs/x/metrics.jsonl    one line for each logged step
 runs/x/result.json     totals of the run          runs/x/eval.json        perplexity of dense, pruned and repaired model

@@ -12,6 +12,7 @@ A command needs these lines::
 This file imports no torch, so that ``--help`` is quick.
 """
 
+import argparse
 import dataclasses
 import functools
 import re
@@ -20,7 +21,6 @@ import traceback
 import types
 import typing
 import warnings
-from argparse import HelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -39,6 +39,7 @@ from jsonargparse import (
 from seft_dist.files.reading import check_yaml
 from seft_dist.files.shipped import RECIPES, find_file, shipped_names
 from seft_dist.session.extras import EXTRAS, install_line
+from seft_dist.session.help_format import HelpFormatter
 from seft_dist.session.launchers import without_local_rank
 from seft_dist.session.suggest import did_you_mean, suggest_for_message
 
@@ -199,6 +200,9 @@ class _Parser(ArgumentParser):
     options: Sequence[str] = ()
     """Names of the options, dotted; empty: those that were added."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **({"formatter_class": HelpFormatter} | kwargs))
+
     def add_optional_group(self, name: str, config_class: type) -> None:
         """Show the options of a dataclass that may be left out as a whole: jsonargparse hides them."""
         shown = ArgumentParser(add_help=False, usage="")
@@ -211,7 +215,7 @@ class _Parser(ArgumentParser):
             getattr(self, "_optional", "") + f"\nOptions inside --{name}, which may be left out:\n{optional}\n"
         )
 
-    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         return super().format_help(formatter) + getattr(self, "_optional", "")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from seft_dist.session.launchers import read_integer, read_ranks, variables_of_ranks
-from seft_dist.session.rendezvous import LONGEST_WAIT, Meeting, first_host, meet, mpi_rendezvous_address
+from seft_dist.session.rendezvous import LONGEST_WAIT, Rendezvous, first_host, mpi_rendezvous_address, wait_for_ranks
 
 # Ports for rendezvous that we choose ourselves lie below the range from which Linux hands out outgoing ports.
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
@@ -118,13 +118,13 @@ def start(
     if (ranks.world_size > 1 or group or deepspeed) and not dist.is_initialized():
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)
-        limit, meeting = timedelta(seconds=timeout), timedelta(seconds=min(timeout, LONGEST_WAIT))
+        limit, start_limit = timedelta(seconds=timeout), timedelta(seconds=min(timeout, LONGEST_WAIT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo",
             store=_store(ranks, timeout),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            timeout=meeting,
+            timeout=start_limit,
         )
         distributed_c10d._set_pg_timeout(limit)
         distributed_c10d._get_default_store().set_timeout(limit)
@@ -242,8 +242,10 @@ def _store(ranks: Ranks, timeout: float) -> dist.Store | None:
         agent.set_timeout(timedelta(seconds=timeout))
         return dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", agent)
     variables = f"{ranks.variables}, MASTER_ADDR={address}, MASTER_PORT={port}"
-    meeting = Meeting(address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, variables=variables)
-    store = meet(meeting, wait)
+    rendezvous = Rendezvous(
+        address=address, port=port, rank=ranks.rank, world_size=ranks.world_size, variables=variables
+    )
+    store = wait_for_ranks(rendezvous, wait)
     store.set_timeout(timedelta(seconds=timeout))
     return store
 

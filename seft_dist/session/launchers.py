@@ -34,11 +34,13 @@ class LauncherRanks:
 def read_ranks(env: Mapping[str, str]) -> LauncherRanks | None:
     """Find the rank and world size that a launcher has given this process.
 
+    Launchers are asked from the innermost outwards: under ``srun torchrun`` it is torchrun that counts.
+
     Args:
         env: The environment, without empty variables.
 
     Returns:
-        None: no launcher has started it as one of its ranks.
+        Rank and world size; None if no launcher has started this process as one of its ranks.
 
     Raises:
         ValueError: Variables are no numbers, or contradict each other or an outer launcher's.

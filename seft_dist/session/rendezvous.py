@@ -17,13 +17,13 @@ from seft_dist.session.extras import require
 LONGEST_WAIT = 600.0
 """Most seconds that ranks wait for each other at the start; some file systems take minutes to load libraries."""
 _FIRST_NOTICE, _NOTICES = 20.0, 60.0
-"""Seconds until rank 0 says for whom it waits, and between further lines."""
+"""Seconds until rank 0 prints which ranks are missing, and between further such lines."""
 _HERE, _ARRIVED, _ALL = "seft_dist/here/", "seft_dist/arrived", "seft_dist/all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Address of the store, and this rank among those that meet there."""
+class Rendezvous:
+    """Address of the store through which the ranks find each other, and this rank."""
 
     address: str
     """Machine of rank 0."""
@@ -47,64 +47,66 @@ class RanksMissingError(TimeoutError):
     """Rank 0 may be the one that is missing, so any rank reports it."""
 
 
-def meet(meeting: Meeting, seconds: float, notice: float = _FIRST_NOTICE) -> dist.Store:
+def wait_for_ranks(rendezvous: Rendezvous, seconds: float, notice: float = _FIRST_NOTICE) -> dist.Store:
     """Wait until every rank has come, and return the store through which they find each other. Collective.
 
     Args:
-        meeting: Address of the store, and this rank.
+        rendezvous: Address of the store, and this rank.
         seconds: Longest wait.
-        notice: Seconds after which rank 0 prints for whom it waits.
+        notice: Seconds after which rank 0 prints which ranks are missing.
 
     Raises:
         OSError: The port is in use, rank 0 cannot be reached, or (``RanksMissingError``) ranks did not come.
         ValueError: Another process says that it is this rank.
     """
     end = time.monotonic() + seconds
-    store = _open_store(meeting, seconds)
+    store = _open_store(rendezvous, seconds)
     try:
-        if store.add(f"{_HERE}{meeting.rank}", 1) > 1:
+        if store.add(f"{_HERE}{rendezvous.rank}", 1) > 1:
             raise ValueError(
-                f"two processes are rank {meeting.rank} at {meeting.endpoint}: variables of an earlier or another run "
-                f"are set ({meeting.variables}), or another run uses this port; unset them, or set another MASTER_PORT"
+                f"two processes are rank {rendezvous.rank} at {rendezvous.endpoint}: variables of an earlier or "
+                f"another run are set ({rendezvous.variables}), or another run uses this port; unset them, or set "
+                "another MASTER_PORT"
             )
-        if store.add(_ARRIVED, 1) == meeting.world_size:
+        if store.add(_ARRIVED, 1) == rendezvous.world_size:
             store.set(_ALL, "")
-        _wait_for_all(store, meeting, seconds, end, notice)
+        _wait_for_all(store, rendezvous, seconds, end, notice)
     except dist.DistNetworkError as error:
         raise RanksMissingError(
-            f"rank {meeting.rank} lost rank 0 at {meeting.endpoint} while ranks were meeting: see what rank 0 said"
+            f"rank {rendezvous.rank} lost rank 0 at {rendezvous.endpoint} while ranks were meeting: see what rank 0 "
+            "said"
         ) from error
     return store
 
 
-def _open_store(meeting: Meeting, seconds: float) -> dist.Store:
-    rank, limit = meeting.rank, timedelta(seconds=seconds)
+def _open_store(rendezvous: Rendezvous, seconds: float) -> dist.Store:
+    rank, limit = rendezvous.rank, timedelta(seconds=seconds)
     try:
         return dist.TCPStore(
-            meeting.address, meeting.port, meeting.world_size, rank == 0, timeout=limit, wait_for_workers=False
+            rendezvous.address, rendezvous.port, rendezvous.world_size, rank == 0, timeout=limit, wait_for_workers=False
         )
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         if rank == 0 and ("EADDRINUSE" in reason or "in use" in reason):
             raise OSError(
-                f"MASTER_PORT={meeting.port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port, or "
-                "stop the run that uses it"
+                f"MASTER_PORT={rendezvous.port} is in use on {socket.gethostname()}: set MASTER_PORT to a free port, "
+                "or stop the run that uses it"
             ) from error
         if rank == 0:
             raise OSError(
-                f"rank 0 on {socket.gethostname()} cannot be reached at {meeting.endpoint} ({reason}): MASTER_ADDR "
+                f"rank 0 on {socket.gethostname()} cannot be reached at {rendezvous.endpoint} ({reason}): MASTER_ADDR "
                 "must name this machine"
             ) from error
         raise RanksMissingError(
-            f"rank {rank} found no rank 0 at {meeting.endpoint} within {seconds:g} s. {_advice(meeting)}"
+            f"rank {rank} found no rank 0 at {rendezvous.endpoint} within {seconds:g} s. {_advice(rendezvous)}"
         ) from error
 
 
-def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: float, notice: float) -> None:
-    said = False
+def _wait_for_all(store: dist.Store, rendezvous: Rendezvous, seconds: float, end: float, notice: float) -> None:
+    has_notified = False
     while True:
         left = end - time.monotonic()
-        pause = min(_NOTICES if said else notice, left)
+        pause = min(_NOTICES if has_notified else notice, left)
         try:
             store.wait([_ALL], timedelta(seconds=max(pause, 0.001)))
             return
@@ -112,21 +114,24 @@ def _wait_for_all(store: dist.Store, meeting: Meeting, seconds: float, end: floa
             raise
         except dist.DistError:  # a timeout: no rank was lost so far
             pass
-        missing = [rank for rank in range(meeting.world_size) if not store.check([f"{_HERE}{rank}"])]
+        missing = [rank for rank in range(rendezvous.world_size) if not store.check([f"{_HERE}{rank}"])]
         if time.monotonic() >= end and missing:
             raise RanksMissingError(
-                f"{_listed(missing)} of {meeting.world_size} did not come within {seconds:g} s. {_advice(meeting)}"
+                f"{_listed(missing)} of {rendezvous.world_size} did not come within {seconds:g} s. "
+                f"{_advice(rendezvous)}"
             )
-        if meeting.rank == 0 and missing:
-            print(f"waiting for {_listed(missing)} of {meeting.world_size} ({meeting.variables})", file=sys.stderr)
-            said = True
+        if rendezvous.rank == 0 and missing:
+            print(
+                f"waiting for {_listed(missing)} of {rendezvous.world_size} ({rendezvous.variables})", file=sys.stderr
+            )
+            has_notified = True
 
 
-def _advice(meeting: Meeting) -> str:
-    names = " ".join(entry.partition("=")[0] for entry in meeting.variables.split(", "))
+def _advice(rendezvous: Rendezvous) -> str:
+    names = " ".join(entry.partition("=")[0] for entry in rendezvous.variables.split(", "))
     return (
-        f"{meeting.variables} say that there are {meeting.world_size}: see whether the others have started and reach "
-        f"{meeting.endpoint}; if this was to be one process, the variables are left over: unset {names}"
+        f"{rendezvous.variables} say that there are {rendezvous.world_size}: see whether the others have started and "
+        f"reach {rendezvous.endpoint}; if this was to be one process, the variables are left over: unset {names}"
     )
 
 

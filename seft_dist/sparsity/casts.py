@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+# By the number of bytes, the integer type with which the bits of a floating number can be read
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +41,7 @@ def has_negative_zeros(values: Tensor) -> bool:
 def cast_weight(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Cast weights so that no weight becomes 0: what is too small is kept at the type's smallest number, with its sign.
 
-    A weight that became 0 would count as pruned: below 2^-134 (4.6e-41) that is what a plain cast to bfloat16 does.
+    A weight that became 0 would count as pruned. A plain cast to bfloat16 does this below 2^-134 (4.6e-41).
 
     Args:
         values: Any shape, type and device; integers and booleans are not cast.

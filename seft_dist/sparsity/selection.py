@@ -111,9 +111,11 @@ def descend(counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         The digit, and how many of the keys with that digit are still wanted: both int64 [problems].
     """
     from_top = counts.flip(1).cumsum(1)
-    place = (from_top < wanted.unsqueeze(1)).sum(1).clamp(max=BINS - 1)
-    above = torch.where(place > 0, from_top.gather(1, (place - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0)
-    return BINS - 1 - place, wanted - above
+    bin_from_top = (from_top < wanted.unsqueeze(1)).sum(1).clamp(max=BINS - 1)
+    above = torch.where(
+        bin_from_top > 0, from_top.gather(1, (bin_from_top - 1).clamp(min=0).unsqueeze(1)).squeeze(1), 0
+    )
+    return BINS - 1 - bin_from_top, wanted - above
 
 
 def threshold_key(prefix: int) -> int:

@@ -1,6 +1,6 @@
 """Figures of a study: quality against cost, and learning curves.
 
-Only this file of the room needs matplotlib (the extra ``plots``).
+Only this file of seft_dist.study needs matplotlib (the extra ``plots``).
 """
 
 import io

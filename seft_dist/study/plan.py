@@ -14,6 +14,7 @@ from typing import Any
 
 from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
 from seft_dist.config.pattern import AUTO
+from seft_dist.config.teacher import TeacherConfig
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
 from seft_dist.study.options import arguments, changed_options, flatten, without_later
@@ -25,7 +26,15 @@ _NO_MATTER = (
     *("threads", "timeout"),
 )
 """Options of a run that leave its result as it is."""
-_LATER: dict[str, Any] = {"eval": to_dict(EvalConfig()), "epochs": None, "export": True, "group_by_length": False}
+_LATER: dict[str, Any] = {
+    "eval": to_dict(EvalConfig()),
+    "epochs": None,
+    "export": True,
+    "teacher": to_dict(TeacherConfig()),
+    "seft.reactivate": "commit",
+    "seft.train_norms": False,
+    "group_by_length": False,
+}
 """Options that cells did not know once, and their defaults."""
 _PATTERNS = {AUTO: None, None: "null"}
 """Values of ``seft.pattern`` to those that stand for them in a cell's identity: None was the default once."""
@@ -130,8 +139,12 @@ class Plan:
         content["steps"] = config.total_steps
         # As long as they change nothing, later options leave the names of earlier studies' cells as they are.
         for name, unused in _LATER.items():
-            if content[name] == unused:
-                del content[name]
+            *outer, key = name.split(".")
+            inside = content[outer[0]] if outer else content
+            if inside[key] == unused:
+                del inside[key]
+        if config.method != "seft" and content["seft"]["reactivation"] == 0:
+            content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}

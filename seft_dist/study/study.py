@@ -43,7 +43,7 @@ def run_study(
     """
     if find_ranks().world_size > 1:
         raise ValueError(
-            "started on several ranks: start it once, with python; --launcher starts the ranks of every run"
+            "started on several ranks: start it once, as one process; --launcher starts the ranks of every run"
         )
     console = console or table_console()
     console.print(f"Study {config.output}: reading texts and models ...", highlight=False, markup=False)

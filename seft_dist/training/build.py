@@ -38,7 +38,7 @@ class TrainingRun:
     ranks: Ranks
     source: Source
     model: PreTrainedModel
-    called: nn.Module
+    forward_module: nn.Module
     """Module that a forward pass calls: the model, or what wraps it."""
     method: Method
     engine: Any = None
@@ -137,20 +137,20 @@ def build(
     )
     if config.packing == "gather":
         _print_packed_units(pack_gathers(model), ranks)
-    taught = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
+    teacher_model = load_teacher(config, ranks, teacher, sharding, ds) if teacher is not None else None
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
-        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], taught)
+        return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], teacher_model)
     seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.total_steps), **args)
-    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], taught)
+    run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], teacher_model)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        run.called = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
+        run.forward_module = nn.parallel.DistributedDataParallel(model, device_ids=devices, forward_sync_buffers=False)
     elif ds is not None:
         import deepspeed
 
         run.engine, *_ = deepspeed.initialize(model=model, optimizer=seft, config=ds.content)
-        run.called = run.engine
+        run.forward_module = run.engine
         run.backend = f"zero{ds.stage}"
     elif config.replicas > 1:
         run.backend = "hsdp"

@@ -111,7 +111,7 @@ def open_manifest(
     data: dict[str, Any],
     backend: str,
     ds: DsConfig | None,
-    done: int,
+    steps_done: int,
 ) -> Manifest:
     """Write down the start of a run or of a further attempt. Collective.
 
@@ -125,15 +125,15 @@ def open_manifest(
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
         backend: Backend that holds the weights, e.g. "zero3".
         ds: The ds_config, if there is one.
-        done: Steps done before.
+        steps_done: Steps steps_done before.
     """
     hosts = _hosts(ranks)
     folder = Path(config.output)
     if not ranks.is_main:
         return Manifest(folder, None)
-    old = _read_old(folder, done)
+    old = _read_old(folder, steps_done)
     attempt = {
-        "first_step": done + 1,
+        "first_step": steps_done + 1,
         "started": _now(),
         "finished": None,
         "command": shlex.join(sys.orig_argv),
@@ -150,7 +150,7 @@ def open_manifest(
     content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "data": data}
     content |= {"dtype": dtype, "dropout": dropout}
     content["attempts"] = [*old["attempts"], attempt]
-    content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= done]
+    content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= steps_done]
     if old.get("damaged"):
         content["damaged"] = old["damaged"]
     return Manifest(folder, content | {"final": None})
@@ -203,7 +203,7 @@ def lasting_attempts(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return lasting
 
 
-def _read_old(folder: Path, done: int) -> dict[str, Any]:
+def _read_old(folder: Path, steps_done: int) -> dict[str, Any]:
     """Read the manifest of earlier attempts; a damaged one is put aside, and evolutions are taken from the metrics."""
     if not (folder / FILE).exists():
         return {"attempts": [], "evolutions": []}
@@ -216,7 +216,7 @@ def _read_old(folder: Path, done: int) -> dict[str, Any]:
     evolutions = [
         {"step": step, "digest": line["evolution"]["digest"]}
         for step, line in steps.items()
-        if step <= done and isinstance(line.get("evolution"), dict) and "digest" in line["evolution"]
+        if step <= steps_done and isinstance(line.get("evolution"), dict) and "digest" in line["evolution"]
     ]
     return {"attempts": [], "evolutions": evolutions, "damaged": [aside.name]}
 

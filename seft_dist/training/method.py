@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.baselines.adapted import MaskedLora, Spp
-from seft_dist.baselines.baseline import Baseline, Ending
+from seft_dist.baselines.baseline import Baseline, FinalizeInputs
 from seft_dist.baselines.lora import Lora, LoraMerged
 from seft_dist.baselines.weights import MaskedFull, NoRepair, NormsAndBiases
 from seft_dist.io import checkpoint
@@ -69,7 +69,7 @@ class Method(Protocol):
         """Hash of each target's weight as it was loaded."""
 
     @property
-    def changed(self) -> list[str]:
+    def changed_names(self) -> list[str]:
         """Names of targets or parameters that training may change."""
 
     @property
@@ -86,7 +86,7 @@ class Method(Protocol):
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Announce before a backward pass whether it is the last one of a step."""
 
-    def moves(self, step: int) -> bool:
+    def changes_topology(self, step: int) -> bool:
         """Tell whether masks or supports change in a step."""
 
     def step(self) -> Any:
@@ -116,7 +116,7 @@ class Method(Protocol):
     def rewind(self, checkpoint: Path, source: Source) -> None:
         """Go back to an earlier checkpoint of the same run, whose pruned model is ``source``. Collective."""
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Turn the weights into those of a plain model and return entries for result.json. Collective."""
 
 
@@ -135,21 +135,21 @@ class TrainedSeft(SeftOptimizer):
         return self.sparse_state.fingerprint
 
     @property
-    def changed(self) -> list[str]:
-        """Names of the targets."""
-        return self.target_names
+    def changed_names(self) -> list[str]:
+        """Names of the targets, and of the norms and biases that train beside them."""
+        return self.target_names + self.vectors.names
 
     @property
     def trainable(self) -> int:
-        """Number of deltas of all ranks."""
-        return sum(len(support) for support in self.sparse_state.supports)
+        """Number of deltas of all ranks, and of trained norms and biases."""
+        return sum(len(support) for support in self.sparse_state.supports) + len(self.vectors)
 
     @property
     def density(self) -> float:
         """Density of the deltas, as it was configured."""
         return self.config.density
 
-    def moves(self, step: int) -> bool:
+    def changes_topology(self, step: int) -> bool:
         """Tell whether a step chooses the first support or evolves."""
         return is_first_support(self.config, step) or is_evolution(self.config, step)
 
@@ -160,9 +160,10 @@ class TrainedSeft(SeftOptimizer):
             yield layer.columns.indices, mask
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield this rank's deltas and their moments, by the targets' names."""
+        """Yield this rank's deltas and their moments by the targets' names, then those of norms and biases."""
         for name, entries in zip(self.target_names, self.sparse_state.layers(), strict=True):
             yield name, {key: getattr(entries, key) for key in ("values", "exp_avg", "exp_avg_sq")}
+        yield from self.vectors.states()
 
     def saver(self, folder: Path, keep: int) -> checkpoint.BackgroundSaver:
         """Make the object that writes masks and deltas."""
@@ -187,8 +188,9 @@ class TrainedSeft(SeftOptimizer):
                 backend.put_own(i, values.to(backend.device), pack(values != 0).to(backend.device))
             backend.sync_mask_counts()
         source.weights.release()
+        self.num_steps = 0  # the model is the pruned one again, as a checkpoint's reader expects of a new optimizer
         checkpoint.load(self, path)
 
-    def finalize(self, ending: Ending) -> dict[str, Any]:
+    def finalize(self, inputs: FinalizeInputs) -> dict[str, Any]:
         """Do nothing: the weights hold base + delta at every moment."""
         return {}

@@ -54,7 +54,7 @@ class Record:
             data=data,
             backend=backend,
             ds=ds,
-            done=method.num_steps,
+            steps_done=method.num_steps,
         )
         self._topology = Topology(Path(config.output), first, ranks) if first is not None else None
         self._trace = None

@@ -1,13 +1,15 @@
 """The folder of a run: its files, a check before it is written to, and resuming from its newest checkpoint.
 
 config.yaml         the resolved configuration, written before step 1
+manifest.json       see training/manifest.py
+trace.jsonl         see training/trace.py: only with --trace true
 trackers.json       see training/trackers.py
 metrics.jsonl       see training/metrics.py
 topology.jsonl      see training/topology.py: only if masks or supports can move
 checkpoints/        see io/checkpoint
 diagnosis/          see training/diagnosis.py: only if an error stopped it
 model/              the repaired model, a Hugging Face folder
-delta.safetensors   what changed against the pruned model, see export/export.py; not of method lora
+delta.safetensors   the difference to the pruned model, see export/delta.py: only of SEFT
 adapter/            of method lora: what was trained, as PEFT reads it
 merged/             of method lora_merged, while it is pruned again
 damaged-*           what could not be read when the run went on

@@ -33,9 +33,9 @@ def check_separation(run: TrainingRun) -> None:
     for data, option in ((config.data, "data.seq_len"), (text, "eval.data.seq_len")):
         if data is not None and data.separate:
             check_frequencies(run.source.config, data.seq_len, option)
-    called = run.model if run.engine is None else run.called
+    forward_module = run.model if run.engine is None else run.forward_module
     rows = min(2, config.batch_size)
-    shares = {"the model": leaked_share(called, run.model, run.ranks.device, rows)}
+    shares = {"the model": leaked_share(forward_module, run.model, run.ranks.device, rows)}
     if run.teacher is not None:
         shares["the teacher"] = leaked_share(run.teacher.model, run.teacher.model, run.ranks.device, rows)
     allowed = _ROUNDING.get(run.source.dtype, _ROUNDING_16_BIT)
@@ -73,13 +73,13 @@ def check_frequencies(config: Any, length: int, option: str) -> None:
 
 
 @torch.no_grad()
-def leaked_share(called: nn.Module, model: Any, device: torch.device, rows: int = 2) -> float:
+def leaked_share(forward_module: nn.Module, model: Any, device: torch.device, rows: int = 2) -> float:
     """Measure how much of a document's influence on the one behind it is left when the two are separate.
 
     Collective if the model is sharded.
 
     Args:
-        called: What a forward pass calls; its training mode is restored afterwards.
+        forward_module: What a forward pass calls; its training mode is restored afterwards.
         model: The causal LM.
         device: Device of its inputs.
         rows: Sequences in a forward pass, 1 or 2: some implementations of attention separate only one.
@@ -94,14 +94,14 @@ def leaked_share(called: nn.Module, model: Any, device: torch.device, rows: int 
     ids = torch.randint(0, size, (rows, length), generator=generator)
     cuts = [first, second][:rows]
     places = torch.stack([torch.cat([torch.arange(cut), torch.arange(length - cut)]) for cut in cuts])
-    was_training = called.training
-    called.eval()
+    was_training = forward_module.training
+    forward_module.eval()
     try:
-        separate = _logits(called, device, input_ids=ids, position_ids=places)
-        joined = _logits(called, device, input_ids=ids)
-        alone = [_logits(called, device, input_ids=ids[row : row + 1, cut:])[0] for row, cut in enumerate(cuts)]
+        separate = _logits(forward_module, device, input_ids=ids, position_ids=places)
+        joined = _logits(forward_module, device, input_ids=ids)
+        alone = [_logits(forward_module, device, input_ids=ids[row : row + 1, cut:])[0] for row, cut in enumerate(cuts)]
     finally:
-        called.train(was_training)
+        forward_module.train(was_training)
         reshard(model)
     left, whole = (
         torch.cat([(found[row, cut:] - alone[row]).flatten() for row, cut in enumerate(cuts)]).square().mean().sqrt()
@@ -110,7 +110,7 @@ def leaked_share(called: nn.Module, model: Any, device: torch.device, rows: int 
     return 0.0 if float(left) == 0 else float(left / whole)
 
 
-def _logits(called: nn.Module, device: torch.device, **inputs: Tensor) -> Tensor:
-    outputs = called(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
+def _logits(forward_module: nn.Module, device: torch.device, **inputs: Tensor) -> Tensor:
+    outputs = forward_module(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
     logits: Tensor = outputs.logits.double().cpu()
     return logits

@@ -111,7 +111,8 @@ class Stepper:
 
         # Before the update: a loss that is not finite must not change the weights.
         is_evaluated = self._validation.is_due(step)
-        is_recorded = is_saved or is_evaluated or run.method.moves(step) or config.trace or step % config.log_every == 0
+        is_logged = config.trace or step % config.log_every == 0 or run.method.changes_topology(step)
+        is_recorded = is_saved or is_evaluated or is_logged
         agreement = None
         if is_recorded:
             agreement = agree(run.ranks, self._unrecorded, self._request, self._saver, self._clock)
@@ -177,8 +178,8 @@ def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
         # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
         del inputs["labels"]
     if run.teacher is not None:
-        return run.teacher.loss(run.called, inputs, learnt_positions(batch).to(run.ranks.device))
-    outputs = run.called(**inputs)
+        return run.teacher.loss(run.forward_module, inputs, learnt_positions(batch).to(run.ranks.device))
+    outputs = run.forward_module(**inputs)
     loss: Tensor = outputs.loss if loss_tokens else outputs.logits.float().mean()
     return loss
 

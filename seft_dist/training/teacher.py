@@ -46,11 +46,11 @@ class Teacher:
         reshard(self.model)  # else the embeddings and the head stay whole on every rank until the next step
         return outputs
 
-    def loss(self, called: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
+    def loss(self, forward_module: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
         """Compute the loss of a micro-batch, with forward passes of both models. Collective if they are sharded.
 
         Args:
-            called: The model that is trained, or what wraps it.
+            forward_module: The model that is trained, or what wraps it.
             inputs: input_ids, attention_mask and labels [batch, length], int64, on this rank's device. Without labels
                 this rank only takes part in the forward passes.
             learnt: int64 [n], from ``learnt_positions``, on this rank's device.
@@ -63,7 +63,7 @@ class Teacher:
         seen = {key: value for key, value in inputs.items() if key != "labels"}
         taught = self._outputs(seen)  # first: the activations of the other are then the only ones
         needs_labels = labels is not None and config.logits < 1
-        outputs = called(**(inputs if needs_labels else seen), output_hidden_states=config.hidden > 0)
+        outputs = forward_module(**(inputs if needs_labels else seen), output_hidden_states=config.hidden > 0)
         if labels is None:
             mean: Tensor = outputs.logits.float().mean()
             return mean
@@ -92,14 +92,14 @@ def learnt_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return learnt.view(-1).nonzero().view(-1)
 
 
-def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean over tokens of KL(wanted || logits), times the squared temperature.
+def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute the mean over tokens of KL(teacher || model), times the squared temperature.
 
     The fp32 copies exist for some tokens at a time, and are made again in backward.
 
     Args:
         logits: [n, vocabulary], of the model.
-        wanted: [n, vocabulary], of the teacher; without gradient.
+        teacher_logits: [n, vocabulary]; without gradient.
         temperature: Divides both.
 
     Returns:
@@ -108,29 +108,29 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tens
     Source: Hinton, Vinyals, Dean (arXiv 1503.02531).
     """
 
-    def summed(own: Tensor, theirs: Tensor) -> Tensor:
-        targets = F.log_softmax(theirs.float() / temperature, dim=-1)
-        return F.kl_div(F.log_softmax(own.float() / temperature, dim=-1), targets, reduction="sum", log_target=True)
+    def kl_sum(student: Tensor, teacher: Tensor) -> Tensor:
+        targets = F.log_softmax(teacher.float() / temperature, dim=-1)
+        return F.kl_div(F.log_softmax(student.float() / temperature, dim=-1), targets, reduction="sum", log_target=True)
 
-    parts = [
-        checkpoint(summed, *chunk, use_reentrant=False)
-        for chunk in zip(logits.split(TEACHER_CHUNK), wanted.split(TEACHER_CHUNK), strict=True)
+    sums = [
+        checkpoint(kl_sum, *chunk, use_reentrant=False)
+        for chunk in zip(logits.split(TEACHER_CHUNK), teacher_logits.split(TEACHER_CHUNK), strict=True)
     ]
-    return torch.stack(parts).sum() * (temperature**2 / len(logits))
+    return torch.stack(sums).sum() * (temperature**2 / len(logits))
 
 
-def relative_distance(own: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of the squared distance, as a share of the teacher's square at that token; fp32 [].
+def relative_distance(hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+    """Compute the mean over tokens of the squared distance, as a share of the teacher's square at that token; fp32 [].
 
     SquareHead (Kurtic et al., arXiv 2310.06927) divides by the mean square over all tokens of a batch. That is not a
     mean over tokens, so it would depend on how a step is divided into micro-batches and ranks.
 
     Args:
-        own: [n, width], output of one decoder layer at n tokens.
-        wanted: The same of the teacher; without gradient.
+        hidden: [n, width], output of one decoder layer at n tokens.
+        teacher_hidden: The same of the teacher; without gradient.
     """
-    target = wanted.float()
-    squared = (own.float() - target).square().sum(-1)
+    target = teacher_hidden.float()
+    squared = (hidden.float() - target).square().sum(-1)
     return (squared / target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
@@ -180,16 +180,16 @@ def load_teacher(config: TrainConfig, ranks: Ranks, source: Source, sharding: Sh
     )
     model.requires_grad_(False).eval()
     shared = _fingerprint(model, ranks, sharding, config.replicas)
-    called: nn.Module = model
+    forward_module: nn.Module = model
     if sharding == "zero3":
         import deepspeed
 
         assert ds is not None
         # No optimizer: the engine only gathers what a forward pass needs.
         settings = {key: value for key, value in ds.content.items() if key != "scheduler"}
-        called, *_ = deepspeed.initialize(model=model, config=settings)
-        called.eval()
-    return Teacher(called, config.teacher, shared)
+        forward_module, *_ = deepspeed.initialize(model=model, config=settings)
+        forward_module.eval()
+    return Teacher(forward_module, config.teacher, shared)
 
 
 def _fingerprint(model: nn.Module, ranks: Ranks, sharding: Sharding, replicas: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seft_dist.baselines.baseline import Ending
+from seft_dist.baselines.baseline import FinalizeInputs
 from seft_dist.config import TrainConfig
 from seft_dist.data.batches import Batch, BatchStream
 from seft_dist.data.several import MixedSequences
@@ -306,8 +306,8 @@ def finish(
     trained = {"trainable": method.trainable, "peak_memory_bytes": _peak_memory(run.ranks)}
     validation.complete()
     _go_back_to_best(run, validation)
-    ending = Ending(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
-    trained |= method.finalize(ending)
+    inputs = FinalizeInputs(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
+    trained |= method.finalize(inputs)
     with method.without_trials():  # the best step, or an early end, may lie between two evolutions
         layers = method.sparsity()
         if config.export:
@@ -363,7 +363,7 @@ def _export(run: TrainingRun, chat_template: str | None) -> None:
         writes=run.ranks.is_main,
         tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
         delta=folder / DELTA if config.is_seft else None,
-        targets=run.method.changed,
+        targets=run.method.changed_names,
         finish=add_template,
     )
 

@@ -163,10 +163,10 @@ class Validation:
         assert self._plan is not None
         run, begin = self._run, time.perf_counter()
         # An engine wants to be called itself; DDP's wrapper is about gradients only.
-        called = run.model if run.engine is None else run.called
+        forward_module = run.model if run.engine is None else run.forward_module
         try:
             with run.method.without_trials():  # as the model would be exported
-                result = score(called, self._plan, run.ranks.device, group=world_group())
+                result = score(forward_module, self._plan, run.ranks.device, group=world_group())
         except FloatingPointError as error:
             raise FloatingPointError(f"evaluation after step {step}: {error}") from error
         finally:

@@ -28,6 +28,7 @@ from seft_dist.optim.restoring import (
     holds_result,
 )
 from seft_dist.optim.state import LayerDelta
+from seft_dist.optim.vectors import KEYS as VECTOR_KEYS
 from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
@@ -71,9 +72,11 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
     reader = _Reader(checkpoint, manifest)
     targets = {target["name"]: target for target in manifest["targets"]}
     layers: list[LayerDelta] = []
+    vectors: dict[str, dict[str, Tensor]] = {}
 
     def read() -> None:
         try:
+            vectors.update(_vectors(seft, reader))
             layers.extend(_layer(seft, reader, targets[name], i) for i, name in enumerate(backend.names))
             if is_base:
                 check_layers(layers, backend, seft.config, state, manifest["num_steps"])
@@ -86,7 +89,7 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
             raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_LIVE}")
         fingerprints = [targets[name]["fingerprint"] for name in backend.names]
         begin_as(state, backend, seft.config, layers, fingerprints)
-    seft.restore(manifest["num_steps"], layers)
+    seft.restore(manifest["num_steps"], layers, vectors)
     return manifest["extra"]
 
 
@@ -286,6 +289,16 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         trial=whole["trial"],
         window=_window(seft, reader, name, i, {key: whole[key] for key in WINDOW_OWN if parts[key]}),
     )
+
+
+def _vectors(seft: SeftOptimizer, reader: _Reader) -> dict[str, dict[str, Tensor]]:
+    """Read the states of norms and biases, which are in the first rank's file, and check them."""
+    states = {}
+    for name in seft.vectors.names:
+        state = {key: reader.get(0, f"{name}.{key}") for key in VECTOR_KEYS}
+        states[name] = {key: tensor for key, tensor in state.items() if tensor is not None}
+    seft.vectors.check_state(states, reader.num_steps)
+    return states
 
 
 def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[str, Tensor]) -> Window | None:

@@ -217,7 +217,13 @@ class Saver(BackgroundSaver):
             "targets": describe_targets(seft.backend, seft.sparse_state.targets, seft.sparse_state.fingerprint),
         }
         writes = seft.backend.replicas.rank == 0
-        return described, _copies(seft, sums if self._is_main else []) if writes else None
+        if not writes:
+            return described, None
+        tensors = _copies(seft, sums if self._is_main else [])
+        if self._is_main:  # every rank has the same norms and biases
+            for name, vector in seft.vectors.states():
+                tensors |= {f"{name}.{key}": value.to("cpu", copy=True) for key, value in vector.items()}
+        return described, tensors
 
 
 def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Tensor]:

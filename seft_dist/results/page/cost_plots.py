@@ -26,14 +26,14 @@ def speed_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             axes.plot(*thin_out(*run.series("tokens_per_second")), gid=f"run-{i}-0", **line_style(i))
         finish(axes, runs, "tokens a second", starts_at_zero=True)
 
-    rows, said = [], []
+    rows, sentences = [], []
     for run in runs:
         _, speeds = run.series("tokens_per_second")
         if speeds:
             middle = sorted(speeds)[len(speeds) // 2]
             rows.append([run.label, *map(decimal, (min(speeds), middle, max(speeds)))])
-            said.append(f"{printable(run.label)}: {decimal(middle)} in the median.")
-    title, alt = "Tokens a second", " ".join(["Tokens a second.", *said])
+            sentences.append(f"{printable(run.label)}: {decimal(middle)} in the median.")
+    title, alt = "Tokens a second", " ".join(["Tokens a second.", *sentences])
     svg = draw_svg("speed", title, alt, draw) if draws else Markup()
     table = Table(["run", "slowest", "median", "fastest"], rows)
     return Figure("speed", title, alt, table, legend=keys_of(runs), note="All ranks together.", svg=svg)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from seft_dist.results.figures import load_pyplot
-from seft_dist.results.page.layers import QUANTILES, Layers, Place
+from seft_dist.results.page.layers import QUANTILES, Layers, TargetLocation
 from seft_dist.results.page.plots import finish, keys_of, line_style, logarithmic, over_layers
 from seft_dist.results.page.record import RunRecord
 from seft_dist.results.page.svg import INK, MUTED, SERIES, Figure, Key, Table, draw_svg, printable
@@ -58,10 +58,10 @@ def sparsity_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
 def _zeros_by_layer(layers: Layers) -> dict[int, tuple[float, float, float]]:
     """Compute the share of zeros of each layer, and the smallest and largest of one of its targets."""
     shares: dict[int, list[tuple[int, int]]] = {}
-    for place, names in layers.by_place.items():
-        if place.layer is not None:
+    for location, names in layers.by_location.items():
+        if location.layer is not None:
             counts = [(layers.zeros[name], layers.numel[name]) for name in names if name in layers.zeros]
-            shares.setdefault(place.layer, []).extend(counts)
+            shares.setdefault(location.layer, []).extend(counts)
     found = {}
     for layer, counts in sorted(shares.items()):
         if counts and all(numel for _, numel in counts):
@@ -85,23 +85,23 @@ def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
         yield _heat_map(f"pruned-{i}", f"Active weights that were pruned{named}", pruned[k], _largest(pruned), draws)
 
 
-_Counts = dict[Place, tuple[int, int]]
-"""Positions that moved, and those that could have moved, at each place."""
+_Counts = dict[TargetLocation, tuple[int, int]]
+"""Positions that moved, and those that could have moved, at each location."""
 
 
 def _counts(layers: Layers, kind: str) -> _Counts:
-    """Count what moved in a run and what could have moved, at each place.
+    """Count what moved in a run and what could have moved, at each location.
 
     Args:
         layers: The run's counts.
         kind: "reactivated" or "pruned".
     """
     moves, counts = layers.moves[-1], {}
-    for place, names in layers.by_place.items():
+    for location, names in layers.by_location.items():
         known = [name for name in names if name in layers.active and name in moves]
         active = sum(layers.active[name] for name in known)
         of = active if kind == "pruned" else sum(layers.numel[name] for name in known) - active
-        counts[place] = (sum(getattr(moves[name], kind) for name in known), of)
+        counts[location] = (sum(getattr(moves[name], kind) for name in known), of)
     return counts
 
 
@@ -109,22 +109,22 @@ def _largest(maps: Sequence[_Counts]) -> float:
     return max((moved / of for counts in maps for moved, of in counts.values() if of), default=0.0)
 
 
-def _heat_map(name: str, title: str, places: _Counts, largest: float, draws: bool) -> Figure:
+def _heat_map(name: str, title: str, locations: _Counts, largest: float, draws: bool) -> Figure:
     """Draw a share for each layer and module as colours.
 
     Args:
         name: Id of the figure.
         title: Its title.
-        places: The numbers.
+        locations: The numbers.
         largest: Share at the upper end of the scale.
         draws: False: the table only.
     """
-    shares = {place: moved / of for place, (moved, of) in places.items() if of}
-    modules = list(dict.fromkeys(place.module for place in places))
+    shares = {location: moved / of for location, (moved, of) in locations.items() if of}
+    modules = list(dict.fromkeys(location.module for location in locations))
     tips = [
-        f"{_where(place)}, {printable(place.module, 60)}: "
-        f"{percent(share, 3)} ({places[place][0]:,} of {places[place][1]:,})"
-        for place, share in shares.items()
+        f"{_where(location)}, {printable(location.module, 60)}: "
+        f"{percent(share, 3)} ({locations[location][0]:,} of {locations[location][1]:,})"
+        for location, share in shares.items()
     ]
     most = max(shares, key=shares.__getitem__, default=None)
     alt = f"{title}: layers from left to right, modules from top to bottom. "
@@ -132,24 +132,24 @@ def _heat_map(name: str, title: str, places: _Counts, largest: float, draws: boo
         alt += f"Most in {_where(most)}, {printable(most.module, 60)}: {percent(shares[most], 3)}."
     else:
         alt += "Nothing moved."
-    table = _module_table(places, modules)
+    table = _module_table(locations, modules)
     height = 1.15 + 0.2 * len(modules)
     draw = partial(_draw_map, shares=shares, modules=modules, largest=largest)
     svg = draw_svg(name, title, alt, draw, height=height, tips=tips) if draws else Markup()
     return Figure(name, title, alt, table, svg=svg)
 
 
-def _where(place: Place) -> str:
-    return "outside the layers" if place.layer is None else f"layer {place.layer}"
+def _where(location: TargetLocation) -> str:
+    return "outside the layers" if location.layer is None else f"layer {location.layer}"
 
 
-def _draw_map(axes: "Axes", shares: dict[Place, float], modules: list[str], largest: float) -> None:
+def _draw_map(axes: "Axes", shares: dict[TargetLocation, float], modules: list[str], largest: float) -> None:
     plt = load_pyplot("figures")
-    rows = sorted({-1 if place.layer is None else place.layer for place in shares})
+    rows = sorted({-1 if location.layer is None else location.layer for location in shares})
     short = _short_names(modules)
     colours, scale = plt.get_cmap("cividis").resampled(24), plt.Normalize(0, 100 * largest or 1)
-    for k, (place, share) in enumerate(shares.items()):
-        x, y = rows.index(-1 if place.layer is None else place.layer), modules.index(place.module)
+    for k, (location, share) in enumerate(shares.items()):
+        x, y = rows.index(-1 if location.layer is None else location.layer), modules.index(location.module)
         cell = plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colours(scale(100 * share)), linewidth=0)
         cell.set_gid(f"tip-{k}")
         axes.add_patch(cell)
@@ -170,18 +170,18 @@ def _draw_map(axes: "Axes", shares: dict[Place, float], modules: list[str], larg
     bar.ax.tick_params(length=0, labelsize=8)
 
 
-def _module_table(places: dict[Place, tuple[int, int]], modules: list[str]) -> Table:
+def _module_table(locations: dict[TargetLocation, tuple[int, int]], modules: list[str]) -> Table:
     rows = []
     for module in modules:
-        parts = {place: counts for place, counts in places.items() if place.module == module and counts[1]}
+        parts = {location: counts for location, counts in locations.items() if location.module == module and counts[1]}
         if not parts:
             continue
         moved, of = sum(a for a, _ in parts.values()), sum(b for _, b in parts.values())
-        most = max(parts, key=lambda place: parts[place][0] / parts[place][1])
+        most = max(parts, key=lambda location: parts[location][0] / parts[location][1])
         share = parts[most][0] / parts[most][1]
         where = "-" if most.layer is None else str(most.layer)
         rows.append([module, f"{moved:,}", percent(moved / of, 3), f"{percent(share, 3)} (layer {where})"])
-    moved, of = sum(a for a, _ in places.values()), sum(b for _, b in places.values())
+    moved, of = sum(a for a, _ in locations.values()), sum(b for _, b in locations.values())
     rows.append(["all", f"{moved:,}", percent(moved / of if of else 0.0, 3), ""])
     return Table(["module", "positions", "share", "most in a layer"], rows)
 

@@ -23,8 +23,8 @@ _MOVED = ("dropped", "grown", "reactivated", "pruned", "kept")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A target's place in the model, from its name."""
+class TargetLocation:
+    """Layer and module of a target, read from its name."""
 
     layer: int | None
     """Number of the decoder layer; None outside of them."""
@@ -32,8 +32,8 @@ class Place:
     """Name inside the layer; experts have one name together."""
 
     @classmethod
-    def of(cls, name: str) -> "Place":
-        """Find the place of e.g. "model.layers.0.self_attn.q_proj"."""
+    def of(cls, name: str) -> "TargetLocation":
+        """Find the location of e.g. "model.layers.0.self_attn.q_proj"."""
         match = re.match(r"(?:[^\d.][^.]*\.)*?(\d{1,6})\.(.+)$", name.removesuffix(".weight"))
         if match is None:
             return cls(None, name.removesuffix(".weight"))
@@ -74,12 +74,12 @@ class Layers:
     """File that the last movements come from: topology.jsonl, or delta.safetensors, which has what they add up to."""
 
     @property
-    def by_place(self) -> dict[Place, list[str]]:
-        """Targets at each place, in the order of the model."""
-        places: dict[Place, list[str]] = {}
+    def by_location(self) -> dict[TargetLocation, list[str]]:
+        """Targets at each location, in the order of the model."""
+        locations: dict[TargetLocation, list[str]] = {}
         for name in self.numel:
-            places.setdefault(Place.of(name), []).append(name)
-        return places
+            locations.setdefault(TargetLocation.of(name), []).append(name)
+        return locations
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,10 @@ def read_deltas(path: Path) -> Deltas | None:
         zeros = seen = 0
         for name, _, values in _values(path, max(1, total // _MOST_SAMPLED)):
             seen, zeros = seen + len(values), zeros + int((values == 0).sum())
-            place, values = Place.of(name), values[values != 0]
-            if place.layer is not None:
-                layers.setdefault(place.layer, []).append(values)
-            modules.setdefault(place.module, []).append(values)
+            location, values = TargetLocation.of(name), values[values != 0]
+            if location.layer is not None:
+                layers.setdefault(location.layer, []).append(values)
+            modules.setdefault(location.module, []).append(values)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"a file of {path} cannot be read: {error}") from error
     if not seen:

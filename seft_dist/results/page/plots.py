@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_ROWS = 12
-_MOST_THIN = 3
-"""Runs up to which each has its line as it was recorded beside the running mean."""
-_SPIKES = 10
-"""Ratio of the largest value to the median from which on the axis is logarithmic."""
+"""Largest number of steps in the table of a run's metrics."""
+_MOST_RECORDED_LINES = 3
+"""Largest number of runs in a drawing that has the recorded losses beside the running means."""
+_SPIKE_RATIO = 10
+"""Ratio of the largest gradient norm to the median above which the axis is logarithmic."""
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return colour and dashes of a run, as matplotlib takes them."""
+    """Return colour and dashes of a run as keyword arguments of matplotlib's ``plot``."""
     return {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index // len(SERIES) % len(DASHES)]}
 
 
@@ -108,7 +109,7 @@ def _loss(runs: Sequence[RunRecord], draws: bool) -> Figure:
         for i, run in enumerate(runs):
             steps, losses = run.series("loss")
             style = line_style(i)
-            if len(runs) <= _MOST_THIN:
+            if len(runs) <= _MOST_RECORDED_LINES:
                 axes.plot(*thin_out(steps, losses), gid=f"run-{i}-0", alpha=0.35, linewidth=0.9, color=style["color"])
             axes.plot(*thin_out(steps, smooth(losses)), gid=f"run-{i}-1", **style)
         if alone:
@@ -122,14 +123,14 @@ def _loss(runs: Sequence[RunRecord], draws: bool) -> Figure:
     alt += _describe(runs[0], VALIDATION, "validation loss") if has_validation else ""
     table = _values(runs[0]) if alone else _extremes(runs, "loss")
     note = "The thin line is the mean over ranks as it was recorded, the other one its running mean."
-    note = note if len(runs) <= _MOST_THIN else "Running means."
+    note = note if len(runs) <= _MOST_RECORDED_LINES else "Running means."
     return _figure("loss", title, alt, table, draw, draws, legend, note)
 
 
 def _curve(
     name: str, title: str, key: str, ylabel: str, runs: Sequence[RunRecord], draws: bool, starts_at_zero: bool = False
 ) -> Figure:
-    """Draw a number of metrics.jsonl over the steps."""
+    """Draw one entry of metrics.jsonl over the steps."""
 
     def draw(axes: "Axes") -> None:
         for i, run in enumerate(runs):
@@ -141,7 +142,7 @@ def _curve(
             axes.axhline(limit, color=MUTED, linestyle="--", linewidth=1)
         finish(axes, runs, ylabel, starts_at_zero=starts_at_zero)
         values = sorted(value for run in runs for value in run.series(key)[1])
-        if key == "grad_norm" and values[0] > 0 and values[-1] > _SPIKES * values[len(values) // 2]:
+        if key == "grad_norm" and values[0] > 0 and values[-1] > _SPIKE_RATIO * values[len(values) // 2]:
             logarithmic(axes)
 
     legend = keys_of(runs)
@@ -167,7 +168,7 @@ def _figure(
 
 
 def _describe(run: RunRecord, key: str, what: str) -> str:
-    """Say in a sentence how a number of metrics.jsonl went."""
+    """Describe in a sentence, for readers who do not see the drawing, how one entry of metrics.jsonl changed."""
     steps, values = run.series(key)
     if not values:
         return f"{printable(run.label)}: no {what}. "

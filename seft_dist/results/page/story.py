@@ -1,4 +1,4 @@
-"""A run told in a paragraph, and its most important numbers."""
+"""A run described in a paragraph, and its most important numbers."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Tile:
 
 
 def state_of(run: RunRecord) -> str:
-    """Say whether a run is finished, and how far it is."""
+    """Describe whether a run is finished, and how far it is."""
     of = f" of {run.steps:,}" if run.steps else ""
     if run.is_finished and run.steps and run.step < run.steps:
         return f"finished early, after {run.step:,}{of} steps"
@@ -31,7 +31,7 @@ def state_of(run: RunRecord) -> str:
 
 
 def story_of(run: RunRecord) -> str:
-    """Tell in a paragraph what a run did."""
+    """Describe in a paragraph what a run did."""
     sentences = [_setting(run), *_moves(run), *_losses(run), *_qualities(run), *_zeros(run)]
     return " ".join(sentences)
 

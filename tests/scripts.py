@@ -28,7 +28,7 @@ _SERVER = mp.get_context("forkserver")
 _SERVER.set_forkserver_preload(LOADED)
 
 
-def run_door(
+def run_script(
     script: str, *arguments: object, timeout: float = 100, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a program and wait for it.

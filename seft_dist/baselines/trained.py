@@ -5,7 +5,7 @@
     gradient           FSDP2 has averaged it       averaged here
     fp32 values        the part itself, or a copy if the model's type is another
 
-What is updated and saved are the fp32 values; the parameter holds them in its own type.
+The fp32 values are what is updated and saved; the parameter holds them rounded to its own type.
 """
 
 import math
@@ -22,8 +22,8 @@ from seft_dist.optim.delta import least_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the two moments in the state of torch's AdamW."""
-_BUCKET = 1 << 22
-"""Most values of several parts that are averaged over the ranks in one go."""
+_BUCKET_NUMEL = 1 << 22
+"""Most values in a bucket: several parts that are averaged over the ranks in one call."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class ParameterPart:
     def of(cls, name: str, parameter: nn.Parameter) -> "ParameterPart":
         """Make the part of a parameter that this rank stores."""
         held, start = stored_part(parameter)
-        numel = 1
-        for side in whole_shape(parameter):
-            numel *= side
+        numel = math.prod(whole_shape(parameter))
         return cls(name, parameter, numel, start, held, held.float(), is_sharded(parameter))
 
     def grad(self) -> Tensor:
@@ -57,8 +55,8 @@ class ParameterPart:
         return torch.zeros_like(self.values) if grad is None else stored_part(grad)[0].float()
 
 
-class Values:
-    """All trained parameters, with their optimizer."""
+class TrainedParameters:
+    """The parameters that a method trains, with their optimizer."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], backend: Backend, adam: Mapping[str, Any]) -> None:
         """Args:
@@ -84,39 +82,39 @@ class Values:
         owners = self._backend.owners
         if owners.size == 1:
             return grads
-        for some in self._buckets():
-            mean = owners.sum(torch.cat([grads[i] for i in some])).div_(owners.size)
-            for i, grad in zip(some, mean.split([grads[i].numel() for i in some]), strict=True):
+        for bucket in self._buckets():
+            mean = owners.sum(torch.cat([grads[i] for i in bucket])).div_(owners.size)
+            for i, grad in zip(bucket, mean.split([grads[i].numel() for i in bucket]), strict=True):
                 grads[i] = grad
         return grads
 
     def _buckets(self) -> Iterator[list[int]]:
-        """Group the parts that are not sharded into buckets: many small ones, or one large one.
+        """Group the parts that are not sharded into buckets: lists of their numbers, many small parts or one large one.
 
-        ``Group.sum`` gathers every rank's terms, so that what travels together is in memory once for each rank.
+        ``Group.sum`` gathers the values of every rank, so a bucket's memory grows with the number of ranks.
         """
-        some: list[int] = []
+        bucket: list[int] = []
         size = 0
         for i, part in enumerate(self.parts):
             if part.is_sharded:
                 continue
-            if some and size + part.values.numel() > _BUCKET:
-                yield some
-                some, size = [], 0
-            some.append(i)
+            if bucket and size + part.values.numel() > _BUCKET_NUMEL:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(i)
             size += part.values.numel()
-        if some:
-            yield some
+        if bucket:
+            yield bucket
 
     def norm(self, grads: list[Tensor], step: int) -> float:
-        """Compute the norm of the whole gradient, and wait for the device, once in a step. Collective.
+        """Compute the global norm of the gradient, which waits for the device. Collective.
 
         Args:
             grads: The averaged gradients that ``grads`` returns.
             step: Step of the run, for the message.
 
         Raises:
-            FloatingPointError: It is not finite; names the parameter, on every rank.
+            FloatingPointError: It is not finite; names the parameter, and is raised on every rank.
         """
         squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads])
         sharded = torch.tensor([part.is_sharded for part in self.parts], device=squares.device)
@@ -130,12 +128,25 @@ class Values:
             )
         return math.sqrt(math.fsum(sums))
 
-    def update(self, grads: list[Tensor], active_of: Callable[[int], Tensor | None]) -> None:
+    def clip_(self, grads: list[Tensor], norm: float, max_norm: float) -> None:
+        """Scale the gradients in place so that their global norm is at most ``max_norm``, as torch does it.
+
+        Args:
+            grads: The averaged gradients, fp32 [n] each.
+            norm: Their global norm, over all ranks.
+            max_norm: Largest norm that they may have.
+        """
+        for part, grad in zip(self.parts, grads, strict=True):
+            part.values.grad = grad
+        total = torch.tensor(norm, dtype=torch.float64)
+        torch.nn.utils.clip_grads_with_norm_([part.values for part in self.parts], max_norm, total)
+
+    def update(self, grads: list[Tensor], active_mask: Callable[[int], Tensor | None]) -> None:
         """Take one step of AdamW and write the new values into the parameters. Inside ``Backend.writing()``.
 
         Args:
             grads: Clipped gradients, fp32 [n] each.
-            active_of: Marks the values of a part that must not become 0, bool [n]; None: all may.
+            active_mask: ``Baseline.active_mask``, for the number of a part.
         """
         if self._adamw is None:
             return
@@ -144,7 +155,7 @@ class Values:
         self._adamw.step()
         for i, part in enumerate(self.parts):
             part.values.grad = None
-            active = active_of(i)
+            active = active_mask(i)
             if active is not None:
                 keep_active_(part.values, active, part.held.dtype)
         self.publish()
@@ -158,7 +169,7 @@ class Values:
             if part.values is not part.held:
                 part.held.copy_(part.values)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients since the last step."""
         for part in self.parts:
             part.parameter.grad = None
@@ -178,11 +189,11 @@ class Values:
 
 
 def keep_active_(values: Tensor, active: Tensor, dtype: torch.dtype) -> None:
-    """Keep weights that are no zeros of the mask from becoming 0, in place: they would count as pruned.
+    """Keep active weights from becoming 0, in place: they would count as pruned.
 
     Args:
         values: The weights, fp32 of any shape.
-        active: bool of the same shape, true for weights in the mask.
+        active: bool of the same shape, True for the active weights.
         dtype: Type that the weights will be held in.
     """
     least = torch.full((), least_size(dtype), dtype=values.dtype, device=values.device)

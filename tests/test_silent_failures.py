@@ -1,4 +1,4 @@
-"""What would be lost without a word: a pattern that was not named, weights that were replaced behind the optimizer."""
+"""What would go wrong without a message: a pattern that was not named, weights replaced behind the optimizer."""
 
 import warnings
 from pathlib import Path

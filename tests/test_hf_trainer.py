@@ -11,10 +11,10 @@ import torch
 import torch._dynamo
 
 from seft_dist import SeftOptimizer
+from tests.hf_trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 from tests.layouts import snapshot
 from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
-from tests.trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 
 OFFLOAD: dict[str, Any] = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
@@ -24,7 +24,7 @@ LAYOUTS = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"
 
 
 def _own_loop() -> dict[str, Any]:
-    """Train as tests/trainers.py's Trainer does, in its order of data, without it."""
+    """Train as tests/hf_trainers.py's Trainer does, in its order of data, without it."""
     model = prune_(tiny_llama())
     seft = SeftOptimizer(model, moving(density=0.05, interval=4, window=2, steps=STEPS), lr=LR, max_grad_norm=0.5)
     losses, norms = [], []
