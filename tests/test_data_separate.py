@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seft_dist.config import DataConfig, EvalConfig, ModelConfig
+from seft_dist.config import DataConfig, EvalConfig, ModelConfig, TeacherConfig
 from seft_dist.data.batches import collate, count_loss_tokens, model_inputs
 from seft_dist.data.load import load_sequences
 from seft_dist.data.sequences import IGNORE, Sample
@@ -20,7 +20,7 @@ from seft_dist.evaluation.perplexity import perplexity
 from seft_dist.training.separation import check_frequencies, leaked_share
 from seft_dist.training.trainer import train
 from tests.families import FAMILIES, READ_ONLY, family_model
-from tests.runs import make_config, records, run_config, run_train
+from tests.runs import ds_file, make_config, records, run_config, run_train
 from tests.test_data_order import STATIC, chats, mixed
 from tests.texts import CHAT_TEMPLATE, fast_tokenizer, texts, write_jsonl
 
@@ -181,10 +181,15 @@ def test_a_run_learns_packed_what_it_learns_alone(inputs: Path, tmp_path: Path) 
     np.testing.assert_allclose(found[True], found[False], rtol=1e-5)
 
 
-def test_packed_documents_are_the_same_run_on_two_ranks(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [None, pytest.param(3, marks=pytest.mark.long)])
+def test_packed_documents_are_the_same_run_on_two_ranks(stage: int | None, inputs: Path, tmp_path: Path) -> None:
     data = DataConfig(path=str(inputs / "text.jsonl"), seq_len=16, separate=True)
-    for world_size in (1, 2):
-        run_train(run_config(inputs, tmp_path / str(world_size), data=data, steps=4, export=False), world_size)
+    over: dict[str, Any] = {"data": data, "steps": 4, "export": False}
+    if stage is not None:  # with a teacher, which is asked too
+        over |= {"teacher": TeacherConfig(path=str(inputs / "pruned"))}
+    ds = ds_file(tmp_path, {"zero_optimization": {"stage": stage}}) if stage is not None else None
+    run_train(run_config(inputs, tmp_path / "1", **over))
+    run_train(run_config(inputs, tmp_path / "2", deepspeed=ds, **over), 2)
     one, two = ([(line["loss"], line["tokens"]) for line in records(tmp_path / str(n))] for n in (1, 2))
     np.testing.assert_allclose(one, two, rtol=1e-5)
 
