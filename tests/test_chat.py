@@ -169,7 +169,7 @@ def test_a_template_sees_the_day_it_is_given(
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHATS["short"]}]))
     read = {day: load_sequences(DataConfig(path=path, date=day), tokenizer) for day in ("2031-03-09", "2031-03-10")}
     assert read["2031-03-09"][0][0].tolist() == on_the_day != read["2031-03-10"][0][0].tolist()
-    assert read["2031-03-09"].provenance.date == "2031-03-09"
+    assert read["2031-03-09"].date == "2031-03-09"
 
 
 def test_a_template_without_a_date_is_left_alone(tokenizer: Any) -> None:

@@ -63,6 +63,8 @@ def test_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.Capture
     found = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml")])
     assert found == parse(TrainConfig, [*TRAIN, "--seft.density=0.03", "--trackers=[wandb]"])
     assert to_yaml(found) == (tmp_path / "a.yaml").read_text()
+    with pytest.raises(ValueError, match="data.path is empty"):
+        parse(TrainConfig, PRUNE)
     with pytest.raises(ValueError, match="density=2"):  # a dry run checks, too
         parse(TrainConfig, [*TRAIN, "--seft.density=2", "--print_config"])
 
@@ -74,7 +76,7 @@ def test_printed_configuration_reads_back(tmp_path: Path, capsys: pytest.Capture
         ([*TRAIN, "--seft.densit=1"], "densit"),
         ([*TRAIN, "--steps=many"], '"steps"'),
         ([*TRAIN, "--seft.grow=luck"], '"seft.grow"'),
-        (PRUNE, "data.path"),
+        (["--model.path=m", "--data.path=d"], "output"),
         ([*TRAIN, "--config=gone.yaml"], "gone.yaml"),
     ],
 )

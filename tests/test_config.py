@@ -21,6 +21,7 @@ from seft_dist.config import (
     PruneConfig,
     ReproduceConfig,
     SeftConfig,
+    SourceConfig,
     StudyConfig,
     SweepConfig,
     TrainConfig,
@@ -34,6 +35,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     BaselineConfig: {},
     ModelConfig: {"path": "m"},
     DataConfig: {"path": "d"},
+    SourceConfig: {"path": "a", "weight": 1.0},
     TrainConfig: {"model": MODEL, "data": DATA, "output": "o"},
     PruneConfig: {"model": MODEL, "data": DATA, "output": "o"},
     EvalConfig: {"data": DATA},
@@ -112,9 +114,26 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (EvalConfig, {"patience": 2}, "with eval.every=0"),
     (EvalConfig, {"stride": 1024}, "eval.data.seq_len - 1"),
     *(
-        (EvalConfig, {"data": None, name: 2}, f"{name} without")
-        for name in ("every", "stride", "max_tokens", "patience")
+        (TrainConfig, {"eval": evaluation}, f"eval.{name} without eval.data")
+        for name, evaluation in (
+            ("every", EvalConfig(every=2)),
+            ("stride", EvalConfig(stride=2)),
+            ("max_tokens", EvalConfig(max_tokens=2)),
+        )
     ),
+    (EvalConfig, {"stride": 8, "data": DataConfig(path="d", separate=True)}, "eval.data.separate"),
+    (DataConfig, {"holdout_share": 1.0}, "data.holdout_share=1.0"),
+    (DataConfig, {"holdout_share": 0.1, "holdout_every": 3}, "one of the two"),
+    (DataConfig, {"separate": True, "join": "newline"}, "data.separate with data.join=newline"),
+    (DataConfig, {"num_proc": 0}, "data.num_proc=0"),
+    (DataConfig, {"mix": {"a": SourceConfig(path="a", weight=1)}}, "data.path beside data.mix"),
+    (DataConfig, {"path": (), "mix": {}}, "data.mix is empty"),
+    (DataConfig, {"path": ("a", "")}, "has an empty entry"),
+    (SourceConfig, {"weight": 0.0}, "weight=0.0 of a"),
+    (SourceConfig, {"path": ()}, "has no path"),
+    (PruneConfig, {"data": DataConfig(path="d", separate=True)}, "only training packs"),
+    (EvaluateConfig, {"data": DataConfig(path="d", separate=True)}, "only training packs"),
+    (EvaluateConfig, {"data": DataConfig(mix={"a": SourceConfig(path="a", weight=1)})}, "measured by itself"),
     (BaselineConfig, {"rank": 0}, "baseline.rank=0"),
     (BaselineConfig, {"alpha": 0.0}, "baseline.alpha=0.0"),
     (BaselineConfig, {"dropout": 1.0}, "baseline.dropout=1.0"),

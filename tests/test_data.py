@@ -204,7 +204,8 @@ def bad_paths(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "short.jsonl": '{"text": "a"}\n',
         "nulls.jsonl": '{"text": null}\n{"text": ""}\n',
         "prompt.jsonl": '{"instruction": "", "output": "b"}\n',
-        "chat.jsonl": '{"messages": [{"from": "human", "value": "b"}]}\n',
+        "chat.jsonl": '{"messages": [{"speaker": "human", "value": "b"}]}\n',
+        "sharegpt.jsonl": '{"conversations": [{"from": "function_call", "value": "b"}]}\n',
         "chat2.jsonl": '{"messages": "hello"}\n',
     }
     for name, content in files.items():
@@ -231,6 +232,13 @@ def bad_paths(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "holdout": ({"path": here["short.jsonl"], "holdout_every": 2, "holdout": True}, "none of them left"),
         "prompt": ({"path": here["prompt.jsonl"]}, "prompt.jsonl, line 1 has an empty prompt"),
         "chat": ({"path": here["chat.jsonl"]}, r"chat.jsonl, line 1: needs messages with a text \"role\""),
+        "sharegpt": (
+            {"path": here["sharegpt.jsonl"]},
+            r"line 1: a message is from 'function_call': needs one of system",
+        ),
+        "pattern": ({"path": str(folder / "part-*.jsonl")}, r"part-\*.jsonl matches no file"),
+        "twice": ({"path": (here["short.jsonl"], str(folder / "sho*"))}, "short.jsonl twice: needs each file once"),
+        "hub among files": ({"path": (here["short.jsonl"], "nobody/nothing-here")}, "nothing-here does not exist"),
         "chat2": ({"path": here["chat2.jsonl"]}, r"chat2.jsonl, line 1: needs a list of"),
     }
 

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from seft_dist.config import DataConfig, ModelConfig
 from seft_dist.data import data_files
-from seft_dist.data.load import load_sequences
+from seft_dist.data.load import load_source
 from seft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from tests.texts import fast_tokenizer, sentencepiece_tokenizer, texts, write_jsonl
 
@@ -52,7 +52,7 @@ def test_text_that_begins_with_bos_has_one(kind: str, tokenizers: Any, tmp_path:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     records = ["<s>an object", "<s><s>the name</s>", "a statement</s></s>"]
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in records]))
-    found = load_sequences(DataConfig(path=path, seq_len=2), tokenizer)
+    found = load_source(DataConfig(path=path, seq_len=2), tokenizer)
     bare = [
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in ("<s>an object", "<s>the name", "a statement")
@@ -70,13 +70,13 @@ def test_joined_records_are_one_text(kind: str, join: Any, tokenizers: Any, tmp_
     tokenizer = tokenizers[kind]
     lines = ["", " = A title = \n", "", *texts()[0].splitlines(), "<s>"]
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": line} for line in lines]))
-    found = load_sequences(DataConfig(path=path, seq_len=16, join=join), tokenizer)
+    found = load_source(DataConfig(path=path, seq_len=16, join=join), tokenizer)
     ids = ids_of(found)
     assert ids == list(tokenizer(BETWEEN[join].join(lines))["input_ids"])
     assert found.num_tokens == len(ids) and len(found) == len(ids) // 16
     assert found.provenance.bos == ("none" if kind == "plain" else "one in front of the text")
     begun = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "<s>" + "a word " * 50}, {"text": "two"}]))
-    joined = ids_of(load_sequences(DataConfig(path=begun, seq_len=16, join=join), tokenizer))
+    joined = ids_of(load_source(DataConfig(path=begun, seq_len=16, join=join), tokenizer))
     assert joined.count(tokenizer.bos_token_id) == 1 and tokenizer.eos_token_id not in joined
 
 
@@ -85,22 +85,22 @@ def test_lines_of_a_text_as_documents_are_warned_of(
 ) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"text": line} for line in texts()[0].splitlines()]))
     with caplog.at_level(logging.WARNING):
-        load_sequences(DataConfig(path=path, seq_len=16, join="newline"), tokenizers["llama3"])
+        load_source(DataConfig(path=path, seq_len=16, join="newline"), tokenizers["llama3"])
         assert not caplog.text
-        load_sequences(DataConfig(path=path, seq_len=16), tokenizers["llama3"])
+        load_source(DataConfig(path=path, seq_len=16), tokenizers["llama3"])
     assert "of the tokens are bos and eos" in caplog.text and "--data.join blank_line" in caplog.text
 
 
 def test_joining_is_for_text(tokenizers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}]))
     with pytest.raises(ValueError, match="records of kind instruction: only text is joined"):
-        load_sequences(DataConfig(path=path, join="newline"), tokenizers["plain"])
+        load_source(DataConfig(path=path, join="newline"), tokenizers["plain"])
     with pytest.raises(ValueError, match="data.join=newline with data.kind=chat"):
         DataConfig(path=path, join="newline", kind="chat")
     monkeypatch.setattr("seft_dist.data.encode.MOST_JOINED", 5)
     path = str(write_jsonl(tmp_path / "b.jsonl", [{"text": "three"}, {"text": "words"}]))
     with pytest.raises(ValueError, match="makes one text of more than 5 characters"):
-        load_sequences(DataConfig(path=path, join="newline"), tokenizers["plain"])
+        load_source(DataConfig(path=path, join="newline"), tokenizers["plain"])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".json", ".parquet"])
@@ -117,7 +117,7 @@ def test_a_file_replaced_in_place_is_read_anew(suffix: str, tokenizers: Any, tmp
             )
 
     def read() -> str:
-        found = load_sequences(DataConfig(path=str(path), seq_len=2), tokenizers["plain"])
+        found = load_source(DataConfig(path=str(path), seq_len=2), tokenizers["plain"])
         return str(tokenizers["plain"].decode(ids_of(found))).removesuffix("</s>")
 
     write(path, "the first one")
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_named_with_its_file_and_line(
     if name.startswith("long"):
         monkeypatch.setattr(data_files, "MOST_LINE_BYTES", 100)
     with pytest.raises(ValueError, match=message) as caught:
-        load_sequences(DataConfig(path=str(path), seq_len=2), tokenizers["plain"])
+        load_source(DataConfig(path=str(path), seq_len=2), tokenizers["plain"])
     assert name in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -186,14 +186,14 @@ def test_pipes_and_devices_are_refused(tokenizers: Any, tmp_path: Path) -> None:
         "empty": "holds no such file: needs files of one kind",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load_sequences(DataConfig(path=str(tmp_path / path)), tokenizers["plain"])
+            load_source(DataConfig(path=str(tmp_path / path)), tokenizers["plain"])
 
 
 def test_a_byte_order_mark_is_no_text(tokenizers: Any, tmp_path: Path) -> None:
     contents = {"a.txt": "an object", "a.jsonl": '{"text": "an object"}', "a.json": '[{"text": "an object"}]'}
     for name, content in contents.items():
         (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
-        found = load_sequences(DataConfig(path=str(tmp_path / name), seq_len=2), tokenizers["plain"])
+        found = load_source(DataConfig(path=str(tmp_path / name), seq_len=2), tokenizers["plain"])
         assert tokenizers["plain"].decode(ids_of(found)) == "an object</s>"
 
 
@@ -202,7 +202,7 @@ def test_a_list_larger_than_what_is_read_at_a_time(tokenizers: Any, tmp_path: Pa
     (tmp_path / "a.json").write_text(json.dumps(records, ensure_ascii=False))
     config = DataConfig(path=str(tmp_path / "a.json"), seq_len=64)
     as_lines = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", records)), seq_len=64)
-    assert ids_of(load_sequences(config, tokenizers["plain"])) == ids_of(load_sequences(as_lines, tokenizers["plain"]))
+    assert ids_of(load_source(config, tokenizers["plain"])) == ids_of(load_source(as_lines, tokenizers["plain"]))
 
 
 def test_fingerprints_of_text_and_tokenizer(tokenizers: Any, folders: Any, tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_fingerprints_of_text_and_tokenizer(tokenizers: Any, folders: Any, tmp_p
     paths = [write_jsonl(tmp_path / "a.jsonl", records), tmp_path / "b.parquet"]
     datasets.Dataset.from_list(records).to_parquet(paths[1])
     found = {
-        load_sequences(DataConfig(path=str(path), seq_len=8), tokenizers["plain"]).provenance.fingerprint()
+        load_source(DataConfig(path=str(path), seq_len=8), tokenizers["plain"]).provenance.fingerprint()
         for path in paths
     }
-    part = load_sequences(DataConfig(path=str(paths[0]), seq_len=8, max_records=2), tokenizers["plain"])
+    part = load_source(DataConfig(path=str(paths[0]), seq_len=8, max_records=2), tokenizers["plain"])
     assert len(found) == 1 and part.provenance.fingerprint() not in found
     prints = [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers.values()]
     assert (

@@ -37,6 +37,8 @@ def test_a_run_keeps_the_day_on_which_it_began(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(inputs / "pruned", model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 512}))
     (model / "chat_template.jinja").write_text(unmarked(LLAMA))
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     data = DataConfig(path=str(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 24)), seq_len=512)
@@ -80,6 +82,7 @@ def test_bad_data_ends_every_rank_with_the_same_message(inputs: Path, tmp_path: 
 def test_the_command_gives_one_message_and_code_2(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "null.jsonl").write_bytes(b'{"te\0xt": "a"}\n')
     options = ["--model.path", str(inputs / "pruned"), "--data.path", str(tmp_path / "null.jsonl")]
+    options += ["--data.seq_len", "16"]
     done = run_script("launch/train.py", *options, "--output", tmp_path / "run", "--threads", "1")
     assert done.returncode == 2
     said = f"train.py: error: {tmp_path / 'null.jsonl'}, line 1 has a null byte: it may be damaged or cut short"

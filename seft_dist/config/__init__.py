@@ -4,7 +4,8 @@ A field's docstring says its meaning, its unit and its special values; ``--help`
 """
 
 from seft_dist.config.baselines import BaselineConfig
-from seft_dist.config.inputs import DataConfig, DType, ModelConfig
+from seft_dist.config.data import DataConfig, SourceConfig, paths_of
+from seft_dist.config.inputs import DType, ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig, Selection
 from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
@@ -28,8 +29,10 @@ __all__ = [
     "ReproduceConfig",
     "SeftConfig",
     "Selection",
+    "SourceConfig",
     "StudyConfig",
     "SweepConfig",
     "TeacherConfig",
     "TrainConfig",
+    "paths_of",
 ]

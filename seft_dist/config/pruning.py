@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.data import DataConfig
+from seft_dist.config.inputs import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,15 @@ class PruneConfig:
             f"method={self.method}, layer_ratios={self.layer_ratios} without data",
             "calibration text: --data.path FILE",
         )
+        separate = self.data is not None and self.data.separate
+        check(not separate, "data.separate", "false: only training packs several documents")
         check(
             self.group != "global" or self.method != "sparsegpt",
             "group=global with method=sparsegpt",
             "row or layer: SparseGPT decides block by block, before later layers are seen",
         )
+        separate = self.data is not None and self.data.separate
+        check(not separate, "data.separate", "false: only training packs several documents")
         check(
             self.group != "global" or self.layer_ratios == "uniform",
             f"group=global with layer_ratios={self.layer_ratios}",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig
+from seft_dist.config.data import DataConfig
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -54,6 +54,9 @@ class EvaluateConfig:
         check(self.batch_size >= 1, f"batch_size={self.batch_size}", "at least 1")
         check(self.max_tokens is None or self.max_tokens >= 2, f"max_tokens={self.max_tokens}", "at least 2, or null")
         check(self.data is not None or bool(self.tasks), "neither data nor tasks", "--data.path FILE or --tasks NAMES")
+        if self.data is not None:
+            check(self.data.mix is None, "data.mix", "data.path: each text is measured by itself")
+            check(not self.data.separate, "data.separate", "false: only training packs several documents")
         if self.stride is not None:
             check(self.data is not None, f"stride={self.stride} without data", "--data.path FILE")
             window = self.data.seq_len if self.data is not None else 0

@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from seft_dist.config.baselines import VARIANTS, BaselineConfig, MethodName, check_method, with_variant
 from seft_dist.config.checks import check, check_numbers
-from seft_dist.config.inputs import DataConfig, ModelConfig
+from seft_dist.config.data import DataConfig
+from seft_dist.config.inputs import ModelConfig
 from seft_dist.config.method import AdamConfig, SeftConfig
 from seft_dist.config.teacher import TeacherConfig
 from seft_dist.config.validation import EvalConfig
@@ -64,6 +65,9 @@ class TrainConfig:
     rest as well, on FSDP ranks or in one process, and are dense one at a time while in use."""
     seed: int = 0
     """Seed of the data order."""
+    group_by_length: bool = False
+    """True: sequences of similar length come together, so that less is padded: those of 50 optimizer steps are sorted
+    by length, and the steps shuffled. Each pass over the data still has every sequence once."""
     log_every: int = 1
     """Optimizer steps between records in metrics.jsonl and the trackers. In between, ranks exchange gradients only and
     do not wait for their devices; stop signals and losses that are not finite are noticed when a step is recorded."""
@@ -145,10 +149,10 @@ class TrainConfig:
     def _check_outputs(self) -> None:
         minutes = self.save_every_minutes
         check(0 <= minutes <= _MONTH / 60, f"save_every_minutes={minutes}", f"0 to {_MONTH // 60} minutes (30 days)")
+        self.eval.check_text(self.validation_data, "data" if self.eval.data is None else "eval.data")
         if self.export == "best":
-            check(
-                self.eval.data is not None, "export=best without eval.data", "text to judge by: --eval.data.path FILE"
-            )
+            wanted = "text to judge by: --eval.data.path FILE, or --data.holdout_share 0.02"
+            check(self.validation_data is not None, "export=best without eval.data", wanted)
         unknown = sorted(set(self.tracker_names) - set(get_args(Tracker)))
         check(not unknown, f"trackers={','.join(unknown)}", f"names out of {', '.join(get_args(Tracker))}")
         check(bool(self.project), "project is empty", "a name for the trackers")
@@ -162,6 +166,13 @@ class TrainConfig:
         check(not self.offload, f"offload with {method}", f"{layouts} offloaded weights")
         check(self.packing == "none", f"packing={self.packing} with {method}", "packing none: its weights are stored")
         check(not self.trace, f"trace with {method}", "no trace: it has no supports and no deltas")
+
+    @property
+    def validation_data(self) -> DataConfig | None:
+        """Text of the evaluations: eval.data, else the records that holdout_share keeps out of training, if any."""
+        if self.eval.data is None and self.data.holdout_share and not self.data.holdout:
+            return self.data.held_out
+        return self.eval.data
 
     @property
     def is_seft(self) -> bool:

@@ -1,6 +1,5 @@
 """Batches of token sequences for every rank, in an order that does not depend on the number of ranks."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,7 +7,9 @@ import torch
 from torch import Tensor
 
 from seft_dist.data.micro_batches import num_micro_batches
+from seft_dist.data.order import GROUPED_STEPS, EpochOrder, LengthGrouped, MixedOrder, Order
 from seft_dist.data.sequences import IGNORE, Sample
+from seft_dist.data.several import MixedSequences
 
 Batch = dict[str, Tensor]
 
@@ -17,23 +18,36 @@ def collate(samples: Sequence[Sample], pad: int) -> Batch:
     """Stack sequences into one batch, padded on the right to the longest.
 
     Args:
-        samples: ``(input_ids, labels)`` pairs, 1-D int64.
+        samples: ``(input_ids, labels)`` or, of separate documents, ``(input_ids, labels, position_ids)``, 1-D int64.
         pad: Number of the padding token.
 
     Returns:
         ``input_ids``, ``labels`` (-100 on padding) and ``attention_mask`` (0 on padding), int64, [samples, longest].
+        With separate documents also ``position_ids``, in which padding is a document of its own.
     """
-    shape = (len(samples), max(len(ids) for ids, _ in samples))
+    shape = (len(samples), max(len(sample[0]) for sample in samples))
     batch = {
         "input_ids": torch.full(shape, pad, dtype=torch.int64),
         "labels": torch.full(shape, IGNORE, dtype=torch.int64),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
     }
-    for row, (ids, labels) in enumerate(samples):
+    if len(samples[0]) > 2:
+        batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
+    for row, (ids, labels, *places) in enumerate(samples):
         batch["input_ids"][row, : len(ids)] = ids
         batch["labels"][row, : len(ids)] = labels
         batch["attention_mask"][row, : len(ids)] = 1
+        if places:
+            batch["position_ids"][row] = torch.cat([places[0], torch.arange(shape[1] - len(ids))])
     return batch
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """Return what a model is called with.
+
+    transformers restricts attention to documents by positions that begin anew, and only where it is given no mask.
+    """
+    return {key: value for key, value in batch.items() if key != "attention_mask" or "position_ids" not in batch}
 
 
 def check_vocabulary(batch: Batch, model: Any) -> None:
@@ -71,8 +85,9 @@ class BatchStream:
     There is no state to save: a resumed run asks for the step at which it continues.
 
     The samples of all epochs form one endless sequence: each epoch is a permutation of the data set drawn from (seed,
-    epoch), and a batch may end one epoch and begin the next. Optimizer step t takes the t-th piece of ``global_batch``
-    samples, whatever the world size. Within it, each rank takes ``batch_size`` samples for each micro-batch::
+    epoch), and a batch may end one epoch and begin the next (``seft_dist.data.order`` has other orders). Optimizer step
+    t takes the t-th piece of ``global_batch`` samples, whatever the world size. Within it, each rank takes
+    ``batch_size`` samples for each micro-batch::
 
         | micro-batch 0: rank 0 | rank 1 | ... | micro-batch 1: rank 0 | rank 1 | ... |
 
@@ -90,6 +105,7 @@ class BatchStream:
         world_size: int = 1,
         seed: int = 0,
         pad_id: int = 0,
+        group_by_length: bool = False,
     ) -> None:
         """Args:
             sequences: The data set.
@@ -99,6 +115,7 @@ class BatchStream:
             world_size: Number of ranks.
             seed: Seed of the order.
             pad_id: Number of the padding token.
+            group_by_length: Put sequences of similar length together; needs ``TokenSequences``.
 
         Raises:
             ValueError: The data set is smaller than one global batch.
@@ -116,8 +133,21 @@ class BatchStream:
         self._batch_size = batch_size
         self._num_micro_batches = num_micro_batches(self.global_batch, batch_size, world_size)
         self._rank, self._world_size = rank, world_size
-        self._seed, self._pad = seed, pad_id
-        self._orders: dict[int, Tensor] = {}
+        self._pad = pad_id
+        self._sample, self.order = self._make_order(sequences, seed, group_by_length)
+
+    def _make_order(self, sequences: Any, seed: int, group_by_length: bool) -> tuple[Order, str]:
+        """Make the order of the samples, and describe it; nothing is said of permutations of one source."""
+        order: Order
+        if isinstance(sequences, MixedSequences):
+            order = MixedOrder(sequences.counts, sequences.weights, seed)
+            said = f" mixed {sequences.counts} by {sequences.weights}"
+        else:
+            order, said = EpochOrder(len(sequences), seed), ""
+        if group_by_length:
+            order = LengthGrouped(order, sequences.lengths(), self.global_batch, len(sequences), seed)
+            said += f" by length in {GROUPED_STEPS} steps"
+        return order, said
 
     @property
     def sequences(self) -> Any:
@@ -141,22 +171,11 @@ class BatchStream:
     def _batch(self, samples: list[int]) -> Batch:
         if samples:
             return collate([self._sequences[index] for index in samples], self._pad)
-        ids, labels = self._sequences[0]
-        return collate([(ids, torch.full_like(labels, IGNORE))], self._pad)
+        ids, labels, *places = self._sequences[0]
+        return collate([(ids, torch.full_like(labels, IGNORE), *places)], self._pad)
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro-batches of step ``start_step`` and of every later step, without end."""
         while True:
             yield self.step(start_step)
             start_step += 1
-
-    def _sample(self, position: int) -> int:
-        """Index of the sample at a position of the endless sequence of all epochs."""
-        epoch, offset = divmod(position, len(self._sequences))
-        if epoch not in self._orders:
-            digest = hashlib.sha256(f"order {self._seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            # A batch touches at most two epochs that follow each other: older permutations are dropped
-            self._orders = {kept: order for kept, order in self._orders.items() if abs(kept - epoch) == 1}
-            self._orders[epoch] = torch.randperm(len(self._sequences), generator=generator)
-        return int(self._orders[epoch][offset])

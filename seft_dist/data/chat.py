@@ -27,6 +27,14 @@ NO_TOOL_CALLS = "with calls of tools, which the chat template cannot write"
 REASONS = (NO_ANSWER, NO_MESSAGES, NO_CONTENT, BLANK, NO_TOOL_CALLS)
 
 
+_ROLES = {
+    **{"system": "system", "human": "user", "user": "user"},
+    **{"gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant"},
+    **{"tool": "tool", "observation": "tool", "function_response": "tool"},
+}
+"""Names in ShareGPT's "from", and the roles that chat templates know."""
+
+
 @dataclass(frozen=True)
 class EncodedChat:
     """A conversation as tokens."""
@@ -68,13 +76,14 @@ def record_messages(messages: Any, where: str) -> list[Message]:
         where: File and line of the record, for error messages.
 
     Raises:
-        ValueError: The value is not a list of {"role", "content"} objects with text.
+        ValueError: The value is not a list of {"role", "content"} or {"from", "value"} objects with text.
         SkipError: There are no messages, a message that calls no tools has no content, or an answer is blank.
     """
     if messages is None or messages == []:
         raise SkipError(NO_MESSAGES)
     if not isinstance(messages, list):
         raise ValueError(f'{where}: needs a list of {{"role", "content"}} messages, found {type(messages).__name__}')
+    messages = [_from_sharegpt(message, where) if _is_sharegpt(message) else message for message in messages]
     for message in messages:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), (str, type(None))):
@@ -89,6 +98,22 @@ def record_messages(messages: Any, where: str) -> list[Message]:
         if message["role"] == "assistant" and not message["content"].strip() and not _has_reasoning(message):
             raise SkipError(BLANK)
     return cleaned
+
+
+def _is_sharegpt(message: Any) -> bool:
+    return isinstance(message, dict) and "from" in message and "value" in message and "role" not in message
+
+
+def _from_sharegpt(message: Message, where: str) -> Message:
+    """Return a message of ShareGPT's {"from", "value"} as {"role", "content"}; other fields stay."""
+    role = _ROLES.get(message["from"]) if isinstance(message["from"], str) else None
+    if role is None:
+        raise ValueError(
+            f"{where}: a message is from {message['from']!r}: needs one of {', '.join(_ROLES)}, or messages with "
+            '"role" and "content", which may hold calls of tools'
+        )
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message["value"]} | others
 
 
 def _has_reasoning(message: Message) -> bool:

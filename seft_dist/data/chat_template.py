@@ -1,7 +1,8 @@
 """The chat template of a tokenizer, rendered for a fixed date, with the spans that it marks as the assistant's.
 
-A tokenizer without a template gets the following plain layout of one line for each message. The tokenizer's bos token
-comes first if the tokenizer adds one to ordinary text, and its eos token follows each message of the assistant::
+A tokenizer without a template gets the following plain layout of one line for each message, which is written as a
+template too, so that it can be stored with a model. The tokenizer's bos token comes first if the tokenizer adds one to
+ordinary text, and its eos token follows each message of the assistant::
 
     User: What is the capital of France?
     Assistant: Paris</s>
@@ -38,6 +39,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._day = datetime.date.fromisoformat(date) if date is not None else datetime.date.today()
         self._pinned: dict[str, str] = {}
+        self._plain = plain_template(tokenizer) if tokenizer.chat_template is None else ""
 
     @property
     def date(self) -> str | None:
@@ -59,8 +61,6 @@ class ChatTemplate:
         Raises:
             jinja2.TemplateError: The template refuses the conversation.
         """
-        if self._tokenizer.chat_template is None:
-            return self._plain(messages, prompt)
         return str(
             self._tokenizer.apply_chat_template(
                 messages,
@@ -85,19 +85,24 @@ class ChatTemplate:
         return [(start, stop) for start, stop in spans[0] if stop > start]
 
     def _source(self, tools: Tools) -> str:
+        if self._tokenizer.chat_template is None:
+            return self._plain
         source = str(self._tokenizer.get_chat_template(tools=tools))
         if source not in self._pinned:
             self._pinned[source] = pin_date(source, self._day)
         return self._pinned[source]
 
-    def _plain(self, messages: list[Message], prompt: bool) -> str:
-        begin = self._tokenizer.bos_token if adds_bos(self._tokenizer) else ""
-        end = self._tokenizer.eos_token or ""
-        lines = [
-            f"{m['role'].capitalize()}: {m.get('content') or ''}{end if m['role'] == 'assistant' else ''}\n"
-            for m in messages
-        ]
-        return begin + "".join(lines) + ("Assistant:" if prompt else "")
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the plain layout as the Jinja source of a chat template."""
+    begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+    end = "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}" if tokenizer.eos_token else ""
+    return (
+        begin
+        + "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] or '' }}"
+        + end
+        + "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+    )
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -4,10 +4,12 @@ Tokenized data is cached under the hash of the files' bytes, so a file that was 
 its name, size and time are the same. The price is that each process reads every file once when it starts.
 """
 
+import glob
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,21 +28,30 @@ Located = tuple[str, Record]
 """File and line of a record, for error messages, and the record."""
 
 
-def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
-    """Find the data files that a path stands for.
+def is_pattern(path: str) -> bool:
+    """Return whether a path is a pattern such as "part-*.jsonl", and no file of that very name."""
+    return glob.has_magic(path) and not Path(path).expanduser().exists()
+
+
+def find_data_files(paths: Sequence[str]) -> tuple[list[Path], str]:
+    """Find the data files that paths stand for.
 
     Args:
-        path: A file or a folder; it exists.
-        name: The path as the user wrote it, for error messages.
+        paths: Files, folders, and patterns of these, as the user wrote them.
 
     Returns:
-        The files in the order of their names, and their kind, a value of ``BUILDERS``.
+        The files of one path after those of another, in the order of their names, and their kind, a value of
+        ``BUILDERS``.
 
     Raises:
-        ValueError: There are no such files, they are of several kinds, all are empty, or one is not a regular file.
+        ValueError: There are no such files, they are of several kinds, all are empty, one is there twice, or one is not
+            a regular file.
     """
-    inside = (file for file in path.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
-    files = sorted(inside) if path.is_dir() else [path]
+    name = ", ".join(paths)
+    files = [file for path in paths for place in _places(path) for file in _files_in(place)]
+    twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if twice:
+        raise ValueError(f"data.path={name} names {twice[0]} twice: needs each file once")
     if not files:
         raise ValueError(f"data.path={name} holds no such file: needs files of one kind out of {', '.join(BUILDERS)}")
     for file in files:
@@ -54,6 +65,23 @@ def find_data_files(path: Path, name: str) -> tuple[list[Path], str]:
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"data.path={name} is empty: needs at least one record")
     return files, kinds[0]
+
+
+def _places(path: str) -> list[Path]:
+    if is_pattern(path):
+        found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
+        if not found:
+            raise ValueError(f"data.path={path} matches no file: needs a pattern with at least one")
+        return [Path(place) for place in found]
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ValueError(f"data.path={path} does not exist: needs a file, a folder or a pattern")
+    return [place]
+
+
+def _files_in(place: Path) -> list[Path]:
+    inside = (file for file in place.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
+    return sorted(inside) if place.is_dir() else [place]
 
 
 def hash_files(files: list[Path]) -> str:

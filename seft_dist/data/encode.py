@@ -75,8 +75,8 @@ def joined_text(records: Any, config: DataConfig) -> str:
         length += sum(len(text or "") for text in some)
         if length > MOST_JOINED:
             raise ValueError(
-                f"data.join={config.join} makes one text of more than {MOST_JOINED} characters of {config.path}: needs "
-                "fewer records (data.max_records), or data.join=documents"
+                f"data.join={config.join} makes one text of more than {MOST_JOINED} characters of {config.label}: "
+                "needs fewer records (data.max_records), or data.join=documents"
             )
     return BETWEEN[config.join].join(texts)
 
@@ -99,7 +99,7 @@ def _texts(records: Columns, numbers: list[int], config: DataConfig) -> list[str
 
 def _location(records: Columns, row: int, numbers: list[int], config: DataConfig) -> str:
     """File and line of a record for error messages; of a hub data set, its name and the record's number."""
-    return str(records[LOCATION][row]) if LOCATION in records else f"{config.path}, record {numbers[row]}"
+    return str(records[LOCATION][row]) if LOCATION in records else f"{config.label}, record {numbers[row]}"
 
 
 def instruction_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Encoder:

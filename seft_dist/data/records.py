@@ -1,5 +1,6 @@
 """The records of a data set: where they are read from, how their kind is determined, and which rows are used."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -10,7 +11,15 @@ from typing import Any
 import datasets
 
 from seft_dist.config import DataConfig
-from seft_dist.data.data_files import BUILDERS, Located, find_data_files, hash_files, read_located, without_none
+from seft_dist.data.data_files import (
+    BUILDERS,
+    Located,
+    find_data_files,
+    hash_files,
+    is_pattern,
+    read_located,
+    without_none,
+)
 
 LOCATION = "place"
 """Name of the column with the file and line of a record of local files."""
@@ -20,7 +29,7 @@ _FORMAT = 1
 """Version of the columns below, part of the cache's key: to be raised when the same files give other columns."""
 
 
-def read_records(config: DataConfig) -> tuple[Any, str]:
+def read_records(config: DataConfig) -> tuple[Any, str, DataConfig]:
     """Read a file, a folder or a hub data set.
 
     Local files become columns of text: lists of messages and tools are kept as JSON, exactly as they were written,
@@ -31,33 +40,53 @@ def read_records(config: DataConfig) -> tuple[Any, str]:
         config: The data.
 
     Returns:
-        A ``datasets.Dataset``, memory-mapped, with the columns of its kind; and the kind, "chat", "instruction" or
-        "text".
+        A ``datasets.Dataset``, memory-mapped, with the columns of its kind; the kind, "chat", "instruction" or "text";
+        and the configuration with the names of the columns that were found.
 
     Raises:
         ValueError: There is no such data, or it cannot be read.
         OSError: The permission to read a file is missing.
     """
-    path = Path(config.path).expanduser()
-    if not path.exists():
-        if path.suffix in BUILDERS or config.path.startswith((".", "/", "~")):
-            raise ValueError(
-                f"data.path={config.path} does not exist: needs a file, a folder or the hub name of a dataset"
-            )
-        if config.path.count("/") > 1:
-            raise ValueError(f"data.path={config.path} does not exist, and is no hub name (OWNER/NAME)")
+    if _is_of_the_hub(config):
         records = _read_hub(config)
-        kind = record_kind(records.column_names, config)
-        return records.select_columns([name for name in _columns(kind, config) if name in records.column_names]), kind
+        kind, config = record_kind(records.column_names, config)
+        columns = [name for name in _columns(kind, config) if name in records.column_names]
+        return records.select_columns(columns), kind, config
     if config.name is not None or config.split != "train":
         raise ValueError(
-            f"data.path={config.path} is local: data.name and data.split are only for hub datasets; remove them"
+            f"data.path={config.label} is local: data.name and data.split are only for hub datasets; remove them"
         )
-    files, file_kind = find_data_files(path, config.path)
+    files, file_kind = find_data_files(config.paths)
     digest = hash_files(files)
     sampled = [record for _, record in itertools.islice(read_located(files, file_kind), _NUM_SAMPLED)]
-    kind = record_kind(list(dict.fromkeys(name for record in sampled for name in record)), config)
-    return _read_cached(files, file_kind, kind, digest, config), kind
+    kind, config = record_kind(list(dict.fromkeys(name for record in sampled for name in record)), config)
+    return _read_cached(files, file_kind, kind, digest, config), kind, config
+
+
+def local_files(config: DataConfig) -> list[Path]:
+    """Find the files of a data set; empty if it is one of the hub.
+
+    Raises:
+        ValueError: A file does not exist.
+    """
+    return [] if _is_of_the_hub(config) else find_data_files(config.paths)[0]
+
+
+def _is_of_the_hub(config: DataConfig) -> bool:
+    """Return whether the one path is the hub name of a data set.
+
+    Raises:
+        ValueError: It is neither that nor anything local.
+    """
+    if len(config.paths) > 1 or is_pattern(config.label) or Path(config.label).expanduser().exists():
+        return False
+    if Path(config.label).suffix in BUILDERS or config.label.startswith((".", "/", "~")):
+        raise ValueError(
+            f"data.path={config.label} does not exist: needs a file, a folder or the hub name of a dataset"
+        )
+    if config.label.count("/") > 1:
+        raise ValueError(f"data.path={config.label} does not exist, and is no hub name (OWNER/NAME)")
+    return True
 
 
 def _read_cached(files: list[Path], file_kind: str, kind: str, digest: str, config: DataConfig) -> Any:
@@ -97,7 +126,7 @@ def generate_cached(
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None
-        raise ValueError(f"data.path={config.path} cannot be read {how}: {cause_of(error)}") from error
+        raise ValueError(f"data.path={config.label} cannot be read {how}: {cause_of(error)}") from error
 
 
 def _columns(kind: str, config: DataConfig) -> list[str]:
@@ -139,10 +168,10 @@ def chat_value(value: Any) -> Any:
 
 def _read_hub(config: DataConfig) -> Any:
     try:
-        return datasets.load_dataset(config.path, config.name, split=config.split)
+        return datasets.load_dataset(config.label, config.name, split=config.split)
     except Exception as error:  # datasets, the hub's client and its transport have no common error type
         raise ValueError(
-            f"data.path={config.path} is no file or folder here, and the hub did not give a dataset of that name "
+            f"data.path={config.label} is no file or folder here, and the hub did not give a dataset of that name "
             f"(data.name={config.name}, data.split={config.split}): {cause_of(error)}"
         ) from error
 
@@ -153,38 +182,24 @@ def cause_of(error: BaseException) -> str:
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
-def select_records(records: Any, config: DataConfig) -> Any:
-    """Keep the records of the training part or of the held-out part, at most ``max_records``.
-
-    With ``holdout_every`` n, the n-th, 2n-th, ... record is held out.
-
-    Args:
-        records: A ``datasets.Dataset``.
-        config: The data.
-
-    Raises:
-        ValueError: No record is left.
-    """
-    chosen: Any = range(len(records))
-    if config.holdout_every:
-        n = config.holdout_every
-        chosen = [i for i in chosen if (i % n == n - 1) == config.holdout]
-    chosen = chosen[: config.max_records]
-    if len(chosen) == 0:
-        raise ValueError(
-            f"data.path={config.path} has {len(records)} records, none of them left with "
-            f"holdout_every={config.holdout_every}, holdout={config.holdout}: needs more records (a .txt file is one "
-            "record; use .jsonl with one document a line)"
-        )
-    return records if len(chosen) == len(records) else records.select(chosen)
+_USUAL: dict[str, dict[str, Any]] = {
+    "chat": {"messages_field": "conversations"},
+    "instruction": {"prompt_field": "prompt", "answer_field": "completion"},
+}
+"""Options of the columns of a kind, and their names in widespread formats other than the default."""
 
 
-def record_kind(columns: list[str], config: DataConfig) -> str:
+def record_kind(columns: list[str], config: DataConfig) -> tuple[str, DataConfig]:
     """Determine the kind of records from their columns: "chat", "instruction" or "text".
+
+    The columns that the options name win. ``conversations``, and ``prompt`` with ``completion``, need no options.
 
     Args:
         columns: Names of the columns.
         config: The data; it may demand a kind.
+
+    Returns:
+        The kind, and the configuration with the names of its columns.
 
     Raises:
         ValueError: The columns fit no kind, or not the kind demanded.
@@ -194,13 +209,18 @@ def record_kind(columns: list[str], config: DataConfig) -> str:
         "instruction": [config.prompt_field, config.answer_field],
         "text": [config.text_field],
     }
-    kinds = needed if config.kind == "auto" else [config.kind]
+    kinds = list(needed) if config.kind == "auto" else [config.kind]
     for kind in kinds:
         if all(name in columns for name in needed[kind]):
-            return kind
+            return kind, config
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for kind, names in _USUAL.items():
+        is_free = kind in kinds and all(getattr(config, field) == defaults[field] for field in names)
+        if is_free and all(name in columns for name in names.values()):
+            return kind, dataclasses.replace(config, **names)
     wanted = "; or ".join(f"{kind}: {', '.join(needed[kind])}" for kind in kinds)
     shown = ", ".join(columns[:20]) or "none"
     raise ValueError(
-        f"data.path={config.path} has the columns {shown}: needs {wanted} (choose others with "
+        f"data.path={config.label} has the columns {shown}: needs {wanted} (choose others with "
         "data.text_field, data.prompt_field, data.answer_field, data.messages_field)"
     )

@@ -1,17 +1,20 @@
 """Token sequences of a data set, read from a memory-mapped file.
 
-A sequence is a pair of 1-D int64 tensors of equal length, ``input_ids`` and ``labels``. A label of -100 has no loss.
+A sequence is a tuple of 1-D int64 tensors of equal length, ``input_ids`` and ``labels``. A label of -100 has no loss.
+With ``data.separate`` a third tensor, ``position_ids``, begins at 0 with each document.
 """
 
 import hashlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seft_dist.config import DataConfig
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 
 IGNORE = -100
 
-Sample = tuple[Tensor, Tensor]
+Sample = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Provenance:
     """The records that were read, a ``datasets.Dataset``."""
     date: str | None
     """Day that the chat template was given as today, YYYY-MM-DD; None: the template does not use the date."""
+    invented_template: str | None
+    """Chat template that took the place of the tokenizer's, which has none; None: there was no need of one."""
     adds_bos: bool
     """The tokenizer puts a bos token in front of ordinary text."""
 
@@ -63,7 +68,41 @@ class Provenance:
         return digest.hexdigest()[:32]
 
 
-class PackedBlocks(Sequence[Sample]):
+class TokenSequences(Sequence[Sample]):
+    """Token sequences of one source or several."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Number of tokens in the whole data set."""
+
+    @property
+    @abstractmethod
+    def provenances(self) -> list[Provenance]:
+        """Origin of the sequences, one for each source."""
+
+    @property
+    def invented_template(self) -> str | None:
+        """Chat template that took the place of the tokenizer's, which has none; None: there was no need of one."""
+        return next((each.invented_template for each in self.provenances if each.invented_template), None)
+
+    @property
+    def date(self) -> str | None:
+        """Day that the chat template was given as today, YYYY-MM-DD; None: nothing was written with a date."""
+        return next((each.date for each in self.provenances if each.date), None)
+
+    @abstractmethod
+    def contents(self, start: int, stop: int) -> Iterator[Any]:
+        """Yield the lengths and then the tokens of the sequences start <= i < stop, as int32 arrays, for a digest."""
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Return the number of tokens of every sequence."""
+        starts = range(0, len(self), 10_000)
+        parts = [next(iter(self.contents(start, min(start + 10_000, len(self))))) for start in starts]
+        return np.concatenate(parts).astype(np.int32, copy=False)
+
+
+class PackedBlocks(TokenSequences):
     """Concatenated documents as blocks of ``seq_len`` tokens. A block is copied only when it is read."""
 
     def __init__(self, encoded: Any, provenance: Provenance) -> None:
@@ -73,10 +112,16 @@ class PackedBlocks(Sequence[Sample]):
         self._chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
         self._seq_len = config.seq_len
+        self._documents: NDArray[np.int64] | None = None
+        """First token of each document; None if documents are not separate."""
+        if config.separate:
+            rows = encoded.data.column("input_ids").chunks if len(encoded) else []
+            lengths = [row.value_lengths().to_numpy(zero_copy_only=False) for row in rows]
+            self._documents = np.cumsum(np.concatenate([[0], *lengths]).astype(np.int64))
         self._encoded = encoded  # keeps the memory map open
         if len(self) == 0:
             raise ValueError(
-                f"{config.path}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
+                f"{config.label}: {self.num_tokens} tokens in {len(encoded)} records, less than one block of "
                 f"data.seq_len={config.seq_len}: needs more text or a smaller seq_len"
             )
 
@@ -99,19 +144,51 @@ class PackedBlocks(Sequence[Sample]):
             parts.append(part)
             start, first = start + len(part), first + 1
         ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        return ids, ids.clone()
+        if self._documents is None:
+            return ids, ids.clone()
+        labels, starts = ids.clone(), self._starts_in(stop - self._seq_len, stop)
+        labels[starts] = IGNORE
+        return ids, labels, positions(starts, self._seq_len)
+
+    def _starts_in(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the places where documents begin in a stretch of tokens, counted from its beginning, which is one."""
+        assert self._documents is not None
+        first, last = np.searchsorted(self._documents, (start, stop))
+        return np.union1d(0, self._documents[first:last] - start)
+
+    @property
+    def provenances(self) -> list[Provenance]:
+        """Origin of the text."""
+        return [self.provenance]
 
     def contents(self, start: int, stop: int) -> Iterator[Any]:
-        """Yield the lengths and then the tokens of the sequences start <= i < stop, as int32 arrays, for a digest."""
+        """Yield lengths and tokens of the sequences start <= i < stop, as int32 arrays; if documents are separate also
+        1 for each token that begins one, else 0."""
         yield np.full(stop - start, self._seq_len, dtype=np.int32)
         start, stop = start * self._seq_len, stop * self._seq_len
         for begin, chunk in zip(self._starts, self._chunks, strict=False):
             part = chunk[max(0, start - begin) : max(0, stop - begin)]
             if len(part):
                 yield part
+        if self._documents is not None:
+            first, last = np.searchsorted(self._documents, (start, stop))
+            begins = np.zeros(stop - start, dtype=np.int32)
+            begins[self._documents[first:last] - start] = 1
+            yield begins
 
 
-class Conversations(Sequence[Sample]):
+def positions(starts: NDArray[np.int64], length: int) -> Tensor:
+    """Return the position of each token in its own document, int64 [length].
+
+    Args:
+        starts: Where documents begin, the first one at 0.
+        length: Number of tokens of all documents.
+    """
+    lengths = np.diff(starts, append=length)
+    return torch.from_numpy(np.arange(length, dtype=np.int64) - np.repeat(starts, lengths))
+
+
+class Conversations(TokenSequences):
     """Conversations as sequences, one for each record that has an answer."""
 
     def __init__(self, encoded: Any, provenance: Provenance) -> None:
@@ -122,17 +199,17 @@ class Conversations(Sequence[Sample]):
         kept = np.flatnonzero(why == 0)
         if len(kept) == 0:
             raise ValueError(
-                f"{config.path}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
+                f"{config.label}: none of {len(why)} records has an answer within data.seq_len={config.seq_len} tokens "
                 f"({summary}): raise seq_len, or check the fields and data.kind"
             )
         if len(kept) < len(why):
-            log.warning("%s: %d of %d records are left out: %s", config.path, len(why) - len(kept), len(why), summary)
+            log.warning("%s: %d of %d records are left out: %s", config.label, len(why) - len(kept), len(why), summary)
         lost = int(np.asarray(encoded.with_format("numpy")["lost_turns"][:]).sum())
         if lost:
             log.warning(
                 "%s: %d turns of the assistant are not learned: the chat template rewrites them, so that they cannot "
                 "be found; mark them in the template with {%% generation %%}",
-                config.path,
+                config.label,
                 lost,
             )
         encoded = encoded.select_columns(["input_ids", "labels"])
@@ -141,11 +218,12 @@ class Conversations(Sequence[Sample]):
     @property
     def num_tokens(self) -> int:
         """Number of tokens in all conversations."""
-        return sum(int(lengths.sum()) for lengths in self._lengths())
+        return int(self.lengths().sum(dtype=np.int64))
 
-    def _lengths(self) -> Iterator[Any]:
-        for start in range(0, len(self), 10_000):
-            yield next(iter(self.contents(start, min(start + 10_000, len(self)))))
+    @property
+    def provenances(self) -> list[Provenance]:
+        """Origin of the conversations."""
+        return [self.provenance]
 
     def __len__(self) -> int:
         return len(self._encoded)

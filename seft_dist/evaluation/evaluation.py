@@ -19,7 +19,7 @@ from seft_dist.backends.fsdp import FsdpBackend, reshard
 from seft_dist.backends.group import world_group
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import EvaluateConfig, ModelConfig
-from seft_dist.data.load import load_sequences
+from seft_dist.data.load import load_source
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
 from seft_dist.evaluation.policy import Policy, describe_policy, policy_of
@@ -98,7 +98,7 @@ def _evaluate_one(
     sequences: Any = None
     policy: Policy | None = None
     if data is not None:
-        loaded = one_rank_per_machine_first(ranks, lambda: load_sequences(data, tokenizer, progress=show))
+        loaded = one_rank_per_machine_first(ranks, lambda: load_source(data, tokenizer, progress=show))
         policy = on_all_ranks(
             ranks, lambda: policy_of(loaded, tokenizer, config, str(source.dtype).removeprefix("torch."))
         )

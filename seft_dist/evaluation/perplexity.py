@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.config import DataConfig
-from seft_dist.data.batches import check_vocabulary, collate
+from seft_dist.data.batches import check_vocabulary, collate, model_inputs
 from seft_dist.data.sequences import IGNORE, PackedBlocks, Sample
+from seft_dist.io.positions import longest_sequence
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def scored_sequences(
         return limit_tokens(sequences, max_tokens)
     if not isinstance(sequences, PackedBlocks):
         raise ValueError(
-            f"stride={stride}, but {data.path} holds instructions or chats, where each record is a "
+            f"stride={stride}, but {data.label} holds instructions or chats, where each record is a "
             "sequence of its own: leave the stride out, or choose data.kind text"
         )
     # One block more than there are, so that the tokens behind the last full block are included
@@ -138,7 +139,7 @@ class ScoringPlan:
     """Sequences to score, checked, and the forward passes that score them; the same on every rank."""
 
     sequences: Sequence[Sample]
-    """``(input_ids, labels)`` pairs, 1-D int64; labels of -100 are not scored."""
+    """``(input_ids, labels)``, and ``position_ids`` of separate documents, 1-D int64; labels of -100 are not scored."""
     lengths: list[int]
     """Number of tokens of each sequence."""
     scored: int
@@ -247,7 +248,7 @@ def _check_sequences(model: Any, sequences: Sequence[Sample]) -> tuple[list[int]
     """
     lengths, scored = [], 0
     for index in range(len(sequences)):
-        ids, labels = sequences[index]
+        ids, labels, *_ = sequences[index]
         check_vocabulary({"input_ids": ids}, model)
         lengths.append(len(ids))
         scored += int((labels[1:] != IGNORE).sum())
@@ -255,7 +256,7 @@ def _check_sequences(model: Any, sequences: Sequence[Sample]) -> tuple[list[int]
         raise ValueError(
             f"none of {len(sequences)} sequences has a token to score: needs labels beyond each first token"
         )
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = longest_sequence(model.config)
     if most is not None and max(lengths) > most:
         log.warning("sequences of %d tokens, but the model was made for %d: lower data.seq_len", max(lengths), most)
     return lengths, scored
@@ -265,7 +266,8 @@ def _pass(model: nn.Module, samples: list[Sample], device: torch.device) -> floa
     """Run one forward pass, and sum the negative log-likelihoods of its scored tokens in fp64."""
     batch = collate(samples, pad=0)
     labels = batch.pop("labels").to(device)
-    logits = model(**{name: value.to(device) for name, value in batch.items()}, use_cache=False).logits
+    inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
+    logits = model(**inputs, use_cache=False).logits
     total = torch.zeros((), dtype=torch.float64, device=device)
     for scores, answer in zip(logits[:, :-1], labels[:, 1:], strict=True):  # one at a time, to limit the fp32 copy
         total += F.cross_entropy(scores.float(), answer, ignore_index=IGNORE, reduction="none").double().sum()

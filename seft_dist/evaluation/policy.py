@@ -23,7 +23,8 @@ class Policy:
     kind: str
     """Kind of the records: "text", "instruction" or "chat"."""
     holdout: str
-    """Records that were used: "all", "1 in 10" (held out) or "all but 1 in 10"."""
+    """Records that were used: "all", "1 in 10" (held out), "all but 1 in 10", or the same with "a share of 0.02 by
+    hash"."""
     records: int
     """Number of records."""
     text: str
@@ -56,7 +57,7 @@ def policy_of(
     """Record the policy of a perplexity.
 
     Args:
-        sequences: The data, from ``load_sequences``.
+        sequences: The data, from ``load_source``.
         tokenizer: Tokenizer of the data.
         config: The evaluation; it has data.
         dtype: Dtype of the model's weights.
@@ -67,13 +68,17 @@ def policy_of(
     for start in range(0, len(sequences), 1 << 14):
         for values in sequences.contents(start, min(start + (1 << 14), len(sequences))):
             digest.update(values.data)
-    held = f"1 in {data.holdout_every}"
+    held = f"1 in {data.holdout_every}" if data.holdout_every else f"a share of {data.holdout_share:g} by hash"
+    if not (data.holdout_every or data.holdout_share):
+        held = "all"
+    elif not data.holdout:
+        held = f"all but {held}"
     return Policy(
-        data=data.path,
+        data=data.label,
         name=data.name,
         split=data.split,
         kind=provenance.kind,
-        holdout="all" if not data.holdout_every else held if data.holdout else f"all but {held}",
+        holdout=held,
         records=len(provenance.records),
         text=provenance.fingerprint(),
         join=data.join if provenance.kind == "text" else "documents",

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from seft_dist.config import paths_of
 from seft_dist.config.baselines import FIELDS, VARIANTS
 from seft_dist.export.semi_structured import target_rows
 from seft_dist.files.reading import check_kind, read_json, read_yaml
@@ -106,6 +107,10 @@ def _public(path: str) -> str:
     return local.name if local.is_dir() or path.startswith((".", "/", "~")) or path.count("/") > 1 else path
 
 
+def _public_data(data: dict[str, Any]) -> str:
+    return ", ".join(_public(path) for path in paths_of(data))
+
+
 def _method(records: _Records, base: str) -> str:
     lines = ["## Method", ""]
     if records.pruning:
@@ -174,7 +179,7 @@ def _recipe(records: _Records) -> str:
     attempts = records.manifest.get("attempts") or [{}]
     versions = attempts[-1].get("versions") or {}
     values = {
-        "data": _public(str(data.get("path", ""))) + (f", {data['name']}" if data.get("name") else ""),
+        "data": _public_data(data) + (f", {data['name']}" if data.get("name") else ""),
         "sequence length": data.get("seq_len"),
         "sequences of the data": (records.manifest.get("data") or {}).get("sequences"),
         "optimizer steps": result.get("steps", config.get("steps")),
@@ -218,7 +223,7 @@ def _results(records: _Records) -> str:
     measured = {name: _numbers(entry) for name, entry in models.items() if isinstance(entry, dict)}
     names = list({key: None for numbers in measured.values() for key in numbers})
     rows = [[name, *(numbers.get(key, "-") for key in names)] for name, numbers in measured.items()]
-    text = _public(str((records.evaluation.get("data") or {}).get("path", "")))
+    text = _public_data(records.evaluation.get("data") or {})
     where = f"Measured by seft evaluate{f' on {text}' if text else ''}:"
     return "\n".join([*lines, where, "", _table(["model", *names], rows)])
 

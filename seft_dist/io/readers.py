@@ -18,7 +18,8 @@ from seft_dist.io.settings import CONFIG, GENERATION
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_CONFIG, CHAT_TEMPLATES = "tokenizer_config.json", "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 _OTHER_TOOLS = ("sparsity_config", "compression_config")

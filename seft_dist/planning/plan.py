@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from seft_dist.config import PlanConfig
+from seft_dist.io.positions import check_length
 from seft_dist.planning.architectures import ModelShapes, find_architecture
 from seft_dist.planning.hardware import Rates, gpu_rates
 from seft_dist.planning.layout import Layout, LayoutKind, Packing, possible_layouts, world_sizes
@@ -76,11 +77,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> ClusterPlan:
     rates = rates or gpu_rates(config.cluster, config.dtype, config.seft.density)
     dataclasses.replace(config.seft, steps=config.steps)  # checks the schedule against the run's length
     architecture = find_architecture(config.model)
-    longest = getattr(architecture, "max_position_embeddings", config.seq_len)
-    if isinstance(longest, int) and config.seq_len > longest:
-        raise ValueError(
-            f"seq_len={config.seq_len}: {config.model} reads at most {longest} tokens; choose a shorter one"
-        )
+    check_length(architecture, config.seq_len, config.model, "seq_len")
     shapes = ModelShapes.of(architecture, config.seft.targets)
     cost = _trace(config, shapes, inputs_kept=False)
     # Checkpointed layers keep no inputs of linears, whatever the method

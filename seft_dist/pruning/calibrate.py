@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from seft_dist.backends.group import Group
 from seft_dist.data.batches import check_vocabulary
+from seft_dist.data.order import MixedOrder
 from seft_dist.data.sequences import Sample
+from seft_dist.data.several import MixedSequences
 from seft_dist.io.library_types import PreTrainedModel
 
 _TOKENS_AT_ONCE = 2048
@@ -59,7 +61,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list[Tensor]:
-    """Draw calibration sequences at random, without repetition.
+    """Draw calibration sequences at random, without repetition; from each source of a mix its share.
 
     Args:
         sequences: The calibration data.
@@ -77,8 +79,16 @@ def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list
             f"the calibration data has {len(sequences)} sequences, --sequences asks for {count}: lower it, lower "
             "data.seq_len, or use more text"
         )
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))[:count]
-    return [sequences[int(index)][0] for index in order]
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    if isinstance(sequences, MixedSequences):
+        mixed = MixedOrder(sequences.counts, sequences.weights, seed)
+        order = [mixed(position) for position in range(count)]
+        if len(set(order)) < count:
+            raise ValueError(
+                f"a source of data.mix has fewer sequences than its share of --sequences={count}: lower it or the "
+                "weight, or use more text"
+            )
+    return [sequences[index][0] for index in order]
 
 
 LayerVisitor = Callable[[str, nn.Module, Callable[[], None]], None]

@@ -88,7 +88,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
             )
         assert config.data is not None
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.provenance.date))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.date))
         sequences = sample_sequences(data, config.sequences, config.seed)
     return PruningPlan(config, stream, targets, shapes, sparsities, sequences, masks)
 

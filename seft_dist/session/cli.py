@@ -290,8 +290,17 @@ def _build(config_class: type[T], values: Namespace) -> T:
         ]
         if inner and isinstance(value, Namespace):
             value = _build(typing.cast(type, inner[0]), value)
+        elif isinstance(value, dict) and any(isinstance(item, Namespace) for item in value.values()):
+            named = _dataclass_of_entries(hints[field.name])
+            value = {name: _build(named, item) for name, item in value.items()}
         made[field.name] = value
     return config_class(**made)
+
+
+def _dataclass_of_entries(hint: Any) -> type:
+    """Return the dataclass in ``dict[str, DATACLASS] | None``."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is dict]
+    return typing.cast(type, typing.get_args(kinds[0])[1])
 
 
 def _plain(value: Any) -> Any:

@@ -23,7 +23,8 @@ from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from seft_dist.config import DataConfig, StudyConfig
-from seft_dist.data.data_files import find_data_files, hash_files
+from seft_dist.data.data_files import hash_files
+from seft_dist.data.records import local_files
 from seft_dist.files.hashing import sha256_of
 from seft_dist.files.reading import LENIENT, read_json
 from seft_dist.files.writing import write_bytes, write_json, write_text
@@ -184,7 +185,7 @@ def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Rec
         return _Base(stamp=stamp, source=digest, digest=digest)
     text = ""
     if base.prune.data is not None:
-        text = parts["train"]["digest"] if base.prune.data.path == train.path else _hash_of_text(base.prune.data.path)
+        text = parts["train"]["digest"] if base.prune.data.path == train.path else _hash_of_text(base.prune.data)
     return _Base(stamp=stamp, source=digest, digest=digest_of(identity_of(base, digest, text)))
 
 
@@ -198,9 +199,9 @@ def _hash_of_files(stamp: list[list[Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _hash_of_text(path: str) -> str:
-    location = Path(path).expanduser()
-    return hash_files(find_data_files(location, path)[0]) if location.exists() else path
+def _hash_of_text(data: DataConfig) -> str:
+    files = local_files(data)
+    return hash_files(files) if files else data.label
 
 
 def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:

@@ -23,7 +23,9 @@ _OF_THE_STUDY = {
     "export": "the study measures the exported models",
     "threads": "give threads",
     **dict.fromkeys(("data.path", "data.name", "data.split", "data.date"), "give data.train"),
-    **dict.fromkeys(("data.holdout", "data.holdout_every", "data.max_records"), "give data.train"),
+    **dict.fromkeys(
+        ("data.holdout", "data.holdout_every", "data.holdout_share", "data.max_records", "data.mix"), "give data.train"
+    ),
     **dict.fromkeys(("config", "print_config", "help"), "only options of the run itself"),
 }
 _SAVES = 10

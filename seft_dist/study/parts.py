@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
-from seft_dist.data.records import LOCATION, read_records, select_records
+from seft_dist.data.records import LOCATION, local_files, read_records
+from seft_dist.data.selection import select_records
 from seft_dist.session.cli import option_reader, to_dict
-from seft_dist.study.options import arguments, flatten, options_of_group
+from seft_dist.study.options import arguments, flatten, options_of_group, without_later
 from seft_dist.study.results import TextPart
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
 
 NEEDED = ("train", "validation", "test")
-_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "max_records")
+_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "holdout_share", "max_records", "mix")
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
@@ -50,6 +51,8 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
         own = flatten(own if isinstance(own, dict) else {"path": own}, f"data.{name}")
         # The forgetting text is usually of another kind.
         options = {key: value for key, value in shared.items() if name != "forgetting" or key == "seq_len"} | own
+        if any(key.partition(".")[0] == "mix" for key in options):
+            raise ValueError(f"data.{name} has a mix: needs one source, so that its records can be told from others")
         parts[name] = read(arguments(options), f"data.{name}")
     return parts, split
 
@@ -57,7 +60,10 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
 def stamp_of(path: str, pattern: str = "*") -> list[list[Any]]:
     """Return path, size and time of change of each file; empty if there is none on this machine."""
     location = Path(path).expanduser()
-    files = sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else []
+    return _stamps(sorted(location.rglob(pattern)) if location.is_dir() else [location] if location.exists() else [])
+
+
+def _stamps(files: list[Path]) -> list[list[Any]]:
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -76,7 +82,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
         ValueError: A part cannot be read, or records of two parts are equal.
     """
     options = {name: _options(part) for name, part in parts.items()}
-    stamps = {name: stamp_of(part.path) for name, part in parts.items()}
+    stamps = {name: _stamps(local_files(part)) for name, part in parts.items()}
     if all(
         name in known and (known[name]["options"], known[name]["stamp"]) == (options[name], stamps[name])
         for name in parts
@@ -110,7 +116,11 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
 
 def _options(part: DataConfig) -> dict[str, Any]:
     """Return the options that decide which records a part has."""
-    kept = {key: value for key, value in to_dict(part).items() if key not in ("seq_len", "date", "join")}
+    kept = {
+        key: value
+        for key, value in without_later(to_dict(part)).items()
+        if key not in ("seq_len", "date", "join", "separate")
+    }
     return kept
 
 
@@ -125,7 +135,7 @@ class _Content(NamedTuple):
 
 
 def _read(part: DataConfig) -> _Content:
-    rows, kind = read_records(part)
+    rows, kind, _ = read_records(part)
     rows = select_records(rows, part)
     digest, count, pieces = hashlib.sha256(), 0, set()
     record_hashes: dict[bytes, str] = {}

@@ -17,7 +17,7 @@ from seft_dist.config.pattern import AUTO
 from seft_dist.config.teacher import TeacherConfig
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
-from seft_dist.study.options import arguments, changed_options, flatten
+from seft_dist.study.options import arguments, changed_options, flatten, without_later
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
@@ -33,6 +33,7 @@ _LATER: dict[str, Any] = {
     "teacher": to_dict(TeacherConfig()),
     "seft.reactivate": "commit",
     "seft.train_norms": False,
+    "group_by_length": False,
 }
 """Options that cells did not know once, and their defaults."""
 _PATTERNS = {AUTO: None, None: "null"}
@@ -147,7 +148,9 @@ class Plan:
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}
-        content["data"] |= {"path": self.digests["part train"]}
+        content["data"] = without_later(content["data"]) | {"path": self.digests["part train"]}
+        if content.get("eval", {}).get("data"):
+            content["eval"]["data"] = without_later(content["eval"]["data"])
         return content
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
@@ -244,7 +247,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
         checked = to_dict(read(["--models.model=m", *words], "evaluate"))
         for name in ("models", "output", "threads"):
             del checked[name]
-        checked["data"]["path"] = digests[f"part {part}"]
+        checked["data"] = without_later(checked["data"]) | {"path": digests[f"part {part}"]}
         measures[part] = Measure(part, tuple(words), digest_of(checked))
     return measures
 
@@ -265,5 +268,5 @@ def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
     del content["output"]
     content["model"]["path"] = dense
     if content["data"] is not None:
-        content["data"]["path"] = text
+        content["data"] = without_later(content["data"]) | {"path": text}
     return content

@@ -1,6 +1,5 @@
 """One text cut into parts by a fixed rule: the same records in the same parts on every machine."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.data.data_files import find_data_files, hash_files, read_located
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
+from seft_dist.data.selection import hash_record
 from seft_dist.files.reading import check_kind
 from seft_dist.files.writing import write_text
 
@@ -77,7 +77,7 @@ def write_split(split: Split, folder: Path, text_field: str) -> None:
     order = [name for name, share in split["shares"].items() for _ in range(share)]
     parts: dict[str, list[Record]] = {name: [] for name in split["shares"]}
     for index, record in enumerate(_records(split)):
-        number = index if split.get("by", "hash") == "index" else _hash(record)
+        number = index if split.get("by", "hash") == "index" else hash_record(record)
         parts[order[number % total]].append(record)
     if split.get("repeated") == "drop":
         _drop_repeated(parts, text_field)
@@ -92,10 +92,9 @@ def write_split(split: Split, folder: Path, text_field: str) -> None:
 
 
 def _files(split: Split) -> tuple[list[Path], str]:
-    path = Path(split["path"]).expanduser()
-    if not path.exists():
+    if not Path(split["path"]).expanduser().exists():
         raise ValueError(f"data.split.path={split['path']} does not exist: needs a local file or folder")
-    return find_data_files(path, split["path"])
+    return find_data_files([split["path"]])
 
 
 def _records(split: Split) -> Iterator[Record]:
@@ -105,11 +104,6 @@ def _records(split: Split) -> Iterator[Record]:
             yield from ({"text": text} for text in paragraphs(record["text"]))
         else:
             yield record
-
-
-def _hash(record: Record) -> int:
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _drop_repeated(parts: dict[str, list[Record]], text_field: str) -> None:

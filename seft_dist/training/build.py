@@ -18,7 +18,8 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import pad_id
 from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 from seft_dist.io.models import Sharding, load_model
-from seft_dist.io.source import Source
+from seft_dist.io.positions import check_length
+from seft_dist.io.source import Source, open_source
 from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_per_machine_first
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
@@ -72,6 +73,19 @@ def chosen_backend(config: TrainConfig, world_size: int) -> str:
             "packing=gather in one process, which gathers nothing: choose resident, or start several ranks"
         )
     return chosen
+
+
+def open_model(config: TrainConfig, ds: DsConfig | None) -> Source:
+    """Open the pruned model, and check that it can read the sequences of the data, before any are made.
+
+    Raises:
+        ValueError: There is no such model, or the sequences are too long for it.
+    """
+    source = open_source(config.model, ds.dtype if ds else None)
+    check_length(source.config, config.data.seq_len, config.model.path, "data.seq_len")
+    if config.eval.data is not None:
+        check_length(source.config, config.eval.data.seq_len, config.model.path, "eval.data.seq_len")
+    return source
 
 
 def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
@@ -181,6 +195,7 @@ def read_batches(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks:
             world_size=ranks.world_size,
             seed=config.seed,
             pad_id=pad,
+            group_by_length=config.group_by_length,
         ),
     )
 

@@ -99,6 +99,16 @@ def data_fingerprint(sequences: Any, ranks: Ranks) -> str:
     return _digest(f"{count} ".encode() + b"".join(digests))
 
 
+def with_order(data: str, order: str) -> str:
+    """Let the fingerprint of the sequences depend on an order of theirs that is not the usual one.
+
+    Args:
+        data: From ``data_fingerprint``.
+        order: ``BatchStream.order``.
+    """
+    return _digest(f"{data}{order}".encode()) if order else data
+
+
 def topology_hashes(method: Method) -> dict[str, list[str]]:
     """Hashes of each target's support, mask and weights as they are now. Collective.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seft_dist.config import AdamConfig
-from seft_dist.data.batches import Batch, count_loss_tokens
+from seft_dist.data.batches import Batch, count_loss_tokens, model_inputs
 from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.session.agreement import stack_over_ranks, sum_over_ranks
 from seft_dist.session.distributed import Ranks
@@ -173,7 +173,7 @@ def forward_backward(run: TrainingRun, micro_batches: list[Batch]) -> Tensor:
 
 def _mean_loss(run: TrainingRun, batch: Batch, loss_tokens: int) -> Tensor:
     """Compute the mean loss of a micro-batch; without loss tokens any number with a gradient, to be multiplied by 0."""
-    inputs = {key: value.to(run.ranks.device) for key, value in batch.items()}
+    inputs = {key: value.to(run.ranks.device) for key, value in model_inputs(batch).items()}
     if not loss_tokens:
         # This rank only takes part in the collectives of forward and backward: a mean over no token would be 0 / 0.
         del inputs["labels"]

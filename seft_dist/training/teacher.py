@@ -21,6 +21,7 @@ from seft_dist.backends.shards import stored_part
 from seft_dist.config import ModelConfig, TeacherConfig, TrainConfig
 from seft_dist.config.teacher import TEACHER_CHUNK
 from seft_dist.io.models import Sharding, load_model, named_state
+from seft_dist.io.positions import check_length
 from seft_dist.io.source import Source, open_source
 from seft_dist.optim.state import fingerprint
 from seft_dist.session.agreement import on_all_ranks, sum_over_ranks
@@ -37,12 +38,12 @@ class Teacher:
         config: Says what is learnt from it.
         fingerprint: Of its weights, from ``teacher_fingerprint``.
         """
-        self._model, self._config, self.fingerprint = model, config, fingerprint
+        self.model, self._config, self.fingerprint = model, config, fingerprint
 
     @torch.no_grad()
     def _outputs(self, inputs: dict[str, Tensor]) -> Any:
-        outputs = self._model(**inputs, output_hidden_states=self._config.hidden > 0)
-        reshard(self._model)  # else the embeddings and the head stay whole on every rank until the next step
+        outputs = self.model(**inputs, output_hidden_states=self._config.hidden > 0)
+        reshard(self.model)  # else the embeddings and the head stay whole on every rank until the next step
         return outputs
 
     def loss(self, forward_module: nn.Module, inputs: dict[str, Tensor], learnt: Tensor) -> Tensor:
@@ -147,6 +148,7 @@ def open_teacher(config: TrainConfig, source: Source) -> Source | None:
     if path is None:
         return None
     teacher = open_source(ModelConfig(path=path, dtype=config.model.dtype), source.dtype)
+    check_length(teacher.config, config.data.seq_len, f"teacher.path={path}", "data.seq_len")
     names = ["vocab_size"] + ["num_hidden_layers", "hidden_size"] * (config.teacher.hidden > 0)
     for name in names:
         own, theirs = (getattr(each.config.get_text_config(), name) for each in (source, teacher))

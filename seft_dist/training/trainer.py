@@ -11,21 +11,23 @@ import torch
 from seft_dist.baselines.baseline import FinalizeInputs
 from seft_dist.config import TrainConfig
 from seft_dist.data.batches import Batch, BatchStream
+from seft_dist.data.several import MixedSequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
-from seft_dist.files.writing import write_json
+from seft_dist.files.writing import write_json, write_text
 from seft_dist.io.checkpoint import DamagedError, checkpoint_of
-from seft_dist.io.source import locate, open_source
+from seft_dist.io.readers import CHAT_TEMPLATE
+from seft_dist.io.source import locate
 from seft_dist.kernels.describe import describe
 from seft_dist.session import distributed, facts
 from seft_dist.session.agreement import check_agreement, max_over_ranks, on_all_ranks, wait_for_all_ranks
 from seft_dist.session.cli import to_yaml
 from seft_dist.session.distributed import Ranks
 from seft_dist.session.signals import StopRequest, name_of, stop_requests
-from seft_dist.training.build import TrainingRun, build, check_baseline, check_tokens, read_batches
+from seft_dist.training.build import TrainingRun, build, check_baseline, check_tokens, open_model, read_batches
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
-from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint
+from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint, with_order
 from seft_dist.training.metrics import Metrics, print_stopped, print_summary
 from seft_dist.training.progress import print_line
 from seft_dist.training.record import Record
@@ -45,6 +47,7 @@ from seft_dist.training.run_folder import (
     resume,
 )
 from seft_dist.training.saving import SaveClock
+from seft_dist.training.separation import check_separation
 from seft_dist.training.step import Stepper
 from seft_dist.training.teacher import check_teacher
 from seft_dist.training.topology import first_masks, write_layers
@@ -109,7 +112,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     config = on_all_ranks(ranks, lambda: fill_in_pattern(fill_in_global_batch(given, ranks.world_size)))
     ds = on_all_ranks(ranks, lambda: read_ds_config(config, ranks.world_size))
     check_agreement(ranks, to_yaml(config) + repr(ds))
-    source = on_all_ranks(ranks, lambda: open_source(config.model, ds.dtype if ds else None))
+    source = on_all_ranks(ranks, lambda: open_model(config, ds))
     tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(config.model))
     config = fill_in_date(config, tokenizer, ranks)
     data = read_batches(config, tokenizer, ranks)
@@ -125,13 +128,14 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     run.config = config
     origin = RunOrigin(
         model=model_fingerprint(source, run.method, ranks),
-        data=data_fingerprint(data.sequences, ranks),
+        data=with_order(data_fingerprint(data.sequences, ranks), data.order),
         sequences=data.num_sequences,
         global_batch=data.global_batch,
         seed=config.seed,
         teacher=run.teacher.fingerprint if run.teacher else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
+    check_separation(run)
     validation = _open_validation(run, text, origin, state)
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
     record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
@@ -156,13 +160,16 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
 
 
 def _resolve_steps(given: TrainConfig, data: BatchStream, ranks: Ranks) -> TrainConfig:
-    """Turn epochs into steps, and print what became of them. Collective."""
+    """Turn epochs into steps, and print what became of them and of a mix. Collective."""
     config = on_all_ranks(ranks, lambda: fill_in_steps(given, data))
     if given.epochs is not None and ranks.is_main:
         print_line(
             f"epochs={given.epochs:g}: {config.steps} steps ({data.num_sequences:,} sequences, {data.global_batch} in "
             "a step)"
         )
+    if isinstance(data.sequences, MixedSequences) and ranks.is_main:
+        for line in data.sequences.describe(config.total_steps * data.global_batch):
+            print_line(line)
     return config
 
 
@@ -304,7 +311,7 @@ def finish(
     with method.without_trials():  # the best step, or an early end, may lie between two evolutions
         layers = method.sparsity()
         if config.export:
-            _export(run)
+            _export(run, data.sequences.invented_template)
     numel = sum(layer.numel for layer in layers)
     loss = metrics.last_loss if steps else None
     result = {
@@ -335,9 +342,19 @@ def finish(
     return result
 
 
-def _export(run: TrainingRun) -> None:
-    """Write the model and its delta file. Collective."""
+def _export(run: TrainingRun, chat_template: str | None) -> None:
+    """Write the model and its delta file. Collective.
+
+    Args:
+        run: The parts of the run.
+        chat_template: Chat template that the model was trained with and its tokenizer has not; None: no such.
+    """
     config, folder = run.config, Path(run.config.output)
+
+    def add_template(exported: Path) -> None:
+        if chat_template is not None:
+            write_text(exported / CHAT_TEMPLATE, chat_template)
+
     export_model(
         run.model,
         run.method.backend.full,
@@ -347,6 +364,7 @@ def _export(run: TrainingRun) -> None:
         tokenizer=locate(config.model.tokenizer) if config.model.tokenizer else None,
         delta=folder / DELTA if config.is_seft else None,
         targets=run.method.changed_names,
+        finish=add_template,
     )
 
 

@@ -84,19 +84,19 @@ def read_validation(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ran
         ranks: This process.
 
     Returns:
-        None without ``eval.data``.
+        None if nothing is evaluated.
 
     Raises:
         ValueError: The text cannot be used.
     """
-    settings, data = config.eval, config.eval.data
+    settings, data = config.eval, config.validation_data
     if data is None:
         return None
     try:
         loaded = one_rank_per_machine_first(ranks, lambda: load_sequences(data, tokenizer, progress=ranks.is_main))
         scored = on_all_ranks(ranks, lambda: scored_sequences(loaded, data, settings.stride, settings.max_tokens))
     except ValueError as error:
-        raise ValueError(f"eval.data: {error}") from error
+        raise ValueError(f"{'eval.data' if config.eval.data else 'data.holdout_share'}: {error}") from error
     tokens = data_fingerprint(loaded, ranks)
     return ValidationText(scored, f"{tokens} {settings.stride} {settings.max_tokens}", tokens)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from seft_dist.config import paths_of
 from seft_dist.results.page.record import VALIDATION, RunRecord, number, whole
 from seft_dist.results.page.words import decimal, duration, join, model_name, percent, plural
 
@@ -38,8 +39,9 @@ def story_of(run: RunRecord) -> str:
 def _setting(run: RunRecord) -> str:
     model = run.setting("model.path")
     text = f"{model_name(model) if model else 'A model'} was trained with {_method(run)}"
-    data = run.setting("data.path")
-    text += f" on {model_name(data)}" if data else ""
+    data = run.setting("data")
+    paths = paths_of(data if isinstance(data, dict) else {})
+    text += f" on {join([model_name(path) for path in paths])}" if paths else ""
     length, batch = run.setting("data.seq_len"), run.setting("global_batch") or run.setting("batch_size")
     of = f" of {run.steps:,}" if run.steps and not run.is_finished else ""
     text += f": {run.step:,}{of} {'step' if run.step == 1 and not of else 'steps'}"
