@@ -18,6 +18,7 @@ from seft_dist.export.delta import apply_delta, remove_delta
 from seft_dist.io import checkpoint
 from seft_dist.io.source import open_source
 from seft_dist.modules.vectors import find_vectors
+from seft_dist.optim.notices import SeftWarning
 from tests.layouts import build, train_on
 from tests.models import VOCAB, batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
@@ -237,6 +238,17 @@ def test_bf16_models_train_in_fp32() -> None:
         seft.step()
         seft.zero_grad()
     assert (seft.vectors.values != 1).any() and (model.get_parameter("model.norm.weight") == 1).all()
+
+
+def test_a_vector_that_is_read_from_outside_of_its_module_is_warned_of() -> None:
+    model = biased_llama()
+    norm = model.get_submodule("model.norm")
+    weight = norm.get_parameter("weight")
+    norm.register_forward_hook(lambda module, args, output: args[0] * weight)
+    seft = SeftOptimizer(model, CONFIG)
+    model(**batch(0)).loss.backward()
+    with pytest.warns(SeftWarning, match=r"1 norms or biases got no gradient .*model\.norm\.weight"):
+        seft.step()
 
 
 def test_detach_gives_the_modules_back() -> None:

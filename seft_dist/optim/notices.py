@@ -92,3 +92,20 @@ def warn_without_gradient(
             SeftWarning,
             stacklevel=LEVEL,
         )
+
+
+def warn_of_untrained_vectors(backend: Backend, names: list[str]) -> None:
+    """Warn of norms and biases that are to train and got no gradient.
+
+    Args:
+        backend: Knows the ranks.
+        names: Names of the parameters.
+    """
+    if names and _is_main(backend):
+        warnings.warn(
+            f"train_norms: {len(names)} norms or biases got no gradient in the first step (e.g. {names[0]}). They stay "
+            "as they are as long as they get none: the model does not compute with them, or reads them from outside of "
+            "their module",
+            SeftWarning,
+            stacklevel=LEVEL,
+        )

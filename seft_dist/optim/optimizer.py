@@ -17,13 +17,13 @@ from seft_dist.config import SeftConfig
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
+from seft_dist.optim import notices
 from seft_dist.optim.anchors import StepWatch, check_unclipped
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.gradient_check import GradientCheck, check_gradient
 from seft_dist.optim.install import install, uninstall
-from seft_dist.optim.notices import warn_without_evolution, warn_without_gradient, warn_without_recomputation
 from seft_dist.optim.replaced import ReplacementCheck
 from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
@@ -179,8 +179,8 @@ class SeftOptimizer(TorchInterface):
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
-        warn_without_evolution(backend, self.config)
-        warn_without_recomputation(backend)
+        notices.warn_without_evolution(backend, self.config)
+        notices.warn_without_recomputation(backend)
         self._prepare_step()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -296,7 +296,8 @@ class SeftOptimizer(TorchInterface):
             self._close_windows()
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
-            warn_without_gradient(self.backend, self.config, self.sparse_state, check, first)
+            notices.warn_without_gradient(self.backend, self.config, self.sparse_state, check, first)
+            notices.warn_of_untrained_vectors(self.backend, self.vectors.without_grad)
             self._write_checked = True
         self._prepare_step()
         return loss

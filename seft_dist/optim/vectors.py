@@ -89,6 +89,8 @@ class Vectors:
         """fp32 [n], all vectors one after another; the moments alike."""
         self.age = torch.empty(0, dtype=torch.int32)
         """int32 [n], number of updates."""
+        self.without_grad: list[str] = []
+        """Names of those to which the last step's backward passes gave no gradient."""
         self._slots = [VectorSlot() for _ in self._vectors]
         self._backend: Backend | None = None
         target_modules = {target.module for target in targets.values()}
@@ -157,6 +159,8 @@ class Vectors:
         if not self._vectors:
             return self.values
         owners, device = self._backend.owners, self._backend.device
+        slots = zip(self.names, self._slots, strict=True)
+        self.without_grad = [name for name, slot in slots if slot.grad is None]
         grads = [
             torch.zeros(length, device=device) if slot.grad is None else slot.grad.to(device)
             for slot, length in zip(self._slots, self.lengths, strict=True)
