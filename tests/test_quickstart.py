@@ -47,7 +47,7 @@ def test_the_real_text_is_split_and_written_once(tmp_path: Path) -> None:
     together = [set().union(*(paragraphs(r["text"]) for r in records)) for records in parts.values()]
     assert not together[0] & together[1]
     assert demo.write_text(tmp_path / "text") == sizes  # again: nothing to change
-    with pytest.raises(ValueError, match="another content"):
+    with pytest.raises(ValueError, match="other content"):
         demo.write_text(tmp_path / "text", every=7)
     with pytest.raises(ValueError, match="at least 2"):
         demo.write_text(tmp_path / "other", every=1)

@@ -70,7 +70,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         attachment_of(unit).gather = gather  # FsdpBackend looks there
         gathers.append(gather)
     owners, _ = shard_groups(next(iter(members.values()))[0].device_mesh)
-    _agree(owners, gathers, list(map(_most_values, members.values())))
+    _agree(owners, gathers, [_most_values(of_unit, some_train=False) for of_unit in members.values()])
     sizes = []
     for gather, parameters in zip(gathers, members.values(), strict=True):
         if len({parameter.dtype for parameter in parameters}) > 1:
@@ -95,13 +95,19 @@ def _padded(parameter: DTensor) -> int:
     return Partition.rows((parameter.shape[0], prod(parameter.shape[1:])), mesh.size(mesh.ndim - 1)).chunk
 
 
-def _most_values(parameters: list[DTensor]) -> int:
-    """Count the non-zero values of this rank's frozen shards, and all values of those that may be trained: norms and
-    biases (``train_norms``), and what needs gradients."""
-    local = [
-        (parameter.requires_grad or parameter.dim() == 1, parameter.to_local().detach()) for parameter in parameters
-    ]
-    return sum(shard.numel() if trained else _stored(shard) for trained, shard in local)
+def _most_values(parameters: list[DTensor], some_train: bool) -> int:
+    """Count the values of this rank's shards that may differ from 0 in a run.
+
+    Of frozen parameters these are the non-zero ones, of those that may be trained all.
+
+    Args:
+        parameters: Parameters of a unit.
+        some_train: False if only norms and biases may be trained (``train_norms``), True if parameters that need
+            gradients are too.
+    """
+    may_change = [each.dim() == 1 or (some_train and each.requires_grad) for each in parameters]
+    shards = [each.to_local().detach() for each in parameters]
+    return sum(s.numel() if changes else _stored(s) for s, changes in zip(shards, may_change, strict=True))
 
 
 def _stored(shard: Tensor) -> int:
@@ -161,7 +167,9 @@ class FsdpBackend(DenseBackend):
                 unit_of: dict[str, object] = dict(self._unit)
                 targets = [i for i, target in enumerate(self.names) if unit_of[target] is unit]
                 inside = {i: _stored(self.own(i)) for i in targets}
-                units.append(_PackedUnit(gather, _most_values(parameters) - sum(inside.values()), inside))
+                units.append(
+                    _PackedUnit(gather, _most_values(parameters, some_train=True) - sum(inside.values()), inside)
+                )
         return units
 
     def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
