@@ -206,6 +206,7 @@ def test_tasks_that_cannot_be_had(top: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_gives_a_task_of_lm_eval_records_from_a_file(top: Path, tmp_path: Path, cache: Path) -> None:
     records = write_jsonl(tmp_path / "arc.jsonl", science())
     yes = [{"passage": t[:40], "question": t[40:70], "label": i % 2, "idx": i} for i, t in enumerate(texts()[:5])]

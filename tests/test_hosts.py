@@ -60,6 +60,7 @@ def ssh_config(tmp_path: Path) -> Iterator[Path]:
         daemon.wait(60)
 
 
+@pytest.mark.long
 def test_deepspeed_on_the_hosts_of_a_hostfile(ssh_config: Path, tmp_path: Path) -> None:
     model_folder(tmp_path / "pruned")
     text_file(tmp_path / "text.jsonl")

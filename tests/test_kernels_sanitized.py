@@ -48,6 +48,7 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_an_access_outside_of_an_array_is_found(run_python: Run) -> None:
     """The next test relies on this."""
     script = """

@@ -97,7 +97,7 @@ def launcher(name: str) -> list[str]:
     [
         pytest.param("python", None, marks=pytest.mark.long),
         ("torchrun", None),
-        ("accelerate", None),
+        pytest.param("accelerate", None, marks=pytest.mark.long),
         ("mpirun", None),
         pytest.param("python", "ds_configs/zero3.json", marks=pytest.mark.long),
         ("deepspeed", "zero3"),

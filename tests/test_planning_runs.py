@@ -68,7 +68,7 @@ def test_planned_bytes_are_those_that_are_sent(held: LayoutKind, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [8, 64, 768])
+@pytest.mark.parametrize("ranks", [8, 64, pytest.param(768, marks=pytest.mark.long)])
 def test_shards_of_the_whole_70b_are_the_planned_ones(ranks: int) -> None:
     shapes = ModelShapes.of(find_architecture("Llama-2-70B"), "all-linear")
     layout, seen = Layout("fsdp", ranks, 8), {}

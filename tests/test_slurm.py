@@ -222,6 +222,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(cluster: Cluster, tra
     assert job.Restarts == "0" and attempts(tmp_path / "run") == [["failed", "2", "none"]]
 
 
+@pytest.mark.long
 def test_a_bad_node_is_left_out(cluster: Cluster, train: Path, tmp_path: Path) -> None:
     job = start(cluster, train, STEPS="1", NODE_CHECK='echo "no GPU"; [ "$(hostname)" != node1 ]')
     job.comes_back()
@@ -249,7 +250,9 @@ def test_scancel_saves_and_stays_cancelled(cluster: Cluster, train: Path, tmp_pa
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
-@pytest.mark.parametrize(("partition", "how"), [("main", "stopped"), ("scavenge", "terminated")])
+@pytest.mark.parametrize(
+    ("partition", "how"), [("main", "stopped"), pytest.param("scavenge", "terminated", marks=pytest.mark.long)]
+)
 def test_preemption(partition: str, how: str, cluster: Cluster, train: Path, tmp_path: Path) -> None:
     """On "main" Slurm sends USR1 and leaves 30 s; on "scavenge" it sends TERM."""
     job = start(cluster, train, options=(f"--partition={partition}",))

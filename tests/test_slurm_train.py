@@ -71,6 +71,7 @@ def check_finished(run: Path, job: Job, steps: int, backend: str) -> None:
     assert recorded == list(range(1, steps + 1))  # no step was lost, none was done twice
 
 
+@pytest.mark.long
 def test_torchrun_stops_and_goes_on(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     run, steps = tmp_path / "run", 200
     job = start(cluster, "train.sbatch", *options(inputs, steps), cwd=tmp_path)
@@ -93,6 +94,7 @@ def test_srun_survives_a_killed_rank(cluster: Cluster, inputs: Path, tmp_path: P
     check_finished(run, job, steps, "fsdp")
 
 
+@pytest.mark.long
 def test_deepspeeds_launcher(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     run, steps = tmp_path / "run", 200
     arguments = [*options(inputs, steps), "--deepspeed", str(ROOT / "ds_configs" / "zero3.json")]

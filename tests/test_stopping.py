@@ -53,7 +53,7 @@ def when_step(output: Path, step: int, act: Any) -> None:
     [
         pytest.param("single", 1, signal.SIGUSR1, marks=pytest.mark.long),
         ("fsdp", 2, signal.SIGTERM),
-        ("zero3", 2, signal.SIGUSR1),
+        pytest.param("zero3", 2, signal.SIGUSR1, marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
@@ -340,7 +340,8 @@ def test_ranks_save_and_stop_when_their_launcher_is_gone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.long)])
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.long
 def test_torchrun_restarts_a_killed_rank(rendezvous: str, inputs: Path, tmp_path: Path) -> None:
     output, steps = tmp_path / "run", 100
     where = ["--master-port", port()] if rendezvous == "static" else ["--standalone"]
