@@ -11,18 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seft_dist.config import DataConfig, EvalConfig, ModelConfig, SeftConfig, SourceConfig
+from seft_dist.config import DataConfig, EvalConfig, SeftConfig, SourceConfig
 from seft_dist.data.batches import BatchStream
 from seft_dist.data.load import load_sequences
 from seft_dist.data.order import GROUPED_STEPS, EpochOrder, LengthGrouped, MixedOrder
 from seft_dist.data.selection import hash_record
 from seft_dist.data.several import MixedSequences
-from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.training.trainer import train
 from tests.runs import make_config, records, run_config, run_train
 from tests.test_train import as_if_killed
-from tests.texts import CHAT_TEMPLATE, fast_tokenizer, texts, write_jsonl
+from tests.texts import chat_tokenizer, texts, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -31,11 +30,7 @@ STATIC = SeftConfig(density=0.05, static=True)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    fast_tokenizer(folder)
-    found = load_tokenizer(ModelConfig(path=str(folder)))
-    found.chat_template = CHAT_TEMPLATE
-    return found
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def chats(path: Path, count: int) -> Path:

@@ -22,18 +22,14 @@ from seft_dist.training.trainer import train
 from tests.families import FAMILIES, READ_ONLY, family_model
 from tests.runs import ds_file, make_config, records, run_config, run_train
 from tests.test_data_order import STATIC, chats, mixed
-from tests.texts import CHAT_TEMPLATE, fast_tokenizer, texts, write_jsonl
+from tests.texts import chat_tokenizer, texts, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    fast_tokenizer(folder)
-    found = load_tokenizer(ModelConfig(path=str(folder)))
-    found.chat_template = CHAT_TEMPLATE
-    return found
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def documents_of(sample: Sample) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from seft_dist.config import ModelConfig
+from seft_dist.data.tokenizer import load_tokenizer
 from tests.models import tiny_llama
 
 VOCAB = 400
@@ -38,6 +40,14 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.train_from_iterator(texts()[:10], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """``fast_tokenizer`` as commands load it, with ``CHAT_TEMPLATE``."""
+    fast_tokenizer(folder)
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def sentencepiece_tokenizer(folder: Path, slow: bool = False) -> PreTrainedTokenizerBase:

@@ -9,9 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import (
-    ProcessGroup as ProcessGroup,
-)  # for subpackages that may not import torch.distributed
+from torch.distributed import ProcessGroup as ProcessGroup  # subpackages that may not import the library take it here
 from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
@@ -102,11 +100,12 @@ class Group:
         self._sent[0] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return out.view(self.size, *tensor.shape).to(tensor.device)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def gather(self, tensor: Tensor, lengths: list[int] | None = None) -> list[Tensor]:
         """Gather one-dimensional tensors of different lengths.
 
         Args:
             tensor: [n], n of each rank's own.
+            lengths: Every rank's n, the same list on every rank. None: ranks are asked, for which the host waits.
 
         Returns:
             Every rank's tensor, in rank order.
@@ -114,7 +113,8 @@ class Group:
         assert tensor.dim() == 1
         if self.size == 1:
             return [tensor]
-        lengths = self.stack(torch.tensor([tensor.numel()], device=tensor.device)).view(-1).tolist()
+        if lengths is None:
+            lengths = self.stack(torch.tensor([tensor.numel()], device=tensor.device)).view(-1).tolist()
         # Padded to the longest: an uneven all-gather does not exist everywhere.
         padded = tensor.new_zeros(max(lengths))
         padded[: tensor.numel()] = tensor

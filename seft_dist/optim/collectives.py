@@ -194,3 +194,13 @@ def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:
         int(column): (rows[:, column] != common[column]).nonzero().view(-1).tolist()
         for column in (rows != common).any(0).nonzero().view(-1)
     }
+
+
+def differing_ranks(owners: Group, replicas: Group, value: int) -> list[int]:
+    """Find the ranks whose value is not the commonest one of all owners and replicas. Collective.
+
+    Returns:
+        Their numbers, replica by replica, the same on every rank: so either all ranks raise an error or none does.
+    """
+    values = replicas.stack(owners.stack(torch.tensor([value]))).view(-1)
+    return (values != values.mode().values).nonzero().view(-1).tolist()

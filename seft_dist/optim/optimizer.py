@@ -341,7 +341,8 @@ class SeftOptimizer(TorchInterface):
         least = least_size(self.backend.dtypes[0])
         weight = self.sparse_state.columns.update_(grad, scale, check.is_finite, rule, least)
         self.sparse_state.write_weights(self.backend, weight)
-        self.vectors.update_(vector_grad, scale, check.is_finite, dataclasses.replace(rule, weight_decay=0.0))
+        no_decay = dataclasses.replace(rule, weight_decay=0.0)
+        self.vectors.update_(vector_grad, scale, check.is_finite, no_decay, self.num_steps)
 
     def sparsity(self) -> list[LayerSparsity]:
         """Count what is wanted, active, zero and trained in every target. Collective."""
@@ -377,7 +378,7 @@ class SeftOptimizer(TorchInterface):
         """
         self.attach()
         backend, state, given = self.backend, self.sparse_state, list(layers)
-        self.vectors.check_state(vectors or {}, num_steps)
+        self.vectors.check_state(vectors or {})
         take_over(given, backend, self.config, state, num_steps)
         with backend.writing():
             self.vectors.restore(vectors or {})

@@ -10,7 +10,7 @@ from seft_dist.config import SeftConfig
 from seft_dist.config.pattern import AUTO, pattern_sizes
 from seft_dist.kernels.bits import pack
 from seft_dist.kernels.ranking import ranking_keys
-from seft_dist.optim.collectives import disagreeing, select
+from seft_dist.optim.collectives import differing_ranks, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.nm_groups import NMGroups, describe_group
 from seft_dist.optim.nm_search import find_pattern
@@ -40,12 +40,11 @@ def agree_on_config(backend: Backend, settings: str) -> None:
         ValueError: Naming the ranks; every rank raises the same.
     """
     digest = int.from_bytes(hashlib.sha256(settings.encode()).digest()[:7], "little")
-    for ranks in (backend.owners, backend.replicas):
-        wrong = disagreeing(ranks, torch.tensor([digest]))
-        if wrong:
-            raise ValueError(
-                f"ranks {wrong[0]} have another configuration than the rest: start all with the same; here {settings}"
-            )
+    wrong = differing_ranks(backend.owners, backend.replicas, digest)
+    if wrong:
+        raise ValueError(
+            f"ranks {wrong} have another configuration than the rest: start all with the same; here {settings}"
+        )
 
 
 def prepare_weights(backend: Backend) -> None:

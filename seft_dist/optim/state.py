@@ -124,10 +124,9 @@ class State:
         """
         new, places = weight.to(backend.dtypes[0]), self.places
         if backend.replicates:
-            pieces = [
-                part.split([support.sizes[rank] for support in self.supports])
-                for rank, part in enumerate(backend.owners.gather(new))
-            ]
+            sizes = [[support.sizes[rank] for support in self.supports] for rank in range(backend.owners.size)]
+            parts = backend.owners.gather(new, list(map(sum, sizes)))  # known: no step waits for the device
+            pieces = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
             new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
             places = [
                 backend.places(i, support.positions().to(backend.position_dtype))

@@ -23,10 +23,10 @@ from seft_dist.backends.shards import is_sharded, store_whole, stored_part, whol
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.kinds import Target
 from seft_dist.modules.vectors import find_vectors
-from seft_dist.optim.collectives import disagreeing
+from seft_dist.optim.collectives import differing_ranks
 from seft_dist.sparsity.partition import Partition
 
-KEYS = ("values", "exp_avg", "exp_avg_sq", "age")
+KEYS = ("values", "exp_avg", "exp_avg_sq")
 """Tensors of each vector's state, by their names in checkpoints."""
 VectorStates = Mapping[str, Mapping[str, Tensor]]
 """The tensors of each vector by its name."""
@@ -87,8 +87,6 @@ class Vectors:
         self.lengths = [whole_shape(vector.parameter)[0] for vector in self._vectors]
         self.values = self.exp_avg = self.exp_avg_sq = torch.empty(0)
         """fp32 [n], all vectors one after another; the moments alike."""
-        self.age = torch.empty(0, dtype=torch.int32)
-        """int32 [n], number of updates."""
         self.without_grad: list[str] = []
         """Names of those to which the last step's backward passes gave no gradient."""
         self._slots = [VectorSlot() for _ in self._vectors]
@@ -117,17 +115,14 @@ class Vectors:
             slot.armed = True
         self.values = self._read(backend).to(backend.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
-        self.age = torch.zeros_like(self.values, dtype=torch.int32)
+        # First whether ranks have the same values: then all of them find the same about these, and raise together
+        digest = hashlib.sha256(self.values.cpu().numpy().tobytes()).digest()
+        wrong = differing_ranks(backend.owners, backend.replicas, int.from_bytes(digest[:7], "little"))
+        if wrong:
+            raise ValueError(f"norms or biases on ranks {wrong} differ from the others': load the same model on all")
         for name, part in zip(self.names, self.values.split(self.lengths), strict=True):
             if not part.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite: the checkpoint is damaged")
-        digest = hashlib.sha256(self.values.cpu().numpy().tobytes()).digest()
-        for group in (backend.owners, backend.replicas):
-            wrong = disagreeing(group, torch.tensor([int.from_bytes(digest[:7], "little")]))
-            if wrong:
-                raise ValueError(
-                    f"norms or biases on ranks {wrong[0]} differ from the others': load the same model on every rank"
-                )
 
     def _read(self, backend: Backend) -> Tensor:
         """Return the whole values, fp32. Collective."""
@@ -166,11 +161,11 @@ class Vectors:
             for slot, length in zip(self._slots, self.lengths, strict=True)
         ]
         self.forget()
-        own = owners.sum_to_owners(torch.cat(grads), Partition.even(len(self), owners.size).sizes())
-        own = self._backend.replicas.sum(own)
-        return torch.cat(owners.gather(own)).div_(self._backend.world_size)
+        sizes = Partition.even(len(self), owners.size).sizes()
+        own = self._backend.replicas.sum(owners.sum_to_owners(torch.cat(grads), sizes))
+        return torch.cat(owners.gather(own, sizes)).div_(self._backend.world_size)
 
-    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW) -> None:
+    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, steps: int) -> None:
         """Take one step of AdamW and store the values in the model. Inside ``Backend.writing()``.
 
         Args:
@@ -178,10 +173,11 @@ class Vectors:
             scale: fp32 [], factor of the gradient (clipping).
             ok: bool [] on the device; False leaves every bit as it is.
             rule: AdamW with the rates of this step; nothing decays, as is usual for norms and biases.
+            steps: Optimizer steps done before, in each of which all values were updated.
         """
         if self._vectors:
-            nothing = torch.zeros_like(self.values)
-            rule.update_(grad, scale, ok, nothing, self.values, [self.exp_avg, self.exp_avg_sq], self.age)
+            base, age = torch.zeros_like(self.values), torch.full_like(self.values, steps, dtype=torch.int32)
+            rule.update_(grad, scale, ok, base, self.values, [self.exp_avg, self.exp_avg_sq], age)
             self.store()
 
     def store(self) -> None:
@@ -190,31 +186,29 @@ class Vectors:
             store_whole(vector.parameter, part)
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield each vector's state by its name: ``KEYS``, fp32 [n] and int32 [n] (views)."""
+        """Yield each vector's state by its name: ``KEYS``, fp32 [n] (views)."""
         columns = {key: getattr(self, key).split(self.lengths) for key in KEYS}
         for i, name in enumerate(self.names):
             yield name, {key: column[i] for key, column in columns.items()}
 
-    def check_state(self, state: VectorStates, steps: int) -> None:
+    def check_state(self, state: VectorStates) -> None:
         """Check that training could have left such a state.
 
         Args:
             state: The tensors of each vector by its name.
-            steps: Optimizer steps done.
 
         Raises:
             ValueError: Names the vector and what is needed.
         """
         for name, length in zip(self.names, self.lengths, strict=True):
             for key in KEYS:
-                tensor, kind = state.get(name, {}).get(key), torch.int32 if key == "age" else torch.float32
+                tensor = state.get(name, {}).get(key)
                 if tensor is None:
                     raise ValueError(f"{name}.{key} is missing; needs it")
-                if tensor.dtype != kind or tensor.shape != (length,):
-                    raise ValueError(f"{name}.{key} is {tensor.dtype} {list(tensor.shape)}; needs {kind} [{length}]")
-                low, high = {"exp_avg_sq": (0.0, torch.inf), "age": (0, steps)}.get(key, (-torch.inf, torch.inf))
-                if not tensor.isfinite().all() or bool(((tensor < low) | (tensor > high)).any()):
-                    raise ValueError(f"{name}.{key} has values that are not finite, or outside {low} to {high}")
+                if tensor.dtype != torch.float32 or tensor.shape != (length,):
+                    raise ValueError(f"{name}.{key} is {tensor.dtype} {list(tensor.shape)}; needs fp32 [{length}]")
+                if not tensor.isfinite().all() or (key == "exp_avg_sq" and bool((tensor < 0).any())):
+                    raise ValueError(f"{name}.{key} has values that are not finite, or squares below 0")
 
     def restore(self, state: VectorStates) -> None:
         """Take over a checked state, and store the values in the model. Inside ``Backend.writing()``."""

@@ -15,9 +15,8 @@ from seft_dist.sparsity.partition import position_dtype
 GB = 1e9
 _DELTA = 20
 """Bytes of an own delta without its position: base, value, two moments, age."""
-_VECTOR = 24
-"""Bytes of a trained norm's or bias's value, which every rank has: fp32 value, gradient sum and its exchange, two
-moments, age."""
+_VECTOR = 20
+"""Bytes of a trained norm's or bias's value, which every rank has: fp32 value, two moments, gradient, its exchange."""
 _RANKED = 8
 """Bytes for each own weight of the layer that is being ranked: the weight and its key."""
 ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
@@ -173,12 +172,9 @@ def seft_memory(
         "masks": own / 8,
         "own deltas, moments, ages": (_DELTA + shapes.position_bytes) * own_deltas,
         "positions of all deltas": 4 * deltas + 4 * rows,
-        **(
-            {"norms and biases, moments, gradients": float(_VECTOR * shapes.vector_numel)}
-            if config.seft.train_norms
-            else {}
-        ),
     }
+    if config.seft.train_norms:
+        resident["norms and biases, moments, gradients"] = float(_VECTOR * shapes.vector_numel)
     grads = {"gradients of all deltas": 4.0 * deltas}
     earlier = micro_batches_of(config, layout) > 1  # gradients of the micro-batch before are kept
     head, layers = activations(cost)

@@ -297,7 +297,7 @@ def _vectors(seft: SeftOptimizer, reader: _Reader) -> dict[str, dict[str, Tensor
     for name in seft.vectors.names:
         state = {key: reader.get(0, f"{name}.{key}") for key in VECTOR_KEYS}
         states[name] = {key: tensor for key, tensor in state.items() if tensor is not None}
-    seft.vectors.check_state(states, reader.num_steps)
+    seft.vectors.check_state(states)
     return states
 
 
