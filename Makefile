@@ -9,6 +9,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 OLDEST_TORCH ?= $(TORCH)
 # Test processes at a time; many tests start up to four ranks of their own
 JOBS ?= 2
+WORKERS := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 OLDEST := .venv-oldest
@@ -63,13 +64,13 @@ readers: $(READERS)  ## the oldest and an early version of transformers that mus
 	  httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.12.0 certifi idna sniffio
 
 test: lint  ## lint, types and the tests, without those of test-long
-	python -m pytest -n $(JOBS) --dist loadfile -m 'not long'
+	python -m pytest $(WORKERS) -m 'not long'
 
 test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layouts, the kill loop, the whole check of a GPU
-	python -m pytest -n $(JOBS) --dist loadfile -m long
+	python -m pytest $(WORKERS) -m long
 
 test-quick: $(INSTALLED)  ## the tests that take under a minute together
-	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not long'
+	python -m pytest $(WORKERS) -m 'not slow and not long'
 
 oldest: $(OLDEST)/.installed  ## an environment with the lowest releases that setup.cfg admits, beside .venv
 
@@ -83,7 +84,7 @@ $(OLDEST)/.installed: setup.cfg .ci/lower_bounds.py
 	touch $@
 
 test-oldest: oldest  ## the core of the tests there: make test-oldest OLDEST_PYTHON=python3.10 OLDEST_TORCH=torch==2.9.1
-	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not long' $(CORE)
+	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest $(WORKERS) -m 'not slow and not long' $(CORE)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .

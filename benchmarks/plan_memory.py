@@ -1,7 +1,7 @@
 """Comparison of the memory of real runs, rank by rank, with the estimates of `seft plan`.
 
     python benchmarks/plan_memory.py                        # every case, as a table
-    python benchmarks/plan_memory.py --model CONFIG.json --dtype float32 --ranks 2 --held fsdp
+    python benchmarks/plan_memory.py --model CONFIG.json --dtype float32 --ranks 2 --layout fsdp
 
 A case writes a randomly initialised, pruned model of the given shape to disk, loads it as `seft train` does, in the
 same layout, and trains it on gloo ranks for a few steps, which include an evolution with a window of two steps. It
@@ -52,7 +52,7 @@ class Case:
 
     model: str
     """A key of SHAPES, or a config.json."""
-    held: str = "single"
+    layout: str = "single"
     ranks: int = 1
     dtype: str = "float32"
     checkpoint: bool = False
@@ -67,12 +67,12 @@ class Case:
     @property
     def replicas(self) -> int:
         """Number of sharded copies of the model."""
-        return 2 if self.held == "hsdp" else 1
+        return 2 if self.layout == "hsdp" else 1
 
     @property
     def name(self) -> str:
         """Name of the case in tables."""
-        parts = [self.held, str(self.ranks)] + [self.packing] * (self.packing != "none")
+        parts = [self.layout, str(self.ranks)] + [self.packing] * (self.packing != "none")
         parts += ["teacher"] * self.teacher
         return " ".join(parts + [self.seft[key] for key in ("window_store",) if key in self.seft])
 
@@ -104,7 +104,7 @@ class Case:
             folder: Folder of the model.
             plan: The result of ``plan``.
         """
-        zero = self.held.startswith("zero")
+        zero = self.layout.startswith("zero")
         suffix = "_bf16" if self.dtype == "bfloat16" else ""
         return TrainConfig(
             model=ModelConfig(
@@ -118,8 +118,8 @@ class Case:
             steps=plan.steps,
             batch_size=self.batch,
             global_batch=self.batch * self.ranks,
-            backend="deepspeed" if zero else "fsdp" if self.held == "hsdp" else self.held,  # type: ignore[arg-type]
-            deepspeed=f"ds_configs/{self.held}{suffix}.json" if zero else None,
+            backend="deepspeed" if zero else "fsdp" if self.layout == "hsdp" else self.layout,  # type: ignore[arg-type]
+            deepspeed=f"ds_configs/{self.layout}{suffix}.json" if zero else None,
             replicas=self.replicas,
             packing=self.packing,  # type: ignore[arg-type]
             teacher=TeacherConfig(path=folder if self.teacher else None),
@@ -175,8 +175,8 @@ def _train(
 ) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
-    zero = case.held.startswith("zero")
-    ranks = distributed.start(deepspeed=zero, group=case.held in ("fsdp", "hsdp", "ddp"), threads=threads)
+    zero = case.layout.startswith("zero")
+    ranks = distributed.start(deepspeed=zero, group=case.layout in ("fsdp", "hsdp", "ddp"), threads=threads)
     if frees:
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
     tiny = replace(case, batch=1, length=32)
@@ -259,7 +259,7 @@ def compare(case: Case) -> dict[str, Any]:
         measured = measure(case, folder, plan)
         nothing = Rates("cpu", 1e18, 0.0, *[1e12] * 4, None, 0.0, 1e9, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
         of = make_plan(plan, nothing)
-    chosen = estimate(of, case.held, case.ranks, packing=case.packing, replicas=case.replicas)  # type: ignore[arg-type]
+    chosen = estimate(of, case.layout, case.ranks, packing=case.packing, replicas=case.replicas)  # type: ignore[arg-type]
     memory, largest = chosen.memory, max(rank["peak"] for rank in measured)
     resident = sum(memory.resident.values())
     return {
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--model", help="wide, deep or a config.json; without it every case of the benchmark is run")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
-        "--held", default="single", help="single, ddp, fsdp, hsdp (2 replicas), zero0 to zero3, zero3_offload"
+        "--layout", default="single", help="single, ddp, fsdp, hsdp (2 replicas), zero0 to zero3, zero3_offload"
     )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--packing", default="none", choices=["none", "gather", "resident"])

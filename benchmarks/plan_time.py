@@ -79,7 +79,7 @@ def main() -> None:
             plan = dataclasses.replace(plan, cluster=ClusterConfig(gpu=rates, nodes=1, gpus_per_node=case.ranks))
             seconds = measure(case, folder, plan, threads=max(1, cores // case.ranks), frees=False)[0]["seconds"]
             plain, evolving = statistics.median([*seconds[1:3], *seconds[4:]]), seconds[3]
-            time = estimate(make_plan(plan, find_rates(plan)), case.held, case.ranks).time  # type: ignore[arg-type]
+            time = estimate(make_plan(plan, find_rates(plan)), case.layout, case.ranks).time  # type: ignore[arg-type]
             planned = time.seconds + time.window + time.evolution
             print(
                 f"| {case.model} | {case.name} | {'yes' if case.checkpoint else 'no'} | "

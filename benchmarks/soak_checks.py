@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from seft_dist.io.checkpoint import KEEP, complete, read_manifest
 from seft_dist.io.checkpoint.files import rank_file, verify_checksum
 from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
+from seft_dist.training.writer_lock import LOCK
 
 LIMIT = 400.0
 """Seconds within which all processes must end after a kill. A rank waits up to 300 seconds for a missing one."""
@@ -83,7 +84,7 @@ def compare(args: argparse.Namespace, output: Path) -> dict[str, Any]:
     digests = [[line["evolution"]["digest"] for line in one if "evolution" in line] for one in (ours, theirs)]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, args.whole))
     names = [
-        {str(path.relative_to(folder)) for path in folder.glob("*") if path.suffix != ".diff"}
+        {path.name for path in folder.glob("*") if path.suffix != ".diff" and path.name != LOCK}  # left by SIGKILL
         for folder in (output, args.whole)
     ]
     far = [name for name in one if not one[name].allclose(other[name], rtol=WEIGHT_RELATIVE, atol=WEIGHT_ABSOLUTE)]

@@ -7,7 +7,8 @@ The floor is a frozen model's forward pass and input gradients: no method that t
 method has its own process, so that its peak memory is known, and does one step in each round. Ratios are computed
 within a round, and their median is shown, so a machine that slows down affects all methods. Peak memory is that of an
 ordinary step; the last column includes the first step (SEFT chooses its first support from a dense gradient) and, with
-evolutions, a window and an evolution. Other methods are LoRA and SHiRA of PEFT (pip install -e '.[bench]'), full
+evolutions, a window and an evolution. With --compiled some methods are measured once more with every decoder layer
+under torch.compile (inductor). Other methods are LoRA and SHiRA of PEFT (pip install -e '.[bench]'), full
 fine-tuning, and two forms of other sparse methods in step_methods.py.
 """
 
@@ -30,12 +31,14 @@ INTERVAL, WINDOW = 60, 5
 """Interval and window for which the average over a run is calculated."""
 
 
-def worker(pipe: Any, name: str, density: float, args: argparse.Namespace) -> None:
+def worker(pipe: Any, name: str, compiled: bool, density: float, args: argparse.Namespace) -> None:
     """Measure peaks of one method, then do a step for each request on the pipe; reply with its duration and kind."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     sequences, tokens = map(int, args.batch.split("x"))
     model = load(args.model)
+    for layer in model.model.layers if compiled else ():
+        layer.compile(dynamic=False)
     step = METHODS[name](model, draw_batch(model, sequences, tokens), density)
     _use_malloc(mapped_from=1 << 18)  # returns freed blocks at once, so that peaks do not include malloc's cache
     first, ordinary = 0, 0
@@ -70,15 +73,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all methods; a row has method, density, durations by kind of step, and peaks of one and all kinds."""
     context = mp.get_context("spawn")
     rows: list[dict[str, Any]] = []
-    for name in tqdm(args.methods, desc="memory", unit="method"):
+    cases = [(name, False) for name in args.methods] + [(name, True) for name in args.compiled]
+    for name, compiled in tqdm(cases, desc="memory", unit="method"):
         for density in args.densities if name in ("seft", "evolving", "spiel") else [None]:
             ours, theirs = context.Pipe()
-            process = context.Process(target=worker, args=(theirs, name, density, args), daemon=True)
+            process = context.Process(target=worker, args=(theirs, name, compiled, density, args), daemon=True)
             process.start()
             theirs.close()  # otherwise this would wait for ever for a process that died
             peak, peak_of_all = ours.recv()
-            rows.append({"method": name, "density": density, "seconds": [], "peak": peak, "peak_of_all": peak_of_all})
-            rows[-1] |= {"pipe": ours, "process": process}
+            row = {"method": f"{name}, compiled" if compiled else name, "density": density, "seconds": []}
+            row |= {"peak": peak, "peak_of_all": peak_of_all, "pipe": ours, "process": process}
+            rows.append(row)
     for number in tqdm(range(args.warmup + args.rounds), desc="rounds", unit="round"):
         for row in rows:
             row["pipe"].send(True)
@@ -116,7 +121,7 @@ def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     console = Console()
     console.print(table)
     for row in rows:
-        if row["method"] != "evolving":
+        if not row["method"].startswith("evolving"):
             continue
         evolutions = [float(kind.split()[1]) for kind, _ in row["seconds"] if kind.startswith("evolution")]
         window = ratio(row, floor, "window")
@@ -139,6 +144,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1x256", help="sequences x tokens")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--compiled", nargs="+", default=[], choices=list(METHODS), help="methods to compile, too")
     parser.add_argument("--rounds", type=int, default=16, help="two evolutions fall into 16")
     parser.add_argument("--warmup", type=int, default=2, help="rounds not counted")
     parser.add_argument("--threads", type=int, default=2)

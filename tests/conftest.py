@@ -22,8 +22,24 @@ hypothesis.settings.load_profile("untimed")
 # For runs in which every example is slow (tests/test_kernels_sanitized.py)
 hypothesis.settings.register_profile("few", max_examples=12, deadline=None)
 
+# Files that take longest, the longest first. Workers begin with them: none is left alone with one at the end.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        *("slurm_train", "layouts", "launchers", "slurm", "stopping", "reproduce", "pattern_layouts", "train"),
+        *("families", "evaluation_tasks", "properties", "backends", "study", "hf_trainer", "quickstart"),
+    )
+]
+
 # Ranks are forked from this process: it must never have started a thread pool of its own.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, where several workers share the files (--no-loadscope-reorder keeps the order)."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="module")

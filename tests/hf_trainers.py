@@ -10,6 +10,7 @@ import torch
 from seft_dist import SeftOptimizer
 from tests.layouts import snapshot
 from tests.models import batch, moving, prune_, tiny_llama
+from tests.texts import chat_tokenizer
 
 CONFIG = moving(density=0.05, interval=4, window=2)
 STEPS, LR = 9, 1e-2
@@ -44,11 +45,30 @@ def ds_config(layout: str, micro_batch: int, accumulate: int, **over: Any) -> di
     } | over
 
 
-def train(rank: int, world: int, layout: str, output: Path, resume: Path | None = None, **over: Any) -> dict[str, Any]:
-    """Train with transformers.Trainer, two sequences of each of two micro-batches. Collective."""
-    from transformers import Trainer, TrainingArguments
+def _classes(sft: bool, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a trainer, its arguments' class, and what the trainer needs beside a model and data."""
+    if not sft:
+        from transformers import Trainer, TrainingArguments
 
+        return Trainer, TrainingArguments, {"train_dataset": DATA[:-4], "eval_dataset": DATA[-4:]}
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = [
+        Dataset.from_list([{"input_ids": one["input_ids"].tolist()} for one in part]) for part in (DATA[:-4], DATA[-4:])
+    ]
+    tokenizer = chat_tokenizer(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    return SFTTrainer, SFTConfig, {"train_dataset": data[0], "eval_dataset": data[1], "processing_class": tokenizer}
+
+
+def train(
+    rank: int, world: int, layout: str, output: Path, resume: Path | None = None, sft: bool = False, **over: Any
+) -> dict[str, Any]:
+    """Train with transformers.Trainer or TRL's SFTTrainer, two sequences in each of two micro-batches. Collective."""
     from seft_dist.integrations.transformers import SeftCallback
+
+    trainer_class, arguments_class, given_to_trainer = _classes(sft, output / f"tokenizer-{rank}")
 
     uses_cpu = not layout.startswith("zero")
     size = 2 // world
@@ -57,12 +77,13 @@ def train(rank: int, world: int, layout: str, output: Path, resume: Path | None 
     given = {"max_steps": STEPS, "logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
     given |= {"train_sampling_strategy": "sequential"}
     given |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
-    args = TrainingArguments(str(output), use_cpu=uses_cpu, seed=1, **(given | over))
+    given |= {"bf16": False} if sft else {}
+    args = arguments_class(str(output), use_cpu=uses_cpu, seed=1, **(given | over))
     if not uses_cpu:  # accelerate counts GPUs only
         args.distributed_state.num_processes, args.distributed_state.process_index = world, rank
     model = prune_(tiny_llama())
     made = (SeftOptimizer, {"model": model, "config": CONFIG, "lr": LR})
-    trainer = Trainer(model, args, train_dataset=DATA[:-4], eval_dataset=DATA[-4:], optimizer_cls_and_kwargs=made)
+    trainer = trainer_class(model, args, optimizer_cls_and_kwargs=made, **given_to_trainer)
     if layout == "fsdp":
         _be_fsdp(trainer.accelerator)
         trainer.is_fsdp_enabled = True

@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LOADED = [
     "torch",
     "transformers.models.llama.modeling_llama",
-    "seft_dist.training.build",
+    "seft_dist.training.trainer",
+    "jsonargparse",
+    "docstring_parser",
+    "torch.utils.cpp_extension",
     "lm_eval.tasks",
     "rich.console",
 ]

@@ -127,7 +127,7 @@ def expected(ranks: list[Seen], rank: int, form: str) -> dict[str, int]:
         "grow": wire.selection(form, grow, outside),
         "adapt": wire.total(counts) + wire.selection(form, reactivated, prunable),
         "commit": commit,
-        "verify": 2 * wire.total(counts) + 3 * wire.every(counts) + wire.total(32 * layers),
+        "verify": wire.total(counts) + wire.every(3 * counts) + wire.total(32 * layers),
     }
 
 

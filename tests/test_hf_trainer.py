@@ -120,6 +120,35 @@ def test_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_pat
             assert torch.equal(layer[key], two["state"][name][key]), (name, key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
+def test_sft_trainer_on_two_ranks_is_trainer_on_one(layout: str, tmp_path: Path) -> None:
+    def on_rank(rank: int, world: int) -> Any:
+        return train(rank, world, layout, tmp_path / "two", sft=True, save_strategy="no")
+
+    one, two = train(0, 1, "single", tmp_path / "one", save_strategy="no"), run_ranks(on_rank, 2)[0]
+    assert same_topology(one["state"], two["state"])
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(layout, marks=pytest.mark.long) for layout in ("ddp", "zero2", "zero3")), "fsdp"]
+)
+def test_two_ranks_compile_and_are_one_in_eager_mode(layout: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
+
+    def on_rank(rank: int, world: int) -> Any:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        return train(rank, world, layout, tmp_path / "two", **options), dict(torch._dynamo.utils.counters["stats"])
+
+    one, (two, stats) = train(0, 1, "single", tmp_path / "one", save_strategy="no"), run_ranks(on_rank, 2)[0]
+    assert stats["unique_graphs"]
+    assert same_topology(one["state"], two["state"])
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+
+
 def test_a_resumed_run_without_masks_and_deltas_is_refused(tmp_path: Path) -> None:
     train(0, 1, "single", tmp_path, max_steps=6)
     shutil.rmtree(tmp_path / "checkpoint-3" / "seft")

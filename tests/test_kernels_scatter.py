@@ -29,28 +29,28 @@ def test_it_is_an_index_put_of_each(
     wanted = [out.clone() for out in outs]
     for out, offset, part in zip(wanted, offsets, values.split([len(each) for each in offsets]), strict=True):
         out[offset] = part
-    places = [(offset + start).to(kind) for offset, start, kind in zip(offsets, starts, kinds, strict=False)]
-    scatter.scatter_(outs, starts, places, values)
+    indices = [(offset + start).to(kind) for offset, start, kind in zip(offsets, starts, kinds, strict=False)]
+    scatter.scatter_(outs, starts, indices, values)
     assert all(map(torch.equal, outs, wanted))
 
 
 def test_without_the_library_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     outs = [torch.zeros(2, 5), torch.zeros(2, 7)]
-    places = [torch.tensor([4, 1]), torch.tensor([13], dtype=torch.int32)]
+    indices = [torch.tensor([4, 1]), torch.tensor([13], dtype=torch.int32)]
     values = torch.tensor([1.0, 2.0, 3.0])
-    scatter.scatter_([outs[0][0], outs[1][0]], [0, 10], places, values)
+    scatter.scatter_([outs[0][0], outs[1][0]], [0, 10], indices, values)
     monkeypatch.setattr(scatter, "library", lambda: None)
-    scatter.scatter_([outs[0][1], outs[1][1]], [0, 10], places, values)
+    scatter.scatter_([outs[0][1], outs[1][1]], [0, 10], indices, values)
     assert torch.equal(outs[0][0], outs[0][1]) and torch.equal(outs[1][0], outs[1][1])
     assert outs[0][0].tolist() == [0, 2, 0, 0, 1] and outs[1][0, 3] == 3
 
 
-@pytest.mark.parametrize("place", [-1, 9, 15, 2**31 - 1, -(2**31), 2**32 + 10, 2**63 - 1, -(2**63)])
-def test_a_place_outside_its_tensor_is_refused_and_not_written(place: int) -> None:
+@pytest.mark.parametrize("index", [-1, 9, 15, 2**31 - 1, -(2**31), 2**32 + 10, 2**63 - 1, -(2**63)])
+def test_an_index_outside_its_tensor_is_refused_and_not_written(index: int) -> None:
     around = torch.zeros(20)
     outs = [around[2:7], around[8:18]]  # called 10 to 14 and 0 to 9
-    kind = torch.int32 if abs(place + 0.5) < 2**31 else torch.int64
-    places = [torch.tensor([11, place], dtype=kind), torch.tensor([3], dtype=kind)]
-    with pytest.raises(ValueError, match="places inside their tensors"):
-        scatter.scatter_(outs, [10, 0], places, torch.tensor([1.0, 2.0, 3.0]))
+    kind = torch.int32 if abs(index + 0.5) < 2**31 else torch.int64
+    indices = [torch.tensor([11, index], dtype=kind), torch.tensor([3], dtype=kind)]
+    with pytest.raises(ValueError, match="indices inside their tensors"):
+        scatter.scatter_(outs, [10, 0], indices, torch.tensor([1.0, 2.0, 3.0]))
     assert around.nonzero().view(-1).tolist() == [3, 11] and around[[3, 11]].tolist() == [1, 3]

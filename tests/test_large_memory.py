@@ -49,7 +49,7 @@ class Experts(nn.Module):
         shares = torch.rand(16, 2, generator=generator).bfloat16()
         return self.experts(x, torch.tensor(self.live)[chosen], shares).float().square().mean()
 
-    def places(self, of_three: Tensor) -> Tensor:
+    def memory_indices(self, of_three: Tensor) -> Tensor:
         """Translate positions in a module of three experts to this one."""
         each = 2048 * 2048
         return torch.tensor(self.live)[of_three // each] * each + of_three % each
@@ -79,10 +79,10 @@ def test_experts_of_more_than_2_31_weights_are_trained_saved_and_exported(tmp_pa
     (given,) = reference.deltas()
     model, seft = of_experts(513)
     (layer,) = seft.deltas()
-    active = model.places(unpack(given.mask, len(given.interval)).nonzero().view(-1))
+    active = model.memory_indices(unpack(given.mask, len(given.interval)).nonzero().view(-1))
     mask = with_bits(torch.zeros_like(layer.mask), len(layer.interval), active, True)
     columns = given.columns.take(slice(None))
-    columns = dataclasses.replace(columns, indices=model.places(columns.indices.long()))
+    columns = dataclasses.replace(columns, indices=model.memory_indices(columns.indices.long()))
     columns = columns.take(torch.arange(len(columns)))  # a copy
     seft.restore(1, [dataclasses.replace(layer, mask=mask, columns=columns)])
     steps(model, seft, 1, 4)
@@ -91,7 +91,7 @@ def test_experts_of_more_than_2_31_weights_are_trained_saved_and_exported(tmp_pa
     def check(seft: SeftOptimizer) -> None:
         (ours,), (theirs,) = seft.deltas(), reference.deltas()
         assert ours.columns.indices.dtype == torch.int64 and int(ours.columns.indices[-1]) > 2**31
-        assert torch.equal(ours.columns.indices, model.places(theirs.columns.indices.long()))
+        assert torch.equal(ours.columns.indices, model.memory_indices(theirs.columns.indices.long()))
         for key in ("base", "values", "exp_avg", "exp_avg_sq", "age"):
             assert torch.equal(getattr(ours.columns, key), getattr(theirs.columns, key)), key
         whole, three = seft.backend.own(0).view(513, -1), reference.backend.own(0).view(3, -1)

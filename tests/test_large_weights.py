@@ -240,7 +240,7 @@ def test_positions_of_64_bits_give_the_same_on_every_layout(tmp_path: Path) -> N
         pack_weights(packed)
         seft = SeftOptimizer(packed, dataclasses.replace(TINY, init="random"))
         seft.attach()
-        assert all(len(places) and places.dtype == torch.int64 for places in seft.sparse_state.places)
+        assert all(len(indices) and indices.dtype == torch.int64 for indices in seft.sparse_state.memory_indices)
         model = prune_(tiny_llama())
         seft = SeftOptimizer(model, TINY)
         latest = checkpoint.latest(tmp_path)
@@ -327,7 +327,7 @@ def test_plans_count_positions_of_64_bits() -> None:
         memory = seft_memory(config, shapes, Layout("fsdp", 1, 1, packing="resident"), PassCost(*[0.0] * 8), 0.0)
         numel = rows << 16
         found = memory.resident | memory.phases["window of candidates"]
-        names = ("own deltas, moments, ages", "places of own deltas", "positions of all deltas")
+        names = ("own deltas, moments, ages", "memory indices of own deltas", "positions of all deltas")
         return {name: found[name] / numel * 100 for name in (*names, "window: candidates, own sums")}
 
     small, large = terms((1 << 15) - 1), terms(1 << 15)

@@ -21,7 +21,7 @@ _oracle: dict[SeftConfig, dict[str, Any]] = {}
 def oracle(config: SeftConfig) -> dict[str, Any]:
     """The single-process run, made once."""
     if config not in _oracle:
-        _oracle[config] = train_on("single", 1, config, STEPS)
+        _oracle[config] = train_on("single", 1, config, config.steps or 0)
     return _oracle[config]
 
 
@@ -85,8 +85,8 @@ def options_on_layouts() -> list[Any]:
 
 @pytest.mark.parametrize(("option", "layout", "world_size"), options_on_layouts())
 def test_every_option_follows_one_process(option: str, layout: str, world_size: int) -> None:
-    config = moving(density=0.05, interval=8, window=3, steps=STEPS, **OPTIONS[option])
-    assert_same_run(train_on(layout, world_size, config, STEPS), oracle(config))
+    config = moving(density=0.05, interval=4, window=3, steps=14, **OPTIONS[option])
+    assert_same_run(train_on(layout, world_size, config, 14), oracle(config))
 
 
 def test_selection_forms_choose_the_same() -> None:
@@ -99,7 +99,7 @@ def test_selection_forms_choose_the_same() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 2)])
 def test_same_command_same_bits(layout: str, world_size: int) -> None:
-    first, second = (train_on(layout, world_size, CONFIG, 18) for _ in range(2))
+    first, second = (train_on(layout, world_size, CONFIG, 10) for _ in range(2))
     assert first["losses"] == second["losses"]
     assert first["digests"] == second["digests"]
     for name, layer in first["state"].items():

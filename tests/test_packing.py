@@ -122,7 +122,7 @@ def same(packing: str, world_size: int, **options: Any) -> list[dict[str, Any]]:
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 40), st.floats(0, 1), st.integers(0, 1 << 30))
-def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: float, seed: int) -> None:
+def test_indices_find_what_a_dense_weight_holds(rows: int, columns: int, share: float, seed: int) -> None:
     """Read, write and change the mask of one packed weight beside a dense one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -139,10 +139,10 @@ def test_places_find_what_a_dense_weight_holds(rows: int, columns: int, share: f
     weight.put(dense, pack(mask))
     backend = PackedBackend({"linear": LinearWeight(holder)})
     positions = (mask & some(0.5)).nonzero().view(-1)
-    places = backend.places(0, positions)
-    assert torch.equal(backend.load(0, places), dense[positions])
+    indices = backend.memory_indices(0, positions)
+    assert torch.equal(backend.load(0, indices), dense[positions])
     dense[positions] += 1
-    backend.store(0, places, dense[positions])
+    backend.store(0, indices, dense[positions])
     assert torch.equal(backend.own(0), dense)
     moved = some(share)
     with backend.writing():

@@ -267,7 +267,7 @@ def test_best_of_groups(scores: list[float], eligible: list[bool], size: int, da
     assert found.nonzero().view(-1).tolist() == sorted(wanted)
 
 
-def test_close_calls_are_counted() -> None:
+def test_near_ties_are_counted() -> None:
     near, far = 1.0 + 2**-20, 1.5
     scores = torch.tensor([near, 1.0, 0.0, 0.5, far, 1.0, 0.0, 0.5, near, 1.0, near, 0.5])
     key = keys(scores, largest=True)
@@ -278,13 +278,13 @@ def test_close_calls_are_counted() -> None:
     assert chosen.tolist() == [0, 4, 8, 10]
     error = torch.full((12,), 2.0**-20)
     # 0 and 1; 8, 10 (its equal) and 9; none of the middle group
-    assert ranking.close_calls([chosen], lambda _: error) == [5]
-    assert ranking.close_calls([torch.tensor([4, 8])], lambda _: error) == [3]  # nothing of the first group was taken
-    assert ranking.close_calls([chosen], lambda _: error / 4) == [0]
+    assert ranking.near_ties([chosen], lambda _: error) == [5]
+    assert ranking.near_ties([torch.tensor([4, 8])], lambda _: error) == [3]  # nothing of the first group was taken
+    assert ranking.near_ties([chosen], lambda _: error / 4) == [0]
     # one that is far from the border, but uncertain, may cross it
-    assert ranking.close_calls([chosen], lambda _: (error / 4).index_fill(0, torch.tensor([7]), 0.8)) == [1]
+    assert ranking.near_ties([chosen], lambda _: (error / 4).index_fill(0, torch.tensor([7]), 0.8)) == [1]
     key[1] = INELIGIBLE
-    assert ranking.close_calls([chosen], lambda _: error) == [3]
+    assert ranking.near_ties([chosen], lambda _: error) == [3]
 
 
 def linear(weight: Tensor) -> nn.Module:

@@ -96,7 +96,7 @@ def test_other_families_can_be_planned(family: str, tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    held=st.sampled_from(["single", "ddp", "fsdp", "zero3", "zero2", "zero3_offload"]),
+    kind=st.sampled_from(["single", "ddp", "fsdp", "zero3", "zero2", "zero3_offload"]),
     ranks=st.one_of(st.sampled_from([1, 2, 4, 8]), st.integers(1, 700)),
     density=st.floats(1e-4, 0.3),
     window=st.integers(1, 3),
@@ -104,18 +104,18 @@ def test_other_families_can_be_planned(family: str, tmp_path: Path) -> None:
     work=st.builds(PassCost, *[st.floats(0, 1e10)] * 7),
 )
 def test_terms_add_up_and_grow_with_what_they_are_for(
-    held: Any, ranks: int, density: float, window: int, dtype: Any, work: PassCost
+    kind: Any, ranks: int, density: float, window: int, dtype: Any, work: PassCost
 ) -> None:
     shapes = ModelShapes.of(small(2).config, "all-linear")
     config = PlanConfig(model="x", dtype=dtype, seft=moving(density=density, interval=5, window=window))
-    layout = Layout(held, ranks, 8)
+    layout = Layout(kind, ranks, 8)
     memory = seft_memory(config, shapes, layout, work, 3e9)
     assert sum(memory.terms().values()) == pytest.approx(memory.total)
     assert all(size >= 0 for size in memory.terms().values())
     more = dataclasses.replace(config, seft=dataclasses.replace(config.seft, density=density + 0.05))
     assert seft_memory(more, shapes, layout, work, 3e9).total > memory.total
     if layout.sharded and ranks in (1, 2, 4, 8):  # with more ranks, or odd numbers, what pads a gathered layer may grow
-        assert seft_memory(config, shapes, Layout(held, 2 * ranks, 8), work, 3e9).total <= memory.total * 1.01
+        assert seft_memory(config, shapes, Layout(kind, 2 * ranks, 8), work, 3e9).total <= memory.total * 1.01
 
 
 def test_the_plan_of_70b_names_every_term(plan70: ClusterPlan) -> None:
@@ -143,7 +143,7 @@ def test_the_printed_options_are_real(plan70: ClusterPlan) -> None:
             assert read.model.activation_checkpointing and read.model.dtype == "bfloat16"
             assert read.replicas == layout.replicas
             assert read.deepspeed is None or (ROOT / read.deepspeed).is_file()
-            seen.add(layout.held)
+            seen.add(layout.kind)
     assert len(seen) == 9
     line = submit_line(config, Layout("fsdp", 16, 8))
     assert line.startswith("sbatch --nodes 2 --gpus-per-node 8 slurm/train_srun.sbatch --model.path ")

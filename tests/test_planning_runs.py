@@ -35,15 +35,15 @@ def planned(folder: Path, model: Any, ranks: int, **over: Any) -> PlanConfig:
     return PlanConfig(model=str(folder), activation_checkpointing=False, cluster=cluster, **(settings | over))
 
 
-@pytest.mark.parametrize("held", ["fsdp", "ddp"])
-def test_planned_bytes_are_those_that_are_sent(held: LayoutKind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_planned_bytes_are_those_that_are_sent(kind: LayoutKind, tmp_path: Path) -> None:
     seft_config = moving(density=0.05, interval=3, window=1, steps=8, end=3, selection="radix")
     config = planned(tmp_path, tiny_llama(hidden_size=64, intermediate_size=128), 2, seft=seft_config)
-    time = estimate(make_plan(config, RATES), held, 2).time
+    time = estimate(make_plan(config, RATES), kind, 2).time
 
     def on_rank(rank: int, world: int) -> list[list[int]]:
         model = prune_(tiny_llama(hidden_size=64, intermediate_size=128))
-        if held == "fsdp":
+        if kind == "fsdp":
             shard_fsdp(model, decoder_layers(model), fsdp_mesh(torch.device("cpu"), 1), False, set())
         seft = SeftOptimizer(model, seft_config)
         found = []
@@ -90,15 +90,15 @@ def test_shards_of_the_whole_70b_are_the_planned_ones(ranks: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("held", "ranks"), [pytest.param("single", 1, marks=pytest.mark.long), ("fsdp", 2)])
-def test_planned_memory_is_within_a_tenth_of_a_real_run(held: str, ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "ranks"), [pytest.param("single", 1, marks=pytest.mark.long), ("fsdp", 2)])
+def test_planned_memory_is_within_a_tenth_of_a_real_run(layout: str, ranks: int, tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "vocab_size": 8000, "tie_word_embeddings": False, **shape}))
     # A process of its own: what tests have left in this one's heap would be used again and not be measured.
     command = [sys.executable, "benchmarks/plan_memory.py", "--model", str(config), "--length", "128"]
     done = subprocess.run(
-        [*command, "--held", held, "--ranks", str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=280
+        [*command, "--layout", layout, "--ranks", str(ranks)], cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     *_, calculated, measured, _, _ = done.stdout.splitlines()[-1].replace(",", "").split("|")

@@ -12,7 +12,7 @@ from torch import Tensor
 from seft_dist.backends.group import Group
 from seft_dist.config import Selection
 from seft_dist.kernels.ranking import top_k
-from seft_dist.optim.collectives import disagreeing, select
+from seft_dist.optim.collectives import select
 from seft_dist.sparsity.selection import INELIGIBLE, keys
 from tests.ranks import run_ranks
 
@@ -172,12 +172,3 @@ def test_top_k(candidates: list[tuple[float, bool]], k: int) -> None:
     competing = [i for i, (_, is_eligible) in enumerate(candidates) if is_eligible]
     assert found.dtype == torch.int64
     assert found.tolist() == sorted(sorted(competing, key=lambda i: -candidates[i][0])[:k])
-
-
-def test_disagreeing_names_things_and_ranks() -> None:
-    def on_rank(rank: int, world_size: int) -> dict[int, list[int]]:
-        values = torch.tensor([7, 1 << 62, rank == 2, -5])
-        return disagreeing(Group(dist.group.WORLD), values)
-
-    assert run_ranks(on_rank, 4) == [{2: [2]}] * 4
-    assert disagreeing(Group(None), torch.tensor([1, 2])) == {}

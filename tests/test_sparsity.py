@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.bitmask import pack, popcount, unpack
 from seft_dist.sparsity.partition import Partition
-from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, share
+from seft_dist.sparsity.schedule import drop_fraction, fraction_of, in_window, is_evolution
 from tests.models import moving
 
 sizes = st.integers(0, 500)
@@ -117,7 +117,7 @@ def test_drop_fraction_ends_at_0() -> None:
     [(0.5, 5, 3), (0.5, 4, 2), (0.1, 4, 0), (0.1, 5, 1), (1.0, 7, 7), (0.0, 7, 0), (0.01, 0, 0), (0.25, 10, 3)],
 )
 def test_share_rounds_half_up(fraction: float, count: int, wanted: int) -> None:
-    assert share(fraction, count) == wanted
+    assert fraction_of(fraction, count) == wanted
 
 
 def splitmix(x: int) -> int:

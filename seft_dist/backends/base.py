@@ -105,45 +105,45 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def places(self, i: int, positions: Tensor) -> Tensor:
-        """Translate positions into the places that ``load``, ``store`` and ``store_all`` take.
+    def memory_indices(self, i: int, positions: Tensor) -> Tensor:
+        """Translate positions into the indices that ``load``, ``store`` and ``store_all`` take.
 
-        A place is an index into ``memory(i)``. Places hold until the weight's mask changes.
+        They index ``memory(i)``, and hold until the weight's mask changes.
 
         Args:
             i: Number of the target.
             positions: int32 or int64, flat positions inside ``stored(i)`` and in the mask.
 
         Returns:
-            Places, of the positions' shape; may be the positions themselves.
+            Indices, of the positions' shape; may be the positions themselves.
         """
 
     @abstractmethod
     def memory(self, i: int) -> tuple[Tensor, int]:
-        """Return the memory that places of weight i index, and the place of its first value.
+        """Return the memory of weight i, and the index that its first value has in ``memory_indices``.
 
         The memory is flat, in the model's dtype.
         """
 
-    def load(self, i: int, places: Tensor) -> Tensor:
-        """Return the weights at some places, in the model's dtype."""
+    def load(self, i: int, memory_indices: Tensor) -> Tensor:
+        """Return the weights at ``memory_indices``, in the model's dtype."""
         memory, start = self.memory(i)
-        return memory[places.long() - start]
+        return memory[memory_indices.long() - start]
 
-    def store(self, i: int, places: Tensor, values: Tensor) -> None:
-        """Put values, in the model's dtype, at some places; inside ``writing()``."""
+    def store(self, i: int, memory_indices: Tensor, values: Tensor) -> None:
+        """Put values, in the model's dtype, at ``memory_indices``; inside ``writing()``."""
         memory, start = self.memory(i)
-        memory[places.long() - start] = values
+        memory[memory_indices.long() - start] = values
 
-    def store_all(self, places: Sequence[Tensor], values: Tensor) -> None:
+    def store_all(self, memory_indices: Sequence[Tensor], values: Tensor) -> None:
         """Put values into every weight, as ``store``.
 
         Args:
-            places: Places in each weight.
+            memory_indices: Those of each weight.
             values: Values in the model's dtype, one weight's after another.
         """
-        memories, starts = zip(*map(self.memory, range(len(places))), strict=True)
-        scatter_(memories, starts, places, values)
+        memories, starts = zip(*map(self.memory, range(len(memory_indices))), strict=True)
+        scatter_(memories, starts, memory_indices, values)
 
     @abstractmethod
     def remask(self, i: int, mask: Tensor, pruned: Tensor) -> None:
@@ -243,7 +243,7 @@ class DenseBackend(Backend):
         offset = self.stored(i).start
         return self.local(i)[interval.start - offset : interval.stop - offset]
 
-    def places(self, i: int, positions: Tensor) -> Tensor:
+    def memory_indices(self, i: int, positions: Tensor) -> Tensor:
         return positions
 
     def memory(self, i: int) -> tuple[Tensor, int]:

@@ -87,7 +87,7 @@ class PackedWeight:
         """
         return self.shards.decode(self._unit, self)
 
-    def places(self, positions: Tensor) -> Tensor:
+    def value_indices(self, positions: Tensor) -> Tensor:
         """Return the index in ``values`` of flat positions in the mask: int32, from 2^31 own positions on int64."""
         kind = position_dtype(len(self.interval))
         if not positions.numel():
@@ -97,7 +97,7 @@ class PackedWeight:
         counts = table[self.bits.int()]
         byte, bit = offsets >> 3, (offsets & 7).to(torch.int32)
         at = self.bits[byte].to(torch.int32)
-        assert bool((at >> bit & 1).all()), "a position outside the mask has no place"
+        assert bool((at >> bit & 1).all()), "a position outside the mask has no value"
         before = counts.cumsum(0, dtype=kind) - counts
         return before[byte] + table[at & ((1 << bit) - 1)]
 
@@ -156,7 +156,7 @@ class PackedShards:
         bits of weight 0 | bits of weight 1 | ..   values of weight 0 | values of weight 1 | ..   unused
         at the same bytes on every rank            at bytes that each rank's numbers of values decide
 
-    So the bits' places follow from shapes alone, and the values' from ``_counts``, which all ranks know. Messages are
+    So the bits' offsets follow from shapes alone, and the values' from ``_counts``, which all ranks know. Messages are
     as long as the longest of them, since an all-gather of different lengths does not exist everywhere.
 
     Prefetch. While a unit computes, the next one is already on its way. Which one that is, is learnt and not
@@ -355,8 +355,8 @@ class PackedBackend(Backend):
     def own(self, i: int) -> Tensor:
         return self._weights[i].own()
 
-    def places(self, i: int, positions: Tensor) -> Tensor:
-        return self._weights[i].places(positions)
+    def memory_indices(self, i: int, positions: Tensor) -> Tensor:
+        return self._weights[i].value_indices(positions)
 
     def memory(self, i: int) -> tuple[Tensor, int]:
         return self._weights[i].values, 0

@@ -48,7 +48,7 @@ def find_data_files(paths: Sequence[str]) -> tuple[list[Path], str]:
             a regular file.
     """
     name = ", ".join(paths)
-    files = [file for path in paths for place in _places(path) for file in _files_in(place)]
+    files = [file for path in paths for found in _expand(path) for file in _files_in(found)]
     twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
     if twice:
         raise ValueError(f"data.path={name} names {twice[0]} twice: needs each file once")
@@ -67,21 +67,21 @@ def find_data_files(paths: Sequence[str]) -> tuple[list[Path], str]:
     return files, kinds[0]
 
 
-def _places(path: str) -> list[Path]:
+def _expand(path: str) -> list[Path]:
     if is_pattern(path):
         found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
         if not found:
             raise ValueError(f"data.path={path} matches no file: needs a pattern with at least one")
-        return [Path(place) for place in found]
-    place = Path(path).expanduser()
-    if not place.exists():
+        return [Path(name) for name in found]
+    whole = Path(path).expanduser()
+    if not whole.exists():
         raise ValueError(f"data.path={path} does not exist: needs a file, a folder or a pattern")
-    return [place]
+    return [whole]
 
 
-def _files_in(place: Path) -> list[Path]:
-    inside = (file for file in place.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
-    return sorted(inside) if place.is_dir() else [place]
+def _files_in(path: Path) -> list[Path]:
+    inside = (file for file in path.rglob("*") if file.suffix in BUILDERS and not file.is_dir())
+    return sorted(inside) if path.is_dir() else [path]
 
 
 def hash_files(files: list[Path]) -> str:

@@ -36,7 +36,7 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SAMPLED = [_POINTER, _LONG, _POINTER, _LONG, *[_LONG] * 3, _POINTER, _INT, _POINTER, _LONG, _POINTER, *[_INT] * 3]
 _PACKED = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _INT]  # encode: bits, n, dense, values, count, threads
 _UNPACKED = [_POINTER, _LONG, _POINTER, _LONG, _POINTER, _INT]  # decode: bits, n, values, count, out, threads
-# outs, starts, sizes, places, whether these are int64, ends, tensors, values, threads
+# outs, starts, sizes, indices, whether these are int64, ends, tensors, values, threads
 _SCATTER = [*[_POINTER] * 4, _INT, _POINTER, _LONG, _POINTER, _INT]
 _FLOAT = ctypes.c_float
 _ADAMW = [_LONG, _FLOAT, *[_POINTER] * 8, *[_FLOAT] * 5, _INT, _POINTER, _INT]

@@ -15,13 +15,13 @@ class Vector:
 
     name: str
     """Name in the model."""
-    places: list[tuple[nn.Module, str]]
+    uses: list[tuple[nn.Module, str]]
     """The modules that have it, several if they share it, and its name in each."""
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter as it is held now; while it is sharded, maybe only a part of it."""
-        module, key = self.places[0]
+        module, key = self.uses[0]
         parameter: nn.Parameter = getattr(module, key)
         return parameter
 
@@ -44,5 +44,5 @@ def find_vectors(model: nn.Module) -> dict[str, Vector]:
             if len(whole_shape(parameter)) != 1 or not (is_norm or (is_linear and key == "bias")) or module in routers:
                 continue
             vector = found.setdefault(id(parameter), Vector(f"{name}.{key}" if name else key, []))
-            vector.places.append((module, key))
+            vector.uses.append((module, key))
     return {vector.name: vector for vector in found.values()}

@@ -77,7 +77,7 @@ def _least_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
 
     ranking = GroupRanking(groups, lambda i: adapt_key(work, i), groups.counter(too_many))
     pruned = [(ranking(i) != INELIGIBLE).nonzero().view(-1) for i in range(len(work.windows))]
-    work.count_close_calls(ranking, pruned, lambda rounding, i: adapt_errors(work, rounding, i))
+    work.count_pattern_near_ties(ranking, pruned, lambda rounding, i: adapt_errors(work, rounding, i))
     return pruned
 
 

@@ -178,24 +178,6 @@ def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wan
     return group.sum(torch.tensor([len(one) - len(other) for one, other in zip(most, fewest, strict=True)])).tolist()
 
 
-def disagreeing(group: Group, values: Tensor) -> dict[int, list[int]]:
-    """Find the values that should be equal on all ranks and are not. Collective.
-
-    Args:
-        group: The ranks to compare.
-        values: int64 [n], one value for each thing compared.
-
-    Returns:
-        Index of the thing to the ranks (of the group) whose value is not the commonest; empty if all agree.
-    """
-    rows = group.stack(values).cpu()
-    common = rows.mode(0).values
-    return {
-        int(column): (rows[:, column] != common[column]).nonzero().view(-1).tolist()
-        for column in (rows != common).any(0).nonzero().view(-1)
-    }
-
-
 def differing_ranks(owners: Group, replicas: Group, value: int) -> list[int]:
     """Find the ranks whose value is not the commonest one of all owners and replicas. Collective.
 

@@ -7,7 +7,7 @@ from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.schedule import share
+from seft_dist.sparsity.schedule import fraction_of
 
 _DROP = 1  # key of the random criterion's stream
 
@@ -23,7 +23,7 @@ def drop(work: WorkingState, fraction: float) -> None:
     def errors(rounding: Rounding, i: int) -> Tensor:
         return rounding.of_drop(i, work.offsets(i), work.entries[i])
 
-    wanted = [share(fraction, size) for size in work.sizes]
+    wanted = [fraction_of(fraction, size) for size in work.sizes]
     chosen = work.select(lambda i: _drop_key(work, i), wanted, errors)
     work.dropped = []
     for i, which in enumerate(chosen):
@@ -33,8 +33,8 @@ def drop(work: WorkingState, fraction: float) -> None:
         restored = (
             base != 0 if work.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
         )
-        places = work.backend.places(i, offsets[restored] + work.intervals[i].start)
-        work.backend.store(i, places, base[restored].to(work.backend.dtypes[i]))
+        memory_indices = work.backend.memory_indices(i, offsets[restored] + work.intervals[i].start)
+        work.backend.store(i, memory_indices, base[restored].to(work.backend.dtypes[i]))
         stays = torch.ones(len(work.entries[i]), dtype=torch.bool, device=which.device)
         stays[which] = False
         work.entries[i] = work.entries[i].take(stays)

@@ -169,7 +169,7 @@ class Evolution:
         work.backend.sync_mask_counts()
         for i, offsets in enumerate(work.grown):
             positions = work.positions(i, offsets)
-            new = Columns.grown(positions, work.backend.load(i, work.backend.places(i, positions)).float())
+            new = Columns.grown(positions, work.backend.load(i, work.backend.memory_indices(i, positions)).float())
             if work.config.moments == "seeded":
                 self._seed(new, offsets, work.windows[i], betas)
             work.entries[i] = Columns.cat([work.entries[i], new]).sorted()
@@ -197,4 +197,4 @@ class Evolution:
         for rank in range(owners.size):
             parts = zip(positions[rank].split(lengths[rank]), values[rank].split(lengths[rank]), strict=True)
             for i, (where, what) in enumerate(parts):
-                work.backend.store(i, work.backend.places(i, where), what)
+                work.backend.store(i, work.backend.memory_indices(i, where), what)

@@ -11,7 +11,7 @@ from seft_dist.optim.nm_groups import GroupRanking
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.schedule import next_evolution, share
+from seft_dist.sparsity.schedule import fraction_of, next_evolution
 from seft_dist.sparsity.selection import INELIGIBLE
 
 _GROW = 2  # key of the random criterion's stream
@@ -23,7 +23,7 @@ def grow(work: WorkingState) -> None:
     if work.windows[0].positions is not None:  # at most as many as candidates, so that Adapt has as many to prune
         wanted = [min(pair) for pair in zip(wanted, num_candidates(work), strict=True)]
     ranking, work.grown = best_free(work, wanted)
-    work.count_close_calls(ranking, work.grown, Rounding.of_grow)
+    work.count_pattern_near_ties(ranking, work.grown, Rounding.of_grow)
     work.reactivated = []
     for i, offsets in enumerate(work.grown):
         work.reactivated.append(offsets[~bits.holds(work.state.masks[i], offsets)])
@@ -43,7 +43,7 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
         The ranking, and the own offsets that were chosen.
     """
     config = work.config
-    caps = [share(config.reactivation, count) for count in wanted]
+    caps = [fraction_of(config.reactivation, count) for count in wanted]
     if config.reactivate == "trial" and next_evolution(config, work.step) is None:
         caps = [0] * len(wanted)  # a trial that nothing ends would leave the mask too large
     any_free = _inside_groups(work, lambda i: _grow_key(work, i, _free(work, i)))
@@ -64,7 +64,7 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
 
 def num_candidates(work: WorkingState) -> list[int]:
     """Return how many candidates of each kind a window keeps of each target."""
-    return [share(work.config.window_candidates, budget) for budget in work.state.budgets]
+    return [fraction_of(work.config.window_candidates, budget) for budget in work.state.budgets]
 
 
 def _inside_groups(work: WorkingState, key: Callable[[int], Tensor]) -> Callable[[int], Tensor]:

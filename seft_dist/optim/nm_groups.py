@@ -239,7 +239,7 @@ class GroupRanking:
         best = nm_pattern.best(whole, self._limits(i), self._groups.size)
         return own.masked_fill_(~self._groups.own(i, best), INELIGIBLE)
 
-    def close_calls(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
+    def near_ties(self, chosen: list[Tensor], errors: Callable[[int], Tensor]) -> list[int]:
         """Count the positions of each layer that rounding could have put in or out of a group's best. Collective.
 
         Args:
@@ -258,7 +258,7 @@ class GroupRanking:
         for i in range(len(chosen)):
             key = whole_groups.whole(i, self._keys(i), self._edges)
             error = whole_groups.whole(i, errors(i), edges)
-            close = nm_pattern.close_calls(key, self._limits(i), size, error)
+            close = nm_pattern.near_ties(key, self._limits(i), size, error)
             close &= (taken_of(i) > 0).repeat_interleave(size)
             counts[i] = torch.count_nonzero(whole_groups.own(i, close))
         return whole_groups.backend.owners.sum(counts).tolist()

@@ -63,7 +63,7 @@ def _different(backend: Backend, state: State, with_masks: bool) -> list[int]:
     found = torch.zeros(len(counts), dtype=torch.int64, device=backend.device)
     for i, (count, expected) in enumerate(zip(counts, left, strict=True)):
         if count:
-            seen = backend.load(i, state.places[i][:count])
+            seen = backend.load(i, state.memory_indices[i][:count])
             found[i] = torch.count_nonzero(seen != expected.to(seen.dtype))
     different = found.tolist()
     if with_masks:

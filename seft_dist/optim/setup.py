@@ -19,7 +19,7 @@ from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
 from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.partition import position_dtype
-from seft_dist.sparsity.schedule import share
+from seft_dist.sparsity.schedule import fraction_of
 from seft_dist.sparsity.zeros import all_finite
 
 _INIT = 3  # key of the random first support's stream
@@ -122,7 +122,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     count = len(backend.names)
     masks, targets, prints = survey(backend)
     numels = [partition.numel for partition in backend.partitions]
-    budgets = [share(config.density, numel) for numel in numels]
+    budgets = [fraction_of(config.density, numel) for numel in numels]
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
@@ -137,7 +137,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     return State(
         columns=columns,
         lengths=[0] * count,
-        places=list(nothing),
+        memory_indices=list(nothing),
         masks=masks,
         targets=targets,
         budgets=budgets,
@@ -217,7 +217,7 @@ def random_support(backend: Backend, config: SeftConfig, state: State) -> None:
 
     chosen = select(backend.owners, key, list(range(len(state.budgets))), state.budgets, config.selection)
     positions = [(offsets + backend.interval(i).start).to(backend.position_dtype) for i, offsets in enumerate(chosen)]
-    bases = [backend.load(i, backend.places(i, where)).float() for i, where in enumerate(positions)]
+    bases = [backend.load(i, backend.memory_indices(i, where)).float() for i, where in enumerate(positions)]
     state.set_entries(backend, list(map(Columns.grown, positions, bases)))
 
 

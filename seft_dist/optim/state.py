@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from seft_dist.backends import Backend
-from seft_dist.backends.group import Group
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
-from seft_dist.optim.collectives import disagreeing
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
@@ -68,8 +66,8 @@ class State:
     columns: Columns
     lengths: list[int]
     """Number of own entries of each layer in ``columns``."""
-    places: list[Tensor]
-    """Index of the own entries of each layer in the backend's memory (``Backend.places``)."""
+    memory_indices: list[Tensor]
+    """Index of the own entries of each layer in the backend's memory (``Backend.memory_indices``)."""
     masks: list[Tensor]
     """uint8, packed mask of the own interval."""
     targets: list[int]
@@ -110,7 +108,7 @@ class State:
         """
         self.columns = Columns.cat(entries)
         self.lengths = [len(layer) for layer in entries]
-        self.places = [backend.places(i, layer.indices) for i, layer in enumerate(self.layers())]
+        self.memory_indices = [backend.memory_indices(i, layer.indices) for i, layer in enumerate(self.layers())]
         self.supports = gather_supports(backend.owners, self.columns.indices, self.lengths, backend.shapes)
 
     def write_weights(self, backend: Backend, weight: Tensor) -> None:
@@ -122,17 +120,17 @@ class State:
             backend: Holds the weights; must be inside its ``writing()`` context.
             weight: fp32 [own], base + delta, layers one after another.
         """
-        new, places = weight.to(backend.dtypes[0]), self.places
+        new, memory_indices = weight.to(backend.dtypes[0]), self.memory_indices
         if backend.replicates:
             sizes = [[support.sizes[rank] for support in self.supports] for rank in range(backend.owners.size)]
             parts = backend.owners.gather(new, list(map(sum, sizes)))  # known: no step waits for the device
             pieces = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
-            new = torch.cat([piece[i] for i in range(len(places)) for piece in pieces])
-            places = [
-                backend.places(i, support.positions().to(backend.position_dtype))
+            new = torch.cat([piece[i] for i in range(len(memory_indices)) for piece in pieces])
+            memory_indices = [
+                backend.memory_indices(i, support.positions().to(backend.position_dtype))
                 for i, support in enumerate(self.supports)
             ]
-        backend.store_all(places, new)
+        backend.store_all(memory_indices, new)
 
     @contextmanager
     def without_trials(self, backend: Backend) -> Iterator[None]:
@@ -168,7 +166,7 @@ class State:
                 target=self.targets[i],
                 columns=entries,
                 committed=committed,
-                committed_values=backend.load(i, backend.places(i, committed)),
+                committed_values=backend.load(i, backend.memory_indices(i, committed)),
                 trial=self.trial[i],
                 window=windows[i],
             )
@@ -199,6 +197,19 @@ class State:
         Raises:
             RuntimeError: Naming the layer and the ranks that broke a promise or differ.
         """
+        broken, support_hashes, mask_hashes = self._gather_checks(backend)
+        common = support_hashes.flatten(0, 1).mode(0).values
+        _raise_for_ranks(backend.names, support_hashes != common, "another support")
+        _raise_for_ranks(backend.names, mask_hashes != mask_hashes.mode(0).values, "another mask")
+        # All replicas hold the same from here on: what comes raises on every rank or on none.
+        self._check_counts(backend, config)
+        what = "an active delta outside the mask, or a non-zero weight there"
+        _raise_for_ranks(backend.names, broken != 0, what)
+        whole = torch.cat([common, mask_hashes[0].sum(0)])
+        return hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
+
+    def _check_counts(self, backend: Backend, config: SeftConfig) -> None:
+        """Check the numbers of active positions and of deltas, and the pattern. Collective."""
         active = torch.tensor(self.active(backend))
         wanted = torch.tensor(self.targets)
         if config.reactivate == "trial":
@@ -214,25 +225,23 @@ class State:
         for name, support, budget in zip(backend.names, self.supports, self.budgets, strict=True):
             if len(support) > budget:
                 raise RuntimeError(f"{name}: {len(support)} deltas, needs at most {budget}")
-        broken, mask_hash = self._local_promises(backend)
-        _raise_if_different(
-            backend.owners, broken, "an active delta outside the mask, or a non-zero weight there", expect_zero=True
-        )
-        support_hash = torch.stack([_hash(support.positions()) for support in self.supports]).cpu()
-        for group in (backend.owners, backend.replicas):
-            _raise_if_different(group, list(zip(backend.names, support_hash.tolist(), strict=True)), "another support")
-        _raise_if_different(backend.replicas, list(zip(backend.names, mask_hash.tolist(), strict=True)), "another mask")
-        whole = torch.cat([support_hash, backend.owners.sum(mask_hash)])
-        return hashlib.sha256(whole.numpy().tobytes()).hexdigest()[:16]
 
-    def _local_promises(self, backend: Backend) -> tuple[list[tuple[str, int]], Tensor]:
-        broken, hashes = [], []
-        for i, (name, entries) in enumerate(zip(backend.names, self.layers(), strict=True)):
+    def _gather_checks(self, backend: Backend) -> Tensor:
+        """Gather what every rank has found wrong, and its hashes. Collective.
+
+        Returns:
+            int64 [3, replicas, owners, layers], the same on every rank: numbers of own deltas outside the mask and of
+            weights that are not 0 there; hashes of whole supports; hashes of the own part of the masks.
+        """
+        rows = []
+        for i, entries in enumerate(self.layers()):
             interval = backend.interval(i)
             outside = (~bits.holds(self.masks[i], entries.indices.long() - interval.start)).sum()
-            broken.append((name, int(outside) + bits.count_outside(self.masks[i], backend.own(i))))
-            hashes.append(bits.hash_of_bits(self.masks[i], len(interval), interval.start))
-        return broken, torch.stack(hashes).cpu()
+            broken = outside + bits.count_outside(self.masks[i], backend.own(i))
+            mask_hash = bits.hash_of_bits(self.masks[i], len(interval), interval.start)
+            rows.append(torch.stack([broken, _hash(self.supports[i].positions()), mask_hash]))
+        own = torch.stack(rows, 1).cpu()
+        return backend.replicas.stack(backend.owners.stack(own)).permute(2, 0, 1, 3)
 
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
         """Count what is active, zero and trained in every target. Collective."""
@@ -268,17 +277,18 @@ def _hash(positions: Tensor) -> Tensor:
     return scores.mix(positions.to(torch.int64)).sum()
 
 
-def _raise_if_different(group: Group, values: list[tuple[str, int]], what: str, expect_zero: bool = False) -> None:
-    """Raise the same error on all ranks if some hold other values than most ranks, or than 0. Collective."""
-    names = [name for name, _ in values]
-    numbers = torch.tensor([number for _, number in values])
-    wrong = disagreeing(group, numbers)
-    if expect_zero:
-        rows = group.stack(numbers)
-        wrong = {int(i): rows[:, i].nonzero().view(-1).tolist() for i in rows.any(0).nonzero().view(-1)}
-    if wrong:
-        layer, ranks = next(iter(wrong.items()))
+def _raise_for_ranks(names: Sequence[str], wrong: Tensor, what: str) -> None:
+    """Raise an error if any rank is wrong.
+
+    Args:
+        names: Names of the layers.
+        wrong: bool [replicas, owners, layers], the same on every rank: so either all ranks raise the error or none.
+        what: What the ranks hold that are wrong.
+    """
+    layers = wrong.any(0).any(0).nonzero().view(-1).tolist()
+    if layers:
+        ranks = wrong[:, :, layers[0]].flatten().nonzero().view(-1).tolist()
         raise RuntimeError(
-            f"{names[layer]}: ranks {ranks} hold {what} ({len(wrong)} of {len(names)} layers affected); "
+            f"{names[layers[0]]}: ranks {ranks} hold {what} ({len(layers)} of {len(names)} layers affected); "
             "the run stops, its last checkpoint is intact"
         )

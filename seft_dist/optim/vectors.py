@@ -93,7 +93,7 @@ class Vectors:
         self._backend: Backend | None = None
         target_modules = {target.module for target in targets.values()}
         for vector, slot in zip(self._vectors, self._slots, strict=True):
-            for module, key in vector.places:
+            for module, key in vector.uses:
                 attachment_of(module).vectors[key] = slot.watch
                 if module not in target_modules:  # those have a forward method of ours already
                     _bind(module)
@@ -220,7 +220,7 @@ class Vectors:
     def uninstall(self) -> None:
         """Give the modules their own forward methods again."""
         for vector in self._vectors:
-            for module, key in vector.places:
+            for module, key in vector.uses:
                 attachment_of(module).vectors.pop(key, None)
                 if _is_bound(module):
                     del module.__dict__["forward"]

@@ -112,7 +112,7 @@ class WorkingState:
         assert self.near_ties is not None
         self.near_ties = [before + now for before, now in zip(self.near_ties, near, strict=True)]
 
-    def count_close_calls(self, ranking: Callable[[int], Tensor], chosen: list[Tensor], errors: Errors) -> None:
+    def count_pattern_near_ties(self, ranking: Callable[[int], Tensor], chosen: list[Tensor], errors: Errors) -> None:
         """Add the near-ties inside the groups of a pattern. Collective if near-ties are counted."""
         if self.rounding is not None and isinstance(ranking, GroupRanking):
-            self.count(ranking.close_calls(chosen, partial(errors, self.rounding)))
+            self.count(ranking.near_ties(chosen, partial(errors, self.rounding)))

@@ -15,7 +15,7 @@ LayoutKind = Literal["single", "ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2",
 class Layout:
     """Division of the weights among the ranks."""
 
-    held: LayoutKind
+    kind: LayoutKind
     """Way of sharding or replicating the weights."""
     world_size: int
     """Number of ranks."""
@@ -29,13 +29,13 @@ class Layout:
     @property
     def name(self) -> str:
         """Name of the layout in tables."""
-        name = f"hsdp x{self.replicas}" if self.held == "hsdp" else self.held
+        name = f"hsdp x{self.replicas}" if self.kind == "hsdp" else self.kind
         return name if self.packing == "none" else f"{name}, {self.packing}"
 
     @property
     def sharded(self) -> bool:
         """A rank stores only its own part of the weights."""
-        return self.held in ("fsdp", "hsdp", "zero3", "zero3_offload")
+        return self.kind in ("fsdp", "hsdp", "zero3", "zero3_offload")
 
     @property
     def owners(self) -> int:
@@ -49,7 +49,7 @@ class Layout:
 
     def own_numel(self, weight: ParameterShape) -> int:
         """Number of entries of a weight that the fullest rank owns."""
-        by_rows = self.held in ("fsdp", "hsdp")
+        by_rows = self.kind in ("fsdp", "hsdp")
         return weight.row_shard_numel(self.owners) if by_rows else weight.flat_shard_numel(self.owners)
 
     def stored_numel(self, weight: ParameterShape) -> int:
@@ -62,18 +62,18 @@ class Layout:
 
     def empty_ranks(self, shapes: ModelShapes) -> int:
         """Number of ranks in a group of owners that own no part of any target."""
-        by_rows = self.held in ("fsdp", "hsdp")
+        by_rows = self.kind in ("fsdp", "hsdp")
         lengths = [weight.shape[0] if by_rows else weight.numel for weight in shapes.targets]
         used = max(-(-length // -(-length // self.owners)) for length in lengths)
         return self.owners - used
 
     def options(self, config: PlanConfig) -> list[str]:
         """Return the options of seft train that choose this layout."""
-        if self.held.startswith("zero"):
+        if self.kind.startswith("zero"):
             suffix = "_bf16" if config.dtype == "bfloat16" else ""
-            return ["--deepspeed", f"ds_configs/{self.held}{suffix}.json"]
-        options = ["--backend", "fsdp" if self.held == "hsdp" else self.held]
-        options += ["--replicas", str(self.replicas)] if self.held == "hsdp" else []
+            return ["--deepspeed", f"ds_configs/{self.kind}{suffix}.json"]
+        options = ["--backend", "fsdp" if self.kind == "hsdp" else self.kind]
+        options += ["--replicas", str(self.replicas)] if self.kind == "hsdp" else []
         return options + (["--packing", self.packing] if self.packing != "none" else [])
 
 
@@ -83,7 +83,7 @@ def possible_layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
         alone = Layout("single", 1, cluster.gpus_per_node)
         return [alone, replace(alone, packing="resident")]
     kinds: tuple[LayoutKind, ...] = ("fsdp", "zero3", "ddp", "zero2", "zero1", "zero0", "zero3_offload")
-    layouts = [Layout(held, world_size, cluster.gpus_per_node) for held in kinds]
+    layouts = [Layout(kind, world_size, cluster.gpus_per_node) for kind in kinds]
     nodes, rest = divmod(world_size, cluster.gpus_per_node)
     if not rest:  # HSDP is considered for whole nodes only, with a copy of the model on each group of nodes
         layouts += [
@@ -94,7 +94,7 @@ def possible_layouts(cluster: ClusterConfig, world_size: int) -> list[Layout]:
     packed = [
         replace(layout, packing=packing)
         for layout in layouts
-        if layout.held in ("fsdp", "hsdp")
+        if layout.kind in ("fsdp", "hsdp")
         for packing in ("gather", "resident")
     ]
     return layouts + packed

@@ -80,7 +80,7 @@ def base_weights(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: 
         "base weights, packed values of targets": values,  # the bits are not counted: they are SEFT's masks
         "base weights, dense rest": float(rest),
         "one target, dense": float(item * max(weight.numel for weight in shapes.targets)),
-        "places of own deltas": config.seft.density
+        "memory indices of own deltas": config.seft.density
         * sum(position_dtype(own).itemsize * own for own in map(layout.own_numel, shapes.targets)),
     }
 
@@ -122,7 +122,7 @@ def gathered(config: PlanConfig, shapes: ModelShapes, layout: Layout, item: int,
             if weight.target:
                 packed[weight.layer] += padded[weight.name] * packed_bytes(config.sparsity, item)
     whole = sum(padded.values())
-    if layout.held in ("zero3", "zero3_offload") and not at_end:
+    if layout.kind in ("zero3", "zero3_offload") and not at_end:
         fetched = max(padded.values()) + min(2 * max(dense), ZERO3_AHEAD)
         return {
             "gathered weights, not released yet": min(whole, ZERO3_LIVE) * item,
@@ -164,7 +164,7 @@ def seft_memory(
     own_deltas = config.seft.density * own
     rows = sum(weight.target[0] for weight in shapes.targets if weight.target)
     weights = base_weights(config, shapes, layout, item)
-    offloaded = layout.held == "zero3_offload"
+    offloaded = layout.kind == "zero3_offload"
     weights |= teacher_weights(config, shapes, layout, item)
     resident = {
         **({} if offloaded else weights),
@@ -186,9 +186,9 @@ def seft_memory(
         "backward": {**whole, **layers, **(grads if earlier else {})},
         "step": exchange,
     }
-    if layout.held == "ddp":
+    if layout.kind == "ddp":
         phases["begin of the run"] = {"weights that DDP broadcasts": min(weights["base weights"], DDP_BROADCASTS)}
-    if layout.held in ("fsdp", "hsdp"):  # the root's buffer is freed only when the first layer has its weights
+    if layout.kind in ("fsdp", "hsdp"):  # the root's buffer is freed only when the first layer has its weights
         phases["begin of forward"] = {**whole, "buffer of embeddings, head": whole["gathered embeddings, head"]}
     if needs.gradient and (not config.seft.static or config.seft.init == "gradient"):
         window = _window_phases(config, shapes, layout, cost, grads)
@@ -277,10 +277,10 @@ def adam_memory(
     """
     item = _ITEM[config.dtype]
     weights = base_weights(config, shapes, layout, item) | teacher_weights(config, shapes, layout, item)
-    offloaded = layout.held == "zero3_offload"
+    offloaded = layout.kind == "zero3_offload"
     count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))
-    divides_grads = layout.sharded or layout.held == "zero2"
-    divides_state = divides_grads or layout.held == "zero1"
+    divides_grads = layout.sharded or layout.kind == "zero2"
+    divides_state = divides_grads or layout.kind == "zero1"
     states = 12 if item == 2 else 8  # two moments and, of 16-bit weights, a copy in fp32
     resident = {**({} if offloaded else weights), "buffers": float(shapes.buffers)}
     if trained == "lora":

@@ -98,7 +98,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> ClusterPlan:
 
 def estimate(
     plan: ClusterPlan,
-    held: LayoutKind,
+    kind: LayoutKind,
     world_size: int,
     method: str = "SEFT",
     packing: Packing = "none",
@@ -108,13 +108,13 @@ def estimate(
 
     Args:
         plan: The plan.
-        held: Way of sharding or replicating the weights.
+        kind: Way of sharding or replicating the weights.
         world_size: Number of ranks.
         method: One of ``METHODS``.
         packing: Packing of the targets.
         replicas: Number of sharded copies of the model (HSDP).
     """
-    layout = Layout(held, world_size, plan.config.cluster.gpus_per_node, replicas, packing)
+    layout = Layout(kind, world_size, plan.config.cluster.gpus_per_node, replicas, packing)
     cost = plan.cost if method == "SEFT" else plan.peer_cost
     return _estimate(method, plan.config, plan.shapes, layout, cost, plan.rates)
 

@@ -71,7 +71,7 @@ def weights_gathered(config: PlanConfig, shapes: ModelShapes, layout: Layout, it
     total = 0.0
     for weight in shapes.weights:
         padded = layout.own_numel(weight) * layout.owners * (each if weight.target else item)
-        total += padded * (1 if weight.layer is None and layout.held in ("fsdp", "hsdp") else 2)
+        total += padded * (1 if weight.layer is None and layout.kind in ("fsdp", "hsdp") else 2)
     return total
 
 
@@ -85,7 +85,7 @@ def gathers(config: PlanConfig, shapes: ModelShapes, links: Links, item: int, mi
     if config.teacher:
         whole = float(item * sum(layout.own_numel(weight) * layout.owners for weight in shapes.weights))
         traffic.append(links.ring("teacher's weights", whole).times(micro))
-    if layout.held == "zero3_offload":
+    if layout.kind == "zero3_offload":
         fetched = size + (whole if config.teacher else 0.0)
         traffic.append(Traffic("weights from host memory", 0, 0, micro * fetched / layout.owners / links.rates.host))
     return traffic

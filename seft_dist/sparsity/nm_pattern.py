@@ -46,7 +46,7 @@ def best(key: Tensor, limits: Tensor, size: int) -> Tensor:
     return taken.T.reshape(-1) & (key != INELIGIBLE)
 
 
-def close_calls(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tensor:
+def near_ties(key: Tensor, limits: Tensor, size: int, errors: Tensor) -> Tensor:
     """Mark the positions that rounding could have moved into or out of those that ``best`` marks in their group.
 
     Args:

@@ -44,6 +44,6 @@ def drop_fraction(config: SeftConfig, step: int) -> float:
     return initial / 2 * (1 + math.cos(math.pi * step / total))
 
 
-def share(fraction: float, count: int) -> int:
+def fraction_of(fraction: float, count: int) -> int:
     """Return the number of entries that are a fraction of ``count``, rounded half up."""
     return math.floor(fraction * count + 0.5)

@@ -109,7 +109,7 @@ class Trace:
         rows = []
         for i, layer in enumerate(seft.deltas()):
             positions, deltas = layer.columns.indices, layer.columns.values
-            weights = seft.backend.load(i, seft.sparse_state.places[i])
+            weights = seft.backend.load(i, seft.sparse_state.memory_indices[i])
             hashes = [
                 hash_of_set(positions),
                 self._masks[i][0],

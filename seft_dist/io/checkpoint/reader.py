@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
-from seft_dist.io.checkpoint.files import DamagedError, everywhere, rank_file, read_manifest, verify_checksum
+from seft_dist.io.checkpoint.files import DamagedError, on_all_ranks, rank_file, read_manifest, verify_checksum
 from seft_dist.io.checkpoint.schema import CheckpointManifest, TargetEntry
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -83,7 +83,7 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
-    everywhere(backend, read)
+    on_all_ranks(backend, read)
     if not is_base:
         if not holds_result(layers, backend):
             raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_LIVE}")
@@ -114,7 +114,7 @@ def open_checkpoint(
         DamagedError: A file is missing, truncated or altered.
         ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
-    everywhere(backend, lambda: read_manifest(checkpoint))
+    on_all_ranks(backend, lambda: read_manifest(checkpoint))
     manifest = read_manifest(checkpoint)
     _check_model(backend, manifest, checkpoint)
     other = None if fingerprints is None else _other_base(backend, fingerprints, manifest, checkpoint)
@@ -126,7 +126,7 @@ def open_checkpoint(
         for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
             verify_checksum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
 
-    everywhere(backend, verify_checksums)
+    on_all_ranks(backend, verify_checksums)
     return manifest
 
 

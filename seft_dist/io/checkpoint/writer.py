@@ -17,7 +17,7 @@ from seft_dist.backends import Backend
 from seft_dist.files.writing import sync_folder
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
-    everywhere,
+    on_all_ranks,
     rank_file,
     sync_and_hash,
     tidy,
@@ -109,7 +109,7 @@ class BackgroundSaver(ABC):
         self.finish()
         backend = self._checkpointed.backend
         self._step = self._checkpointed.num_steps
-        everywhere(backend, lambda: self._make_partial() if self._is_main else None)
+        on_all_ranks(backend, lambda: self._make_partial() if self._is_main else None)
         described, tensors = self.content()
         described |= {"world_size": backend.owners.size, "backend": backend.name, "dtype": str(backend.dtypes[0])}
         described |= {"format_version": FORMAT_VERSION, "num_steps": self._step}
@@ -145,9 +145,9 @@ class BackgroundSaver(ABC):
         self._thread = None
         backend = self._checkpointed.backend
         try:
-            everywhere(backend, self._raise_error)
+            on_all_ranks(backend, self._raise_error)
             digests = [bytes(row.tolist()).hex() for row in backend.owners.stack(self._digest)]
-            everywhere(backend, lambda: self._publish(digests) if self._is_main else None)
+            on_all_ranks(backend, lambda: self._publish(digests) if self._is_main else None)
         except OSError as error:
             if self._is_main:
                 shutil.rmtree(self._partial, ignore_errors=True)  # frees the disk space
