@@ -142,7 +142,10 @@ def test_one_process_among_variables_that_were_left_over(inputs: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [("0", "rank 1 of 2 did not come within 2 s"), ("1", "rank 1 found no rank 0 at 127.0.0.1")],
+    [
+        pytest.param("0", "rank 1 of 2 did not come within 2 s", marks=pytest.mark.long),
+        ("1", "rank 1 found no rank 0 at 127.0.0.1"),
+    ],
 )
 def test_a_rank_that_is_alone_says_so(rank: str, message: str, inputs: Path, tmp_path: Path) -> None:
     """Variables of a notebook's terminal, or of a launcher whose other ranks have died: no waiting for half an hour."""

@@ -87,7 +87,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(options, st.sampled_from([torch.float32, torch.bfloat16]), st.floats(0.1, 0.6))
 def test_counts_hold_through_every_evolution(over: dict[str, Any], dtype: torch.dtype, sparsity: float) -> None:
     assume(over["reactivate"] == "commit" or over["reactivation"] > 0)  # else nothing goes on trial

@@ -185,7 +185,7 @@ def on_ranks(rank: int, size: int, dense: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_any_number_of_ranks_gives_the_same_folder(size: int, dense: Path, tmp_path: Path) -> None:
     for name, over in LAYOUTS.items():
         prune_folder(configure(dense, tmp_path / "1" / name, **over), progress=False)

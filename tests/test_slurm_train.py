@@ -83,6 +83,7 @@ def test_torchrun_stops_and_goes_on(cluster: Cluster, inputs: Path, tmp_path: Pa
     check_finished(run, job, steps, "fsdp")
 
 
+@pytest.mark.long
 def test_srun_survives_a_killed_rank(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     run, steps = tmp_path / "run", 200
     job = start(cluster, "train_srun.sbatch", *options(inputs, steps), "--save_every", "20", cwd=tmp_path)
