@@ -16,6 +16,9 @@ from seft_dist.training.writer_lock import LOCK
 LIMIT = 400.0
 """Seconds within which all processes must end after a kill. A rank waits up to 300 seconds for a missing one."""
 
+LEFT_BY_KILLS = (LOCK, "diagnosis")
+"""Names in a run's folder that a killed attempt may leave: its lock, and what a rank wrote whose peer was gone."""
+
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """Read the complete lines of a file of JSON lines."""
@@ -84,7 +87,7 @@ def compare(args: argparse.Namespace, output: Path) -> dict[str, Any]:
     digests = [[line["evolution"]["digest"] for line in one if "evolution" in line] for one in (ours, theirs)]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (output, args.whole))
     names = [
-        {path.name for path in folder.glob("*") if path.suffix != ".diff" and path.name != LOCK}  # left by SIGKILL
+        {path.name for path in folder.glob("*") if path.suffix != ".diff" and path.name not in LEFT_BY_KILLS}
         for folder in (output, args.whole)
     ]
     far = [name for name in one if not one[name].allclose(other[name], rtol=WEIGHT_RELATIVE, atol=WEIGHT_ABSOLUTE)]
