@@ -234,11 +234,29 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         checkpoint.load(SeftOptimizer(prune_(tiny_llama()), CONFIG), path)
 
 
+def test_a_restored_window_needs_what_its_criteria_need(tmp_path: Path) -> None:
+    """Not what the first support needs: its gradient is dense, whatever the criteria."""
+    criteria = {"grow": "random", "drop": "random", "adapt": "magnitude"}
+    config = dataclasses.replace(CONFIG, **criteria)
+    model = prune_(tiny_llama())
+    seft = stepped(model, config, steps=2)  # the window begins with step 2
+    path = checkpoint.save(seft, tmp_path, {})
+    other = SeftOptimizer(prune_(tiny_llama()), config)
+    checkpoint.load(other, path)
+    for one, two in zip(seft._windows, other._windows, strict=True):
+        assert one is not None and two is not None and one._needs == two._needs and not two._needs.gradient
+
+
 def no_space(file: Path) -> bytes:
     raise OSError(28, "No space left on device", str(file))
 
 
-def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) -> None:
+def no_memory(file: Path) -> bytes:
+    raise MemoryError(f"no memory for {file}")
+
+
+@pytest.mark.parametrize(("fails", "words"), [(no_space, "No space left"), (no_memory, "MemoryError: no memory for")])
+def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(fails: Any, words: str, tmp_path: Path) -> None:
     def on_rank(rank: int, world_size: int) -> str | None:
         model = prune_(tiny_llama())
         called, seft, backward, step = build("fsdp", CONFIG, model)
@@ -248,9 +266,9 @@ def test_a_rank_that_cannot_write_stops_all_and_loses_nothing(tmp_path: Path) ->
         backward(called(**batch(1, rank)).loss)
         step()
         if rank == 1:
-            writer.sync_and_hash = no_space
+            writer.sync_and_hash = fails
         where = "" if rank else "rank 1: "
-        with pytest.raises(OSError, match=f"checkpoint of step 2 could not be written: {where}.*No space left"):
+        with pytest.raises(OSError, match=f"checkpoint of step 2 could not be written: {where}.*{words}"):
             checkpoint.save(seft, tmp_path, {})
         dist.barrier()
         assert checkpoint.latest(tmp_path) == good

@@ -30,6 +30,19 @@ def test_an_error_on_one_rank_stops_all() -> None:
     assert run_ranks(on_rank, 2) == ["rank 1: no disk"] * 2
 
 
+def test_a_failing_disk_on_one_rank_stops_all() -> None:
+    def on_rank(rank: int, world: int) -> str:
+        def work() -> None:
+            if rank == 0:
+                raise PermissionError(13, "Permission denied", "metrics.jsonl")
+
+        with pytest.raises(OSError) as caught:
+            on_all_ranks(start(), work)
+        return str(caught.value)
+
+    assert run_ranks(on_rank, 2) == ["rank 0: [Errno 13] Permission denied: 'metrics.jsonl'"] * 2
+
+
 def test_groups_made_later_have_the_timeout_too() -> None:
     """Those of a device mesh, as HSDP makes it, and of DeepSpeed would wait for half an hour."""
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seft_dist.config import ClusterConfig, PlanConfig, TrainConfig
+from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig, TrainConfig
 from seft_dist.planning.architectures import ARCHITECTURES, ModelShapes, find_architecture
 from seft_dist.planning.commands import submit_line, train_options
 from seft_dist.planning.hardware import Rates, read_rates, write_rates
@@ -206,6 +206,28 @@ def test_what_fits_nowhere_says_what_would() -> None:
     nodes = next(int(text.split()[1]) for text in plan.advice if text.startswith("--cluster.nodes"))
     bigger = make_plan(PlanConfig(model="Llama-3-70B", cluster=ClusterConfig(nodes=nodes, gpu="A100-40GB")))
     assert bigger.best is not None
+
+
+def test_advice_counts_a_shared_memory_once_and_offers_only_what_is_possible() -> None:
+    cpu = Rates("cpu", 8e9, 1e9, 1e12, 1e12, 1e12, 1e12, 1e10, 1e-5, 1e10, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True)
+    small = ClusterConfig(nodes=1, gpu="cpu", gpus_per_node=2)
+    for seft in (SeftConfig(density=0.05), SeftConfig(density=0.05, grow="momentum")):  # needs the gradient itself
+        config = PlanConfig(model="Llama-3-8B", cluster=small, seft=seft, dtype="float32")
+        plan = make_plan(config, cpu)
+        assert plan.best is None and "GB too many" in plan.advice[0] and ": -" not in plan.advice[0]
+        assert not any("would fit" in text for text in plan.advice if not text.startswith("--cluster.nodes"))
+        assert seft.grow != "momentum" or not any("factored" in text for text in plan.advice)
+
+
+def test_a_first_support_by_gradient_is_planned_for() -> None:
+    random = {"grow": "random", "drop": "random", "adapt": "magnitude"}
+    plans = {
+        init: make_plan(PlanConfig(model="Llama-2-7B", seft=SeftConfig(**random, init=init), steps=200))
+        for init in ("random", "gradient")
+    }
+    phases = {init: plan.estimates[0].memory.phases for init, plan in plans.items()}
+    assert "window" in phases["gradient"] and "window" not in phases["random"]
+    assert (plans["gradient"].estimates[0].time.windows, plans["random"].estimates[0].time.windows) == (1, 0)
 
 
 def test_measured_rates_are_kept_and_shared_by_ranks(tmp_path: Path) -> None:

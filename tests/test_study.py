@@ -140,6 +140,14 @@ def test_a_failure_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     assert results["failures"] == [] and rows(results)["a"]["setting"] == "optim.lr=0.002"
 
 
+def test_two_failures_of_one_run_are_two(tmp_path: Path) -> None:
+    config = study_config(tmp_path)
+    status, results, _ = run(config, Fake(lambda task: int(task.kind in ("test", "forgetting") and task.method == "b")))
+    assert status == 1
+    failed = {(Path(one["log"]).parent.name, one["task"]) for one in results["failures"]}
+    assert len(failed) == len(results["failures"]) and {kind for _, kind in failed} == {"test", "forgetting"}
+
+
 def test_a_run_that_diverges_has_lost_and_is_not_tried_again(tmp_path: Path) -> None:
     config = study_config(tmp_path)
 

@@ -102,6 +102,13 @@ def test_every_fate_is_told(tmp_path: Path) -> None:
     assert "| whole | 0e-3 | finished | 2 | 2.5000 | 12.250 | 60.0000% | 0 | 2 |" in text
 
 
+def test_a_bar_in_a_setting_keeps_the_table_whole(tmp_path: Path) -> None:
+    for name, targets in (("some", "q_proj|v_proj"), ("all", "all-linear")):
+        make_run(tmp_path / name, loss=1.0, seft__targets=targets)
+    lines = [line for line in written(tmp_path)[1].splitlines() if "proj" in line]
+    assert lines and all("q_proj\\|v_proj" in line for line in lines)
+
+
 def test_means_over_seeds(tmp_path: Path) -> None:
     """Without tasks.tsv: what differs is read from the configurations; seeds that go together are one column."""
     for density, losses in ((0.01, (1.0, 2.0, 3.0)), (0.05, (0.5,))):

@@ -81,11 +81,12 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
 
 def _members(model: nn.Module) -> dict[str, list[DTensor]]:
     """Return the parameters that each unit gathers, by the unit's name."""
-    units = {module: name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    modules = dict(model.named_modules())
+    units = {module: name for name, module in modules.items() if isinstance(module, FSDPModule)}
     members: dict[str, list[DTensor]] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
-            members.setdefault(units[_unit_of(model, name.rpartition(".")[0])], []).append(parameter)
+            members.setdefault(units[_unit_of(modules, name.rpartition(".")[0])], []).append(parameter)
     return members
 
 
@@ -152,8 +153,9 @@ class FsdpBackend(DenseBackend):
         mesh = meshes.pop()
         owners, replicas = shard_groups(mesh)
         # Names may have changed since the targets were found: checkpoint wrappers and torch.compile add parts to them.
-        names = {id(module): name for name, module in model.named_modules()}
-        self._unit = {name: _unit_of(model, names[id(target.module)]) for name, target in targets.items()}
+        modules = dict(model.named_modules())
+        names = {id(module): name for name, module in modules.items()}
+        self._unit = {name: _unit_of(modules, names[id(target.module)]) for name, target in targets.items()}
         super().__init__(targets, owners, replicas)
         self._packed_units = self._find_packed_units()
 
@@ -240,8 +242,14 @@ def _mesh_of(name: str, weight: Tensor) -> DeviceMesh:
     return weight.device_mesh
 
 
-def _unit_of(model: nn.Module, name: str) -> FSDPModule:
-    modules, parts = dict(model.named_modules()), name.split(".")
+def _unit_of(modules: Mapping[str, nn.Module], name: str) -> FSDPModule:
+    """Return the innermost module with ``fully_shard`` that a module is in.
+
+    Args:
+        modules: All modules of the model by name.
+        name: Name of the module.
+    """
+    parts = name.split(".")
     for depth in range(len(parts), -1, -1):
         module = modules.get(".".join(parts[:depth]))
         if isinstance(module, FSDPModule):

@@ -19,7 +19,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: The folder has no tokenizer, or one that needs code of its own.
     """
-    folder = locate(config.tokenizer or config.path)
+    folder = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else locate(config.path)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Which of these transformers raises depends on what is wrong with the files

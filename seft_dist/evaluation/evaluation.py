@@ -135,7 +135,7 @@ def _open(name: str, path: str, config: EvaluateConfig) -> Source:
                 f"models.{name}={path} is the folder of a run without an exported model: write it with "
                 "seft export, then give its folder"
             )
-    return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype")
+    return open_source(ModelConfig(path=path, dtype=config.dtype), option="--dtype", path_option=f"models.{name}")
 
 
 def _tasks(config: EvaluateConfig, show: bool) -> Any:

@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from seft_dist.config import ModelConfig
 from seft_dist.io.packed import open_weights
 from seft_dist.io.readers import CHAT_TEMPLATES, TOKENIZER_FILES
-from seft_dist.io.settings import CONFIG, GENERATION, read_config, read_generation, read_settings
+from seft_dist.io.settings import CONFIG, GENERATION, error_summary, read_config, read_generation, read_settings
 from seft_dist.io.weights import Weights
 from seft_dist.sparsity.casts import cast_weight
 
@@ -25,11 +25,12 @@ SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
 """Formats of compressed-tensors that its current releases cannot load."""
 
 
-def locate(path: str) -> Path:
+def locate(path: str, option: str = "model.path") -> Path:
     """Return the folder of a model, after a download from the Hugging Face hub if it is not a local one.
 
     Args:
         path: A folder, or a hub name such as "org/model".
+        option: Option of the command line that gave it, for error messages.
 
     Returns:
         The folder, which may be in the hub's cache.
@@ -41,9 +42,7 @@ def locate(path: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(
-            f"model.path={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model"
-        )
+        raise ValueError(f"{option}={path} is not a folder: needs a Hugging Face folder, or a hub name like org/model")
     from huggingface_hub import snapshot_download
 
     try:
@@ -51,8 +50,8 @@ def locate(path: str) -> Path:
         patterns.append(f"{CHAT_TEMPLATES}/*.jinja")
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub's client has no common error type
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path={path} is not a folder here, and the hub did not give it: {reason}") from error
+        reason = error_summary(error)
+        raise ValueError(f"{option}={path} is not a folder here, and the hub did not give it: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,19 @@ _KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """Attributes of transformers' model classes that list modules to be kept in fp32."""
 
 
-def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: str = "--model.dtype") -> Source:
+def open_source(
+    config: ModelConfig,
+    dtype: torch.dtype | None = None,
+    option: str = "--model.dtype",
+    path_option: str = "model.path",
+) -> Source:
     """Locate a model, read the headers of its files, and check that it can be used.
 
     Args:
         config: The model's location and dtype.
         dtype: Dtype that the weights must have (a ds_config's); None: that of the configuration.
         option: Option of the command line that chooses the dtype, for error messages.
+        path_option: Option that gives the path, likewise.
 
     Returns:
         The model on disk, for ``load_model``.
@@ -113,7 +118,7 @@ def open_source(config: ModelConfig, dtype: torch.dtype | None = None, option: s
         ValueError: There is no such model, its weights are quantized or not in safetensors, it needs code of its own,
             or the dtype is not supported.
     """
-    folder = locate(config.path)
+    folder = locate(config.path, path_option)
     _refuse_quantized(folder, read_settings(folder))
     weights = open_weights(folder)
     hf = read_config(folder, weights)

@@ -75,6 +75,8 @@ def check_gradient(
         if window is not None:
             in_windows[i] = window.is_finite().logical_not()
     squared, in_windows = backend.owners.sum(torch.stack([norms.square(), in_windows]))
+    if any(window is not None for window in windows):  # a window's sums are of this replica's tokens only
+        in_windows = backend.replicas.max(in_windows)
     nonfinite = squared.isfinite().logical_not() | in_windows.bool()
     if vectors:
         others = torch.stack(torch._foreach_norm(list(vectors), dtype=torch.float64)).square()

@@ -1,6 +1,6 @@
 """Making a target record its weight gradient, and giving the module back as it was."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,16 @@ from seft_dist.optim.linear import SAMPLED_FORWARDS
 from seft_dist.optim.slot import Slot
 
 
+def check_not_installed(targets: Mapping[str, Target]) -> None:
+    """Refuse a model that an optimizer trains already.
+
+    Raises:
+        ValueError: It does.
+    """
+    if any(hasattr(target.module, target.attribute_name(ANCHOR)) for target in targets.values()):
+        raise ValueError("the model already has a SeftOptimizer: call detach() on it first")
+
+
 def install(target: Target) -> tuple[nn.Parameter, Slot]:
     """Make a target record its weight gradient in a slot.
 
@@ -23,8 +33,6 @@ def install(target: Target) -> tuple[nn.Parameter, Slot]:
         the state dict and has no effect on the output), and the slot.
     """
     module, name = target.module, target.attribute_name(ANCHOR)
-    if hasattr(module, name):
-        raise ValueError("the model already has a SeftOptimizer: call detach() on it first")
     slot, weight, attachment = Slot(), target.weight, attachment_of(module)
     packed = packed_of(weight)
     device = weight.device if packed is None else packed.bits.device

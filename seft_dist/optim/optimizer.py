@@ -23,7 +23,7 @@ from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.gradient_check import GradientCheck, check_gradient
-from seft_dist.optim.install import install, uninstall
+from seft_dist.optim.install import check_not_installed, install, uninstall
 from seft_dist.optim.replaced import ReplacementCheck
 from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
@@ -98,10 +98,11 @@ class SeftOptimizer(TorchInterface):
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
         check_trainable(model, self._targets)
-        model.requires_grad_(False)
-        installed = list(map(install, self._targets.values()))
+        check_not_installed(self._targets)
         self.vectors = Vectors(model, self._targets, self.config.train_norms)
         """Norms and biases that train beside the deltas; none unless ``train_norms`` is set."""
+        model.requires_grad_(False)
+        installed = list(map(install, self._targets.values()))
         self._slots = [slot for _, slot in installed]
         self._windows: list[Window | None] = [None] * len(installed)
         self._draft = ReportDraft()
@@ -194,7 +195,9 @@ class SeftOptimizer(TorchInterface):
         coming = self.num_steps + 1
         first = is_first_support(self.config, coming)
         if first or in_window(self.config, coming):
-            self._windows = [self.new_window(i) if window is None else window for i, window in enumerate(self._windows)]
+            self._windows = [
+                self.new_window(i, coming) if window is None else window for i, window in enumerate(self._windows)
+            ]
         else:
             self._close_windows()
         supports = sampled_positions(self._windows, self.sparse_state.supports)
@@ -205,9 +208,9 @@ class SeftOptimizer(TorchInterface):
     def _close_windows(self) -> None:
         self._windows, self._draft = [None] * len(self._slots), ReportDraft()
 
-    def new_window(self, i: int) -> Window:
-        """Make an empty window of target i for the coming step."""
-        first = is_first_support(self.config, self.num_steps + 1)
+    def new_window(self, i: int, step: int) -> Window:
+        """Make an empty window of target i that begins in an optimizer step."""
+        first = is_first_support(self.config, step)
         return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._draft)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
@@ -297,7 +300,7 @@ class SeftOptimizer(TorchInterface):
         if not self._write_checked:
             check_write(self.backend, self.sparse_state)
             notices.warn_without_gradient(self.backend, self.config, self.sparse_state, check, first)
-            notices.warn_of_untrained_vectors(self.backend, self.vectors.without_grad)
+            notices.warn_of_untrained_vectors(self.backend, self.vectors.names_without(vector_grad))
             self._write_checked = True
         self._prepare_step()
         return loss
@@ -377,6 +380,7 @@ class SeftOptimizer(TorchInterface):
             RuntimeError: The layers break a promise about masks or supports.
         """
         self.attach()
+        self._last_check = None  # of a step that is undone
         backend, state, given = self.backend, self.sparse_state, list(layers)
         self.vectors.check_state(vectors or {})
         take_over(given, backend, self.config, state, num_steps)

@@ -90,7 +90,8 @@ def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
         of non-zero weights in the whole; and a hash of the whole.
 
     Raises:
-        ValueError: The weights are of several dtypes or not finite; every rank raises the same.
+        ValueError: The weights are of several dtypes or not finite, or replicas of them differ; every rank raises the
+            same.
     """
     if len(set(backend.dtypes)) > 1:
         raise ValueError("targets have weights of several dtypes: needs one; load the model with one dtype")
@@ -101,10 +102,14 @@ def survey(backend: Backend) -> tuple[list[torch.Tensor], list[int], list[int]]:
         masks.append(pack(active))
         broken = 0 if all_finite(own) else int(torch.isfinite(own).logical_not().sum())
         table.append([int(torch.count_nonzero(active)), broken, int(fingerprint(own, backend.interval(i).start))])
-    counts, wrong, prints = backend.owners.sum(torch.tensor(table)).T.tolist()
-    for name, bad in zip(backend.names, wrong, strict=True):
-        if bad:
+    replicas = backend.replicas.stack(backend.owners.sum(torch.tensor(table)))
+    for name, (_, wrong, hashes) in zip(backend.names, replicas.permute(1, 2, 0), strict=True):
+        if wrong.any():
+            bad = int(wrong.max())
             raise ValueError(f"{name}.weight has {bad} values that are not finite: the checkpoint is damaged")
+        if (hashes != hashes[0]).any():
+            raise ValueError(f"{name}.weight is not the same in all replicas: load the same model on all ranks")
+    counts, _, prints = replicas[0].T.tolist()
     return masks, counts, prints
 
 
@@ -240,7 +245,7 @@ def check_write(backend: Backend, state: State) -> None:
         some = entries[i].take(slice(0, _CHECKED_POSITIONS))
         seen = backend.read(i, some.indices.long()).to(some.base.device)
         wrong[row] = int((seen != some.weight().to(seen.dtype)).sum())
-    ranks = backend.owners.stack(wrong).sum(1).nonzero().view(-1).tolist()
+    ranks = backend.replicas.stack(backend.owners.stack(wrong)).sum(2).view(-1).nonzero().view(-1).tolist()
     if ranks:
         raise RuntimeError(
             f"the model does not see the updates of its weights (ranks {ranks}, e.g. {backend.names[layers[0]]}): a "

@@ -87,16 +87,17 @@ class Vectors:
         self.lengths = [whole_shape(vector.parameter)[0] for vector in self._vectors]
         self.values = self.exp_avg = self.exp_avg_sq = torch.empty(0)
         """fp32 [n], all vectors one after another; the moments alike."""
-        self.without_grad: list[str] = []
-        """Names of those to which the last step's backward passes gave no gradient."""
         self._slots = [VectorSlot() for _ in self._vectors]
         self._backend: Backend | None = None
         target_modules = {target.module for target in targets.values()}
+        others = {module for vector in self._vectors for module, _ in vector.uses} - target_modules
+        for module in others:  # all before the first is changed
+            _check_forward(module)
         for vector, slot in zip(self._vectors, self._slots, strict=True):
             for module, key in vector.uses:
                 attachment_of(module).vectors[key] = slot.watch
-                if module not in target_modules:  # those have a forward method of ours already
-                    _bind(module)
+                if module in others:  # targets get a forward method of ours anyway
+                    module.forward = types.MethodType(_watched_forward, module)
 
     def __len__(self) -> int:
         """Return the number of trained values."""
@@ -154,8 +155,6 @@ class Vectors:
         if not self._vectors:
             return self.values
         owners, device = self._backend.owners, self._backend.device
-        slots = zip(self.names, self._slots, strict=True)
-        self.without_grad = [name for name, slot in slots if slot.grad is None]
         grads = [
             torch.zeros(length, device=device) if slot.grad is None else slot.grad.to(device)
             for slot, length in zip(self._slots, self.lengths, strict=True)
@@ -164,6 +163,15 @@ class Vectors:
         sizes = Partition.even(len(self), owners.size).sizes()
         own = self._backend.replicas.sum(owners.sum_to_owners(torch.cat(grads), sizes))
         return torch.cat(owners.gather(own, sizes)).div_(self._backend.world_size)
+
+    def names_without(self, grad: Tensor) -> list[str]:
+        """List the vectors whose gradient is 0. Waits for the device.
+
+        Args:
+            grad: fp32 [n], what ``take_grad`` has returned: other ranks may have a gradient where this one has none.
+        """
+        parts = zip(self.names, grad.split(self.lengths), strict=True)
+        return [name for name, part in parts if not part.any()]
 
     def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, steps: int) -> None:
         """Take one step of AdamW and store the values in the model. Inside ``Backend.writing()``.
@@ -230,13 +238,12 @@ def _is_bound(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) is _watched_forward
 
 
-def _bind(module: nn.Module) -> None:
+def _check_forward(module: nn.Module) -> None:
     if "forward" in module.__dict__ and not _is_bound(module):
         raise ValueError(
             f"train_norms: a {type(module).__name__} has a forward method on the object itself, not of its class "
             "(hooks of accelerate, device_map?): load the model without it, or set train_norms to false"
         )
-    module.forward = types.MethodType(_watched_forward, module)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a leaf cannot be made inside a graph

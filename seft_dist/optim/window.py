@@ -61,6 +61,12 @@ class Needs:
         norms = config.adapt == "activation" or outputs
         return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)
 
+    @classmethod
+    def of_any_step(cls, config: SeftConfig) -> "Needs":
+        """Derive the most that a step of a run needs: the first support may need more than the criteria do."""
+        needs = cls.of(config)
+        return needs.of_first_support() if config.init == "gradient" else needs
+
     def of_first_support(self) -> "Needs":
         """Return the needs with the gradient among them, which chooses the first support whatever the criteria."""
         outputs = self.outputs or self.factored

@@ -19,6 +19,7 @@ from seft_dist.io.settings import ModelSettings, check_usual_sizes, error_summar
 from seft_dist.modules.targets import find_targets
 from seft_dist.modules.vectors import find_vectors
 from seft_dist.sparsity.partition import position_dtype
+from seft_dist.sparsity.schedule import fraction_of
 
 _LLAMA2: dict[str, Any] = {
     "model_type": "llama",
@@ -226,4 +227,4 @@ class ModelShapes:
 
     def budget(self, density: float) -> int:
         """Number of deltas in the whole model."""
-        return sum(int(density * weight.numel + 0.5) for weight in self.targets)
+        return sum(fraction_of(density, weight.numel) for weight in self.targets)

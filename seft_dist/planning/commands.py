@@ -37,7 +37,7 @@ def train_options(config: PlanConfig, layout: Layout) -> list[str]:
 def submit_line(config: PlanConfig, layout: Layout) -> str:
     """Return the command that starts a planned run: sbatch on a cluster, torchrun on a single CPU machine."""
     options = shlex.join(train_options(config, layout))
-    if config.cluster.gpu in ("cpu",) or Path(config.cluster.gpu).is_file():
+    if config.cluster.gpu == "cpu" or Path(config.cluster.gpu).is_file():
         start = "seft" if layout.world_size == 1 else f"torchrun --nproc_per_node {layout.world_size} -m seft_dist"
         return f"{start} train {options} --output runs/planned"
     near = min(layout.world_size, layout.per_node)

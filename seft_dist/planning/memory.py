@@ -12,7 +12,6 @@ from seft_dist.planning.layout import Layout, micro_batches_of, packed_bytes
 from seft_dist.planning.model_trace import PassCost
 from seft_dist.sparsity.partition import position_dtype
 
-GB = 1e9
 _DELTA = 20
 """Bytes of an own delta without its position: base, value, two moments, age."""
 _VECTOR = 20
@@ -23,8 +22,8 @@ ZERO3_LIVE, ZERO3_AHEAD = 1_000_000_000, 50_000_000
 """Numbers of weights that stay gathered until backward, and that are fetched ahead (ds_configs/zero3*.json)."""
 DDP_BROADCASTS = 2.0 * (250 << 20)
 """Bytes of the two buckets in which DistributedDataParallel broadcasts the weights when a run begins."""
-_ITEM = {"bfloat16": 2, "float32": 4}
-"""Bytes of a weight."""
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+"""Bytes of a weight of each dtype."""
 
 MemoryTerms = dict[str, float]
 """Bytes by the name of what needs them."""
@@ -158,7 +157,7 @@ def seft_memory(
         cost: Cost of one micro-batch.
         reserve: Bytes in use before the first tensor is allocated.
     """
-    item, needs = _ITEM[config.dtype], Needs.of(config.seft)
+    item, needs = ITEM_BYTES[config.dtype], Needs.of_any_step(config.seft)
     own = sum(map(layout.own_numel, shapes.targets))
     deltas = shapes.budget(config.seft.density)
     own_deltas = config.seft.density * own
@@ -205,7 +204,7 @@ def _window_phases(
     config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: PassCost, grads: MemoryTerms
 ) -> dict[str, MemoryTerms]:
     """Additional memory in a step of a window: at the loss, during and at the end of backward, and in the evolution."""
-    item, needs = _ITEM[config.dtype], Needs.of(config.seft)
+    item, needs = ITEM_BYTES[config.dtype], Needs.of_any_step(config.seft)
     whole, (head, layers) = gathered(config, shapes, layout, item), activations(cost)
     head |= _predictions(config, shapes, item)
     own = sum(map(layout.own_numel, shapes.targets))
@@ -275,7 +274,7 @@ def adam_memory(
         reserve: Bytes in use before the first tensor is allocated.
         trained: "full" or "lora".
     """
-    item = _ITEM[config.dtype]
+    item = ITEM_BYTES[config.dtype]
     weights = base_weights(config, shapes, layout, item) | teacher_weights(config, shapes, layout, item)
     offloaded = layout.kind == "zero3_offload"
     count = float(shapes.numel if trained == "full" else lora_numel(config, shapes))

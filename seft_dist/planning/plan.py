@@ -156,11 +156,11 @@ def _rank(estimates: list[Estimate]) -> list[Estimate]:
 def _advice(config: PlanConfig, shapes: ModelShapes, estimates: list[Estimate], rates: Rates) -> list[str]:
     """Find changes with which a run would fit that fits nowhere: settings, a smaller density, or more nodes."""
     smallest = estimates[0]
-    lacking = (smallest.memory.total - rates.memory) / 1e9
+    memory = smallest.rates.memory
     advice = [
         f"the smallest layout, {smallest.layout.name} on {smallest.layout.world_size}, needs "
-        f"{smallest.memory.total / 1e9:.1f} GB of {rates.memory / 1e9:.1f} GB in its phase "
-        f"'{smallest.memory.worst}': {lacking:.1f} GB too many"
+        f"{smallest.memory.total / 1e9:.1f} GB of {memory / 1e9:.1f} GB in its phase "
+        f"'{smallest.memory.worst}': {(smallest.memory.total - memory) / 1e9:.1f} GB too many"
     ]
     changes: dict[str, dict[str, object]] = {
         "--activation_checkpointing true": {"activation_checkpointing": True},
@@ -169,23 +169,33 @@ def _advice(config: PlanConfig, shapes: ModelShapes, estimates: list[Estimate], 
     }
     for options, change in changes.items():
         other = dataclasses.replace(config, **change)  # type: ignore[arg-type]
-        if other != config and _smallest(other, shapes, rates, config.cluster.nodes) <= rates.memory:
+        if other != config and _fits(other, shapes, rates, config.cluster.nodes):
             advice.append(f"{options} would fit")
-    for store in dict.fromkeys((config.seft.window_store, "factored")):
+    stores = [config.seft.window_store]
+    if not any(len(weight.shape) == 3 for weight in shapes.targets):  # refused for fused experts
+        stores.append("factored")
+    for store in dict.fromkeys(stores):
         for divisor in (1, 2, 5, 10, 20, 50, 100):
-            seft = dataclasses.replace(config.seft, density=config.seft.density / divisor, window_store=store)
-            if _smallest(dataclasses.replace(config, seft=seft), shapes, rates, config.cluster.nodes) <= rates.memory:
-                advice.append(f"--seft.density {seft.density:g} --seft.window_store {store} would fit")
+            density = config.seft.density / divisor
+            try:
+                seft = dataclasses.replace(config.seft, density=density, window_store=store)
+            except ValueError:  # the criteria need the gradient itself
+                break
+            if _fits(dataclasses.replace(config, seft=seft), shapes, rates, config.cluster.nodes):
+                advice.append(f"--seft.density {density:g} --seft.window_store {store} would fit")
                 break
     for factor in (2, 4, 8, 16, 32, 64):
-        if _smallest(config, shapes, rates, factor * config.cluster.nodes) <= rates.memory:
+        if _fits(config, shapes, rates, factor * config.cluster.nodes):
             return [*advice, f"--cluster.nodes {factor * config.cluster.nodes} would fit"]
     return [*advice, "more nodes alone would not help: other devices, or several of these changes"]
 
 
-def _smallest(config: PlanConfig, shapes: ModelShapes, rates: Rates, nodes: int) -> float:
-    """Bytes of the fullest rank on the layout that needs the least memory, with all ranks of a number of nodes."""
+def _fits(config: PlanConfig, shapes: ModelShapes, rates: Rates, nodes: int) -> bool:
+    """Return whether a run fits on some layout with all ranks of a number of nodes."""
     cost = _trace(config, shapes, inputs_kept=False)
     cluster = dataclasses.replace(config.cluster, nodes=nodes)
-    layouts = possible_layouts(cluster, nodes * cluster.gpus_per_node)
-    return min(seft_memory(config, shapes, layout, cost, rates.reserve).total for layout in layouts)
+    return any(
+        seft_memory(config, shapes, layout, cost, rates.reserve).total
+        <= rates.per_rank(min(layout.world_size, layout.per_node)).memory
+        for layout in possible_layouts(cluster, nodes * cluster.gpus_per_node)
+    )

@@ -4,11 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from seft_dist.config import PlanConfig, SeftConfig
+from seft_dist.optim.window import Needs
 from seft_dist.planning import traffic
 from seft_dist.planning.architectures import ModelShapes
 from seft_dist.planning.hardware import Rates
 from seft_dist.planning.layout import Layout, micro_batches_of
-from seft_dist.planning.memory import lora_numel
+from seft_dist.planning.memory import ITEM_BYTES, lora_numel
 from seft_dist.planning.model_trace import PassCost
 from seft_dist.planning.traffic import Links, Traffic
 from seft_dist.sparsity.schedule import in_window, is_evolution
@@ -84,7 +85,7 @@ def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: Pas
         rates: Rates of one rank.
     """
     item, links, micro = (
-        (2 if config.dtype == "bfloat16" else 4),
+        ITEM_BYTES[config.dtype],
         Links(layout, rates),
         micro_batches_of(config, layout),
     )
@@ -132,6 +133,8 @@ def _dense_steps(method: SeftConfig, steps: int) -> int:
     begins = {t for t in range(1, steps + 1) if in_window(method, t) and not (t > 1 and in_window(method, t - 1))}
     if method.window_store != "candidates":
         begins = {t for t in range(1, steps + 1) if in_window(method, t)}
+    if not Needs.of(method).dense:
+        begins = set()  # only the first support reads the gradient
     return len(begins | ({1} if method.init == "gradient" else set()))
 
 
@@ -149,7 +152,7 @@ def adam_time(
         trained: "full" or "lora".
     """
     item, links, micro = (
-        (2 if config.dtype == "bfloat16" else 4),
+        ITEM_BYTES[config.dtype],
         Links(layout, rates),
         micro_batches_of(config, layout),
     )

@@ -108,7 +108,7 @@ def seft_step(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) 
 
 def seft_window(config: PlanConfig, shapes: ModelShapes, links: Links, micro: int) -> list[Traffic]:
     """Additional traffic in each step of a window with dense gradients."""
-    if not Needs.of(config.seft).dense:
+    if not Needs.of_any_step(config.seft).dense:
         return []
     traffic = [links.exchange("dense gradients", 4 * shapes.target_numel).times(micro)]
     if links.layout.replicas > 1:

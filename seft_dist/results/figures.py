@@ -11,6 +11,7 @@ from seft_dist.session.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish too
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#9A9A9A"
@@ -44,6 +45,13 @@ def load_pyplot(option: str) -> Any:
     return matplotlib.pyplot
 
 
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as a whole file, in the format that the path ends with."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format=path.suffix[1:])
+    write_bytes(path, image.getvalue())
+
+
 def write_run_figures(run: FinishedRun, folder: Path) -> list[Path]:
     """Draw loss, evolutions (if there were any) and perplexity, each as .png and .svg.
 
@@ -69,10 +77,8 @@ def write_run_figures(run: FinishedRun, folder: Path) -> list[Path]:
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
             draw(run, axes)
             for form in ("png", "svg"):
-                image = io.BytesIO()
-                figure.savefig(image, dpi=150, format=form)
                 paths.append(folder / f"{name}.{form}")
-                write_bytes(paths[-1], image.getvalue())
+                save_figure(figure, paths[-1])
             plt.close(figure)
     return paths
 

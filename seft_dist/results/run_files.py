@@ -1,5 +1,6 @@
 """Reading and checking of the files of a run: result.json, metrics.jsonl, eval.json, config.yaml."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +140,12 @@ def read_run_config(path: Path) -> dict[str, Any]:
         ValueError: The file is damaged.
     """
     return check_kind(read_yaml(path), dict[str, Any], str(path))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Write a table in Markdown; a "|" in a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def flatten_options(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

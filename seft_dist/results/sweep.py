@@ -23,6 +23,7 @@ from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
     flatten_options,
     list_differences,
+    markdown_table,
     measurement_of,
     read_evaluations,
     read_lines,
@@ -245,8 +246,7 @@ def write_sweep(sweep: Sweep, config: SweepConfig) -> list[Path]:
         writer.writerow([run.name, *settings, *(run.measured.get(name, "") for name in MEASURED)])
     parts = []
     for title, head, rows in _tables(sweep):
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append(f"## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        parts.append(f"## {title}\n\n{markdown_table(head, rows)}")
     parts += [*(f"**Warning**: {warning}" for warning in warnings_of(sweep)), _progress(sweep)]
     paths = [sweep.folder / "sweep.csv", sweep.folder / "sweep.md"]
     write_text(paths[0], text.getvalue())

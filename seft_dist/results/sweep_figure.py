@@ -1,11 +1,9 @@
 """The figure of a sweep: perplexity or loss over a varied setting."""
 
-import io
 import statistics
 from pathlib import Path
 
-from seft_dist.files.writing import write_bytes
-from seft_dist.results.figures import load_pyplot
+from seft_dist.results.figures import load_pyplot, save_figure
 from seft_dist.results.run_files import list_differences
 from seft_dist.results.sweep import SEEDS, Sweep, SweepRun, measured_values, not_averageable
 
@@ -49,10 +47,9 @@ def draw(sweep: Sweep) -> Path:
     axes.grid(axis="y", color="#E6E6E6")
     if any(lines):
         axes.legend(frameon=False)
-    path, image = sweep.folder / "sweep.png", io.BytesIO()
-    figure.savefig(image, dpi=150, format="png")
+    path = sweep.folder / "sweep.png"
+    save_figure(figure, path)
     plt.close(figure)
-    write_bytes(path, image.getvalue())
     return path
 
 

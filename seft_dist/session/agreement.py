@@ -30,19 +30,20 @@ def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
 
     Raises:
         ValueError: ``work`` raised it on some rank. The message names that rank, unless all ranks failed.
+        OSError: Likewise; the first rank that failed decides which of the two is raised.
     """
-    result, problem = None, None
+    result, problem, cause = None, None, None
     try:
         result = work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if ranks.world_size == 1:
             raise
-        problem = str(error)
-    problems = gather_objects(ranks, problem)
-    failed = [rank for rank, text in enumerate(problems) if text is not None]
+        problem, cause = (isinstance(error, OSError), str(error)), error
+    failed = [(rank, one) for rank, one in enumerate(gather_objects(ranks, problem)) if one is not None]
     if failed:
-        where = "" if len(failed) == ranks.world_size else f"rank {failed[0]}: "
-        raise ValueError(f"{where}{problems[failed[0]]}")
+        rank, (is_os_error, text) = failed[0]
+        where = "" if len(failed) == ranks.world_size else f"rank {rank}: "
+        raise (OSError if is_os_error else ValueError)(f"{where}{text}") from cause
     return cast(T, result)
 
 

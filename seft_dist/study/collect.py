@@ -13,7 +13,7 @@ from seft_dist.study.methods import StudyMethod
 from seft_dist.study.options import as_text
 from seft_dist.study.plan import FORGETTING, TEST, VALIDATION, Cell, Plan
 from seft_dist.study.results import FORMAT, Results, Row, RunRow, Search, Tried
-from seft_dist.study.state import COMMANDS, MEASURED, TRAIN, State, Survey, read_failure
+from seft_dist.study.state import COMMANDS, MEASURED, TRAIN, State, Survey, failure_file, read_failure
 from seft_dist.study.statistics import Difference, difference, spread
 from seft_dist.training.manifest import read_manifest
 
@@ -46,7 +46,7 @@ def collect(state: State, survey: Survey) -> Results:
         unequal_grids=plan.config.unequal_grids,
         done=survey.done,
         total=survey.total,
-        failures=[failure for task in survey.ready if (failure := read_failure(task.folder)) is not None],
+        failures=[failure for task in survey.ready if (failure := read_failure(task.failure_file)) is not None],
         warnings=_warnings(state, cells, made),
         made_with=next(iter(made.values()), {}),
         rows=[_row(plan, method, runs[method.name], runs[reference], survey) for method in plan.methods],
@@ -99,7 +99,8 @@ def _status(state: State, cell: Cell, part: str) -> str:
         return "finished"
     if state.diverged(cell):
         return "diverged"
-    return "failed" if read_failure(state.plan.cell_folder(cell)) is not None else "missing"
+    files = [failure_file(state.plan.cell_folder(cell), kind) for kind in (TRAIN, part)]
+    return "failed" if any(map(read_failure, files)) else "missing"
 
 
 def _row(plan: Plan, method: StudyMethod, runs: list[RunRow], reference: list[RunRow], survey: Survey) -> Row:

@@ -3,7 +3,6 @@
 Only this file of seft_dist.study needs matplotlib (the extra ``plots``).
 """
 
-import io
 import itertools
 import math
 import statistics
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from seft_dist.files.writing import write_bytes
-from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, load_pyplot, smooth
+from seft_dist.results.figures import BLUE, GREEN, GREY, ORANGE, STYLE, load_pyplot, save_figure, smooth
 from seft_dist.results.run_files import read_lines
 from seft_dist.study.plan import RUN
 from seft_dist.study.results import Results, Row
@@ -67,10 +65,8 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
             drawn = _curves(results, folder, axes) if name == "curves" else _quality(results, name, axes)
             if drawn:
                 (folder / FOLDER).mkdir(exist_ok=True)
-                image = io.BytesIO()
-                figure.savefig(image, dpi=150, format="png")
                 paths.append(folder / FOLDER / (f"{name}.png" if name == "curves" else f"quality-{name}.png"))
-                write_bytes(paths[-1], image.getvalue())
+                save_figure(figure, paths[-1])
             plt.close(figure)
     return paths
 

@@ -47,7 +47,7 @@ class Start(TypedDict):
 
 
 class Failure(TypedDict):
-    """failed.json."""
+    """failed-KIND.json."""
 
     task: str
     when: float

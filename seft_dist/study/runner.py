@@ -27,7 +27,6 @@ from seft_dist.study.results import Failure
 from seft_dist.study.state import (
     COMMANDS,
     DIVERGED,
-    FAILED,
     MEASURED,
     PRUNE,
     TRAIN,
@@ -173,8 +172,8 @@ class Runner:
     def _has_failed(self, task: Task) -> bool:
         if task.key in self._failed:
             return True
-        failure = read_failure(task.folder)
-        if failure is None or failure["when"] < self._since or failure["task"] != task.kind:
+        failure = read_failure(task.failure_file)
+        if failure is None or failure["when"] < self._since:
             return False
         self._failed[task.key] = failure  # it has just failed in another runner
         return True
@@ -199,7 +198,7 @@ class Runner:
             self.state.begin_anew(self.plan.run_folder(task.cell))
         slot = min(set(range(self.plan.config.jobs)) - {running.slot for running in self._running})
         command = self._command(task, slot)
-        (task.folder / FAILED).unlink(missing_ok=True)
+        task.failure_file.unlink(missing_ok=True)
         self._starts[task.key] = self._starts.get(task.key, 0) + 1
         with task.log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
@@ -268,7 +267,7 @@ class Runner:
             return "stopped by a signal, once more"
         failure = Failure(task=task.kind, when=time.time(), code=code, log=str(task.log))
         self._failed[task.key] = failure
-        write_json(task.folder / FAILED, failure)
+        write_json(task.failure_file, failure)
         return f"failed with code {code}, see {task.log}"
 
     def _tidy(self) -> None:

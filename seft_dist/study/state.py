@@ -1,6 +1,6 @@
 """The state of a study, read from its files each time: tasks done, tasks that can run, settings chosen.
 
-CELL/failed.json      the last try of a task ended with an error: which task, when, its code and log
+CELL/failed-KIND.json the last try of a task ended with an error: which task, when, its code and log
 CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
 CELL/diverged.json    a loss or gradient of the run was not finite: every try would end so, and this is its result
 """
@@ -19,7 +19,7 @@ from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
 from seft_dist.training.run_folder import CHECKPOINTS, is_finished
 
 PRUNE, TRAIN = "prune", "train"
-FAILED, DIVERGED, COMMANDS = "failed.json", "diverged.json", "commands.jsonl"
+DIVERGED, COMMANDS = "diverged.json", "commands.jsonl"
 MEASURED = "model"
 """Name of the one model in the files of seft evaluate."""
 
@@ -49,6 +49,11 @@ class Task:
     def log(self) -> Path:
         """File that gets what the task prints."""
         return self.folder / f"{self.kind}.log"
+
+    @property
+    def failure_file(self) -> Path:
+        """File that says how the last try of the task failed; there is none if it did not."""
+        return failure_file(self.folder, self.kind)
 
 
 @dataclass
@@ -235,10 +240,15 @@ class State:
         ]
 
 
-def read_failure(folder: Path) -> Failure | None:
-    """Read the failure of the last try in a base's or cell's folder; None if it did not end with an error."""
+def failure_file(folder: Path, kind: str) -> Path:
+    """Return the file for the failure of a task of some kind in a base's or cell's folder."""
+    return folder / f"failed-{kind}.json"
+
+
+def read_failure(path: Path) -> Failure | None:
+    """Read how the last try of a task failed; None if it did not end with an error."""
     try:
-        return read_json(folder / FAILED, Failure)
+        return read_json(path, Failure)
     except (OSError, ValueError):
         return None
 

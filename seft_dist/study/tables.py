@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.files.writing import write_text
+from seft_dist.results.run_files import markdown_table
 from seft_dist.study.results import Results, Row, Search
 from seft_dist.study.statistics import CONFIDENCE, Difference, Spread
 
@@ -231,8 +232,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     """
     parts = [f"# Study {results['name']}\n"]
     for section in sections(results):
-        lines = [section.head, ["---"] * len(section.head), *section.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = markdown_table(section.head, section.rows)
         parts.append(f"## {section.title}\n\n{table}\n\n" + "\n".join(section.notes) + "\n")
     parts += [f"**{text}**\n" for text in endings(results)]
     contents = {"results.md": "\n".join(parts), "results.csv": _methods_csv(results), "runs.csv": _runs_csv(results)}

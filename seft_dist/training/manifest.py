@@ -4,6 +4,7 @@
     model        fingerprint of the model that training started from
     dtype        type in which its weights are held
     dropout      whether the model draws random numbers: each rank its own, so that no other layout gives the same
+    teacher      fingerprint of the teacher's weights; null without one
     data         fingerprint of the tokenised sequences, their number, sequences of an optimizer step
     attempts     one for each start of the run: when, how and where, with which versions, code and configuration;
                  ``first_step`` is the step it began with, so what it did ends where a later one begins
@@ -112,8 +113,9 @@ def open_manifest(
     backend: str,
     ds: DsConfig | None,
     steps_done: int,
+    hosts: list[dict[str, Any]],
 ) -> Manifest:
-    """Write down the start of a run or of a further attempt. Collective.
+    """Write down, on rank 0, the start of a run or of a further attempt.
 
     Args:
         config: The run, resolved; its folder exists.
@@ -125,9 +127,12 @@ def open_manifest(
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
         backend: Backend that holds the weights, e.g. "zero3".
         ds: The ds_config, if there is one.
-        steps_done: Steps steps_done before.
+        steps_done: Optimizer steps done by earlier attempts.
+        hosts: What ``list_hosts`` gives.
+
+    Raises:
+        OSError: The file cannot be read or written.
     """
-    hosts = _hosts(ranks)
     folder = Path(config.output)
     if not ranks.is_main:
         return Manifest(folder, None)
@@ -230,7 +235,7 @@ def _code(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _hosts(ranks: Ranks) -> list[dict[str, Any]]:
+def list_hosts(ranks: Ranks) -> list[dict[str, Any]]:
     """List the machines, each with its number of ranks. Collective."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     mine = {"host": launch_facts()["host"], "device": device, "cpu": facts.cpu(), "threads": torch.get_num_threads()}

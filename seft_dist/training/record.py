@@ -5,10 +5,11 @@ from pathlib import Path
 from seft_dist.config import TrainConfig
 from seft_dist.data.batches import Batch
 from seft_dist.io.source import Source
+from seft_dist.session.agreement import on_all_ranks
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.fingerprint import has_dropout, topology_hashes
-from seft_dist.training.manifest import open_manifest
+from seft_dist.training.manifest import list_hosts, open_manifest
 from seft_dist.training.method import Method, TrainedSeft
 from seft_dist.training.run_folder import RunOrigin
 from seft_dist.training.topology import FirstMasks, Topology
@@ -30,7 +31,7 @@ class Record:
         ds: DsConfig | None,
         first: FirstMasks | None,
     ) -> None:
-        """Write down the start of the run or of a further attempt. Collective.
+        """Write down the start of the run or of a further attempt. Collective; every rank raises the same errors.
 
         Args:
             config: The run, resolved; its folder exists.
@@ -41,26 +42,41 @@ class Record:
             backend: Backend that holds the weights, e.g. "zero3".
             ds: The ds_config, if there is one.
             first: Masks of the pruned model, if the method can move them.
+
+        Raises:
+            OSError: A file cannot be read or written.
         """
         self._method = method
+        self._topology: Topology | None = None
+        self._trace: Trace | None = None
         data = {"fingerprint": origin.data, "sequences": origin.sequences, "global_batch": origin.global_batch}
-        self._manifest = open_manifest(
-            config,
-            ranks,
-            model=origin.model,
-            teacher=origin.teacher,
-            dtype=str(source.dtype).removeprefix("torch."),
-            dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
-            data=data,
-            backend=backend,
-            ds=ds,
-            steps_done=method.num_steps,
-        )
-        self._topology = Topology(Path(config.output), first, ranks) if first is not None else None
-        self._trace = None
-        if config.trace:
-            assert isinstance(method, TrainedSeft)  # checked in the configuration
-            self._trace = Trace(Path(config.output), method, ranks)
+        hosts = list_hosts(ranks)
+
+        def open_files() -> None:
+            self._manifest = open_manifest(
+                config,
+                ranks,
+                model=origin.model,
+                teacher=origin.teacher,
+                dtype=str(source.dtype).removeprefix("torch."),
+                dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
+                data=data,
+                backend=backend,
+                ds=ds,
+                steps_done=method.num_steps,
+                hosts=hosts,
+            )
+            if first is not None:
+                self._topology = Topology(Path(config.output), first, ranks)
+            if config.trace:
+                assert isinstance(method, TrainedSeft)  # checked in the configuration
+                self._trace = Trace(Path(config.output), method, ranks)
+
+        try:
+            on_all_ranks(ranks, open_files)
+        except (OSError, ValueError):
+            self.close()
+            raise
 
     def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. Collective with a trace or an evolution, else local.

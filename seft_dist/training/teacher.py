@@ -147,7 +147,7 @@ def open_teacher(config: TrainConfig, source: Source) -> Source | None:
     path = config.teacher.path
     if path is None:
         return None
-    teacher = open_source(ModelConfig(path=path, dtype=config.model.dtype), source.dtype)
+    teacher = open_source(ModelConfig(path=path, dtype=config.model.dtype), source.dtype, path_option="teacher.path")
     check_length(teacher.config, config.data.seq_len, f"teacher.path={path}", "data.seq_len")
     names = ["vocab_size"] + ["num_hidden_layers", "hidden_size"] * (config.teacher.hidden > 0)
     for name in names:

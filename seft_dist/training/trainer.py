@@ -138,19 +138,18 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     check_separation(run)
     validation = _open_validation(run, text, origin, state)
     on_all_ranks(ranks, lambda: open_run_folder(config) if ranks.is_main else None)
-    record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
-    _restore_scheduler(run, state)
-    if ranks.is_main:
-        print_line(f"kernels: {describe(ranks.device)}")
-    start, counts = run.method.num_steps, state.get("metrics")
-    metrics = on_all_ranks(
-        ranks, lambda: Metrics(config, ranks.device, writes=ranks.is_main, start=start, state=counts)
-    )
-    try:
+    with ExitStack() as files:
+        record = Record(config, ranks, source, run.method, origin=origin, backend=run.backend, ds=ds, first=first)
+        files.callback(record.close)
+        _restore_scheduler(run, state)
+        if ranks.is_main:
+            print_line(f"kernels: {describe(ranks.device)}")
+        start, counts = run.method.num_steps, state.get("metrics")
+        metrics = on_all_ranks(
+            ranks, lambda: Metrics(config, ranks.device, writes=ranks.is_main, start=start, state=counts)
+        )
+        files.callback(metrics.close)
         stopped = fit(run, data, origin, metrics, record, request, validation)
-    finally:
-        metrics.close()
-        record.close()
     stopped = stopped or _stopped_after_all_steps(run, request)
     if stopped is None:
         return Finished(finish(run, data, metrics, record, validation))
@@ -214,7 +213,7 @@ def fit(
     saver, clock = method.saver(Path(config.output) / CHECKPOINTS, config.keep), SaveClock(config.save_every_minutes)
     stepper = Stepper(run, metrics, record, request, saver, clock, validation)
     micro_batches: list[Batch] = []
-    first, last = method.num_steps + 1, method.total_steps
+    step, first, last = 0, method.num_steps + 1, method.total_steps
     try:
         steps = range(first, last + 1) if not validation.is_over else range(0)
         for step, micro_batches in zip(steps, data.batches(first - 1), strict=False):
@@ -239,7 +238,9 @@ def fit(
         saver.finish()
     except Exception as error:
         samples = data.indices(method.num_steps)
-        write_diagnosis(error, Path(config.output), run.ranks, method, samples, micro_batches)
+        # On a GPU the error of a step is raised in the step after it, whose micro-batches are others.
+        known = micro_batches if step == method.num_steps + 1 else []
+        write_diagnosis(error, Path(config.output), run.ranks, method, samples, known)
         raise
     return None
 

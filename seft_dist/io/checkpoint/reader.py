@@ -306,7 +306,7 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     if not reader.window_steps:
         return None
     backend = seft.backend
-    window = seft.new_window(i)
+    window = seft.new_window(i, reader.num_steps - reader.window_steps + 1)
     window.num_steps = reader.window_steps
     if seft.config.window_store == "candidates":  # a rank without candidates has empty tensors, not missing ones
         empty = torch.empty(0, device=backend.device)

@@ -177,8 +177,11 @@ class BackgroundSaver(ABC):
             if tensors is not None:
                 write_safetensors(file, tensors, {"format": "seft_dist checkpoint"})
                 self._digest.copy_(torch.tensor(list(sync_and_hash(file))))
-        except Exception as error:  # raised again by finish(), in the training thread
+        except (OSError, ValueError) as error:  # raised again by finish(), in the training thread
             self._error = error
+        except Exception as error:  # of a kind that finish() can raise on all ranks
+            self._error = OSError(f"{type(error).__name__}: {error}")
+            self._error.__cause__ = error
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -11,8 +11,6 @@ from seft_dist.results.page.svg import Table
 from seft_dist.results.page.words import decimal, duration, percent, size
 from seft_dist.results.run_files import flatten_options
 
-_NOT_A_SETTING = ("output",)
-
 
 def overview(runs: Sequence[RunRecord]) -> Table:
     """Put the results of several runs side by side, one row for each number."""
@@ -47,7 +45,7 @@ def differences(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for name in dict.fromkeys(name for options in settings for name in options):
         values = [options.get(name, "-") for options in settings]
-        if len(set(values)) > 1 and name not in _NOT_A_SETTING:
+        if len(set(values)) > 1:
             rows.append([name, *values])
     return Table(["setting", *(run.label for run in runs)], rows)
 
