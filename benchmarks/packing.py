@@ -56,7 +56,7 @@ def worker(options: argparse.Namespace) -> None:
     seft = SeftOptimizer(model, SeftConfig(density=0.01, init="random", interval=1000, steps=2000))
     seft.attach()
     backend = seft.backend
-    backend.prepare_write()
+    backend.drop_gathered()
     held = sum(map(torch.Tensor.nelement, seft.sparse_state.masks))
     for i, holder in enumerate(backend.holders):
         packed = packed_of(holder.weight)

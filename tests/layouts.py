@@ -99,7 +99,7 @@ def snapshot(model: nn.Module, seft: SeftOptimizer) -> dict[str, Any]:
         every = [None] * world
         dist.all_gather_object(every, mine)
     out = {}
-    seft.backend.prepare_write()
+    seft.backend.drop_gathered()
     for i, name in enumerate(seft.target_names):
         parts = sorted({part[name][0]: part[name] for part in every if len(part[name][1])}.values(), key=lambda p: p[0])
         weight = seft.backend.full(seft.backend.holders[i].weight).float().view(-1).clone()

@@ -24,7 +24,7 @@ def follows(run: dict[str, Any], reference: dict[str, Any], tolerance: float = 2
     assert run["digests"] == reference["digests"]
     for name, layer in reference["state"].items():
         assert torch.allclose(run["state"][name]["weight"], layer["weight"], rtol=1e-4, atol=tolerance), name
-    assert all(counts.zeros == counts.numel - counts.target for counts in run["sparsity"])
+    assert all(counts.zeros == counts.numel - counts.mask_size for counts in run["sparsity"])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_bf16_weights_with_fp32_deltas(layout: str) -> None:
     run = train_on(layout, 1 if layout == "single" else 2, CONFIG, STEPS, **options)
     assert run["losses"][-1] < run["losses"][0]
     for counts in run["sparsity"]:
-        assert counts.zeros == counts.numel - counts.target
+        assert counts.zeros == counts.numel - counts.mask_size
     for layer in run["state"].values():
         assert layer["values"].dtype == torch.float32
         # fp32 deltas: most are not representable in bf16
@@ -125,7 +125,7 @@ def test_fsdp_mixed_precision_keeps_fp32_shards() -> None:
     options = {"fsdp": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}}
     run = train_on("fsdp", 2, CONFIG, STEPS, **options)
     assert run["losses"][-1] < run["losses"][0]
-    assert all(counts.zeros == counts.numel - counts.target for counts in run["sparsity"])
+    assert all(counts.zeros == counts.numel - counts.mask_size for counts in run["sparsity"])
 
 
 def test_fsdp_optimizer_after_sharding(reference: dict[str, Any]) -> None:

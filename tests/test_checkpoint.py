@@ -236,7 +236,7 @@ def test_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_a_restored_window_needs_what_its_criteria_need(tmp_path: Path) -> None:
     """Not what the first support needs: its gradient is dense, whatever the criteria."""
-    criteria = {"grow": "random", "drop": "random", "adapt": "magnitude"}
+    criteria: dict[str, Any] = {"grow": "random", "drop": "random", "adapt": "magnitude"}
     config = dataclasses.replace(CONFIG, **criteria)
     model = prune_(tiny_llama())
     seft = stepped(model, config, steps=2)  # the window begins with step 2

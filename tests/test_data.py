@@ -338,7 +338,7 @@ def test_any_step_can_be_the_first() -> None:
         return BatchStream(numbered(11), batch_size=2, global_batch=7, rank=1, world_size=2, seed=3)
 
     whole = [stream().step(step) for step in range(9)]
-    later = stream().batches(start_step=5)
+    later = stream().batches(steps_done=5)
     for step in range(5, 9):
         for ours, theirs in zip(next(later), whole[step], strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "labels", "attention_mask"))

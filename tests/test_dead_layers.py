@@ -79,7 +79,7 @@ def test_a_dead_layer_keeps_its_zeros(form: str, dtype: torch.dtype) -> None:
     train_(model, seft, 7)
     assert zeros_of(weights) == zeros_of({name: weight.bfloat16() for name, weight in weights.items()}) == zeros
     layers = {layer.name: layer for layer in seft.sparsity()}
-    assert all(layer.zeros == layer.numel - layer.target == layer.numel - layer.active for layer in layers.values())
+    assert all(layer.zeros == layer.numel - layer.mask_size == layer.numel - layer.active for layer in layers.values())
     assert layers[ALIVE].support > 0 and not torch.equal(before[ALIVE], weights[ALIVE])
     if form not in ("random", "random_first", "global"):  # where a score decides, it is 0 everywhere in the dead layer
         assert layers[DEAD].support == 0

@@ -17,7 +17,7 @@ import tests.preload  # noqa: F401
 from seft_dist.config import ModelConfig
 from seft_dist.export.export import load_packed, pack_model, write_model
 from seft_dist.io.models import load_model
-from seft_dist.io.packed import INDEX, PackedWeights, PackedWriter, open_weights
+from seft_dist.io.packed import INDEX, PackedFiles, PackedWriter, open_weights
 from seft_dist.io.source import Source, open_source
 from seft_dist.io.weights import Weights
 from tests.folders import model_folder
@@ -58,7 +58,7 @@ def test_every_bit_comes_back(
         writer.add(f"t{i}", tensor)
     size = writer.close()
     weights = open_weights(folder)
-    assert isinstance(weights, PackedWeights) and weights.tensors.keys() == tensors.keys()
+    assert isinstance(weights, PackedFiles) and weights.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert weights.tensors[name].shape == tensor.shape and weights.tensors[name].dtype == dtype
         assert same_bits(weights.read(name), tensor.view(-1))

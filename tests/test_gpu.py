@@ -133,7 +133,7 @@ def test_bf16_learns_and_keeps_its_zeros(device: torch.device) -> None:
     found = train(model, seft, device, same_batch=True)
     assert found["losses"][-1] < found["losses"][0] and len(found["digests"]) == 4
     for layer in seft.sparsity():
-        assert layer.active == layer.target and layer.zeros == layer.numel - layer.target, layer.name
+        assert layer.active == layer.mask_size and layer.zeros == layer.numel - layer.mask_size, layer.name
     for name, layer in found["state"].items():
         assert not layer["weight"][~layer["mask"]].any(), name
 

@@ -34,7 +34,7 @@ def assert_same_run(run: dict[str, Any], reference: dict[str, Any]) -> None:
         assert torch.equal(run["state"][name]["support"], layer["support"]), name
         assert torch.allclose(run["state"][name]["weight"], layer["weight"], rtol=1e-4, atol=2e-6), name
     for counts in run["sparsity"]:
-        assert counts.zeros == counts.numel - counts.target == counts.numel - counts.active, counts
+        assert counts.zeros == counts.numel - counts.mask_size == counts.numel - counts.active, counts
 
 
 def cases() -> list[Any]:

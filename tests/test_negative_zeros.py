@@ -33,7 +33,7 @@ def negative_zeros(weight: Tensor) -> int:
 
 def bits(seft: SeftOptimizer) -> list[Tensor]:
     """Bits of every whole target. Collective."""
-    seft.backend.prepare_write()
+    seft.backend.drop_gathered()
     kinds = {2: torch.int16, 4: torch.int32}
     whole = [seft.backend.full(target.weight).clone() for target in seft.backend.holders]
     assert not any(map(negative_zeros, whole))
@@ -94,9 +94,9 @@ def test_fingerprints_and_replicas_do_not_see_the_sign(tmp_path: Path) -> None:
         model = model_with_negative_zeros() if rank else prune_(tiny_llama())
         _, seft, _, _ = build("ddp", CONFIG, model)
         seft.attach()
-        return seft.sparse_state.fingerprint
+        return seft.sparse_state.fingerprints
 
     prints = run_ranks(on_rank, 2)
     plain = SeftOptimizer(prune_(tiny_llama()), CONFIG)
     plain.attach()
-    assert prints == [plain.sparse_state.fingerprint] * 2
+    assert prints == [plain.sparse_state.fingerprints] * 2

@@ -73,7 +73,7 @@ def run(packing: str, rank: int, *, replicas: int = 1, config: SeftConfig = CONF
         if t % 3 == 1:
             with torch.no_grad():
                 seen.append(model(**batch(99)).loss.item())
-    seft.backend.prepare_write()
+    seft.backend.drop_gathered()
     weights = [seft.backend.full(holder.weight).clone() for holder in seft.backend.holders]
     held = bytes_held(seft) if packing == "resident" else None
     return {"seen": seen, "weights": weights, "held": held, "wire": sum(wire)}

@@ -220,7 +220,7 @@ def test_advice_counts_a_shared_memory_once_and_offers_only_what_is_possible() -
 
 
 def test_a_first_support_by_gradient_is_planned_for() -> None:
-    random = {"grow": "random", "drop": "random", "adapt": "magnitude"}
+    random: dict[str, Any] = {"grow": "random", "drop": "random", "adapt": "magnitude"}
     plans = {
         init: make_plan(PlanConfig(model="Llama-2-7B", seft=SeftConfig(**random, init=init), steps=200))
         for init in ("random", "gradient")

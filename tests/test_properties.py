@@ -128,8 +128,8 @@ def test_zeros_are_exactly_as_many_as_at_the_start(over: dict[str, Any], dtype: 
         if seft.evolution is None or seft.evolution.first:
             counts = seft.sparsity()
             assert sum(layer.zeros for layer in counts) == zeros_before
-            assert all(layer.zeros == layer.numel - layer.target for layer in counts)
-            assert all(layer.active == layer.target for layer in counts)
+            assert all(layer.zeros == layer.numel - layer.mask_size for layer in counts)
+            assert all(layer.active == layer.mask_size for layer in counts)
         else:
             reactivated += seft.evolution.reactivated
     assert reactivated > 0
@@ -316,7 +316,7 @@ def test_without_adapt_sparsity_is_lost_and_said_so() -> None:
         reactivated += seft.evolution.reactivated if seft.evolution is not None else 0
     assert reactivated > 0
     counts = seft.sparsity()
-    assert sum(layer.active - layer.target for layer in counts) == reactivated
+    assert sum(layer.active - layer.mask_size for layer in counts) == reactivated
     assert all(layer.zeros == layer.numel - layer.active for layer in counts)
 
 

@@ -60,7 +60,7 @@ def test_real_weights_follow_one_process(layout: str, world_size: int, monkeypat
     assert torch.allclose(torch.tensor(several["losses"]), torch.tensor(single["losses"]), rtol=1e-3)
     for run in (single, several):
         assert len(run["digests"]) == 3
-        assert all(layer.zeros == layer.numel - layer.target for layer in run["sparsity"])
+        assert all(layer.zeros == layer.numel - layer.mask_size for layer in run["sparsity"])
 
 
 @pytest.mark.slow

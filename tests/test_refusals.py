@@ -117,7 +117,7 @@ def test_a_checkpoint_loads_onto_the_trained_weights_and_no_others(tmp_path: Any
     other.load_state_dict(model.state_dict())
     loaded = SeftOptimizer(other, CONFIG, lr=1e-2)
     checkpoint.load(loaded, saved)
-    assert loaded.sparse_state.fingerprint == seft.sparse_state.fingerprint
+    assert loaded.sparse_state.fingerprints == seft.sparse_state.fingerprints
     for each, optimizer in ((model, seft), (other, loaded)):
         each(**batch(4)).loss.backward()
         optimizer.step()

@@ -190,8 +190,8 @@ def test_restore_asks_for_the_layers_of_this_run(saved: Path) -> None:
         other.restore(STEPS, layers[:-1])
     with pytest.raises(ValueError, match="-1 optimizer steps done"):
         other.restore(-1, layers)
-    wrong = dataclasses.replace(layers[0], target=layers[0].target + 1)
-    with pytest.raises(ValueError, match=f"{layers[0].name}: a target of .* needs {layers[0].target}"):
+    wrong = dataclasses.replace(layers[0], mask_size=layers[0].mask_size + 1)
+    with pytest.raises(ValueError, match=f"{layers[0].name}: a target of .* needs {layers[0].mask_size}"):
         other.restore(STEPS, [wrong, *layers[1:]])
     other.restore(STEPS, layers)
     assert other.num_steps == STEPS

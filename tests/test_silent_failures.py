@@ -182,7 +182,7 @@ def test_replaced_shards_are_noticed(layout: str, world_size: int) -> None:
                 step()
 
         counts = [len(messages(lambda: steps(5)))]
-        seft.backend.prepare_write()
+        seft.backend.drop_gathered()
         for i in range(len(seft.target_names)):
             memory, _ = seft.backend.memory(i)
             memory.mul_(1.5)

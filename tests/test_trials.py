@@ -36,7 +36,7 @@ def test_counts_are_exact_on_trial_and_after_it() -> None:
         steps_of(model, seft, t)
         counts, on_trial = seft.sparsity(), {layer.name: layer.trial for layer in seft.deltas()}
         for layer in counts:
-            assert layer.active == layer.target + layer.trial
+            assert layer.active == layer.mask_size + layer.trial
             assert layer.trial == len(on_trial[layer.name]) <= round(CONFIG.density * layer.numel)
             if seft.evolution is None or seft.evolution.first:  # what has just grown is 0 until the next update
                 assert layer.zeros == layer.numel - layer.active
@@ -71,7 +71,7 @@ def test_nothing_is_left_on_trial(over: dict[str, Any]) -> None:
     assert config.steps is not None
     steps_of(model, seft, config.steps)
     assert next_evolution(config, config.steps) is None
-    assert all(layer.trial == 0 and layer.zeros == layer.numel - layer.target for layer in seft.sparsity())
+    assert all(layer.trial == 0 and layer.zeros == layer.numel - layer.mask_size for layer in seft.sparsity())
     seft.detach()
     assert sum(int((p == 0).sum()) for p in model.parameters()) == zeros
 
@@ -146,7 +146,7 @@ def test_a_weight_with_a_huge_input_is_never_pruned_by_curvature(reactivate: Any
         seft.step()
         seft.zero_grad()
     assert layer.weight[3, 2] != 0
-    assert all(counts.zeros == counts.numel - counts.target for counts in seft.sparsity())
+    assert all(counts.zeros == counts.numel - counts.mask_size for counts in seft.sparsity())
 
 
 def test_hidden_trials_come_back_bit_for_bit(layout: str = "single", world_size: int = 1) -> None:
@@ -161,7 +161,7 @@ def test_hidden_trials_come_back_bit_for_bit(layout: str = "single", world_size:
         assert on_trial > 0
         with seft.without_trials():
             hidden = snapshot(model, seft)
-            assert all(layer.zeros == layer.numel - layer.target for layer in seft.sparsity())
+            assert all(layer.zeros == layer.numel - layer.mask_size for layer in seft.sparsity())
             assert on_trial == sum(
                 int(((layer["weight"] == 0) & (before[name] != 0)).sum()) for name, layer in hidden.items()
             )

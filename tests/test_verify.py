@@ -48,7 +48,7 @@ def test_all_ranks_raise_the_same_error(layout: str, world_size: int, what: str,
         model, seft, backward, step = build(layout, moving(density=0.05, interval=4, window=2, steps=8))
         backward(model(**batch(0, rank)).loss)
         step()
-        seft.backend.prepare_write()
+        seft.backend.drop_gathered()
         seft.sparse_state.verify(seft.backend, seft.config)
         if rank == world - 1:
             ACTS[what](seft.sparse_state)
@@ -63,7 +63,7 @@ def test_all_ranks_raise_the_same_error(layout: str, world_size: int, what: str,
 
 def test_replicas_of_other_weights_are_refused() -> None:
     def on_rank(rank: int, world: int) -> str:
-        model = prune_(tiny_llama())
+        model: Any = prune_(tiny_llama())
         with torch.no_grad():
             weight = model.model.layers[1].mlp.up_proj.weight
             weight[weight != 0] *= 1 if rank < world // 2 else 1.5

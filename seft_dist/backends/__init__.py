@@ -26,9 +26,9 @@ def find_backend(model: nn.Module, targets: Mapping[str, Holder], group: dist.Pr
     Raises:
         ValueError: The weights are held in a way that no backend can write safely.
     """
-    if any(packed_of(module.weight) is not None for module in targets.values()):
+    if any(packed_of(holder.weight) is not None for holder in targets.values()):
         return PackedBackend(targets)
-    if any(is_zero3(module.weight) for module in targets.values()):
+    if any(is_zero3(holder.weight) for holder in targets.values()):
         return Zero3Backend(targets)
     if is_fsdp(model):
         return FsdpBackend(model, targets)

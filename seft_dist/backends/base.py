@@ -177,7 +177,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare_write(self) -> None:
+    def drop_gathered(self) -> None:
         """Drop gathered copies, which would hide a write to the shards."""
 
     @abstractmethod
@@ -210,8 +210,8 @@ class Backend(ABC):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Open the context in which alone weights may be written."""
-        self.prepare_write()
+        """Open the only context in which weights may be written."""
+        self.drop_gathered()
         with torch.no_grad():
             yield
         self.publish_write()

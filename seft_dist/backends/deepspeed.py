@@ -98,8 +98,8 @@ class Zero3Backend(DenseBackend):
         Raises:
             ValueError: A target is not held by ZeRO-3, or in a form whose shard cannot be written safely.
         """
-        for name, module in targets.items():
-            _check_shard(name, module.weight)
+        for name, holder in targets.items():
+            _check_shard(name, holder.weight)
         first: Any = next(iter(targets.values())).weight
         group = first.ds_process_group
         owners = Group(group if dist.get_world_size(group) > 1 else None)
@@ -119,7 +119,7 @@ class Zero3Backend(DenseBackend):
         shard: Tensor = self._weight(i).ds_tensor
         return shard.detach().view(-1)[: len(self.interval(i))]
 
-    def prepare_write(self) -> None:
+    def drop_gathered(self) -> None:
         pass
 
     def publish_write(self) -> None:

@@ -147,7 +147,7 @@ class FsdpBackend(DenseBackend):
         """
         self._model = model
         reshard(model)
-        meshes = {_mesh_of(name, module.weight) for name, module in targets.items()}
+        meshes = {_mesh_of(name, holder.weight) for name, holder in targets.items()}
         if len(meshes) > 1:
             raise ValueError(f"targets are sharded over {len(meshes)} different device meshes: needs one mesh for all")
         mesh = meshes.pop()
@@ -211,7 +211,7 @@ class FsdpBackend(DenseBackend):
     def local(self, i: int) -> Tensor:
         return self._weight(i).to_local().detach().view(-1)
 
-    def prepare_write(self) -> None:
+    def drop_gathered(self) -> None:
         reshard(self._model)
 
     def publish_write(self) -> None:

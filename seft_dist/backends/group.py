@@ -1,7 +1,7 @@
 """The few collectives that everything else is made of, on one process or many, with a count of the bytes sent.
 
-Sums that decide anything are made in rank order from the ranks' own terms, so two runs on one layout are bitwise equal
-whatever algorithm the communication library chooses.
+Sums that go to owners (``sum_to_owners``) are made in rank order from the ranks' own terms, so they have the same bits
+whatever algorithm the communication library chooses; ``sum`` leaves the order to the library.
 """
 
 from typing import TypeVar

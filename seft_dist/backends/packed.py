@@ -374,7 +374,7 @@ class PackedBackend(Backend):
     def sync_mask_counts(self) -> None:
         self._shards.sync_mask_counts()
 
-    def prepare_write(self) -> None:
+    def drop_gathered(self) -> None:
         pass  # what is gathered is a copy that publish_write forgets
 
     def publish_write(self) -> None:

@@ -38,7 +38,7 @@ class ReplicatedBackend(DenseBackend):
     def local(self, i: int) -> Tensor:
         return self.holders[i].weight.detach().view(-1)
 
-    def prepare_write(self) -> None:
+    def drop_gathered(self) -> None:
         pass  # forward reads the very tensor that is written
 
     def publish_write(self) -> None:

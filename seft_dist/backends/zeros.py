@@ -12,7 +12,7 @@ def count_zeros_over_ranks(backend: Backend) -> list[ZeroCount]:
     Each rank counts the interval that it owns, so a position counts once, however many ranks store it.
 
     Args:
-        backend: Backend that holds the weights; call ``prepare_write`` first if layers may still be gathered.
+        backend: Backend that holds the weights; call ``drop_gathered`` first if layers may still be gathered.
 
     Returns:
         The counts of the whole weights, in the order of the targets; the same on every rank.

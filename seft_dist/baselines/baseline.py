@@ -237,7 +237,7 @@ class Baseline(ABC):
     def sparsity(self) -> list[LayerSparsity]:
         """Count the zeros of every target as its weights are now. Collective."""
         backend = self.backend
-        backend.prepare_write()  # shards, not gathered copies, are counted
+        backend.drop_gathered()  # shards, not gathered copies, are counted
         zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
         numels = [prod(shape) for shape in backend.shapes]
         rows = zip(backend.names, numels, self.active_counts, zeros, strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seft_dist.baselines.trained import MOMENTS, ParameterPart
 from seft_dist.io.checkpoint import BackgroundSaver, DamagedError, describe_targets, open_checkpoint
-from seft_dist.io.checkpoint.files import on_all_ranks, rank_file
+from seft_dist.io.checkpoint.files import io_on_all_ranks, rank_file
 from seft_dist.io.checkpoint.schema import CheckpointManifest
 from seft_dist.io.weight_files import SafetensorError, safe_open
 
@@ -85,7 +85,7 @@ def load(method: "Baseline", checkpoint: Path) -> dict[str, Any]:
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
-    on_all_ranks(backend, read)
+    io_on_all_ranks(backend, read)
     with backend.writing():
         for part, state in zip(method.trained.parts, states, strict=True):
             method.trained.restore(part, state, manifest["num_steps"])

@@ -91,7 +91,7 @@ class TrainedParameters:
     def _buckets(self) -> Iterator[list[int]]:
         """Group the parts that are not sharded into buckets: lists of their numbers, many small parts or one large one.
 
-        ``Group.sum`` gathers the values of every rank, so a bucket's memory grows with the number of ranks.
+        A bucket is copied while it is summed, so its size bounds the memory of that.
         """
         bucket: list[int] = []
         size = 0

@@ -110,10 +110,10 @@ def unpack(model: str, output: Path, shard_gb: float = 5.0) -> None:
         shard_gb: Largest file, in 10^9 bytes.
     """
     from seft_dist.export.export import write_model
-    from seft_dist.io.packed import PackedWeights
+    from seft_dist.io.packed import PackedFiles
 
     source = _open(model)
-    if not isinstance(source.weights, PackedWeights):
+    if not isinstance(source.weights, PackedFiles):
         raise ValueError(f"{model} is not packed: needs a folder made by seft export pack")
     write_model(source, output, None, _bytes(shard_gb))
     print(f"The model is in {output}")

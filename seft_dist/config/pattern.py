@@ -6,7 +6,7 @@ AUTO = "auto"
 
 
 def pattern_sizes(pattern: str) -> tuple[int, int]:
-    """N and M of a pattern.
+    """Return N and M of a pattern.
 
     Args:
         pattern: "N:M".
@@ -21,13 +21,12 @@ def pattern_sizes(pattern: str) -> tuple[int, int]:
             return most, size
     raise ValueError(
         f'pattern={pattern}: needs "N:M" with 1 <= N < M <= {_LARGEST_GROUP}, e.g. "2:4" (in a YAML file with '
-        "quotation "
-        "marks: YAML reads 2:4 as a number)"
+        "quotation marks: YAML reads 2:4 as a number)"
     )
 
 
 def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float) -> None:
-    """See that a method's options can keep a pattern.
+    """Check that a method's options can keep a pattern.
 
     Args:
         pattern: "N:M", "auto" or None.
@@ -44,8 +43,7 @@ def check_kept(pattern: str | None, scope: str, adapt: str, reactivation: float)
     if scope == "global":
         raise ValueError(
             f'scope=global with pattern={pattern}: needs scope "layer"; each group keeps its number of active '
-            "positions, so "
-            "none can move between layers"
+            "positions, so none can move between layers"
         )
     if adapt == "none" and reactivation:
         raise ValueError(

@@ -20,6 +20,13 @@ DEFAULT_STEPS = 1000
 _MONTH = 30 * 24 * 3600
 
 
+OPTIONS_WITHOUT_EFFECT = (
+    *("output", "save_every", "save_every_minutes", "keep", "log_every", "trace", "trackers", "project", "run_name"),
+    "timeout",
+)
+"""Options of a run that leave what it computes as it is, on any layout."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One fine-tuning run of seft train."""

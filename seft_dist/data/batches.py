@@ -154,9 +154,9 @@ class BatchStream:
         """The data set, in the order of its records."""
         return self._sequences
 
-    def indices(self, step: int) -> list[list[int]]:
-        """Indices of this rank's samples in optimizer step ``step`` (counted from 0), one list for each micro-batch."""
-        micro_batches, begin, end = [], step * self.global_batch, (step + 1) * self.global_batch
+    def indices(self, steps_done: int) -> list[list[int]]:
+        """Indices of this rank's samples in the optimizer step after ``steps_done``, a list for each micro-batch."""
+        micro_batches, begin, end = [], steps_done * self.global_batch, (steps_done + 1) * self.global_batch
         for _ in range(self._num_micro_batches):
             size = min(self._batch_size * self._world_size, end - begin)
             first, stop = (begin + size * rank // self._world_size for rank in (self._rank, self._rank + 1))
@@ -164,9 +164,9 @@ class BatchStream:
             begin += size
         return micro_batches
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of optimizer step ``step`` (counted from 0); every rank gets the same number of them."""
-        return [self._batch(micro) for micro in self.indices(step)]
+    def step(self, steps_done: int) -> list[Batch]:
+        """The micro-batches of the optimizer step after ``steps_done``; every rank gets the same number of them."""
+        return [self._batch(micro) for micro in self.indices(steps_done)]
 
     def _batch(self, samples: list[int]) -> Batch:
         if samples:
@@ -174,8 +174,8 @@ class BatchStream:
         ids, labels, *places = self._sequences[0]
         return collate([(ids, torch.full_like(labels, IGNORE), *places)], self._pad)
 
-    def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of step ``start_step`` and of every later step, without end."""
+    def batches(self, steps_done: int = 0) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of the step after ``steps_done`` and of every later one, without end."""
         while True:
-            yield self.step(start_step)
-            start_step += 1
+            yield self.step(steps_done)
+            steps_done += 1

@@ -15,7 +15,7 @@ from seft_dist.export.delta import DeltaWriter, apply_delta, name_of
 from seft_dist.export.folders import new_folder, save_settings
 from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.models import load_model, named_state
-from seft_dist.io.packed import PackedSize, PackedWeights, PackedWriter
+from seft_dist.io.packed import PackedFiles, PackedSize, PackedWriter
 from seft_dist.io.source import Source, open_source
 from seft_dist.io.weights import MAX_SHARD_BYTES, WeightsWriter
 from seft_dist.sparsity.casts import cast_weight, unsigned_zeros
@@ -163,7 +163,7 @@ def load_packed(folder: Path, dtype: DType = "auto", device: torch.device | None
         ValueError: The folder is not packed, or is damaged.
     """
     source = open_source(ModelConfig(path=str(folder), dtype=dtype))
-    if not isinstance(source.weights, PackedWeights):
+    if not isinstance(source.weights, PackedFiles):
         raise ValueError(f"{folder} is not packed: load it with transformers, or pack it with seft export pack")
     cache = source.config.use_cache
     model = load_model(source, device=device).eval()

@@ -141,7 +141,7 @@ class PackedWriter:
         self._tensors, self._entries, self._bytes = {}, {}, 0
 
 
-class PackedWeights(Weights):
+class PackedFiles(Weights):
     """The tensors of a packed folder, with the interface of a plain one. Every tensor that is read is checked."""
 
     def __init__(self, folder: Path) -> None:
@@ -205,7 +205,7 @@ def open_weights(folder: Path) -> Weights:
     Raises:
         ValueError: There are none, or they cannot be read.
     """
-    return PackedWeights(folder) if (folder / INDEX).is_file() else Weights(folder)
+    return PackedFiles(folder) if (folder / INDEX).is_file() else Weights(folder)
 
 
 def _encode(tensor: Tensor) -> dict[str, Tensor]:

@@ -30,14 +30,21 @@ class AdamW:
     """Largest age that an entry may have before the step."""
 
     def update_(
-        self, grad: Tensor, scale: Tensor, ok: Tensor, base: Tensor, values: Tensor, moments: list[Tensor], age: Tensor
+        self,
+        grad: Tensor,
+        scale: Tensor,
+        is_finite: Tensor,
+        base: Tensor,
+        values: Tensor,
+        moments: list[Tensor],
+        age: Tensor,
     ) -> Tensor:
         """Update values, moments and ages in place.
 
         Args:
             grad: fp32 [k].
             scale: fp32 [], the gradient is multiplied with it (clipping).
-            ok: bool [], on the device; False leaves every bit as it is.
+            is_finite: bool [], on the device; False leaves every bit as it is.
             base: fp32 [k], what the values are added to.
             values: fp32 [k].
             moments: First and second moments, each fp32 [k].
@@ -54,9 +61,9 @@ class AdamW:
             expect(low >= 0 and high <= self.oldest, f"ages from 0 to {self.oldest}, not {low} to {high}")
         functions = library() if values.is_cpu else None
         if functions is None:
-            self._torch(torch.where(ok, grad * scale, 0.0), ok, base, values, moments, age)
+            self._torch(torch.where(is_finite, grad * scale, 0.0), is_finite, base, values, moments, age)
             return base + values
-        if not bool(ok):
+        if not bool(is_finite):
             return base + values
         columns = [grad.contiguous(), base, values, *moments, age]
         expect(all(each.is_contiguous() and each.shape == values.shape for each in columns), "columns of one length")
@@ -80,16 +87,19 @@ class AdamW:
         return (self.lr / (1 - beta1**ages)).float(), (1 - beta2**ages).sqrt().float()
 
     def _torch(
-        self, grad: Tensor, ok: Tensor, base: Tensor, values: Tensor, moments: list[Tensor], age: Tensor
+        self, grad: Tensor, is_finite: Tensor, base: Tensor, values: Tensor, moments: list[Tensor], age: Tensor
     ) -> None:
-        # Without ok the gradient is 0, and the rates below keep what was there.
+        # Without is_finite the gradient is 0, and the rates below keep what was there.
         (mean, square), (beta1, beta2) = moments, self.betas
-        age += ok
+        age += is_finite
         if self.weight_decay:
             shrunk = base + values if self.decay_weight else values
-            values.sub_(shrunk * torch.where(ok, self.lr * self.weight_decay, 0.0))
-        mean.lerp_(grad, torch.where(ok, 1 - beta1, 0.0))
-        square.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1 - beta2)
+            values.sub_(shrunk * torch.where(is_finite, self.lr * self.weight_decay, 0.0))
+        mean.lerp_(grad, torch.where(is_finite, 1 - beta1, 0.0))
+        square.mul_(torch.where(is_finite, beta2, 1.0)).addcmul_(grad, grad, value=1 - beta2)
         step_size, correction = self._rates_by_age(grad.device)
-        step_size, correction = torch.where(ok, step_size, 0.0)[age], torch.where(ok, correction, 1.0)[age]
+        step_size, correction = (
+            torch.where(is_finite, step_size, 0.0)[age],
+            torch.where(is_finite, correction, 1.0)[age],
+        )
         values.sub_(mean.mul(step_size).div_(square.sqrt().div_(correction).add_(self.eps)))

@@ -241,8 +241,7 @@ class ExpertWeight(Target):
             if holds:
                 raise ValueError(
                     f"fused expert weights of {kind} are not supported yet: {name} {reason}; choose targets without "
-                    "it, "
-                    r'e.g. a regular expression such as "self_attn"'
+                    r'it, e.g. a regular expression such as "self_attn"'
                 )
 
     def check_criteria(self, name: str, config: SeftConfig) -> None:

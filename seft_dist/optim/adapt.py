@@ -16,7 +16,7 @@ from seft_dist.sparsity.selection import INELIGIBLE
 def adapt(work: WorkingState) -> None:
     """Take the active positions with the smallest score out of the mask until it has its size again. Collective.
 
-    Their weights become 0 in ``Evolution.commit``. Positions that grew in this evolution do not compete. Positions on
+    Their weights become 0 in ``Evolution.apply``. Positions that grew in this evolution do not compete. Positions on
     trial do: their trial ends here.
     """
     if work.config.adapt == "none":
@@ -30,7 +30,7 @@ def adapt(work: WorkingState) -> None:
         committed = work.state.committed[i]
         work.state.committed[i] = committed[bits.holds(mask, committed.long() - work.intervals[i].start)]
     if work.config.scope == "global":
-        work.state.targets = work.state.active(work.backend)
+        work.state.mask_sizes = work.state.active(work.backend)
 
 
 def end_trials(work: WorkingState) -> list[int]:
@@ -52,7 +52,7 @@ def end_trials(work: WorkingState) -> list[int]:
 
 def _least_of_layers(work: WorkingState) -> list[Tensor]:
     active = work.state.active(work.backend)
-    excess = [have - want for have, want in zip(active, work.state.targets, strict=True)]
+    excess = [have - want for have, want in zip(active, work.state.mask_sizes, strict=True)]
     wanted = excess if work.config.scope == "layer" else [sum(excess)]
 
     def key(i: int) -> Tensor:

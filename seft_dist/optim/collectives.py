@@ -165,9 +165,9 @@ def next_to_border(group: Group, keys: Callable[[int], Tensor], layers: int, wan
     Args:
         group: The ranks that own the candidates.
         keys: This rank's keys of a layer, all of one problem.
-        layers: Their number.
-        wanted: How many entries are selected.
-        by: How many more or fewer that could be.
+        layers: Number of layers.
+        wanted: Number of entries that are selected.
+        by: Number of entries more, or fewer, that could be selected.
 
     Returns:
         Number of candidates of each layer, over all ranks, that are at most ``by`` candidates away from the border.

@@ -79,13 +79,13 @@ class Columns:
         """Return base + delta, fp32 [k]."""
         return self.base + self.values
 
-    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, least: float = 0.0) -> Tensor:
+    def update_(self, grad: Tensor, scale: Tensor, is_finite: Tensor, rule: AdamW, least: float = 0.0) -> Tensor:
         """Take one step of AdamW, after which no weight is 0.
 
         Args:
             grad: fp32 [k].
             scale: fp32 [], factor of the gradient (clipping).
-            ok: bool [] on the device; False leaves every bit as it is.
+            is_finite: bool [] on the device; False leaves every bit as it is.
             rule: AdamW with the rates of this step.
             least: Smallest size of a weight afterwards, see ``least_size``.
 
@@ -93,12 +93,12 @@ class Columns:
             fp32 [k], ``weight()`` after the step.
         """
         moments = [self.exp_avg, self.exp_avg_sq]
-        weight = rule.update_(grad, scale, ok, self.base, self.values, moments, self.age)
-        return self._keep_from_zero_(weight, ok, least)
+        weight = rule.update_(grad, scale, is_finite, self.base, self.values, moments, self.age)
+        return self._keep_from_zero_(weight, is_finite, least)
 
-    def _keep_from_zero_(self, weight: Tensor, ok: Tensor, least: float) -> Tensor:
+    def _keep_from_zero_(self, weight: Tensor, is_finite: Tensor, least: float) -> Tensor:
         """Move deltas by so little that each weight is at least ``least`` in size, and return the weights."""
-        lost = (weight.abs() < least) & ok
+        lost = (weight.abs() < least) & is_finite
         if lost.is_cpu and not lost.numpy().any():  # elsewhere asking would wait for the device
             return weight
         moved = torch.copysign(torch.full_like(weight, least), weight) - self.base

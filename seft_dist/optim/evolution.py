@@ -85,7 +85,7 @@ class Evolution:
         self._phase("grow", lambda: grow(work))
         if not on_trial:
             self._phase("adapt", lambda: adapt(work))
-        self._phase("commit", lambda: self.commit(betas))
+        self._phase("commit", lambda: self.apply(betas))
         digest, moved, (tried, kept) = self._phase("verify", self._verify)
         dropped, grown, reactivated, pruned = map(sum, zip(*moved, strict=True))
         spent = list(self._phases.values())[1:]
@@ -138,7 +138,7 @@ class Evolution:
         began, sent = time.perf_counter(), work.backend.bytes_sent
         self._prepare()
         wanted = num_candidates(work)
-        prune = work.grown  # none: nothing to prune is kept for criteria that read no gradient
+        prune = work.nothing  # criteria that read no gradient
         _, grown = best_free(work, wanted)
         if work.config.adapt in ("sensitivity", "curvature"):
 
@@ -157,7 +157,7 @@ class Evolution:
         self.draft.bytes_sent += work.backend.bytes_sent - sent
         self.draft.near_ties = work.near_ties or []
 
-    def commit(self, betas: tuple[float, float]) -> None:
+    def apply(self, betas: tuple[float, float]) -> None:
         """Set pruned weights to 0, give the grown positions entries, and every rank all positions. Collective.
 
         The order matters: a backend that stores active positions only has to know the new mask before it can find a

@@ -32,6 +32,16 @@ class GradientCheck:
             self.event.synchronize()
         return bool(self.is_finite_on_host)
 
+    def clipping_factor(self, max_norm: float | None) -> Tensor:
+        """Return the factor that clips the gradient to a global norm, fp32 [] on the device.
+
+        Args:
+            max_norm: Largest norm; None: nothing is clipped.
+        """
+        if max_norm is None:
+            return torch.ones((), device=self.norm.device)
+        return (max_norm / (self.norm + 1e-6)).clamp(max=1.0).float()
+
     def raise_if_nonfinite(self, names: list[str]) -> None:
         """Stop here if a gradient is not finite. Waits as ``passed`` does.
 

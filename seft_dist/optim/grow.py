@@ -51,7 +51,7 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
         return any_free, work.select(any_free, wanted, Rounding.of_grow)
     # The same as walking down one list and passing over pruned positions beyond the cap: the best pruned ones up to
     # the cap compete with all active ones.
-    returning = work.grown  # none
+    returning = work.nothing
     if any(caps):
         returning = work.select(lambda i: any_free(i).masked_fill_(work.mask(i), INELIGIBLE), caps, Rounding.of_grow)
 

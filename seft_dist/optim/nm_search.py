@@ -14,7 +14,7 @@ _FULL = 0.95
 """Share of its N active positions that a group of an N:M model has at least, on average. In a model without a pattern
 the fullest group has many more than the others."""
 _LEAST_GROUPS = 4
-"""Groups of a row at the least: a row that is one group has a number of active positions, but no pattern."""
+"""Least number of groups in a row: one group alone is no pattern."""
 
 
 def find_pattern(backend: Backend, masks: list[Tensor]) -> str | None:

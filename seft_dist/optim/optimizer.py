@@ -162,7 +162,7 @@ class SeftOptimizer(TorchInterface):
         """
         if self._backend is not None:
             return
-        check_no_adapters(self._model)  # may have come after the constructor
+        check_no_adapters(self._model)  # adapters may have been added since the constructor
         check_materialized(self._targets)
         self.config.check_trials_end()
         backend = find_backend(self._model, self._targets, self._group)
@@ -171,7 +171,8 @@ class SeftOptimizer(TorchInterface):
         agree_on_config(backend, repr((self.config, self.max_grad_norm, update)))
         prepare_weights(backend)
         self._state = first_state(backend, self.config)
-        self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)  # it was looked for
+        # first_state has looked for a pattern
+        self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)
         self.vectors.attach(backend)
         self._backend, self._exchange = backend, Exchange(backend, self._slots)
         self._step_watch = StepWatch(list(self._targets.values()))
@@ -334,9 +335,7 @@ class SeftOptimizer(TorchInterface):
 
     def _update(self, grad: Tensor, vector_grad: Tensor, check: GradientCheck) -> None:
         self._grad_norm = check.norm
-        scale, group = torch.ones((), device=grad.device), self.param_groups[0]
-        if self.max_grad_norm is not None:
-            scale = (self.max_grad_norm / (check.norm + 1e-6)).clamp(max=1.0).to(grad.dtype)
+        scale, group = check.clipping_factor(self.max_grad_norm), self.param_groups[0]
         rule = AdamW(
             *(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], self.config.decay == "weight"),
             oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
@@ -363,7 +362,7 @@ class SeftOptimizer(TorchInterface):
     def deltas(self) -> Iterator[LayerDelta]:
         """Return this rank's masks and deltas, target by target."""
         self.check_last_step()
-        self.backend.prepare_write()
+        self.backend.drop_gathered()
         return self.sparse_state.layer_deltas(self.backend, self._windows)
 
     def restore(self, num_steps: int, layers: Iterable[LayerDelta], vectors: VectorStates | None = None) -> None:

@@ -34,7 +34,7 @@ _MOST_STEPS = 5
 """Most operations that are followed back: a norm's two products, the conversion between them, the choice of experts."""
 
 _KEY = "seft_input"
-"""Under this name the metadata of an autograd node has the ``Input`` that all linears share which got its result."""
+"""Key in an autograd node's metadata for the ``Input`` that is shared by all linears which got the node's result."""
 
 
 @dataclass(frozen=True)

@@ -200,12 +200,13 @@ def check_layers(
         limits.expect(layer.interval == backend.interval(i), f"{layer.interval}", f"{backend.interval(i)}")
         limits.expect(tuple(layer.shape) == backend.shapes[i], f"shape {layer.shape}", f"{backend.shapes[i]}")
         if config.scope == "layer":
-            target = state.targets[i]
-            limits.expect(layer.target == target, f"a target of {layer.target} active positions", f"{target}")
+            wanted = state.mask_sizes[i]
+            limits.expect(layer.mask_size == wanted, f"a target of {layer.mask_size} active positions", f"{wanted}")
         check_part(parts_of(layer), limits)
-    if sum(layer.target for layer in layers) != sum(state.targets):
+    if sum(layer.mask_size for layer in layers) != sum(state.mask_sizes):
         raise ValueError(
-            f"targets of {sum(layer.target for layer in layers)} active positions in all: needs {sum(state.targets)}"
+            f"targets of {sum(layer.mask_size for layer in layers)} active positions in all: needs "
+            f"{sum(state.mask_sizes)}"
         )
 
 
@@ -214,8 +215,8 @@ def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftCo
     own = [[popcount(layer.mask) - len(layer.trial), len(layer.columns)] for layer in layers]
     counts = backend.owners.sum(torch.tensor(own))
     for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
-        if config.adapt != "none" and active != layer.target:
-            raise ValueError(f"{layer.name}: a mask with {active} active positions; needs exactly {layer.target}")
+        if config.adapt != "none" and active != layer.mask_size:
+            raise ValueError(f"{layer.name}: a mask with {active} active positions; needs exactly {layer.mask_size}")
         if deltas > budget:
             raise ValueError(f"{layer.name}: {deltas} deltas; needs at most {budget}")
 
@@ -238,7 +239,7 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
     with backend.writing():
         for i, layer in enumerate(layers):
             backend.put_own(i, _applied(layer, backend.own(i)), layer.mask)
-            state.masks[i], state.targets[i], state.committed[i] = layer.mask, layer.target, layer.committed
+            state.masks[i], state.mask_sizes[i], state.committed[i] = layer.mask, layer.mask_size, layer.committed
             state.trial[i] = layer.trial
         backend.sync_mask_counts()
         state.set_entries(backend, [layer.columns for layer in layers])
@@ -265,7 +266,7 @@ def holds_result(layers: Sequence[LayerDelta], backend: Backend) -> bool:
         layers: This rank's part of every target, checked for this layout.
         backend: Holds the weights.
     """
-    backend.prepare_write()  # shards, not gathered copies, are compared
+    backend.drop_gathered()  # shards, not gathered copies, are compared
     differs = any(not torch.equal(_applied(layer, backend.own(i)), backend.own(i)) for i, layer in enumerate(layers))
     return not bool(backend.replicas.max(backend.owners.max(torch.tensor([int(differs)]))))
 
@@ -273,7 +274,9 @@ def holds_result(layers: Sequence[LayerDelta], backend: Backend) -> bool:
 def begin_as(
     state: State, backend: Backend, config: SeftConfig, layers: Sequence[LayerDelta], fingerprints: list[int]
 ) -> None:
-    """Let a state whose model holds trained weights begin as the run did that trained them. Collective with a pattern.
+    """Give a state on trained weights the mask sizes and fingerprints with which their run began.
+
+    Collective with a pattern.
 
     Args:
         state: The state to change.
@@ -282,6 +285,6 @@ def begin_as(
         layers: What the run has written of this rank's part of every target.
         fingerprints: Hash of each weight that the run began with.
     """
-    state.targets, state.fingerprint = [layer.target for layer in layers], fingerprints
+    state.mask_sizes, state.fingerprints = [layer.mask_size for layer in layers], fingerprints
     if config.pattern is not None:
         state.group_prints = NMGroups(backend, config.pattern).fingerprints([layer.mask for layer in layers])

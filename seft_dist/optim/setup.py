@@ -125,13 +125,13 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
             too wide, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
-    masks, targets, prints = survey(backend)
+    masks, sizes, prints = survey(backend)
     numels = [partition.numel for partition in backend.partitions]
     budgets = [fraction_of(config.density, numel) for numel in numels]
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
-    _check(backend.names, numels, targets, budgets, config)
+    _check(backend.names, numels, sizes, budgets, config)
     group_prints = check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=backend.position_dtype, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
@@ -144,12 +144,12 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         lengths=[0] * count,
         memory_indices=list(nothing),
         masks=masks,
-        targets=targets,
+        mask_sizes=sizes,
         budgets=budgets,
         supports=supports,
         committed=list(nothing),
         trial=list(nothing),
-        fingerprint=prints,
+        fingerprints=prints,
         group_prints=group_prints,
     )
 
@@ -194,16 +194,16 @@ def _refuse_pattern(pattern: str | None) -> None:
         )
 
 
-def _check(names: list[str], numels: list[int], targets: list[int], budgets: list[int], config: SeftConfig) -> None:
-    for name, numel, target, budget in zip(names, numels, targets, budgets, strict=True):
-        if budget > target:
+def _check(names: list[str], numels: list[int], sizes: list[int], budgets: list[int], config: SeftConfig) -> None:
+    for name, numel, size, budget in zip(names, numels, sizes, budgets, strict=True):
+        if budget > size:
             raise ValueError(
-                f"{name}: density {config.density} asks for {budget} deltas, but only {target} of {numel} weights are "
-                f"active; choose a density of at most {target / numel:.4f}, or targets without this layer"
+                f"{name}: density {config.density} asks for {budget} deltas, but only {size} of {numel} weights are "
+                f"active; choose a density of at most {size / numel:.4f}, or targets without this layer"
             )
     if not sum(budgets):
         raise ValueError(f"density {config.density} gives no layer even one delta: choose a larger density")
-    sparsity = 1 - sum(targets) / sum(numels)
+    sparsity = 1 - sum(sizes) / sum(numels)
     if sparsity < LEAST_SPARSITY and not config.allow_dense:
         raise ValueError(
             f"the targets are dense ({sparsity:.2%} of their weights are 0): SEFT starts from a pruned model; prune it "

@@ -25,7 +25,7 @@ class LayerSparsity:
 
     name: str
     numel: int
-    target: int
+    mask_size: int
     """Active positions wanted."""
     active: int
     """Active positions of the mask."""
@@ -34,7 +34,7 @@ class LayerSparsity:
     support: int
     """Deltas."""
     trial: int = 0
-    """Active positions on trial, beyond ``target`` (``reactivate: trial``)."""
+    """Active positions on trial, beyond ``mask_size`` (``reactivate: trial``)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LayerDelta:
     interval: Interval
     mask: Tensor
     """uint8, packed mask of the interval."""
-    target: int
+    mask_size: int
     """Active positions wanted in the whole weight."""
     columns: Columns
     committed: Tensor
@@ -54,7 +54,7 @@ class LayerDelta:
     committed_values: Tensor
     """Weights at ``committed`` now, in the model's dtype."""
     trial: Tensor
-    """``Backend.position_dtype``, positions on trial: they have a delta, and are not among ``target``."""
+    """``Backend.position_dtype``, positions on trial: they have a delta, and do not count in ``mask_size``."""
     window: Window | None
     """Statistics of a window that has begun; None outside one."""
 
@@ -70,7 +70,7 @@ class State:
     """Index of the own entries of each layer in the backend's memory (``Backend.memory_indices``)."""
     masks: list[Tensor]
     """uint8, packed mask of the own interval."""
-    targets: list[int]
+    mask_sizes: list[int]
     """Active positions wanted in each whole weight (under scope "global" only their sum is kept)."""
     budgets: list[int]
     """Most deltas each whole weight may carry."""
@@ -85,9 +85,9 @@ class State:
     trial: list[Tensor]
     """Own positions on trial, increasing, ``Backend.position_dtype`` (``reactivate: trial``).
 
-    They are active beyond ``targets`` and have a delta over base 0; the next evolution decides about them.
+    They are active beyond ``mask_sizes`` and have a delta over base 0; the next evolution decides about them.
     """
-    fingerprint: list[int]
+    fingerprints: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
     group_prints: list[int] = field(default_factory=list)
     """``NMGroups.fingerprints`` of each whole weight's active positions at the start; empty without a pattern."""
@@ -163,7 +163,7 @@ class State:
                 shape=backend.shapes[i],
                 interval=backend.interval(i),
                 mask=self.masks[i],
-                target=self.targets[i],
+                mask_size=self.mask_sizes[i],
                 columns=entries,
                 committed=committed,
                 committed_values=backend.load(i, backend.memory_indices(i, committed)),
@@ -211,7 +211,7 @@ class State:
     def _check_counts(self, backend: Backend, config: SeftConfig) -> None:
         """Check the numbers of active positions and of deltas, and the pattern. Collective."""
         active = torch.tensor(self.active(backend))
-        wanted = torch.tensor(self.targets)
+        wanted = torch.tensor(self.mask_sizes)
         if config.reactivate == "trial":
             wanted += torch.tensor(self.on_trial(backend))
         if config.scope == "global":
@@ -245,12 +245,18 @@ class State:
 
     def sparsity(self, backend: Backend) -> list[LayerSparsity]:
         """Count what is active, zero and trained in every target. Collective."""
-        backend.prepare_write()  # shards, not gathered copies, are counted
+        backend.drop_gathered()  # shards, not gathered copies, are counted
         zeros = [count.zeros for count in count_zeros_over_ranks(backend)]
         active, trial = self.active(backend), self.on_trial(backend)
         return [
             LayerSparsity(
-                name, backend.partitions[i].numel, self.targets[i], active[i], zeros[i], len(self.supports[i]), trial[i]
+                name,
+                backend.partitions[i].numel,
+                self.mask_sizes[i],
+                active[i],
+                zeros[i],
+                len(self.supports[i]),
+                trial[i],
             )
             for i, name in enumerate(backend.names)
         ]

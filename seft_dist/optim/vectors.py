@@ -173,19 +173,19 @@ class Vectors:
         parts = zip(self.names, grad.split(self.lengths), strict=True)
         return [name for name, part in parts if not part.any()]
 
-    def update_(self, grad: Tensor, scale: Tensor, ok: Tensor, rule: AdamW, steps: int) -> None:
+    def update_(self, grad: Tensor, scale: Tensor, is_finite: Tensor, rule: AdamW, steps: int) -> None:
         """Take one step of AdamW and store the values in the model. Inside ``Backend.writing()``.
 
         Args:
             grad: fp32 [n], the same on every rank.
             scale: fp32 [], factor of the gradient (clipping).
-            ok: bool [] on the device; False leaves every bit as it is.
+            is_finite: bool [] on the device; False leaves every bit as it is.
             rule: AdamW with the rates of this step; nothing decays, as is usual for norms and biases.
             steps: Optimizer steps done before, in each of which all values were updated.
         """
         if self._vectors:
             base, age = torch.zeros_like(self.values), torch.full_like(self.values, steps, dtype=torch.int32)
-            rule.update_(grad, scale, ok, base, self.values, [self.exp_avg, self.exp_avg_sq], age)
+            rule.update_(grad, scale, is_finite, base, self.values, [self.exp_avg, self.exp_avg_sq], age)
             self.store()
 
     def store(self) -> None:

@@ -158,7 +158,7 @@ class Window:
             grad: [T, out], gradient of its output.
         """
         for name in self.sums:
-            # A rank's gradient is that of its own mean loss: as often as large as its part of the mean over ranks.
+            # A rank's gradient is that of its own mean loss: world_size times its share of the mean over ranks.
             part = x.float() if name == "norms" else grad.float() / self._backend.world_size
             squared = part.square().sum(0)
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared

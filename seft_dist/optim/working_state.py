@@ -52,8 +52,9 @@ class WorkingState:
         """The own deltas of each target."""
         self.sizes = [len(support) for support in state.supports]
         """Number of deltas of each whole target."""
-        none = [self.offsets(i)[:0] for i in range(len(windows))]
-        self.dropped, self.grown, self.pruned, self.reactivated = none, none, none, none
+        self.nothing = [self.offsets(i)[:0] for i in range(len(windows))]
+        """No offsets of any target."""
+        self.dropped, self.grown, self.pruned, self.reactivated = (list(self.nothing) for _ in range(4))
         """Own offsets of each target that left or entered the support, left the mask, or entered it."""
         self.norms: dict[int, Tensor] = {}
         """fp32 [in], norms of each target's inputs over the window, once Adapt knows them."""

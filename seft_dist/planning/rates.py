@@ -243,10 +243,10 @@ def _update_seconds(count: int, dtype: torch.dtype, device: torch.device) -> flo
     columns, grad = Columns.grown(indices.int(), torch.randn(count, device=device)), torch.randn(count, device=device)
     weight = torch.zeros(numel, dtype=dtype, device=device)
     rule = AdamW(1e-3, (0.9, 0.999), 1e-8, 0.0, True, oldest=1000)
-    scale, ok = torch.tensor(1.0, device=device), torch.tensor(True, device=device)
+    scale, is_finite = torch.tensor(1.0, device=device), torch.tensor(True, device=device)
 
     def run() -> None:
-        new = columns.update_(grad, scale, ok, rule)
+        new = columns.update_(grad, scale, is_finite, rule)
         scatter_([weight], [0], [columns.indices], new.to(dtype))
 
     return _seconds(run) / count

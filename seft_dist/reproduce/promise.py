@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
 from seft_dist.training.manifest import lasting_attempts
 
 LOSS_RELATIVE = 1e-5
@@ -19,18 +20,10 @@ It is large because Adam magnifies rounding errors where a gradient is almost 0.
 Promise = Literal["bits", "tolerance", "none"]
 
 _NOT_INPUTS = (
-    "output",
-    "trace",
-    "timeout",
-    "log_every",
-    "save_every",
+    *OPTIONS_WITHOUT_EFFECT,
     "eval.",
     "epochs",
     "export",
-    "trackers",
-    "project",
-    "run_name",
-    "keep",
     "seft.selection",
     "model.path",
     "model.tokenizer",

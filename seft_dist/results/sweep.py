@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seft_dist.config import SweepConfig
+from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
 from seft_dist.files.reading import read_text
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
@@ -35,8 +36,8 @@ TASKS = "tasks.tsv"
 SEEDS = ("seed", "seft.seed", "baseline.seed")
 MEASURED = ("status", "step", "loss", "perplexity", "sparsity", "off target", "seconds", "restarts")
 _WITHOUT_EFFECT = (
-    *("output", "backend", "deepspeed", "replicas", "offload", "packing", "threads", "timeout", "trackers"),
-    *("project", "run_name", "keep", "save_every_minutes"),
+    *OPTIONS_WITHOUT_EFFECT,
+    *("backend", "deepspeed", "replicas", "offload", "packing", "threads"),
 )
 """Settings in which runs may differ and still be averaged: they choose where and how a run is executed."""
 _MEANS = ("loss", "perplexity", "sparsity", "seconds")

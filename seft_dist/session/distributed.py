@@ -180,7 +180,9 @@ def launch_facts(env: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def find_launcher(env: Mapping[str, str] | None = None) -> tuple[int, ...]:
-    """Find the processes of the launcher above this rank that should outlive it; others, when one has ended.
+    """Find the processes of the launcher above this rank that should outlive it.
+
+    Once one of them has ended, other processes are returned.
 
     Args:
         env: The environment; None: the process's own.

@@ -41,7 +41,7 @@ class StopRequest:
         """Check from now on that the launcher is still there.
 
         Args:
-            find_launcher: Finds its processes; gives others when one has ended.
+            find_launcher: Finds its processes. Once one of them has ended, it returns others.
         """
         self._find_launcher, self._launcher = find_launcher, find_launcher()
         # Compare with the parents at the start, so that a launcher that has ended since is noticed.

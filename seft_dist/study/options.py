@@ -43,16 +43,16 @@ def changed_options(config: Any, prefix: str) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value, default in fields if value != default}
 
 
-_LATER = {"mix": None, "holdout_share": 0.0, "separate": False}
-"""Options of data that studies did not know once, and their defaults."""
+_NEW_DATA_OPTIONS = {"mix": None, "holdout_share": 0.0, "separate": False}
+"""Options of data that earlier versions did not have, with the values that change nothing."""
 
 
-def without_later(data: Mapping[str, Any]) -> dict[str, Any]:
+def without_unused_options(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of data that say what its tokens are, by which a study knows its results again.
 
     Options that came later are left out as long as they change nothing, so that earlier studies go on.
     """
-    return {key: value for key, value in data.items() if key != "num_proc" and _LATER.get(key, ...) != value}
+    return {key: value for key, value in data.items() if key != "num_proc" and _NEW_DATA_OPTIONS.get(key, ...) != value}
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:

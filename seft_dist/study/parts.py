@@ -9,7 +9,7 @@ from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
 from seft_dist.data.records import LOCATION, local_files, read_records
 from seft_dist.data.selection import select_records
 from seft_dist.session.cli import option_reader, to_dict
-from seft_dist.study.options import arguments, flatten, options_of_group, without_later
+from seft_dist.study.options import arguments, flatten, options_of_group, without_unused_options
 from seft_dist.study.results import TextPart
 from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
 
@@ -118,7 +118,7 @@ def _options(part: DataConfig) -> dict[str, Any]:
     """Return the options that decide which records a part has."""
     kept = {
         key: value
-        for key, value in without_later(to_dict(part)).items()
+        for key, value in without_unused_options(to_dict(part)).items()
         if key not in ("seq_len", "date", "join", "separate")
     }
     return kept

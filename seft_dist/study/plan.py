@@ -15,18 +15,16 @@ from typing import Any
 from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, PruneConfig, StudyConfig, TrainConfig
 from seft_dist.config.pattern import AUTO
 from seft_dist.config.teacher import TeacherConfig
+from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
-from seft_dist.study.options import arguments, changed_options, flatten, without_later
+from seft_dist.study.options import arguments, changed_options, flatten, without_unused_options
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
-_NO_MATTER = (
-    *("output", "save_every", "save_every_minutes", "keep", "log_every", "trace", "trackers", "project", "run_name"),
-    *("threads", "timeout"),
-)
+_WITHOUT_EFFECT = (*OPTIONS_WITHOUT_EFFECT, "threads")
 """Options of a run that leave its result as it is."""
-_LATER: dict[str, Any] = {
+_NEW_RUN_OPTIONS: dict[str, Any] = {
     "eval": to_dict(EvalConfig()),
     "epochs": None,
     "export": True,
@@ -35,7 +33,7 @@ _LATER: dict[str, Any] = {
     "seft.train_norms": False,
     "group_by_length": False,
 }
-"""Options that cells did not know once, and their defaults."""
+"""Options that earlier versions did not have, with the values that change nothing."""
 _PATTERNS = {AUTO: None, None: "null"}
 """Values of ``seft.pattern`` to those that stand for them in a cell's identity: None was the default once."""
 _LONGEST_NAME = 120
@@ -135,10 +133,10 @@ class Plan:
         return Cell(name, method.name, base.name, setting.text, seed, config)
 
     def _identity(self, config: TrainConfig, base: Base) -> dict[str, Any]:
-        content = {key: value for key, value in to_dict(config).items() if key not in _NO_MATTER}
+        content = {key: value for key, value in to_dict(config).items() if key not in _WITHOUT_EFFECT}
         content["steps"] = config.total_steps
         # As long as they change nothing, later options leave the names of earlier studies' cells as they are.
-        for name, unused in _LATER.items():
+        for name, unused in _NEW_RUN_OPTIONS.items():
             *outer, key = name.split(".")
             inside = content[outer[0]] if outer else content
             if inside[key] == unused:
@@ -148,9 +146,9 @@ class Plan:
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}
-        content["data"] = without_later(content["data"]) | {"path": self.digests["part train"]}
+        content["data"] = without_unused_options(content["data"]) | {"path": self.digests["part train"]}
         if content.get("eval", {}).get("data"):
-            content["eval"]["data"] = without_later(content["eval"]["data"])
+            content["eval"]["data"] = without_unused_options(content["eval"]["data"])
         return content
 
     def _named(self, label: str, identity: dict[str, Any]) -> str:
@@ -247,7 +245,7 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
         checked = to_dict(read(["--models.model=m", *words], "evaluate"))
         for name in ("models", "output", "threads"):
             del checked[name]
-        checked["data"] = without_later(checked["data"]) | {"path": digests[f"part {part}"]}
+        checked["data"] = without_unused_options(checked["data"]) | {"path": digests[f"part {part}"]}
         measures[part] = Measure(part, tuple(words), digest_of(checked))
     return measures
 
@@ -268,5 +266,5 @@ def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
     del content["output"]
     content["model"]["path"] = dense
     if content["data"] is not None:
-        content["data"] = without_later(content["data"]) | {"path": text}
+        content["data"] = without_unused_options(content["data"]) | {"path": text}
     return content

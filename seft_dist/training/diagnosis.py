@@ -19,7 +19,12 @@ _FIRST_TOKENS = 64
 
 
 def write_diagnosis(
-    error: BaseException, output: Path, ranks: Ranks, method: Method, samples: list[list[int]], micro: list[Batch]
+    error: BaseException,
+    output: Path,
+    ranks: Ranks,
+    method: Method,
+    samples: list[list[int]],
+    micro_batches: list[Batch],
 ) -> Path | None:
     """Write what is known on this rank about an error in the training loop. No rank waits for others: they may be gone.
 
@@ -29,7 +34,7 @@ def write_diagnosis(
         ranks: This process.
         method: The method, as the error left it.
         samples: Numbers of this rank's sequences in the step, for each micro-batch.
-        micro: The micro-batches themselves; empty if the error came before they were read.
+        micro_batches: The micro-batches themselves; empty if the error came before they were read.
 
     Returns:
         The file, ``diagnosis/step-<steps done>-rank-<rank>.json``; None if it could not be written.
@@ -44,7 +49,7 @@ def write_diagnosis(
         "steps_done": method.num_steps,
         "newest_checkpoint": str(newest) if newest else None,
         "sequences_of_the_step": samples,
-        "first_tokens": [batch["input_ids"][:, :_FIRST_TOKENS].tolist() for batch in micro],
+        "first_tokens": [batch["input_ids"][:, :_FIRST_TOKENS].tolist() for batch in micro_batches],
         "layers": _layers(method),
     }
     path = output / FOLDER / f"step-{method.num_steps:08d}-rank-{ranks.rank:05d}.json"

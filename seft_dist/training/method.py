@@ -132,7 +132,7 @@ class TrainedSeft(SeftOptimizer):
     @property
     def fingerprints(self) -> list[int]:
         """Hash of each target's weight as it was loaded."""
-        return self.sparse_state.fingerprint
+        return self.sparse_state.fingerprints
 
     @property
     def changed_names(self) -> list[str]:

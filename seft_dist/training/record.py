@@ -78,12 +78,12 @@ class Record:
             self.close()
             raise
 
-    def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
+    def step(self, step: int, micro_batches: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. Collective with a trace or an evolution, else local.
 
         Args:
             step: Counted from 1.
-            micro: This rank's batches.
+            micro_batches: This rank's batches.
             loss: Mean over the ranks.
             tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
@@ -92,7 +92,7 @@ class Record:
         if self._topology is not None:
             self._topology.step()
         if self._trace is not None:
-            self._trace.step(step, micro, loss=loss, tokens=tokens, lr=lr)
+            self._trace.step(step, micro_batches, loss=loss, tokens=tokens, lr=lr)
 
     def finish(self, loss: float | None) -> None:
         """Record the end of a run that has done all its steps. Collective.

@@ -44,7 +44,7 @@ class FirstMasks:
         """
         self.seft = seft
         self.masks = [layer.mask.cpu() for layer in seft.deltas()]
-        self.active = [layer.target for layer in seft.deltas()]
+        self.active = [layer.mask_size for layer in seft.deltas()]
 
     def kept(self) -> list[int]:
         """Count, for each target, the active positions that were active in the pruned model. Collective."""
@@ -158,7 +158,7 @@ def write_layers(folder: Path, layers: Sequence[LayerSparsity]) -> None:
         layer.name: {
             "numel": layer.numel,
             "zeros": layer.zeros,
-            "target": layer.numel - layer.target,
+            "target": layer.numel - layer.mask_size,
             "trained": layer.support,
         }
         for layer in layers

@@ -60,18 +60,18 @@ class Trace:
                 print_line(f"{folder / FILE} has no line for steps {as_ranges(missing)}")
 
     @torch.no_grad()
-    def step(self, step: int, micro: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
+    def step(self, step: int, micro_batches: list[Batch], *, loss: float, tokens: int, lr: float) -> None:
         """Record one optimizer step, after it was done. Collective; two small sums.
 
         Args:
             step: Counted from 1.
-            micro: This rank's batches.
+            micro_batches: This rank's batches.
             loss: Mean over the ranks.
             tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
         """
         seft = self._seft
-        batch = sum((hash_of_batch(one) for one in micro), torch.zeros((), dtype=torch.int64))
+        batch = sum((hash_of_batch(one) for one in micro_batches), torch.zeros((), dtype=torch.int64))
         sum_over_ranks(self._ranks, batch)
         moved = seft.evolution is not None or self._masks is None
         table = seft.backend.owners.sum(self._rows(moved)).tolist()

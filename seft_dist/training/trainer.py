@@ -268,7 +268,7 @@ def _state_of(run: TrainingRun, metrics: Metrics, validation: Validation) -> dic
 
 
 def _stopped_after_all_steps(run: TrainingRun, request: StopRequest) -> Stopped | None:
-    """Return the largest stop signal that any rank has got, None for none. Collective."""
+    """Return the stop by the largest signal that any rank has got; None without one. Collective."""
     number = int(max_over_ranks(run.ranks, torch.tensor(request.number)))
     return Stopped(name_of(number), run.method.num_steps) if number else None
 
@@ -322,9 +322,9 @@ def finish(
         "density": method.density,
         "steps": steps,
         "sparsity": {
-            "target": 1 - sum(layer.target for layer in layers) / numel,
+            "target": 1 - sum(layer.mask_size for layer in layers) / numel,
             "final": sum(layer.zeros for layer in layers) / numel,
-            "layers_off_target": sum(layer.zeros != layer.numel - layer.target for layer in layers),
+            "layers_off_target": sum(layer.zeros != layer.numel - layer.mask_size for layer in layers),
         },
         "evolutions": metrics.evolutions,
         "reactivated": metrics.reactivated,

@@ -171,7 +171,7 @@ def sync_and_hash(file: Path) -> bytes:
         return sha256_of(handle).digest()
 
 
-def on_all_ranks(backend: Backend, act: Callable[[], Any]) -> None:
+def io_on_all_ranks(backend: Backend, act: Callable[[], Any]) -> None:
     """Call a function on every rank; if it raises on any rank, raise that error on all of them. Collective.
 
     Without this, the ranks that succeeded would wait for ever in the next collective.

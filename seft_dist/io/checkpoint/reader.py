@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
-from seft_dist.io.checkpoint.files import DamagedError, on_all_ranks, rank_file, read_manifest, verify_checksum
+from seft_dist.io.checkpoint.files import DamagedError, io_on_all_ranks, rank_file, read_manifest, verify_checksum
 from seft_dist.io.checkpoint.schema import CheckpointManifest, TargetEntry
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.optimizer import SeftOptimizer
@@ -35,12 +35,12 @@ from seft_dist.sparsity.partition import Interval, Partition
 
 _MAY_CHANGE = ("steps", "end", "selection")
 """Settings that a resumed run may change, because they do not alter the steps already done."""
-_LIVE = (
+_MAY_CHANGE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
+"""Further settings that a resumed run may change if the checkpoint holds no unfinished window."""
+_TRAINED_SINCE = (
     "the model has been trained since it was loaded and does not hold the weights of that step: load the pruned model "
     "again, or the weights of that step, and make a new SeftOptimizer"
 )
-_MAY_CHANGE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
-"""Settings that it may change too if the checkpoint holds no unfinished window."""
 
 
 def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
         _check_method(seft, loaded, checkpoint)
 
     manifest = open_checkpoint(checkpoint, backend, None, check_method)
-    wrong = None if seft.num_steps else _other_base(backend, state.fingerprint, manifest, checkpoint)
+    wrong = None if seft.num_steps else _other_base(backend, state.fingerprints, manifest, checkpoint)
     if wrong is not None and manifest["dtype"] != str(backend.dtypes[0]):
         raise ValueError(wrong)
     is_base = wrong is None and not seft.num_steps
@@ -83,10 +83,10 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
         except (ValueError, SafetensorError) as error:
             raise DamagedError(f"{checkpoint} is damaged: {error}; use an older checkpoint") from error
 
-    on_all_ranks(backend, read)
+    io_on_all_ranks(backend, read)
     if not is_base:
         if not holds_result(layers, backend):
-            raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_LIVE}")
+            raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_TRAINED_SINCE}")
         fingerprints = [targets[name]["fingerprint"] for name in backend.names]
         begin_as(state, backend, seft.config, layers, fingerprints)
     seft.restore(manifest["num_steps"], layers, vectors)
@@ -114,7 +114,7 @@ def open_checkpoint(
         DamagedError: A file is missing, truncated or altered.
         ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
-    on_all_ranks(backend, lambda: read_manifest(checkpoint))
+    io_on_all_ranks(backend, lambda: read_manifest(checkpoint))
     manifest = read_manifest(checkpoint)
     _check_model(backend, manifest, checkpoint)
     other = None if fingerprints is None else _other_base(backend, fingerprints, manifest, checkpoint)
@@ -126,7 +126,7 @@ def open_checkpoint(
         for rank in range(backend.owners.rank, manifest["world_size"], backend.owners.size):
             verify_checksum(checkpoint / rank_file(rank, manifest["world_size"]), manifest["sha256"][rank])
 
-    on_all_ranks(backend, verify_checksums)
+    io_on_all_ranks(backend, verify_checksums)
     return manifest
 
 
@@ -282,7 +282,7 @@ def _layer(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: int) ->
         shape=backend.shapes[i],
         interval=backend.interval(i),
         mask=pack(whole["mask"]),
-        target=target["target"],
+        mask_size=target["target"],
         columns=Columns(**{key: whole[key] for key in COLUMNS}),
         committed=whole["committed"],
         committed_values=whole["committed_values"],

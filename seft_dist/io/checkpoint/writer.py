@@ -17,7 +17,7 @@ from seft_dist.backends import Backend
 from seft_dist.files.writing import sync_folder
 from seft_dist.io.checkpoint.files import (
     FORMAT_VERSION,
-    on_all_ranks,
+    io_on_all_ranks,
     rank_file,
     sync_and_hash,
     tidy,
@@ -25,7 +25,7 @@ from seft_dist.io.checkpoint.files import (
 )
 from seft_dist.io.weights import write_safetensors
 from seft_dist.optim.optimizer import SeftOptimizer
-from seft_dist.optim.restoring import COLUMNS, WINDOW_OWN, WINDOW_SHARED
+from seft_dist.optim.restoring import WINDOW_SUMS, parts_of
 
 KEEP = 2
 """Default number of checkpoints of a run that are kept."""
@@ -109,7 +109,7 @@ class BackgroundSaver(ABC):
         self.finish()
         backend = self._checkpointed.backend
         self._step = self._checkpointed.num_steps
-        on_all_ranks(backend, lambda: self._make_partial() if self._is_main else None)
+        io_on_all_ranks(backend, lambda: self._make_partial() if self._is_main else None)
         described, tensors = self.content()
         described |= {"world_size": backend.owners.size, "backend": backend.name, "dtype": str(backend.dtypes[0])}
         described |= {"format_version": FORMAT_VERSION, "num_steps": self._step}
@@ -145,9 +145,9 @@ class BackgroundSaver(ABC):
         self._thread = None
         backend = self._checkpointed.backend
         try:
-            on_all_ranks(backend, self._raise_error)
+            io_on_all_ranks(backend, self._raise_error)
             digests = [bytes(row.tolist()).hex() for row in backend.owners.stack(self._digest)]
-            on_all_ranks(backend, lambda: self._publish(digests) if self._is_main else None)
+            io_on_all_ranks(backend, lambda: self._publish(digests) if self._is_main else None)
         except OSError as error:
             if self._is_main:
                 shutil.rmtree(self._partial, ignore_errors=True)  # frees the disk space
@@ -217,7 +217,7 @@ class Saver(BackgroundSaver):
         described = {
             "method": dataclasses.asdict(seft.config),
             "window_steps": None if windows[0] is None else windows[0].num_steps,
-            "targets": describe_targets(seft.backend, seft.sparse_state.targets, seft.sparse_state.fingerprint),
+            "targets": describe_targets(seft.backend, seft.sparse_state.mask_sizes, seft.sparse_state.fingerprints),
         }
         writes = seft.backend.replicas.rank == 0
         if not writes:
@@ -233,13 +233,11 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
     """Copy everything that this rank owns to CPU memory, with the sums of windows if this rank writes them."""
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(seft.deltas()):
-        state: dict[str, Tensor | None] = {column: getattr(layer.columns, column) for column in COLUMNS}
-        state |= {"mask": layer.mask, "committed": layer.committed, "committed_values": layer.committed_values}
-        if seft.config.reactivate == "trial":
-            state["trial"] = layer.trial
-        if layer.window is not None:
-            state |= {f"window.{key}": getattr(layer.window, key) for key in WINDOW_OWN + WINDOW_SHARED}
-            state |= {f"window.{key}": value for key, value in (sums[i] if sums else {}).items()}
+        state = parts_of(layer)
+        if seft.config.reactivate != "trial":
+            del state["trial"]
+        for key in WINDOW_SUMS if layer.window is not None else ():
+            state[f"window.{key}"] = sums[i].get(key) if sums else None
         tensors |= {
             f"{layer.name}.{key}": value.detach().to("cpu", copy=True).contiguous()
             for key, value in state.items()
@@ -248,12 +246,12 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
     return tensors
 
 
-def describe_targets(backend: Backend, targets: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:
+def describe_targets(backend: Backend, mask_sizes: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:
     """Describe the targets for the manifest.
 
     Args:
         backend: Backend that holds the weights.
-        targets: Number of active positions that each target has to keep.
+        mask_sizes: Number of active positions that each target has to keep.
         fingerprints: Fingerprint of each weight as it was loaded.
     """
     return [
@@ -261,7 +259,7 @@ def describe_targets(backend: Backend, targets: list[int], fingerprints: list[in
             "name": name,
             "shape": list(backend.shapes[i]),
             "chunk": backend.partitions[i].chunk,
-            "target": targets[i],
+            "target": mask_sizes[i],
             "fingerprint": fingerprints[i],
         }
         for i, name in enumerate(backend.names)
