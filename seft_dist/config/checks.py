@@ -1,7 +1,9 @@
 """Checks of configuration values, and the message for a value that cannot be used."""
 
 import dataclasses
-from typing import Any
+import typing
+from functools import cache
+from typing import Any, Literal
 
 LARGEST_COUNT = 2**31 - 1
 """Largest whole number that an option takes, in size: steps and ages are kept in 32 bits."""
@@ -23,6 +25,39 @@ def check(condition: bool, found: str, needed: str) -> None:
     """
     if not condition:
         raise ValueError(f"{found}: needs {needed}")
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Refuse words and types that a field does not admit: Python itself takes any.
+
+    Args:
+        config: A dataclass of words, numbers, text and None.
+        prefix: Prefix of its fields' names on the command line, e.g. "optim.".
+
+    Raises:
+        ValueError: Names the field, its value and what is needed.
+    """
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) not in (None, Literal, tuple) else (hint,)
+        words = [repr(word) for kind in kinds for word in typing.get_args(kind) if typing.get_origin(kind) is Literal]
+        admits = any(_admits(kind, value) for kind in kinds)
+        check(admits, f"{prefix}{name}={value!r}", "one of " + ", ".join(words) if words else f"a value of type {hint}")
+
+
+@cache
+def _hints(config_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_class)
+
+
+def _admits(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:

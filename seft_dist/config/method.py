@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from seft_dist.config.checks import check, check_numbers
+from seft_dist.config.checks import check, check_numbers, check_types
 from seft_dist.config.pattern import AUTO, check_kept
 
 DropSchedule = Literal["cosine", "linear", "constant"]
@@ -98,6 +98,7 @@ class SeftConfig:
     """Seed of the random criteria and of the random first support."""
 
     def __post_init__(self) -> None:
+        check_types(self, "seft.")
         check_numbers(self)
         check(0 < self.density <= 1, f"density={self.density}", "a share above 0 and at most 1, e.g. 0.01 for 1 %")
         check(bool(self.targets), "targets is empty", '"all-linear" or a regular expression for module names')
@@ -217,6 +218,7 @@ class AdamConfig:
     """Share of the steps over which the learning rate rises linearly from 0, 0 to 1."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         check_numbers(self, "optim.")
         check(self.lr > 0, f"optim.lr={self.lr}", "a learning rate above 0")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas={self.betas}", "two rates from 0 to below 1")
@@ -225,3 +227,16 @@ class AdamConfig:
         check(0 <= self.warmup <= 1, f"optim.warmup={self.warmup}", "a share from 0 to 1")
         if self.max_grad_norm is not None:
             check(self.max_grad_norm > 0, f"optim.max_grad_norm={self.max_grad_norm}", "a norm above 0, or null")
+
+
+def check_adam(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None
+) -> None:
+    """Refuse values of an optimizer's arguments that ``AdamConfig`` refuses; a learning rate of 0 is admitted.
+
+    Raises:
+        ValueError: Names the value and what is needed.
+    """
+    check(isinstance(betas, tuple | list) and len(betas) == 2, f"betas={betas}", "two rates from 0 to below 1")
+    rates = (float(betas[0]), float(betas[1]))
+    AdamConfig(lr=lr or 1.0, betas=rates, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)

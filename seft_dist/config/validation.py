@@ -35,6 +35,12 @@ class EvalConfig:
         check(not self.patience or self.every > 0, f"eval.patience={self.patience} with eval.every=0", "eval.every")
         if self.data is not None:
             self.check_text(self.data, "eval.data")
+            held_out = self.data.holdout_share or self.data.holdout_every
+            check(
+                not held_out or self.data.holdout,
+                "eval.data with holdout_share or holdout_every measures what is not held out",
+                "eval.data.holdout true; or the share in data, and no eval.data",
+            )
 
     def check_text(self, data: DataConfig | None, name: str) -> None:
         """Check the options against the text that is measured.

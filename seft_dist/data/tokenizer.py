@@ -21,13 +21,20 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     folder = locate(config.tokenizer, "model.tokenizer") if config.tokenizer else locate(config.path)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # Which of these transformers raises depends on what is wrong with the files
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder} holds no tokenizer that transformers can read ({cause_of(error)}): needs tokenizer.json or "
             "tokenizer.model beside tokenizer_config.json, or --model.tokenizer with a folder that has them"
         ) from error
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    if set(tokenizer.get_vocab()) <= special:  # what transformers 5 makes for some families if there are no files
+        raise ValueError(
+            f"{folder} holds no vocabulary: transformers makes a tokenizer of {len(special)} special tokens of it. "
+            "Needs tokenizer.json or tokenizer.model, or --model.tokenizer with a folder that has one"
+        )
+    return tokenizer
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

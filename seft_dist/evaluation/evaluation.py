@@ -7,6 +7,7 @@ the work; their results are those of a single process.
 import dataclasses
 import gc
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,16 @@ def _evaluate_one(
 def _open_all(config: EvaluateConfig) -> list[Source]:
     if config.output is not None and Path(config.output).expanduser().is_dir():
         raise ValueError(f"output={config.output} is a folder: needs a JSON file to write")
+    if config.output is not None:
+        _check_writable(Path(config.output).expanduser())
     return [_open(name, path, config) for name, path in config.models.items()]
+
+
+def _check_writable(output: Path) -> None:
+    """Refuse a file that cannot be written, before anything is computed for it."""
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK) or (there != output and not there.is_dir()):
+        raise ValueError(f"output={output} cannot be written ({there}): needs a path in a folder of your own")
 
 
 def _open(name: str, path: str, config: EvaluateConfig) -> Source:

@@ -83,7 +83,8 @@ def dense_grad(x: Tensor, grad: Tensor) -> Tensor:
     """
     if x.is_cuda and x.dtype == grad.dtype and x.dtype.itemsize == 2 and _has_fp32_output(x.dtype, x.device):
         return torch.mm(grad.T, x, out_dtype=torch.float32)
-    return grad.float().T @ x.float()
+    with torch.autocast(x.device.type, enabled=False):  # backward may run inside of it
+        return grad.float().T @ x.float()
 
 
 @functools.cache

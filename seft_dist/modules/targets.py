@@ -77,10 +77,13 @@ def _matching(pattern: str, names: Iterable[str]) -> set[str]:
         raise ValueError(
             f"targets has {len(pattern)} characters: needs a regular expression of at most {_LONGEST_PATTERN}"
         )
+    if pattern.startswith("[") and pattern.endswith("]") and "," in pattern:
+        wanted = "|".join(part.strip(" '\"") for part in pattern[1:-1].split(","))
+        raise ValueError(f"targets={pattern} is a list: needs a regular expression, here {wanted!r}")
     try:
         re.compile(pattern)
-        wanted = regex.compile(pattern)
-        return {name for name in names if wanted.search(name, timeout=_SEARCH_SECONDS)}
+        expression = regex.compile(pattern)
+        return {name for name in names if expression.search(name, timeout=_SEARCH_SECONDS)}
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(
             f"targets={pattern[:200]!r} is no regular expression ({error}): needs {ALL_LINEAR!r} or one, e.g. "

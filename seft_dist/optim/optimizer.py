@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.group import ProcessGroup
-from seft_dist.config import SeftConfig
+from seft_dist.config import SeftConfig, check_adam
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
@@ -91,6 +91,7 @@ class SeftOptimizer(TorchInterface):
             ValueError: The pattern of the targets matches nothing, or something that cannot be trained.
         """
         check_is_model(model)
+        check_adam(lr, betas, eps, weight_decay, max_grad_norm)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
@@ -166,8 +167,7 @@ class SeftOptimizer(TorchInterface):
         check_materialized(self._targets)
         self.config.check_trials_end()
         backend = find_backend(self._model, self._targets, self._group)
-        group = self.param_groups[0]
-        update = [group[key] for key in ("betas", "eps", "weight_decay")]
+        update = [self.param_groups[0][key] for key in ("betas", "eps", "weight_decay")]
         agree_on_config(backend, repr((self.config, self.max_grad_norm, update)))
         prepare_weights(backend)
         self._state = first_state(backend, self.config)
@@ -263,6 +263,7 @@ class SeftOptimizer(TorchInterface):
         self.evolution = None
         self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):
+            self._note_idle_step()
             return loss
         self._begin_step()
         # The order of what follows is part of the method:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seft_dist.optim.notices import LEVEL, SeftWarning
+
 _NOT_IN_STATE_DICT = (
     "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
     "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
@@ -21,6 +23,8 @@ class TorchInterface(torch.optim.Optimizer):
     """True: something else clips by ``max_grad_norm``, and saves and loads masks and deltas, so nobody is warned."""
     _awaited_steps: int | None = None
     """Steps of the state_dict that was loaded; masks and deltas of the same step must be loaded before the next one."""
+    _idle_steps: int = 0
+    """Calls of ``step`` without a gradient."""
     _step_supports_amp_scaling = True
     """GradScaler then sets ``grad_scale``, which refuses it, instead of scaling the anchors only."""
 
@@ -35,6 +39,30 @@ class TorchInterface(torch.optim.Optimizer):
             "SeftOptimizer got a GradScaler: it does not support loss scaling. Train in bf16 (or fp32) without scaler: "
             'torch.autocast(..., dtype=torch.bfloat16), mixed_precision="bf16" of Accelerator, bf16=True of Trainer'
         )
+
+    def _note_idle_step(self) -> None:
+        """Warn once if nothing is trained. DeepSpeed calls ``step`` once before there can be a gradient."""
+        self._idle_steps += 1
+        if self._idle_steps == 2 and not self.num_steps:
+            warnings.warn(
+                "step() was called twice and no gradient has reached SeftOptimizer: nothing is trained. Call the very "
+                "model on which it was made, as a whole: model(...), not model.model(...), and no copy of it",
+                SeftWarning,
+                stacklevel=LEVEL,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the group of the constructor; others are refused.
+
+        Raises:
+            ValueError: There is one already: SEFT steps no other parameters.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "SeftOptimizer trains deltas of its targets only (norms and biases with train_norms), with one group: "
+                "give other parameters to an optimizer of their own"
+            )
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the param group and the number of steps only; masks and deltas go into ``seft_dist.io.checkpoint``.

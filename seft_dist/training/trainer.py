@@ -10,7 +10,7 @@ import torch
 
 from seft_dist.baselines.baseline import FinalizeInputs
 from seft_dist.config import TrainConfig
-from seft_dist.data.batches import Batch, BatchStream
+from seft_dist.data.batches import BatchStream
 from seft_dist.data.several import MixedSequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
@@ -212,10 +212,9 @@ def fit(
     config, method = run.config, run.method
     saver, clock = method.saver(Path(config.output) / CHECKPOINTS, config.keep), SaveClock(config.save_every_minutes)
     stepper = Stepper(run, metrics, record, request, saver, clock, validation)
-    micro_batches: list[Batch] = []
-    step, first, last = 0, method.num_steps + 1, method.total_steps
+    first, last = method.num_steps + 1, method.total_steps
+    step, steps = 0, range(0) if validation.is_over else range(first, last + 1)
     try:
-        steps = range(first, last + 1) if not validation.is_over else range(0)
         for step, micro_batches in zip(steps, data.batches(first - 1), strict=False):
             is_saved = step == last or bool(config.save_every and step % config.save_every == 0)
             agreement = stepper.train_step(step, micro_batches, is_saved=is_saved)
@@ -237,10 +236,9 @@ def fit(
                 break
         saver.finish()
     except Exception as error:
-        samples = data.indices(method.num_steps)
         # On a GPU the error of a step is raised in the step after it, whose micro-batches are others.
         known = micro_batches if step == method.num_steps + 1 else []
-        write_diagnosis(error, Path(config.output), run.ranks, method, samples, known)
+        write_diagnosis(error, Path(config.output), run.ranks, method, data.indices(method.num_steps), known)
         raise
     return None
 

@@ -58,6 +58,8 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
         DamagedError: A file is missing, truncated or altered; the model was not changed.
         ValueError: The checkpoint belongs to another model, method or format; the message names both.
     """
+    if checkpoint is None:  # what ``latest`` returns before the first save
+        raise ValueError("there is no checkpoint to load yet: call load only if latest(folder) is not None")
     seft.attach()
     checkpoint, backend, state = Path(checkpoint), seft.backend, seft.sparse_state
 
