@@ -171,6 +171,32 @@ def test_trainer_takes_an_optimizer(tmp_path: Path) -> None:
     assert [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry][-1] == seft.grad_norm > 0
 
 
+def test_what_trainer_would_train_otherwise_is_refused_or_warned_of(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    def make(on: Any, config: Any = CONFIG, **over: Any) -> Any:
+        args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=2, report_to="none", save_strategy="no", **over)
+        model = prune_(tiny_llama())
+        seft = SeftOptimizer(model if on is None else on, config)
+        trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:2], optimizers=(seft, None))
+        SeftCallback.add_to(trainer)
+        return trainer
+
+    with pytest.raises(ValueError, match="made on another model than Trainer trains"):
+        make(prune_(tiny_llama())).train()
+    trainer = make(None)
+    trainer.train()
+    with pytest.raises(ValueError, match="has done 2 steps, and Trainer begins with step 1"):
+        trainer.train()
+    best = {"load_best_model_at_end": True, "eval_strategy": "no"}
+    with pytest.raises(ValueError, match="reactivate=trial with load_best_model_at_end"):
+        make(None, moving(density=0.05, interval=4, reactivate="trial"), **best).train()
+    with pytest.warns(UserWarning, match="weight_decay of TrainingArguments have no effect"):
+        make(None, weight_decay=0.1).train()
+
+
 def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from seft_dist import SeftConfig, SeftOptimizer
-from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig
+from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig, TrainConfig
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.evaluation import evaluate
 from seft_dist.io import checkpoint
 from seft_dist.optim.notices import SeftWarning
+from seft_dist.session.cli import parse
 from tests.folders import model_folder
 from tests.models import batch, moving, prune_, tiny_llama
 
@@ -131,3 +132,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(tmp_p
     models = {"pruned": str(tmp_path / "model")}
     with pytest.raises(ValueError, match=r"output=.*eval.json cannot be written"):
         evaluate(EvaluateConfig(models=models, data=data, output=str(tmp_path / "file" / "eval.json")), show=False)
+
+
+def test_a_section_without_options_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\noutput: o\noptim:\n  # lr: 1.0e-3\n")
+    with pytest.raises(ValueError, match="optim has nothing below it: needs options there, or remove the line"):
+        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")])

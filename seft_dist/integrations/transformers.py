@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from seft_dist.io import checkpoint
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.optim.optimizer import SeftOptimizer
 
 FOLDER = "seft"
@@ -64,6 +65,7 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
             ValueError: Trainer has another optimizer, the schedules differ, or there is nothing to resume from.
         """
         seft = self._seft = _find(kwargs["optimizer"])
+        _check(seft, args, state, kwargs["model"])
         if seft.max_grad_norm is None and args.max_grad_norm:
             seft.max_grad_norm = args.max_grad_norm
         seft.is_managed = True
@@ -118,6 +120,42 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
             found = checkpoint.latest(Path(state.best_model_checkpoint) / FOLDER)
             if found is not None:
                 checkpoint.load(self._seft, found)
+
+
+def _check(seft: SeftOptimizer, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    """Refuse what would train nothing or another schedule, and warn of arguments that have no effect.
+
+    Raises:
+        ValueError: Says what was found and what to change.
+    """
+    modules = set(model.modules())
+    if not any(target.module in modules for target in seft._targets.values()):
+        raise ValueError(
+            "SeftOptimizer was made on another model than Trainer trains (model_init, or a copy?), so nothing would be "
+            "trained: pass the same model object to both"
+        )
+    if seft.num_steps and not state.global_step:
+        raise ValueError(
+            f"SeftOptimizer has done {seft.num_steps} steps, and Trainer begins with step 1: resume_from_checkpoint, "
+            "or make a new trainer and a new optimizer, whose schedule begins anew"
+        )
+    if seft.config.reactivate == "trial" and args.load_best_model_at_end:
+        raise ValueError(
+            "reactivate=trial with load_best_model_at_end: the best model may have positions on trial, which are no "
+            'zeros; use reactivate="commit", or leave load_best_model_at_end out'
+        )
+    beta1, beta2 = seft.param_groups[0]["betas"]
+    own = {"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": seft.param_groups[0]["eps"]}
+    own["weight_decay"] = seft.param_groups[0]["weight_decay"]
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    ignored = [name for name, value in own.items() if getattr(args, name) not in (value, defaults[name])]
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)} of TrainingArguments have no effect on SeftOptimizer: pass betas, eps and "
+            "weight_decay to it",
+            SeftWarning,
+            stacklevel=3,
+        )
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:

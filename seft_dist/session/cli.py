@@ -288,6 +288,8 @@ def _build(config_class: type[T], values: Namespace) -> T:
         inner = [
             hint for hint in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(hint)
         ]
+        if inner and value is None and type(None) not in typing.get_args(hints[field.name]):
+            raise ValueError(f"{field.name} has nothing below it: needs options there, or remove the line")
         if inner and isinstance(value, Namespace):
             value = _build(typing.cast(type, inner[0]), value)
         elif isinstance(value, dict) and any(isinstance(item, Namespace) for item in value.values()):
