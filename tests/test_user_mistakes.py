@@ -138,3 +138,27 @@ def test_a_section_without_options_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\noutput: o\noptim:\n  # lr: 1.0e-3\n")
     with pytest.raises(ValueError, match="optim has nothing below it: needs options there, or remove the line"):
         parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_closure_is_the_same_as_a_backward_pass_before_the_step() -> None:
+    def train(closed: bool) -> list[float]:
+        model = prune_(tiny_llama())
+        seft, losses = SeftOptimizer(model, CONFIG, lr=1e-2), []
+
+        def backward() -> float:
+            seft.zero_grad()
+            loss = model(**batch(len(losses))).loss
+            loss.backward()
+            return float(loss)
+
+        for _ in range(5):
+            if closed:
+                loss = seft.step(backward)
+                assert loss is not None
+            else:
+                loss = backward()
+                seft.step()
+            losses.append(loss)
+        return losses
+
+    assert train(closed=True) == train(closed=False)

@@ -94,7 +94,6 @@ class SeftOptimizer(TorchInterface):
         check_adam(lr, betas, eps, weight_decay, max_grad_norm)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
-        self.num_steps = 0
         self._model, self._group = model, group
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
@@ -256,10 +255,7 @@ class SeftOptimizer(TorchInterface):
                 on, or stop. On a GPU, outside of windows, it is raised by the next call (see ``check_last_step``).
             RuntimeError: A write is not seen by the model, or ranks disagree on masks or supports.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.evolution = None
         self.check_last_step()
         if self._backend is None or not any(slot.touched for slot in self._slots):

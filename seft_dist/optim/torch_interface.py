@@ -17,7 +17,7 @@ _NOT_IN_STATE_DICT = (
 class TorchInterface(torch.optim.Optimizer):
     """The methods of ``SeftOptimizer`` that only other libraries call."""
 
-    num_steps: int
+    num_steps: int = 0
     """Optimizer steps done."""
     is_managed: bool = False
     """True: something else clips by ``max_grad_norm``, and saves and loads masks and deltas, so nobody is warned."""
