@@ -143,13 +143,14 @@ def test_a_section_without_options_is_named(tmp_path: Path) -> None:
 def test_a_closure_is_the_same_as_a_backward_pass_before_the_step() -> None:
     def train(closed: bool) -> list[float]:
         model = prune_(tiny_llama())
-        seft, losses = SeftOptimizer(model, CONFIG, lr=1e-2), []
+        seft = SeftOptimizer(model, CONFIG, lr=1e-2)
+        losses: list[float] = []
 
         def backward() -> float:
             seft.zero_grad()
             loss = model(**batch(len(losses))).loss
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         for _ in range(5):
             if closed:
