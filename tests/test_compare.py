@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import tests.preload  # noqa: F401
 from seft_dist.config import AdamConfig, DataConfig
+from seft_dist.reproduce.compare import (
     DIFFERS,
     EQUAL,
     PARTED,
@@ -165,7 +166,7 @@ def test_a_layer_that_goes_wrong_is_named_with_its_step(
                     entries.values.view(torch.int32)[3] ^= 1
             return result
 
-        TrainedSeft.step = step  # type: ignore[method-assign]
+        setattr(TrainedSeft, "step", step)  # noqa: B010
 
     over = {"backend": "fsdp"} if world_size == 2 else {}
     run_train(run_config(inputs, tmp_path / "run", **over), world_size, before=break_step)
