@@ -22,12 +22,12 @@ CONFIG = moving(density=0.05, interval=4, window=2, steps=8)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"grow": "gradients"}, "seft.grow='gradients': needs one of 'gradient', 'momentum', 'random'"),
-        ({"scope": "row"}, "seft.scope='row': needs one of 'layer', 'global'"),
-        ({"static": "false"}, "seft.static='false': needs a value of type <class 'bool'>"),
-        ({"interval": 2.5}, "seft.interval=2.5: needs a value of type <class 'int'>"),
-        ({"density": "0.01"}, "seft.density='0.01': needs"),
-        ({"targets": ["q_proj"]}, "seft.targets="),
+        ({"grow": "gradients"}, "grow='gradients': needs one of 'gradient', 'momentum', 'random'"),
+        ({"scope": "row"}, "scope='row': needs one of 'layer', 'global'"),
+        ({"static": "false"}, "static='false': needs a value of type <class 'bool'>"),
+        ({"interval": 2.5}, "interval=2.5: needs a value of type <class 'int'>"),
+        ({"density": "0.01"}, "density='0.01': needs"),
+        ({"targets": ["q_proj"]}, "targets="),
     ],
 )
 def test_words_and_types_of_the_method_are_checked(given: dict[str, Any], message: str) -> None:

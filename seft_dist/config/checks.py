@@ -57,6 +57,8 @@ def _admits(kind: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(kind) is not None:  # tuple[float, float], which Python 3.10 takes for a type
+        return True
     return not isinstance(kind, type) or isinstance(value, kind)
 
 

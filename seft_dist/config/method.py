@@ -98,7 +98,7 @@ class SeftConfig:
     """Seed of the random criteria and of the random first support."""
 
     def __post_init__(self) -> None:
-        check_types(self, "seft.")
+        check_types(self)
         check_numbers(self)
         check(0 < self.density <= 1, f"density={self.density}", "a share above 0 and at most 1, e.g. 0.01 for 1 %")
         check(bool(self.targets), "targets is empty", '"all-linear" or a regular expression for module names')

@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool =
     """
     ranks = ranks or Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_agreement(ranks, json.dumps(to_dict(config)))
+    on_all_ranks(ranks, lambda: _check_output(config) if ranks.is_main else None)  # the rank that writes it
     sources = on_all_ranks(ranks, lambda: _open_all(config))
     tasks = one_rank_per_machine_first(
         ranks, lambda: _tasks(config, show and ranks.is_main)
@@ -119,15 +120,16 @@ def _evaluate_one(
 
 
 def _open_all(config: EvaluateConfig) -> list[Source]:
-    if config.output is not None and Path(config.output).expanduser().is_dir():
-        raise ValueError(f"output={config.output} is a folder: needs a JSON file to write")
-    if config.output is not None:
-        _check_writable(Path(config.output).expanduser())
     return [_open(name, path, config) for name, path in config.models.items()]
 
 
-def _check_writable(output: Path) -> None:
+def _check_output(config: EvaluateConfig) -> None:
     """Refuse a file that cannot be written, before anything is computed for it."""
+    if config.output is None:
+        return
+    output = Path(config.output).expanduser()
+    if output.is_dir():
+        raise ValueError(f"output={output} is a folder: needs a JSON file to write")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(there, os.W_OK) or (there != output and not there.is_dir()):
         raise ValueError(f"output={output} cannot be written ({there}): needs a path in a folder of your own")

@@ -147,7 +147,7 @@ def _check(seft: SeftOptimizer, args: TrainingArguments, state: TrainerState, mo
     beta1, beta2 = seft.param_groups[0]["betas"]
     own = {"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": seft.param_groups[0]["eps"]}
     own["weight_decay"] = seft.param_groups[0]["weight_decay"]
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    defaults = {field.name: field.default for field in dataclasses.fields(type(args))}
     ignored = [name for name, value in own.items() if getattr(args, name) not in (value, defaults[name])]
     if ignored:
         warnings.warn(
