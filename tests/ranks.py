@@ -69,7 +69,8 @@ def run_ranks(
         fn: Function that each rank runs; it may be local. Its return value is pickled back.
         world_size: Number of ranks.
         timeout: Seconds for all ranks together; then the remaining ones (and only they) are killed.
-        start: "fork", or "spawn" for ranks that use a CUDA device (``fn`` must then be a module's own function).
+        start: "fork", or "spawn" for ranks that use a CUDA device or several threads (``fn`` must then be a module's
+            own function).
         backend: Backend of torch.distributed.
 
     Returns:

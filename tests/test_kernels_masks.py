@@ -107,27 +107,30 @@ def test_keys_histogram_survivors() -> None:
     check()
 
 
+def on_one_and_three_threads(
+    rank: int, world_size: int, scores: Tensor, times: Tensor, mask: Tensor
+) -> list[list[Tensor]]:
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        packed = bits.pack(mask)
+        key = ranking.ranking_keys(scores, False, packed, times=times)
+        counts = ranking.first_histogram(key)
+        values = packing.encode(scores, packed)
+        restored = packing.decode(packed, values, torch.full_like(scores, 7))
+        numbers = [bits.count_outside(packed, scores), int(bits.hash_of_bits(packed, mask.numel(), 5))]
+        unpacked = bits.unpack(packed, mask.numel())
+        results.append([packed, unpacked, key, counts, *ranking.survivors(key, 900), values, restored])
+        results[-1].append(torch.tensor(numbers))
+    return results
+
+
 def test_the_same_on_several_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, times = torch.randn(2, 200_003, generator=generator)
     mask = torch.rand(200_003, generator=generator) < 0.4
-
-    def on_threads(rank: int, world_size: int) -> list[list[Tensor]]:
-        results = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            packed = bits.pack(mask)
-            key = ranking.ranking_keys(scores, False, packed, times=times)
-            counts = ranking.first_histogram(key)
-            values = packing.encode(scores, packed)
-            restored = packing.decode(packed, values, torch.full_like(scores, 7))
-            numbers = [bits.count_outside(packed, scores), int(bits.hash_of_bits(packed, mask.numel(), 5))]
-            unpacked = bits.unpack(packed, mask.numel())
-            results.append([packed, unpacked, key, counts, *ranking.survivors(key, 900), values, restored])
-            results[-1].append(torch.tensor(numbers))
-        return results
-
-    one, three = run_ranks(on_threads, 1)[0]  # a pool of threads must not be started in this process
+    # This process must not start a pool of threads, and a fork of one that has cannot use several.
+    one, three = run_ranks(on_one_and_three_threads, 1, scores, times, mask, start="spawn")[0]
     assert all(torch.equal(first, second) for first, second in zip(one, three, strict=True))
     assert torch.equal(one[1], mask) and torch.equal(one[7], torch.where(mask, scores, 0))
     assert torch.equal(one[2], selection.keys((scores * times).abs(), False, mask))

@@ -109,19 +109,21 @@ def test_blocks_of_experts() -> None:
         torch.testing.assert_close(out.double(), reference(block, x[5:], part[5:]), rtol=1e-5, atol=1e-4)
 
 
+def on_several_threads(rank: int, world_size: int) -> list[Tensor]:
+    x, grad, support = draw(3, 200, 60, 45, 0.2)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(torch.zeros(len(support)))
+            FORMS["c++"](results[-1], support.shape, support.crow, support.col, x.to(dtype), grad.to(dtype), True)
+    return results
+
+
 def test_cpp_gives_the_same_bits_on_any_number_of_threads() -> None:
     x, grad, support = draw(3, 200, 60, 45, 0.2)
-
-    def on_threads(rank: int, world_size: int) -> list[Tensor]:
-        results = []
-        for dtype in (torch.float32, torch.bfloat16):
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                results.append(torch.zeros(len(support)))
-                FORMS["c++"](results[-1], support.shape, support.crow, support.col, x.to(dtype), grad.to(dtype), True)
-        return results
-
-    (results,) = run_ranks(on_threads, 1)  # a pool of threads must not be started in this process
+    # This process must not start a pool of threads, and a fork of one that has cannot use several.
+    (results,) = run_ranks(on_several_threads, 1, start="spawn")
     for start in (0, 4):
         assert all(torch.equal(results[start], other) for other in results[start + 1 : start + 4])
     torch.testing.assert_close(results[0].double(), reference(support, x, grad), rtol=1e-5, atol=1e-4)
