@@ -91,6 +91,14 @@ def test_lines_of_a_text_as_documents_are_warned_of(
     assert "of the tokens are bos and eos" in caplog.text and "--data.join blank_line" in caplog.text
 
 
+def test_records_without_text_are_counted(tokenizers: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"text": texts()[0]}, {"content": "in another column"}, {"text": ""}, {"text": texts()[1]}]
+    path = str(write_jsonl(tmp_path / "a.jsonl", records))
+    with caplog.at_level(logging.WARNING):
+        load_source(DataConfig(path=path, seq_len=16), tokenizers["llama3"])
+    assert "2 of 4 records are left out: they have no text in 'text'" in caplog.text
+
+
 def test_joining_is_for_text(tokenizers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}]))
     with pytest.raises(ValueError, match="records of kind instruction: only text is joined"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seft_dist import SeftConfig, SeftOptimizer
-from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig, TrainConfig
+from seft_dist.config import DataConfig, EvalConfig, EvaluateConfig, ModelConfig, PruneConfig, TrainConfig
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.evaluation.evaluation import evaluate
 from seft_dist.io import checkpoint
@@ -134,10 +134,25 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_evaluation(tmp_p
         evaluate(EvaluateConfig(models=models, data=data, output=str(tmp_path / "file" / "eval.json")), show=False)
 
 
-def test_a_section_without_options_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--optim.lr", "1e-3"]])
+def test_a_section_without_options_is_named(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {path: d}\noutput: o\noptim:\n  # lr: 1.0e-3\n")
-    with pytest.raises(ValueError, match="optim has nothing below it: needs options there, or remove the line"):
-        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--config", str(tmp_path / "run.yaml"), *more])
+    assert "optim has nothing below it: needs options there, or remove the line" in capsys.readouterr().err
+    (tmp_path / "prune.yaml").write_text("model: {path: m}\noutput: o\nsparsity: 0.5\nmethod: magnitude\ndata: null\n")
+    assert parse(PruneConfig, ["--config", str(tmp_path / "prune.yaml")]).data is None
+
+
+def test_entries_of_a_mix_are_given_together(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model.path=m", "--output=o"]
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, [*given, "--data.mix.a.path", "d", "--data.mix.a.weight", "1"])
+    assert "--data.mix '{NAME: {OPTION: VALUE}}'" in capsys.readouterr().err
+    mix = parse(TrainConfig, [*given, "--data.mix", "{a: {path: d, weight: 1}}"]).data.mix
+    assert mix is not None and mix["a"].path == "d"
 
 
 def test_a_closure_is_the_same_as_a_backward_pass_before_the_step() -> None:

@@ -145,6 +145,12 @@ def _text_blocks(
     blocks = PackedBlocks(
         _tokenize(records, text_encoder(config, tokenizer), features, provenance, tokenizer), provenance
     )
+    left_out = len(records) - blocks.num_documents
+    if left_out:
+        log.warning(
+            "%s: %d of %d records are left out: they have no text in %r",
+            *(config.label, left_out, len(records), config.text_field),
+        )
     borders = (1 + provenance.adds_bos) * blocks.num_documents / blocks.num_tokens
     if borders > _MANY_BORDERS:
         log.warning(

@@ -70,7 +70,7 @@ def experts_dense_grad(x: Tensor, grad: Tensor, ends: list[int]) -> Tensor:
     Returns:
         fp32 [experts * out, in].
     """
-    whole = torch.empty(len(ends), grad.shape[1], x.shape[1], device=x.device)
+    whole = torch.empty(len(ends), grad.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     for one, rows in zip(whole, expert_slices(ends), strict=True):
         one.copy_(dense_grad(x[rows], grad[rows]))
     return whole.view(-1, x.shape[1])

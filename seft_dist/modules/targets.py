@@ -27,7 +27,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
     """Find the weights a pattern names, in the order of ``model.named_modules()``.
 
     Args:
-        model: Any module; if it has ``get_output_embeddings()``, the output head is never a target of "all-linear".
+        model: Any module. What ``get_output_embeddings()`` returns, of the model or of one inside it, is never a target
+            of "all-linear".
         pattern: "all-linear" for every linear and every fused expert weight, or a regular expression searched in their
             names. Routers never match.
 
@@ -38,7 +39,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         ValueError: The pattern is no regular expression, nothing matches, a match cannot carry deltas, its weight is
             shared with another module, or "all-linear" would leave out a matrix of a kind that is not known.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = _output_heads(model)
     routers = find_routers(model)
     known: dict[str, Target] = {}
     for name, module in model.named_modules():
@@ -51,7 +52,7 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
                 if len(shape) == 3:
                     known[f"{name}.{key}"] = ExpertWeight(module, key)
     if pattern == ALL_LINEAR:
-        targets = {name: target for name, target in known.items() if target.module is not head}
+        targets = {name: target for name, target in known.items() if target.module not in heads}
     else:
         wanted = _matching(pattern, known)
         targets = {name: target for name, target in known.items() if name in wanted}
@@ -62,9 +63,15 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         target.check_stored(name)
         target.check_supported(name)
     if pattern == ALL_LINEAR:
-        _refuse_unknown(model, known, routers, head)
+        _refuse_unknown(model, known, routers | heads)
     _refuse_tied(model, targets)
     return targets
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """Return the output heads of the model and of the models inside it, e.g. of one in a wrapper."""
+    heads = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
+    return {head for head in heads if head is not None}
 
 
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
@@ -125,13 +132,11 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     )
 
 
-def _refuse_unknown(
-    model: nn.Module, known: dict[str, Target], routers: set[nn.Module], head: nn.Module | None
-) -> None:
+def _refuse_unknown(model: nn.Module, known: dict[str, Target], left_alone: set[nn.Module]) -> None:
     """Refuse a matrix that is neither a target nor something that is left alone on purpose."""
     covered = {id(target.module) for target in known.values()}
     for name, module in model.named_modules():
-        if id(module) in covered or module is head or module in routers or isinstance(module, nn.Embedding):
+        if id(module) in covered or module in left_alone or isinstance(module, nn.Embedding):
             continue
         for key, shape in _matrices(module):
             raise ValueError(

@@ -1,6 +1,6 @@
 """Checks that a whole model can be trained by SEFT, beyond those of its targets one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,26 @@ def check_dtype(name: str, weight: Tensor) -> None:
         )
 
 
+def check_dtypes_unchanged(targets: Mapping[str, Target], dtypes: Sequence[torch.dtype]) -> None:
+    """Refuse weights that were converted after the optimizer had read them.
+
+    Args:
+        targets: Targets by name.
+        dtypes: Their dtypes when they were read.
+
+    Raises:
+        ValueError: Names the weight, and what to do instead.
+    """
+    for (name, target), dtype in zip(targets.items(), dtypes, strict=True):
+        if target.weight.dtype != dtype and packed_of(target.weight) is None:
+            raise ValueError(
+                f"{target.weight_name(name)} was {dtype} when SeftOptimizer read it, and is {target.weight.dtype} now: "
+                "convert the model before the first forward pass, or compute in another type with torch.autocast"
+            )
+
+
 def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse adapters, fp16 weights, and weights that a hook fetches from elsewhere for each forward pass.
+    """Refuse adapters, fp16 weights, views, and weights that a hook fetches from elsewhere for each forward pass.
 
     Args:
         model: The root module.
@@ -70,6 +88,11 @@ def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
     for name, target in targets.items():
         weight = target.weight_name(name)
         check_dtype(weight, target.weight)
+        if packed_of(target.weight) is None and not target.weight.is_contiguous():
+            raise ValueError(
+                f"{weight} is not contiguous in memory (a transposed view?): make it so first, "
+                "weight.data = weight.data.contiguous()"
+            )
         hook = getattr(target.module, "_hf_hook", None)
         if target.weight.is_meta and hook is not None:
             raise ValueError(
@@ -79,15 +102,17 @@ def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
             )
 
 
-def check_materialized(targets: Mapping[str, Target]) -> None:
-    """Refuse weights that have no values yet.
+def check_loaded(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuse weights that have no values when training begins, and adapters that came after ``check_trainable``.
 
     Args:
-        targets: Targets by name.
+        model: The root module.
+        targets: Its targets by name.
 
     Raises:
-        ValueError: Names the weight.
+        ValueError: Names the weight or module.
     """
+    check_no_adapters(model)
     for name, target in targets.items():
         if target.weight.is_meta and packed_of(target.weight) is None:
             raise ValueError(

@@ -158,7 +158,9 @@ class Exchange:
 
     def _take_gradient(self, i: int) -> Tensor:
         grad = self.slots[i].take_grad()
-        return grad if grad is not None else torch.zeros(len(self._supports[i]), device=self.backend.device)
+        if grad is not None:
+            return grad
+        return torch.zeros(len(self._supports[i]), dtype=torch.float32, device=self.backend.device)
 
     @torch.no_grad()
     def finish(self) -> Tensor:

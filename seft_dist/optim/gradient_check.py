@@ -39,7 +39,7 @@ class GradientCheck:
             max_norm: Largest norm; None: nothing is clipped.
         """
         if max_norm is None:
-            return torch.ones((), device=self.norm.device)
+            return torch.ones((), dtype=torch.float32, device=self.norm.device)
         return (max_norm / (self.norm + 1e-6)).clamp(max=1.0).float()
 
     def raise_if_nonfinite(self, names: list[str]) -> None:

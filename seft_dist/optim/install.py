@@ -1,6 +1,6 @@
 """Making a target record its weight gradient, and giving the module back as it was."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +15,18 @@ from seft_dist.optim.linear import SAMPLED_FORWARDS
 from seft_dist.optim.slot import Slot
 
 
-def check_not_installed(targets: Mapping[str, Target]) -> None:
-    """Refuse a model that an optimizer trains already.
+def check_not_installed(model: nn.Module) -> None:
+    """Refuse a model that an optimizer trains already, even if it trains other layers of it.
 
     Raises:
         ValueError: It does.
     """
-    if any(hasattr(target.module, target.attribute_name(ANCHOR)) for target in targets.values()):
-        raise ValueError("the model already has a SeftOptimizer: call detach() on it first")
+    if any(key.endswith(ANCHOR) for module in model.modules() for key in module._parameters):
+        raise ValueError(
+            "the model already has a SeftOptimizer: call detach() on it first. One optimizer trains all targets of a "
+            "model, with one learning rate; to copy a model that trains, copy it before the optimizer is made, or load "
+            "a state_dict of it into another"
+        )
 
 
 def install(target: Target) -> tuple[nn.Parameter, Slot]:

@@ -64,6 +64,14 @@ def _anchor_grad(ctx: Any) -> Tensor | None:
     return torch.full(shape, ANCHOR_GRAD, dtype=dtype, device=device)
 
 
+def _records(ctx: Any) -> bool:
+    """Return true if this backward pass adds to gradients; torch.autograd.grad of other tensors does not.
+
+    The anchor is the last tensor that the function was applied to.
+    """
+    return bool(ctx.slot.armed and torch._C._will_engine_execute_node(ctx.next_functions[-1][0]))
+
+
 class _SampledLinear(torch.autograd.Function):
     """y = x W^T + b, with W's gradient recorded in a slot. The anchor ties the graph where x needs no gradient.
 
@@ -89,7 +97,7 @@ class _SampledLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         kept, weight = _saved(ctx)
-        if ctx.slot is not None and ctx.slot.armed:
+        if ctx.slot is not None and _records(ctx):
             x = ctx.input.get(kept)
             tokens, grads_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             ctx.slot.record(*((grads_out, tokens) if ctx.transposed else (tokens, grads_out)))
@@ -123,7 +131,7 @@ class _SampledExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         kept, weight = _saved(ctx)
-        if ctx.slot is not None and ctx.slot.armed:
+        if ctx.slot is not None and _records(ctx):
             ctx.slot.record(ctx.input.get(kept), grad, ctx.ends)
         elif ctx.slot is not None:
             ctx.input.leave()

@@ -1,17 +1,21 @@
 """Warnings about runs that would end without an error and without a result. Each is given once, by one rank."""
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 
 from seft_dist.backends import Backend
 from seft_dist.config import SeftConfig
+from seft_dist.modules.kinds import Target
 from seft_dist.optim.gradient_check import GradientCheck
 from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State
 from seft_dist.sparsity.schedule import first_evolution
 
 LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
+_MANY_WEIGHTS = 100
+"""Weights of a target from which on it is no accident that none of them is 0."""
 
 
 class SeftWarning(UserWarning):
@@ -22,14 +26,25 @@ def _is_main(backend: Backend) -> bool:
     return backend.owners.rank == 0 and backend.replicas.rank == 0
 
 
-def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
-    """Warn if the schedule has no evolution although it is not ``static``.
+def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: list[str]) -> None:
+    """Give the warnings that can be given before the first step.
 
     Args:
         backend: Knows the ranks.
         config: The method.
+        state: The state of a run that begins.
+        frozen: Result of ``frozen_targets``.
     """
-    if config.static or first_evolution(config) is not None or not _is_main(backend):
+    if _is_main(backend):
+        _warn_of_frozen_targets(frozen)
+        _warn_without_evolution(config)
+        _warn_without_recomputation()
+        _warn_of_dense_targets(backend, state)
+
+
+def _warn_without_evolution(config: SeftConfig) -> None:
+    """Warn if the schedule has no evolution although it is not ``static``."""
+    if config.static or first_evolution(config) is not None:
         return
     until = "80 % of steps" if config.end is None else "end"
     warnings.warn(
@@ -37,24 +52,56 @@ def warn_without_evolution(backend: Backend, config: SeftConfig) -> None:
         f"interval={config.interval}, but only until step {config.last_step} ({until}), so the first support stays. "
         "Make the interval shorter, or begin earlier, or end later; or set static if this is wanted",
         SeftWarning,
-        stacklevel=LEVEL,
+        stacklevel=LEVEL + 1,
     )
 
 
-def warn_without_recomputation(backend: Backend) -> None:
-    """Warn if torch records operations in a way that is not known here, so that more inputs are kept than need be.
+def frozen_targets(targets: Mapping[str, Target]) -> list[str]:
+    """List the targets that a user has frozen, and others not: perhaps to leave them as they are.
 
     Args:
-        backend: Knows the ranks.
+        targets: Targets by name, before the optimizer freezes all. All are frozen after an earlier optimizer.
     """
-    unknown = unknown_nodes() if _is_main(backend) else []
+    frozen = [name for name, target in targets.items() if not target.weight.requires_grad]
+    return frozen if len(frozen) < len(targets) else []
+
+
+def _warn_of_frozen_targets(frozen: list[str]) -> None:
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} targets were frozen (requires_grad was False, e.g. {frozen[0]}), others not. They train "
+            "all the same: the pattern of the targets alone decides. To leave them as they are, give a regular "
+            "expression that does not match them (targets)",
+            SeftWarning,
+            stacklevel=LEVEL + 1,
+        )
+
+
+def _warn_of_dense_targets(backend: Backend, state: State) -> None:
+    """Warn of targets without zeros in a model that has zeros elsewhere: a head, or a layer that was not pruned."""
+    numels = [partition.numel for partition in backend.partitions]
+    sizes = zip(backend.names, state.mask_sizes, numels, strict=True)
+    dense = [name for name, size, numel in sizes if size == numel and numel >= _MANY_WEIGHTS]
+    if dense and len(dense) < len(numels):
+        warnings.warn(
+            f"{len(dense)} of {len(numels)} targets have no zeros (e.g. {dense[0]}). They get deltas like the others, "
+            "and stay dense. If they were left out of pruning on purpose, or are a new head that has to be trained "
+            "whole, leave them out here too (targets)",
+            SeftWarning,
+            stacklevel=LEVEL + 1,
+        )
+
+
+def _warn_without_recomputation() -> None:
+    """Warn if torch records operations in a way that is not known here, so that more inputs are kept than need be."""
+    unknown = unknown_nodes()
     if unknown:
         warnings.warn(
             f"torch {torch.__version__} has no autograd nodes {', '.join(unknown)} as they are expected here, so "
             "inputs of linears that could be computed again for backward are kept: training is right, but needs more "
             "memory",
             SeftWarning,
-            stacklevel=LEVEL,
+            stacklevel=LEVEL + 1,
         )
 
 

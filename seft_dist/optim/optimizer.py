@@ -6,7 +6,6 @@ The weights always hold base + delta, so the model is an ordinary Hugging Face m
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from seft_dist.backends.group import ProcessGroup
 from seft_dist.config import SeftConfig, check_adam
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.targets import check_criteria, find_targets
-from seft_dist.modules.trainable import check_is_model, check_materialized, check_no_adapters, check_trainable
+from seft_dist.modules.trainable import check_dtypes_unchanged, check_is_model, check_loaded, check_trainable
 from seft_dist.optim import notices
 from seft_dist.optim.anchors import StepWatch, check_unclipped
 from seft_dist.optim.delta import least_size
@@ -98,7 +97,8 @@ class SeftOptimizer(TorchInterface):
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
         check_trainable(model, self._targets)
-        check_not_installed(self._targets)
+        check_not_installed(model)
+        self._frozen = notices.frozen_targets(self._targets)
         self.vectors = Vectors(model, self._targets, self.config.train_norms)
         """Norms and biases that train beside the deltas; none unless ``train_norms`` is set."""
         model.requires_grad_(False)
@@ -111,16 +111,15 @@ class SeftOptimizer(TorchInterface):
         self._needs = Needs.of(self.config)
         self._write_checked = False
         self._exchange: Exchange | None = None
-        self._grad_norm = torch.zeros(())
+        self._grad_norm = torch.zeros((), dtype=torch.float32)
         self._checks_late = False
         """True where ``step`` does not wait for the device to know whether the gradient is finite."""
         self._last_check: GradientCheck | None = None
         self._replacement_check = ReplacementCheck()
-        super().__init__(
-            [anchor for anchor, _ in installed],
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-        )
-        self._attach_hook = model.register_forward_pre_hook(self._attach_before_forward, prepend=True)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([anchor for anchor, _ in installed], defaults)
+        # No method of this object: a deep copy of the model would copy the optimizer
+        self._attach_hook = model.register_forward_pre_hook(lambda called, _: self._attach_to(called), prepend=True)
 
     @property
     def target_names(self) -> list[str]:
@@ -162,8 +161,7 @@ class SeftOptimizer(TorchInterface):
         """
         if self._backend is not None:
             return
-        check_no_adapters(self._model)  # adapters may have been added since the constructor
-        check_materialized(self._targets)
+        check_loaded(self._model, self._targets)
         self.config.check_trials_end()
         backend = find_backend(self._model, self._targets, self._group)
         update = [self.param_groups[0][key] for key in ("betas", "eps", "weight_decay")]
@@ -180,13 +178,13 @@ class SeftOptimizer(TorchInterface):
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
-        notices.warn_without_evolution(backend, self.config)
-        notices.warn_without_recomputation(backend)
+        notices.warn_at_start(backend, self.config, self._state, self._frozen)
         self._prepare_step()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _attach_before_forward(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
+    def _attach_to(self, called: nn.Module) -> None:
+        """Attach before the first forward pass with gradients, of the model itself and of no copy."""
+        if called is self._model and torch.is_grad_enabled():
             self._check_awaited()
             self.attach()
 
@@ -239,6 +237,7 @@ class SeftOptimizer(TorchInterface):
 
     def _begin_step(self) -> None:
         self._check_awaited()
+        check_dtypes_unchanged(self._targets, self.backend.dtypes)
         self._step_watch.end()
         if not self.is_managed and not self._write_checked:
             check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)

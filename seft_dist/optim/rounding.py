@@ -112,7 +112,7 @@ class Rounding:
         """Return the errors of the scores by which a layer's own positions grow, fp32 [n]; random ones have none."""
         interval = self._backend.interval(i)
         if self._config.grow == "random":
-            return torch.zeros(len(interval), device=self._backend.device)
+            return torch.zeros(len(interval), dtype=torch.float32, device=self._backend.device)
         if self._config.grow == "gradient":
             return self._of_gradient(i)
         window = self._windows[i]

@@ -41,6 +41,10 @@ class Slot:
         """Called before each record."""
         self._on_record: Callable[[], None] = _nothing
 
+    def __deepcopy__(self, memo: object) -> "Slot":
+        """Return an empty slot, so that a copy of the model leaves no gradient with the optimizer of the original."""
+        return Slot()
+
     def prepare(self, support: Support | None, window: Window | None) -> None:
         """Drop what is left of the last step, and set what the coming step's backward passes record."""
         self.armed = True
@@ -97,7 +101,8 @@ class Slot:
             self.grad = sampled if before is None else before.add_(sampled)
             return
         if before is None:
-            self.grad = torch.empty(support.col.shape, device=grad.device)  # the first of a step writes, the others add
+            # The first of a step writes, the others add.
+            self.grad = torch.empty(support.col.shape, dtype=torch.float32, device=grad.device)
         assert self.grad is not None
         tokens, blocks, outs = [slice(0, len(x))], [support], [self.grad]
         if ends is not None:

@@ -28,6 +28,18 @@ class TorchInterface(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     """GradScaler then sets ``grad_scale``, which refuses it, instead of scaling the anchors only."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            TypeError: Always: a copy would write into the weights of the same model.
+        """
+        raise TypeError(
+            "a SeftOptimizer cannot be copied or pickled, since it belongs to its model: save masks and deltas with "
+            "seft_dist.io.checkpoint.save(seft, folder, {}), and load them into the SeftOptimizer of another copy of "
+            "the pruned model"
+        )
+
     @property
     def grad_scale(self) -> Tensor | float:
         """Scale that is in the gradients; there is none."""

@@ -85,7 +85,7 @@ class Vectors:
             )
         self.names = [vector.name for vector in self._vectors]
         self.lengths = [whole_shape(vector.parameter)[0] for vector in self._vectors]
-        self.values = self.exp_avg = self.exp_avg_sq = torch.empty(0)
+        self.values = self.exp_avg = self.exp_avg_sq = torch.empty(0, dtype=torch.float32)
         """fp32 [n], all vectors one after another; the moments alike."""
         self._slots = [VectorSlot() for _ in self._vectors]
         self._backend: Backend | None = None
@@ -156,7 +156,7 @@ class Vectors:
             return self.values
         owners, device = self._backend.owners, self._backend.device
         grads = [
-            torch.zeros(length, device=device) if slot.grad is None else slot.grad.to(device)
+            torch.zeros(length, dtype=torch.float32, device=device) if slot.grad is None else slot.grad.to(device)
             for slot, length in zip(self._slots, self.lengths, strict=True)
         ]
         self.forget()

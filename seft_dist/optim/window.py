@@ -200,7 +200,8 @@ class Window:
     def _accumulate_momentum(self, step: Tensor) -> None:
         (rows, cols), start = self._backend.shapes[self._i], self._backend.interval(self._i).start
         if self.rows is None or self.cols is None:
-            self.rows, self.cols = torch.zeros(rows, device=step.device), torch.zeros(cols, device=step.device)
+            self.rows = torch.zeros(rows, dtype=torch.float32, device=step.device)
+            self.cols = torch.zeros(cols, dtype=torch.float32, device=step.device)
         estimate = scores.momentum(self.rows, self.cols, start, step.numel()) + step.square()
         positions = torch.arange(start, start + step.numel(), device=step.device)
         for accumulator, index in ((self.rows, positions // cols), (self.cols, positions % cols)):
@@ -237,7 +238,7 @@ class Window:
     def gradient_at(self, positions: Tensor) -> Tensor:
         """Return the accumulated gradient at some own positions, fp32; 0 if only its size is estimated."""
         if self._needs.factored:
-            return torch.zeros(positions.shape, device=positions.device)
+            return torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
         return self.gradient()[positions.long() - self._backend.interval(self._i).start]
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,10 @@ class Window:
         """Add up one of ``sums`` over all ranks, fp32. Collective."""
         own: Tensor | None = getattr(self, name)
         length = self._backend.shapes[self._i][name == "norms"]
-        squared = own.clone() if own is not None else torch.zeros(length, device=self._backend.device)
+        if own is not None:
+            squared = own.clone()
+        else:
+            squared = torch.zeros(length, dtype=torch.float32, device=self._backend.device)
         return self._backend.replicas.sum(self._backend.owners.sum(squared))
 
 

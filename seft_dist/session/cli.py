@@ -132,6 +132,8 @@ def _parser(config_class: type, description: str | None) -> "_Parser":
     parser.add_argument("--print_config", action="store_true", help="Print the checked configuration as YAML and exit.")
     parser.add_class_arguments(config_class)
     parser.options = list(_option_names(config_class))
+    hints = typing.get_type_hints(config_class)
+    parser.sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
     for field, inner in _optional_dataclasses(config_class):
         parser.add_optional_group(field, inner)
     return parser
@@ -189,7 +191,21 @@ class _ConfigFile(ActionConfigFile):
                 f"--config {value}: there is no such file, and no such recipe in `seft files`"
                 f"{did_you_mean(Path(value).name, shipped_names(RECIPES))}"
             )
+        for name in _empty_sections(parser, found):
+            raise TypeError(f"--config {value}: {name} has nothing below it: needs options there, or remove the line")
         ActionConfigFile.apply_config(parser, cfg, dest, found)
+
+
+def _empty_sections(parser: Any, path: str) -> list[str]:
+    """List the groups of options that a file names and leaves empty; jsonargparse fails at them later, unclearly."""
+    if not Path(path).is_file():
+        return []
+    try:
+        values = _load_yaml(Path(path).read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return []  # reading it for its values says what is wrong
+    given = values if isinstance(values, dict) else {}
+    return [name for name, value in given.items() if value is None and name in parser.sections]
 
 
 class _Parser(ArgumentParser):
@@ -197,6 +213,8 @@ class _Parser(ArgumentParser):
 
     raises = False
     """True: an error is a ValueError, and does not end the process."""
+    sections: Sequence[str] = ()
+    """Names of the groups of options that a file may not set to null."""
     options: Sequence[str] = ()
     """Names of the options, dotted; empty: those that were added."""
 
@@ -236,6 +254,11 @@ class _Parser(ArgumentParser):
         named = re.search(r'Parser key "([\w.]+)":\s+Expected a <class \'dict\'>', message)
         if named:
             message += f"\nEach entry has a name: --{named[1]}.NAME VALUE"
+        entries = re.search(r'Parser key "([\w.]+)".*NestedArg\(', message, re.DOTALL)
+        if entries:
+            message += (
+                f"\nGive all entries at once, or in a --config file: --{entries[1]} '{{NAME: {{OPTION: VALUE}}}}'"
+            )
         parser = getattr(ex, "subcommand_parser", None) or self
         added = [option.removeprefix("--") for option in parser._option_string_actions]
         suggestion = suggest_for_message(message, self.options or added)
@@ -288,8 +311,6 @@ def _build(config_class: type[T], values: Namespace) -> T:
         inner = [
             hint for hint in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(hint)
         ]
-        if inner and value is None and type(None) not in typing.get_args(hints[field.name]):
-            raise ValueError(f"{field.name} has nothing below it: needs options there, or remove the line")
         if inner and isinstance(value, Namespace):
             value = _build(typing.cast(type, inner[0]), value)
         elif isinstance(value, dict) and any(isinstance(item, Namespace) for item in value.values()):

@@ -311,7 +311,7 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
     window = seft.new_window(i, reader.num_steps - reader.window_steps + 1)
     window.num_steps = reader.window_steps
     if seft.config.window_store == "candidates":  # a rank without candidates has empty tensors, not missing ones
-        empty = torch.empty(0, device=backend.device)
+        empty = torch.empty(0, dtype=torch.float32, device=backend.device)
         own = {"positions": empty.to(backend.position_dtype), "total": empty} | own
     for key, value in own.items():
         setattr(window, key, value)
