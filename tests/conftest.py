@@ -44,9 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Undo what a run in this process has set: a fork of a process whose thread pool is in use hangs."""
+    """Refuse tests that leave several threads set: a fork of a process whose thread pool is in use may hang."""
     yield
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    assert threads == 1, f"this test, or a fixture of its module, leaves {threads} threads set: needs threads=1"
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=data,
         output=str(folder / "run"),
         steps=4,
+        threads=1,
         seft=moving(density=0.05, interval=2),
     )
     train(config)
     models = {"pruned": str(pruned), "repaired": str(folder / "run" / "model")}
-    evaluate(EvaluateConfig(models=models, data=data, output=str(folder / "run" / "eval.json")), show=False)
+    output = str(folder / "run" / "eval.json")
+    evaluate(EvaluateConfig(models=models, data=data, output=output, threads=1), show=False)
     return folder
 
 

@@ -84,12 +84,22 @@ def zeros(folder: Path) -> dict[str, int]:
     return {name: int((target.weight == 0).sum()) for name, target in targets.items()}
 
 
+FEW = ("llama3", "gpt2", "mixtral")
+"""Families that train with DeepSpeed, too, in each run of the tests: one of each kind of target."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_way(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [
+        *((family, ("fsdp", "zero3") if family in FEW else ("fsdp",)) for family in FAMILIES),
+        *(pytest.param(family, ("zero3",), marks=pytest.mark.long) for family in FAMILIES if family not in FEW),
+    ],
+)
+def test_the_whole_way(family: str, layouts: tuple[str, ...], tmp_path: Path) -> None:
     folder = prepare(tmp_path, family)
     before = zeros(folder / "pruned")
-    for layout, world_size in (("single", 1), ("fsdp", 2), ("zero3", 2)):
+    for layout, world_size in (("single", 1), *((layout, 2) for layout in layouts)):
         config = train_config(folder, layout, world_size)
         result, logits = run_ranks(lambda rank, world, config=config: train_and_look(config), world_size)[0]
         assert result["sparsity"]["layers_off_target"] == 0 and result["reactivated"] > 0

@@ -111,9 +111,9 @@ def test_zero3_cuts_the_same_groups(world_size: int) -> None:
     [
         {"reactivation": 0.3},
         {"adapt": "activation", "moments": "seeded"},
-        {"grow": "random", "init": "random", "adapt": "magnitude"},
-        {"density": 0.4, "selection": "gather"},
-        {"density": 0.4, "selection": "radix"},
+        pytest.param({"grow": "random", "init": "random", "adapt": "magnitude"}, marks=pytest.mark.long),
+        pytest.param({"density": 0.4, "selection": "gather"}, marks=pytest.mark.long),
+        pytest.param({"density": 0.4, "selection": "radix"}, marks=pytest.mark.long),
         {"reactivate": "trial", "adapt": "magnitude"},
     ],
 )

@@ -116,6 +116,7 @@ def test_srun_alone(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     assert (result["backend"], result["world_size"]) == ("fsdp", 2)
 
 
+@pytest.mark.long
 def test_prune_sweep_evaluate(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     """From the dense model to the table of a sweep, each as a job."""
     data = ["--data.path", str(inputs / "text.jsonl"), "--data.seq_len", "16"]

@@ -79,9 +79,10 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> ClusterPlan:
     architecture = find_architecture(config.model)
     check_length(architecture, config.seq_len, config.model, "seq_len")
     shapes = ModelShapes.of(architecture, config.seft.targets)
-    cost = _trace(config, shapes, inputs_kept=False)
+    traces = _Traces(shapes)
+    cost = traces.cost(config)
     # Checkpointed layers keep no inputs of linears, whatever the method
-    peer_cost = cost if config.activation_checkpointing else _trace(config, shapes, inputs_kept=True)
+    peer_cost = cost if config.activation_checkpointing else traces.cost(config, inputs_kept=True)
     layouts = [layout for size in world_sizes(config.cluster) for layout in possible_layouts(config.cluster, size)]
     if config.global_batch is not None:  # ranks without a sequence would have nothing to compute
         used = [layout for layout in layouts if layout.world_size * config.batch_size <= config.global_batch]
@@ -92,7 +93,7 @@ def make_plan(config: PlanConfig, rates: Rates | None = None) -> ClusterPlan:
         ranked[name] = _rank([_estimate(name, config, shapes, layout, own_cost, rates) for layout in layouts])
     estimates = ranked["SEFT"]
     peers = {name: of_method[0] if of_method[0].fits else None for name, of_method in ranked.items()}
-    advice = [] if estimates[0].fits else _advice(config, shapes, estimates, rates)
+    advice = [] if estimates[0].fits else _advice(config, traces, estimates, rates)
     return ClusterPlan(config, shapes, cost, peer_cost, rates, estimates, peers, advice)
 
 
@@ -119,14 +120,33 @@ def estimate(
     return _estimate(method, plan.config, plan.shapes, layout, cost, plan.rates)
 
 
-def _trace(config: PlanConfig, shapes: ModelShapes, inputs_kept: bool) -> PassCost:
-    dtype, checkpoint = getattr(torch, config.dtype), config.activation_checkpointing
-    batch, length = config.batch_size, config.seq_len
-    try:
-        return trace_pass(shapes.config, shapes.kinds, dtype, batch, length, checkpoint, inputs_kept)
-    except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:  # from the model's own forward pass
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
-        raise ValueError(f"model={config.model}: the model of its config cannot run ({reason})") from error
+class _Traces:
+    """Costs of passes through one model. Each is traced once, since that takes a second or more."""
+
+    def __init__(self, shapes: ModelShapes) -> None:
+        self.shapes = shapes
+        self._costs: dict[tuple[object, ...], PassCost] = {}
+
+    def cost(self, config: PlanConfig, inputs_kept: bool = False) -> PassCost:
+        """Return the cost of one pass with some settings.
+
+        Args:
+            config: The model and its settings.
+            inputs_kept: See ``trace_pass``.
+
+        Raises:
+            ValueError: The model's own forward pass fails.
+        """
+        dtype, checkpoint = getattr(torch, config.dtype), config.activation_checkpointing
+        settings = (dtype, config.batch_size, config.seq_len, checkpoint, inputs_kept)
+        if settings not in self._costs:
+            try:
+                self._costs[settings] = trace_pass(self.shapes.config, self.shapes.kinds, *settings)
+            except (RuntimeError, TypeError, IndexError, ZeroDivisionError) as error:
+                first = (str(error).strip().splitlines() or [""])[0][:300]
+                reason = f"{type(error).__name__}: {first}"
+                raise ValueError(f"model={config.model}: the model of its config cannot run ({reason})") from error
+        return self._costs[settings]
 
 
 def _estimate(
@@ -153,7 +173,7 @@ def _rank(estimates: list[Estimate]) -> list[Estimate]:
     return fitting + rest
 
 
-def _advice(config: PlanConfig, shapes: ModelShapes, estimates: list[Estimate], rates: Rates) -> list[str]:
+def _advice(config: PlanConfig, traces: _Traces, estimates: list[Estimate], rates: Rates) -> list[str]:
     """Find changes with which a run would fit that fits nowhere: settings, a smaller density, or more nodes."""
     smallest = estimates[0]
     memory = smallest.rates.memory
@@ -169,10 +189,10 @@ def _advice(config: PlanConfig, shapes: ModelShapes, estimates: list[Estimate], 
     }
     for options, change in changes.items():
         other = dataclasses.replace(config, **change)  # type: ignore[arg-type]
-        if other != config and _fits(other, shapes, rates, config.cluster.nodes):
+        if other != config and _fits(other, traces, rates, config.cluster.nodes):
             advice.append(f"{options} would fit")
     stores = [config.seft.window_store]
-    if not any(len(weight.shape) == 3 for weight in shapes.targets):  # refused for fused experts
+    if not any(len(weight.shape) == 3 for weight in traces.shapes.targets):  # refused for fused experts
         stores.append("factored")
     for store in dict.fromkeys(stores):
         for divisor in (1, 2, 5, 10, 20, 50, 100):
@@ -181,18 +201,18 @@ def _advice(config: PlanConfig, shapes: ModelShapes, estimates: list[Estimate], 
                 seft = dataclasses.replace(config.seft, density=density, window_store=store)
             except ValueError:  # the criteria need the gradient itself
                 break
-            if _fits(dataclasses.replace(config, seft=seft), shapes, rates, config.cluster.nodes):
+            if _fits(dataclasses.replace(config, seft=seft), traces, rates, config.cluster.nodes):
                 advice.append(f"--seft.density {density:g} --seft.window_store {store} would fit")
                 break
     for factor in (2, 4, 8, 16, 32, 64):
-        if _fits(config, shapes, rates, factor * config.cluster.nodes):
+        if _fits(config, traces, rates, factor * config.cluster.nodes):
             return [*advice, f"--cluster.nodes {factor * config.cluster.nodes} would fit"]
     return [*advice, "more nodes alone would not help: other devices, or several of these changes"]
 
 
-def _fits(config: PlanConfig, shapes: ModelShapes, rates: Rates, nodes: int) -> bool:
+def _fits(config: PlanConfig, traces: _Traces, rates: Rates, nodes: int) -> bool:
     """Return whether a run fits on some layout with all ranks of a number of nodes."""
-    cost = _trace(config, shapes, inputs_kept=False)
+    shapes, cost = traces.shapes, traces.cost(config)
     cluster = dataclasses.replace(config.cluster, nodes=nodes)
     return any(
         seft_memory(config, shapes, layout, cost, rates.reserve).total

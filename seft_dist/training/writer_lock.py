@@ -30,20 +30,20 @@ class TakenError(ValueError):
 
 
 @contextmanager
-def only_writer(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+def only_writer(folder: Path, patience: float | None = None) -> Iterator[None]:
     """Hold the lock of a folder while the context lasts. On rank 0.
 
     Makes the folder, and removes it at the end if nothing was written there.
 
     Args:
         folder: Folder of the run; may be missing.
-        patience: Seconds to wait for another process that has it.
+        patience: Seconds to wait for another process that has it; None for ``PATIENCE``.
 
     Raises:
         TakenError: It is still there after that.
         ValueError: The folder cannot be written.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     with _claimed_name(folder.resolve(), deadline), _made(folder), _locked_file(folder, deadline):
         yield
 
