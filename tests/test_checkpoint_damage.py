@@ -15,6 +15,7 @@ from seft_dist import SeftOptimizer
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import files
 from seft_dist.io.checkpoint.files import MANIFEST, rank_file
+from seft_dist.training.run_folder import open_run_folder
 from seft_dist.training.trainer import train
 from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
@@ -172,9 +173,25 @@ def test_only_our_own_names_are_ours(saved: Path, tmp_path: Path) -> None:
     checkpoint.tidy(folder, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*own, *steps[2:], "step-00000009"])
     assert (saved / MANIFEST).exists()
+    shutil.copytree(saved, folder / "replaced-00000005")
+    weights = next((folder / steps[2]).glob("rank-*"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    checkpoint.tidy(folder, keep=2)  # the step's second save is damaged: the first one may still be needed
+    assert (folder / "replaced-00000005").exists()
+    shutil.rmtree(folder / "replaced-00000005")
+    shutil.copy(saved / weights.name, weights)
     (folder / steps[2]).rename(folder / "replaced-00000005")  # killed between two renames: the only one of its step
     checkpoint.tidy(folder, keep=2)
     assert [path.name for path in checkpoint.complete(folder)] == ["replaced-00000005", steps[3]]
+
+
+def test_a_run_that_goes_on_removes_what_rotation_left(saved: Path, inputs: Path, tmp_path: Path) -> None:
+    """Kills may leave more checkpoints than are to be kept; the next attempt removes them when it begins."""
+    folder = tmp_path / "run" / "checkpoints"
+    for number in (1, 4, 5):
+        shutil.copytree(saved, folder / f"step-{number:08d}")
+    open_run_folder(make_config(inputs, tmp_path / "run", keep=2))
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +283,37 @@ def test_near_ties_part_runs_on_other_layouts_and_nothing_else_may(single: Path,
         (run / "manifest.json").write_text(json.dumps(content))
     edit_trace(again, 2, lambda line: line.update(json.loads((base / "trace.jsonl").read_text().splitlines()[1])))
     assert compare(base, again).verdict == DIFFERS  # on the same layout there is no rounding to blame
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest["attempts"].clear(), "attempts: List should have at least 1 item"),
+        (lambda manifest: manifest["attempts"][0].pop("config"), "attempts.0.config: Field required"),
+        (lambda manifest: manifest["attempts"][0]["config"].pop("log_every"), "log_every: Field required"),
+        (lambda manifest: manifest["attempts"][0].update(layout=[]), "attempts.0.layout: Input should be"),
+        (lambda manifest: manifest.pop("data"), "data: Field required"),
+        (lambda manifest: manifest["final"].pop("layers"), "final.layers: Field required"),
+    ],
+)
+def test_a_manifest_without_what_is_compared_is_named(
+    change: Callable[[dict[str, Any]], object], message: str, single: Path, again: Path
+) -> None:
+    manifest = json.loads((again / "manifest.json").read_text())
+    change(manifest)
+    (again / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError) as error:
+        compare(single, again)
+    assert f"the manifest of {again} does not hold what is needed: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_damaged_line_of_the_metrics_is_named(single: Path, again: Path) -> None:
+    (again / "trace.jsonl").unlink()
+    text = (again / "metrics.jsonl").read_text()
+    (again / "metrics.jsonl").write_text("{" + text)
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is no JSON"):
+        compare(single, again)
 
 
 def test_other_versions_or_machines_lower_the_promise(single: Path, again: Path) -> None:

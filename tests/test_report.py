@@ -27,7 +27,7 @@ from tests.scripts import run_script
 SECTIONS = ("warnings", "training", "perplexity", "sparsity", "topology", "deltas", "cost", "configuration", "missing")
 FIGURES = (
     *("loss", "learning-rate", "gradient-norm", "perplexity", "zeros", "overlap", "evolutions"),
-    *("reactivated-0", "pruned-0", "deltas", "speed", "phases"),
+    *("dropped-0", "reactivated-0", "pruned-0", "deltas", "speed", "phases"),
 )
 VOID = {"meta", "link", "input", "br", "img"}
 HOSTILE = "<script>alert('$x$')</script>&\"\x07\u202e${{ 7*7 }}"
@@ -110,7 +110,7 @@ def test_a_whole_run_has_every_section_and_every_figure(trained: Path) -> None:
     assert "every target has as many zeros as before" in page and "validation loss to 4.00" in page
     assert not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", page), "a colour that only stands for another is left"
     tips = re.findall(r"<title>(layer \d, [^<]*)</title>", page)
-    assert len(tips) == 2 * 14 and "layer 0, self_attn.q_proj: " in tips[0]
+    assert len(tips) == 3 * 14 and "layer 0, self_attn.q_proj: " in tips[0]
 
 
 def test_a_page_without_drawings_has_their_numbers(trained: Path) -> None:
@@ -136,6 +136,27 @@ def test_a_run_that_has_hardly_begun_has_a_page_that_says_what_is_missing(
     assert "the result" in said and "perplexities" in said and ("losses" in said) == ("metrics.jsonl" not in left)
     assert ("figure-loss" in parsed.ids) == ("metrics.jsonl" in left)
     assert ("figure-deltas" in parsed.ids) == ("checkpoints" in left)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_mask_that_stays_has_a_map_of_deltas_only(finished: bool, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "topology.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["moved"] = [[dropped, grown, 0, 0, kept] for dropped, grown, _, _, kept in line["moved"]]
+    (run / "topology.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not finished:
+        (run / "layers.json").unlink()
+    page, parsed = page_of(run)
+    assert "figure-dropped-0" in parsed.ids and not {"figure-reactivated-0", "figure-pruned-0"} & set(parsed.ids)
+    dropped, deltas = sum(row[0] for row in lines[-1]["moved"]), sum(row[1] for row in lines[0]["moved"])
+    assert f"{dropped:,}" in page[page.index('id="figure-dropped-0"') :] and dropped
+    layers = read_records([run])[0].layers
+    assert (
+        sum(layers.trained.values()) == deltas
+        if not finished
+        else 0.9 * deltas < sum(layers.trained.values()) <= deltas
+    )
 
 
 def test_an_older_run_shows_what_its_delta_file_tells(trained: Path, tmp_path: Path) -> None:

@@ -238,5 +238,11 @@ def test_errors_of_users_come_before_any_run(inputs: Path, tmp_path: Path, monke
     with pytest.raises(ValueError, match="start it once"):
         reproduce(ReproduceConfig(output=str(tmp_path / "new")), train, given, SCRIPT)
     assert not (tmp_path / "new").exists()
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable)
+    for content in ("", "{}", '{"runs": []}', '{"runs": [{}]}'):
+        (tmp_path / "full" / "reproduce.json").write_text(content)
+        with pytest.raises(ValueError, match=r"full/reproduce.json (is no JSON|does not hold what is needed)"):
+            reproduce(ReproduceConfig(output=str(tmp_path / "full")), train, given, SCRIPT)
     done = run_script([sys.executable, "launch/reproduce.py", "--output", str(tmp_path / "x"), "--", "--nonsense", "1"])
     assert done.returncode == 2 and "nonsense" in done.stderr and not (tmp_path / "x").exists()

@@ -205,12 +205,21 @@ def test_figure(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_result_is_none(content: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", loss=2.5)
+    (tmp_path / "a" / "result.json").write_text(content)
+    rows, _ = written(tmp_path)
+    assert [(row["run"], row["status"]) for row in rows] == [("a", "running or lost"), ("b", "finished")]
+
+
 def test_what_is_not_a_sweep(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds neither tasks.tsv nor a run"):
         read_sweep(SweepConfig(folder=str(tmp_path)))
     make_run(tmp_path / "a")
-    (tmp_path / "a" / "result.json").write_text("{")
-    with pytest.raises(ValueError, match="a/result.json is no JSON"):
+    (tmp_path / "a" / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match="a/eval.json is no JSON"):
         read_sweep(SweepConfig(folder=str(tmp_path)))
     with pytest.raises(ValueError, match="folder is empty"):
         SweepConfig(folder="")

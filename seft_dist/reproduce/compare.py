@@ -11,15 +11,16 @@ from typing import Any
 
 from seft_dist.files.writing import write_text
 from seft_dist.io.weight_files import SafetensorError, safe_open
+from seft_dist.reproduce.comparable import read_comparable, read_metrics
 from seft_dist.reproduce.promise import DELTA_RELATIVE, LOSS_RELATIVE, PromiseTerms, layout_name, promise_terms
-from seft_dist.reproduce.step_diff import StepDifference, describe_first, read_metrics, step_differences
+from seft_dist.reproduce.step_diff import StepDifference, describe_first, step_differences
 from seft_dist.reproduce.weights_diff import (
     WeightDifference,
     changed_since_export,
     compare_weights,
     different_tensors,
 )
-from seft_dist.training.manifest import FILE, read_manifest
+from seft_dist.training.manifest import FILE
 from seft_dist.training.run_folder import CHECKPOINTS, DELTA, MODEL
 from seft_dist.training.trace import read_trace
 
@@ -97,7 +98,7 @@ def compare(first: Path, second: Path, *, weights: bool = True) -> Comparison:
     Raises:
         ValueError: A file cannot be read.
     """
-    manifests = read_manifest(first), read_manifest(second)
+    manifests = read_comparable(first), read_comparable(second)
     # A manifest that was copied elsewhere comes without the other files of its run.
     folders = tuple(path if path.is_dir() else path.parent if path.name == FILE else None for path in (first, second))
     one, two = manifests

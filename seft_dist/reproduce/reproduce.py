@@ -13,7 +13,6 @@ OUTPUT/1-single-1/        the first run, with which the first run on every other
 
 import dataclasses
 import datetime
-import json
 import re
 import shlex
 import signal
@@ -24,19 +23,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from seft_dist.backends.deepspeed import load_ds_config
 from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.data.chat_template import uses_date
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.files import writing
+from seft_dist.files.reading import LENIENT, read_json
 from seft_dist.io.source import open_source
+from seft_dist.reproduce.comparable import read_comparable
 from seft_dist.reproduce.compare import compare, write_comparison
 from seft_dist.session.distributed import find_ranks
-from seft_dist.training.manifest import read_manifest
 from seft_dist.training.run_folder import is_finished
 from seft_dist.training.trace import FILE as TRACE
 
@@ -223,10 +225,25 @@ def _date_options(folder: Path, train: TrainConfig) -> list[str]:
     if train.data.date is not None:
         return []
     if (folder / FILE).is_file():  # this check was begun earlier: its day is used
-        words = shlex.split(json.loads((folder / FILE).read_text())["runs"][0]["command"])
+        words = shlex.split(_read(folder)[0]["command"])
         return words[words.index("--data.date") :][:2] if "--data.date" in words else []
     dated = uses_date(load_tokenizer(train.model))
     return ["--data.date", datetime.date.today().isoformat()] if dated else []
+
+
+@with_config(LENIENT)
+class _Run(TypedDict):
+    command: str
+
+
+@with_config(LENIENT)
+class _Record(TypedDict):
+    """The entries of reproduce.json that are read again."""
+
+    runs: Annotated[list[_Run], Field(min_length=1)]
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 def all_held(outcomes: list[RunOutcome]) -> bool:
@@ -238,8 +255,7 @@ def _open_folder(folder: Path, planned: list[PlannedRun]) -> None:
     """Create the folder of a check, or make sure that one that exists holds the same check."""
     plans = [dataclasses.asdict(run) for run in planned]
     if (folder / FILE).is_file():
-        before = json.loads((folder / FILE).read_text())
-        if [run["command"] for run in before["runs"]] != [shlex.join(run.command) for run in planned]:
+        if [run["command"] for run in _read(folder)] != [shlex.join(run.command) for run in planned]:
             raise ValueError(f"{folder} holds another check: repeat that very command, or choose another output")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -271,7 +287,9 @@ def _execute(
             print_line(f"its command was\n{shlex.join(run.command)}")
             return
     outcome.status = "done"
-    final = read_manifest(output)["final"]
+    final = read_comparable(output)["final"]
+    if final is None:
+        raise ValueError(f"{output} has a result, but its manifest has no end: remove the folder, and repeat the run")
     outcome.loss, outcome.digest = final["loss"], final["digest"]
 
 
@@ -342,6 +360,11 @@ def _compare(folder: Path, outcome: RunOutcome, others: dict[str, RunOutcome]) -
     comparison = compare(folder / outcome.against, folder / outcome.name)
     write_comparison(comparison, folder / f"{outcome.name}.json")
     outcome.verdict, outcome.why, outcome.held = comparison.verdict, comparison.why, comparison.held
+
+
+def _read(folder: Path) -> list[_Run]:
+    """Read the runs of a check that was begun earlier."""
+    return read_json(folder / FILE, _RECORD)["runs"]
 
 
 def _write(folder: Path, outcomes: list[RunOutcome]) -> None:

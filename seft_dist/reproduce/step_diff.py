@@ -1,13 +1,10 @@
 """Differences between two runs in each step, from their traces or, without layers, from their metrics."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from seft_dist.sparsity.hashes import SCALE, distance
-from seft_dist.training.metrics import FILE as METRICS
 
 _KINDS = ("support", "mask", "deltas", "weights")
 _SCALARS = {"batch": "data", "lr": "learning rate", "loss": "loss", "grad_norm": "gradient norm"}
@@ -104,15 +101,6 @@ def step_differences(first: list[dict[str, Any]], second: list[dict[str, Any]]) 
     two = {line["step"]: line for line in second}
     differences = [_compare_step(line, two[line["step"]]) for line in first if line["step"] in two]
     return [difference for difference in differences if difference.values or difference.layers]
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run that has no trace. Losses are means over the steps since the line before."""
-    path = folder / METRICS
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "lr")} for line in lines]
 
 
 def _compare_step(first: dict[str, Any], second: dict[str, Any]) -> StepDifference:

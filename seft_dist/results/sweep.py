@@ -22,6 +22,7 @@ from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
 from seft_dist.files.reading import read_text
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
+    RunResult,
     flatten_options,
     list_differences,
     markdown_table,
@@ -144,8 +145,8 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if lines:
         measured |= {"step": lines[-1]["step"], "loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
-    if (run / "result.json").exists():
-        result = read_result(run / "result.json")
+    result = _read_result(run)
+    if result is not None:
         measured |= {"step": result["steps"], "seconds": result["seconds"]}
         measured |= {"loss": result["loss"]} if result["loss"] is not None else {}  # method none has no step
         measured |= {"sparsity": result["sparsity"]["final"], "off target": result["sparsity"]["layers_off_target"]}
@@ -162,8 +163,16 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
     return SweepRun(name, options if all_listed or not begun else settings, measured, made, evaluated)
 
 
+def _read_result(run: Path) -> RunResult | None:
+    """Read a run's result; an empty or damaged file, as a full disk leaves it, is none, and the run goes on."""
+    try:
+        return read_result(run / "result.json")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _status(run: Path) -> str:
-    if (run / "result.json").exists():
+    if _read_result(run) is not None:
         return "finished"
     ended = _ended_attempts(run)
     if not run.is_dir():

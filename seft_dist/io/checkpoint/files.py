@@ -59,13 +59,23 @@ def tidy(folder: Path | str, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
     steps = _numbered(folder, "step")
     for number, path in _numbered(folder, "replaced").items():
-        if number in steps and (steps[number] / MANIFEST).exists():
+        if number in steps and _is_intact(steps[number]):
             remove(path)
     checkpoints = complete(folder)
     needed = {number for path in checkpoints[-keep:] for number in _needs(path)}
     for path in checkpoints[:-keep]:
         if _number(path) not in needed:
             remove(path)
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    try:
+        manifest = read_manifest(checkpoint)
+        for rank, expected in enumerate(manifest["sha256"]):
+            verify_checksum(checkpoint / rank_file(rank, manifest["world_size"]), expected)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _needs(checkpoint: Path) -> list[int]:

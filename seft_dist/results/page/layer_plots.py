@@ -70,19 +70,27 @@ def _zeros_by_layer(layers: Layers) -> dict[int, tuple[float, float, float]]:
     return found
 
 
-def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
-    """Yield for each run where pruned positions were reactivated and where active ones were pruned.
+_TITLES = {
+    "dropped": "Deltas that were dropped for others",
+    "reactivated": "Pruned positions that were reactivated",
+    "pruned": "Active weights that were pruned",
+}
 
-    Maps of one kind have one scale of colours.
+
+def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
+    """Yield for each run where deltas moved, pruned positions were reactivated, and active ones were pruned.
+
+    Maps of one kind have one scale of colours. A kind of which nothing moved in any run has none, except deltas.
     """
     shown = [(i, run) for i, run in enumerate(runs) if run.layers.moves and run.layers.active][:MOST_MAPS]
-    reactivated = [_counts(run.layers, "reactivated") for _, run in shown]
-    pruned = [_counts(run.layers, "pruned") for _, run in shown]
+    maps = {kind: [_counts(run.layers, kind) for _, run in shown] for kind in _TITLES}
     for k, (i, run) in enumerate(shown):
         named = f", {run.label}" if len(runs) > 1 else ""
-        title = f"Pruned positions that were reactivated{named}"
-        yield _heat_map(f"reactivated-{i}", title, reactivated[k], _largest(reactivated), draws)
-        yield _heat_map(f"pruned-{i}", f"Active weights that were pruned{named}", pruned[k], _largest(pruned), draws)
+        for kind, title in _TITLES.items():
+            largest = _largest(maps[kind])
+            recorded = run.layers.source == "topology.jsonl" and bool(run.layers.trained)
+            if largest or (kind == "dropped" and recorded):
+                yield _heat_map(f"{kind}-{i}", f"{title}{named}", maps[kind][k], largest, draws)
 
 
 _Counts = dict[TargetLocation, tuple[int, int]]
@@ -94,13 +102,16 @@ def _counts(layers: Layers, kind: str) -> _Counts:
 
     Args:
         layers: The run's counts.
-        kind: "reactivated" or "pruned".
+        kind: A key of ``_TITLES``.
     """
     moves, counts = layers.moves[-1], {}
     for location, names in layers.by_location.items():
         known = [name for name in names if name in layers.active and name in moves]
         active = sum(layers.active[name] for name in known)
-        of = active if kind == "pruned" else sum(layers.numel[name] for name in known) - active
+        if kind == "dropped":
+            of = sum(layers.trained.get(name, 0) for name in known)
+        else:
+            of = active if kind == "pruned" else sum(layers.numel[name] for name in known) - active
         counts[location] = (sum(getattr(moves[name], kind) for name in known), of)
     return counts
 

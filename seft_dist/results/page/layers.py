@@ -64,6 +64,8 @@ class Layers:
     """Targets whose number of zeros has changed."""
     active: dict[str, int] = field(default_factory=dict)
     """Active positions in the pruned model."""
+    trained: dict[str, int] = field(default_factory=dict)
+    """Deltas after the last step or, of a run that is not finished, of the first support."""
     steps: list[int] = field(default_factory=list)
     """Steps at which it is known what had moved."""
     moves: list[dict[str, Moves]] = field(default_factory=list)
@@ -141,6 +143,9 @@ def read_layers(folder: Path, newest: Path | None) -> Layers:
         values |= {"numel": {name: row["numel"] for name, row in targets.items()}, "is_counted": True}
         values |= {"zeros": {name: row["zeros"] for name, row in targets.items()}}
         values |= {"off_target": [name for name, row in targets.items() if row["zeros"] != row["target"]]}
+        values |= {"trained": {name: row["trained"] for name, row in targets.items()}}
+    elif values.get("moves") and not values["since"]:
+        values |= {"trained": {name: moves.grown for name, moves in values["moves"][0].items()}}
     if "moves" not in values and (folder / "delta.safetensors").is_file() and "numel" in values:
         values |= _from_delta(folder / "delta.safetensors", values["numel"])
     return Layers(**values)
