@@ -29,8 +29,8 @@ TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
 .DELETE_ON_ERROR:
-.PHONY: help install readers oldest quickstart wheels test test-quick test-long test-oldest lint format docs \
-  clean-quickstart clean
+.PHONY: help install readers oldest quickstart wheels test test-quick test-long test-oldest test-plain lint format \
+  docs clean-quickstart clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -85,6 +85,14 @@ $(OLDEST)/.installed: setup.cfg .ci/lower_bounds.py
 
 test-oldest: oldest  ## the core of the tests there: make test-oldest OLDEST_PYTHON=python3.10 OLDEST_TORCH=torch==2.9.1
 	PATH=$(CURDIR)/$(OLDEST)/bin:$$PATH python -m pytest $(WORKERS) -m 'not slow and not long' $(CORE)
+
+# Instructions of torch's own kernels, of oneDNN, MKL and our C++ kernels
+PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE CXX="c++ -march=x86-64" \
+  TORCH_EXTENSIONS_DIR=$(CURDIR)/build/plain
+
+test-plain: $(INSTALLED)  ## the core of the tests, pruning and layouts, as on another processor: plain x86-64
+	$(PLAIN) python -m pytest $(WORKERS) -m 'not long' $(CORE) tests/test_pruning_methods.py tests/test_layouts.py \
+	  tests/test_pattern_layouts.py tests/test_vectors.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .

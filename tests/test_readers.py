@@ -10,13 +10,15 @@ import torch
 from transformers import AutoConfig
 
 import tests.preload  # noqa: F401
-from seft_dist.config import ModelConfig, PruneConfig
+from seft_dist.config import DataConfig, ModelConfig, PruneConfig, SeftConfig, TrainConfig
 from seft_dist.export.export import pack_model, write_model
 from seft_dist.io.readers import compatible_config, compatible_tokenizer_config
 from seft_dist.io.source import open_source
 from seft_dist.pruning.prune import prune_folder
+from seft_dist.training.trainer import train
 from tests.families import FAMILIES, family_folder
 from tests.readers import READERS, VERSIONS, read_by
+from tests.texts import text_jsonl
 
 FAMILIES_READ = (
     *("llama3", "deepseek_dense", "mistral", "qwen3", "gemma3", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3"),
@@ -26,7 +28,7 @@ FAMILIES_READ = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Each family pruned, and one exported, packed and unpacked."""
+    """Each family pruned; one also trained, exported, packed and unpacked."""
     root = tmp_path_factory.mktemp("folders")
     for family in FAMILIES_READ:
         dense = ModelConfig(path=str(family_folder(root / f"{family}-dense", family)))
@@ -34,7 +36,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     write_model(open_source(ModelConfig(path=str(root / "llama3"))), root / "plain", torch.bfloat16)
     pack_model(open_source(ModelConfig(path=str(root / "plain"))), root / "packed")
     write_model(open_source(ModelConfig(path=str(root / "packed"))), root / "unpacked")
-    return [root / name for name in (*FAMILIES_READ, "plain", "unpacked")]
+    text_jsonl(root / "text.jsonl")
+    config = TrainConfig(
+        model=ModelConfig(path=str(root / "llama3")),
+        data=DataConfig(path=str(root / "text.jsonl"), seq_len=16),
+        output=str(root / "run"),
+        seft=SeftConfig(density=0.05),
+        steps=2,
+        threads=1,
+    )
+    train(config)
+    return [root / name for name in (*FAMILIES_READ, "run/model", "plain", "unpacked")]
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ import pytest
 
 import tests.preload  # noqa: F401
 from seft_dist.config import TrainConfig
+from seft_dist.files.writing import PART
 from seft_dist.training import writer_lock
 from seft_dist.training.manifest import read_manifest
 from seft_dist.training.run_folder import check_run_folder, is_finished, open_run_folder
 from seft_dist.training.step_lines import StepLines, as_ranges
 from seft_dist.training.trace import read_trace
+from seft_dist.training.trainer import train
 from seft_dist.training.writer_lock import LOCK, only_writer
 from tests.runs import digests, make_config, records, run_config, run_train
 
@@ -87,6 +89,26 @@ def test_a_damaged_result_is_none(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         file.write_text(content)
     assert is_finished(tmp_path) == shell_says_finished(file) == (content == '{"steps": 3}\n')
+
+
+def test_a_full_disk_leaves_whole_records(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of steps that are done stay when they cannot be written anew, and there is no result that is cut short."""
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "trace.jsonl").write_text(lines)
+    folder, sync = tmp_path / "run", os.fsync
+
+    def full(handle: int) -> None:
+        if (tmp_path / f"trace.jsonl{PART}").exists() or (folder / f"result.json{PART}").exists():
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        StepLines(tmp_path / "trace.jsonl", 2)
+    assert (tmp_path / "trace.jsonl").read_text() == lines
+    with pytest.raises(OSError, match="No space"):
+        train(make_config(inputs, folder, steps=2, batch_size=12))
+    assert not (folder / "result.json").exists() and not is_finished(folder)
 
 
 @pytest.fixture
