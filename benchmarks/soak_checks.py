@@ -14,7 +14,8 @@ from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
 from seft_dist.training.writer_lock import LOCK
 
 LIMIT = 400.0
-"""Seconds within which all processes must end after a kill. A rank waits up to 300 seconds for a missing one."""
+"""Seconds within which all processes must end after a kill. During the start, a rank waits for a missing one as long
+as --timeout says."""
 
 LEFT_BY_KILLS = (LOCK, "diagnosis")
 """Names in a run's folder that a killed attempt may leave: its lock, and what a rank wrote whose peer was gone."""

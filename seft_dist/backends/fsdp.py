@@ -70,7 +70,7 @@ def pack_gathers(model: nn.Module) -> list[GatherSize]:
         attachment_of(unit).gather = gather  # FsdpBackend looks there
         gathers.append(gather)
     owners, _ = shard_groups(next(iter(members.values()))[0].device_mesh)
-    _agree(owners, gathers, [_most_values(of_unit, some_train=False) for of_unit in members.values()])
+    _agree_on_capacity(owners, gathers, [_most_values(of_unit, some_train=False) for of_unit in members.values()])
     sizes = []
     for gather, parameters in zip(gathers, members.values(), strict=True):
         if len({parameter.dtype for parameter in parameters}) > 1:
@@ -116,7 +116,8 @@ def _stored(shard: Tensor) -> int:
     return int(torch.count_nonzero(shard.view(torch.int16 if shard.element_size() == 2 else torch.int32)))
 
 
-def _agree(owners: Group, gathers: list[PackedAllGather], counts: list[int]) -> None:
+def _agree_on_capacity(owners: Group, gathers: list[PackedAllGather], counts: list[int]) -> None:
+    """Give each all-gather the size of the rank with most values: all must send equally much. Collective."""
     for gather, most in zip(gathers, owners.max(torch.tensor(counts)).tolist(), strict=True):
         gather.capacity = most
 
@@ -192,7 +193,7 @@ class FsdpBackend(DenseBackend):
     def sync_mask_counts(self) -> None:
         if self._packed_units:
             counts = [unit.other_values + sum(unit.values_of.values()) for unit in self._packed_units]
-            _agree(self.owners, [unit.gather for unit in self._packed_units], counts)
+            _agree_on_capacity(self.owners, [unit.gather for unit in self._packed_units], counts)
 
     def _weight(self, i: int) -> DTensor:
         weight = self.holders[i].weight

@@ -138,6 +138,7 @@ class SeftConfig:
         )
 
     def _check_window_store(self) -> None:
+        """Refuse criteria that need more of the gradient than the store of the window keeps."""
         if self.window_store not in ("candidates", "factored"):
             return
         store = f"window_store={self.window_store}"

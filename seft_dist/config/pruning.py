@@ -92,6 +92,7 @@ class PruneConfig:
         )
 
     def _check_choices(self) -> None:
+        """Refuse options that the method of pruning does not have."""
         if self.method in ("mask", "none"):
             choices = (self.sparsity, self.pattern, self.group, self.layer_ratios)
             check(

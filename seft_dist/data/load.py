@@ -130,6 +130,7 @@ def _announce(name: str, source: str) -> None:
 def _text_blocks(
     records: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
 ) -> PackedBlocks:
+    """Tokenize text, as documents or as one text, and cut it into blocks; warn of what looks like a mistake."""
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
     if config.join != "documents":
 

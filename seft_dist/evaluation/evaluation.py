@@ -93,6 +93,7 @@ def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool =
 def _evaluate_one(
     name: str, path: str, source: Source, tasks: Any, config: EvaluateConfig, ranks: Ranks, show: bool
 ) -> Evaluation:
+    """Load one model, measure its perplexity, tasks and zeros as configured, and free it. Collective."""
     begin = time.monotonic()
     group = world_group()
     tokenizer = on_all_ranks(ranks, lambda: load_tokenizer(ModelConfig(path=path)))

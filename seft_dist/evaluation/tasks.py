@@ -78,6 +78,7 @@ class RankedLM(HFLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Any]:
+        """Score continuations, each rank its share of the requests. Collective."""
         quiet = disable_tqdm or self._group.rank > 0
         ask = super()._loglikelihood_tokens
         return self._distribute(requests, lambda own: ask(own, disable_tqdm=quiet, override_bs=override_bs))

@@ -112,6 +112,7 @@ def _public_data(data: dict[str, Any]) -> str:
 
 
 def _method(records: _Records, base: str) -> str:
+    """Write the card's section about pruning and the method."""
     lines = ["## Method", ""]
     if records.pruning:
         dense = _public(str(records.pruning.get("model", {}).get("path", ""))) or "a dense model"
@@ -170,6 +171,7 @@ def _zeros(counts: list[ZeroCount]) -> str:
 
 
 def _recipe(records: _Records) -> str:
+    """Write the card's table of settings; empty if the run is not known."""
     if not records.config:
         return ""
     config, result = records.config, records.result
@@ -201,6 +203,7 @@ def _recipe(records: _Records) -> str:
 
 
 def _results(records: _Records) -> str:
+    """Write the card's tables of what was measured; empty if the run is not known."""
     if not records.config:
         return ""
     lines = ["## Results", ""]

@@ -68,6 +68,7 @@ def unpack_gguf(gguf: Path, folder: Path, dtype: torch.dtype, max_bytes: int = M
 
 
 def _unpack(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a quantized or compressed checkpoint as plain weights."""
     read_settings(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -290,6 +290,7 @@ def _version(form: str | None, path: Path) -> int:
 
 
 def _check_tensors(version: int, dtype: torch.dtype, targets: list[str], tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that no delta file of this version holds: names, types, lengths, order of positions."""
     value_type = dtype if version == 1 else _BITS[dtype.itemsize]
     ending = "_values" if version == 1 else "_xor"
     left = set(tensors)

@@ -178,6 +178,7 @@ class PackedFiles(Weights):
         return _decode(parts[".mask"], parts[".values"], info.numel)[start:stop]
 
     def _open(self, file: Path) -> None:
+        """Open one packed file, and enter its tensors once their names, types and lengths fit."""
         try:
             handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:

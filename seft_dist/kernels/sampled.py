@@ -115,6 +115,7 @@ def _cpp(
     accumulate: bool,
     bounds: Bounds = None,
 ) -> None:
+    """Sample with the C++ kernel, after checking everything that it would read or write outside of."""
     functions = library()
     assert functions is not None
     function = functions.sampled_f32

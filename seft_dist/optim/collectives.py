@@ -49,6 +49,10 @@ def select(
 
 
 def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]) -> list[Tensor]:
+    """Find each problem's threshold digit by digit, from summed histograms of the keys. Collective.
+
+    Ranks send counts only, whose number does not depend on the number of candidates. Arguments are those of ``select``.
+    """
     counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
     for layer, problem in enumerate(problems):
         counts[problem] += first_histogram(keys(layer)).cpu()
@@ -57,8 +61,8 @@ def _select_radix(group: Group, keys: Callable[[int], Tensor], problems: list[in
     # From here on only those above the first digit's bin matter, and the keys are computed once more for them.
     indices, kept = [], []
     for layer, problem in enumerate(problems):
-        those, key = survivors(keys(layer), int(prefixes[problem]))
-        indices.append(those)
+        surviving, key = survivors(keys(layer), int(prefixes[problem]))
+        indices.append(surviving)
         kept.append(key)
     for digit, (_, bits) in list(enumerate(DIGITS))[1:]:
         counts.zero_()
@@ -93,13 +97,18 @@ def _share_ties(ties: Tensor, rank: int, problems: list[int], left: list[int]) -
 
 
 def _select_gather(group: Group, keys: Callable[[int], Tensor], problems: list[int], wanted: list[int]) -> list[Tensor]:
+    """Gather each rank's best keys, as many as are wanted in all, and rank them on every rank. Collective.
+
+    Cheaper than histograms where few are wanted. Arguments are those of ``select``.
+    """
     own = [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
     own_keys = torch.cat([keys(layer)[indices] for layer, indices in enumerate(own)])
     lengths = group.stack(torch.tensor([indices.numel() for indices in own])).tolist()
     pieces = [rank_keys.cpu().split(lengths[rank]) for rank, rank_keys in enumerate(group.gather(own_keys))]
     selected: list[Tensor] = [indices[:0] for indices in own]
     for problem, count in enumerate(wanted):
-        layers = [layer for layer, of in enumerate(problems) if of == problem]
+        layers = [layer for layer, its_problem in enumerate(problems) if its_problem == problem]
+        # Layers first, then ranks: positions in ascending order, so that a stable sort breaks ties as one rank would.
         order = [(layer, rank) for layer in layers for rank in range(group.size)]
         candidates = torch.cat([pieces[rank][layer] for layer, rank in order])
         is_chosen = torch.zeros(candidates.numel(), dtype=torch.bool)

@@ -124,6 +124,12 @@ class Evolution:
         return result
 
     def _verify(self) -> tuple[str, list[list[int]], list[int]]:
+        """Check the promises about masks and supports, and count what has moved. Collective.
+
+        Returns:
+            The digest of the topology; for each target how many positions were dropped, grown, reactivated and pruned;
+            and what was decided about trials.
+        """
         work = self.work
         digest = work.state.verify(work.backend, work.config)
         moved = zip(work.dropped, work.grown, work.reactivated, work.pruned, strict=True)

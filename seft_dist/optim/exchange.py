@@ -130,6 +130,8 @@ class Exchange:
                 self._waits_for[bucket] = -1
 
     def _recorder(self, i: int) -> Callable[[], None]:
+        """Make what slot i calls after each record: it sends every bucket that is complete. Collective when it does."""
+
         def recorded() -> None:
             self._seen[i] += 1
             if not self._overlaps:

@@ -333,7 +333,11 @@ class SeftOptimizer(TorchInterface):
         self._grad_norm = check.norm
         scale, group = check.clipping_factor(self.max_grad_norm), self.param_groups[0]
         rule = AdamW(
-            *(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], self.config.decay == "weight"),
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decay_weight=self.config.decay == "weight",
             oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
         )
         least = least_size(self.backend.dtypes[0])

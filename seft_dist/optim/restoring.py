@@ -112,6 +112,7 @@ def _check_trial(parts: Mapping[str, Tensor | None], indices: Tensor, limits: Li
 
 
 def _check_window(parts: Mapping[str, Tensor | None], indices: Tensor, limits: Limits) -> None:
+    """Refuse a window that the steps done could not have left."""
     needs, (rows, columns) = Needs.of(limits.config), limits.shape
     window = limits.config.window
     limits.expect(0 <= limits.window_steps <= window, f"a window of {limits.window_steps} steps", f"at most {window}")

@@ -198,6 +198,7 @@ class Window:
         return len(self._backend.interval(self._i))
 
     def _accumulate_momentum(self, step: Tensor) -> None:
+        """Add a step's dense gradient to the second moments of rows and columns. Collective."""
         (rows, cols), start = self._backend.shapes[self._i], self._backend.interval(self._i).start
         if self.rows is None or self.cols is None:
             self.rows = torch.zeros(rows, dtype=torch.float32, device=step.device)

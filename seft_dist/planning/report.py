@@ -162,6 +162,7 @@ def to_json(plan: ClusterPlan) -> str:
 
 
 def _estimate(plan: ClusterPlan, estimate: Estimate) -> dict[str, Any]:
+    """Convert an estimate to plain dicts, for JSON."""
     layout, memory, time = estimate.layout, estimate.memory, estimate.time
 
     def sent(rows: list[Traffic]) -> list[dict[str, Any]]:

@@ -146,6 +146,7 @@ class Pruner:
             yield from ((name, linear.as_rows()) for name, linear in self._inside(layer_name).items())
 
     def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
+        """Prune the weights with the smallest product of size and input norm, row by row. Collective."""
         norms = {name: InputNorm(linear) for name, linear in linears.items()}
         run()
         for name, linear in linears.items():
@@ -159,6 +160,7 @@ class Pruner:
             linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
 
     def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
+        """Prune column block by column block, and make up for it in the columns that follow. Collective."""
         experts = {name: ExpertHessians(t) for name, t in linears.items() if isinstance(t, ExpertWeight)}
         hessians = Hessians({name: target for name, target in linears.items() if name not in experts})
         run()

@@ -14,11 +14,11 @@ def watch_inputs(target: Target, watcher: Callable[[Tensor, list[int]], None]) -
 
     Args:
         target: The weight that the inputs are multiplied with.
-        watcher: Gets the tokens [T, in], sorted by expert, and where each expert's tokens end. For a weight without
-            experts, all tokens are those of one expert.
+        watcher: Called with the tokens [T, in], sorted by expert, and where each expert's tokens end. For a weight
+            without experts, all tokens are those of one expert.
 
     Returns:
-        A function that ends it.
+        Function that stops the watching.
     """
     if isinstance(target, ExpertWeight):
         return _watch_experts(target, watcher)
@@ -32,6 +32,7 @@ def watch_inputs(target: Target, watcher: Callable[[Tensor, list[int]], None]) -
 
 
 def _watch_experts(target: ExpertWeight, watcher: Callable[[Tensor, list[int]], None]) -> Callable[[], None]:
+    # Experts are no submodules, so that no hook sees their inputs: the whole forward method is replaced.
     module = target.module
     watchers = attachment_of(module).watchers
     watchers[target.key] = watcher

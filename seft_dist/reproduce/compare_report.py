@@ -59,6 +59,7 @@ def _list(differences: list[ConditionDifference]) -> str:
 
 
 def _step_table(differences: list[StepDifference]) -> Table:
+    """Make the table of the steps that differ; steps in between are left out by "..."."""
     table = Table(title="Steps that differ", box=SIMPLE, padding=0)
     for name in ("step", "inputs", "loss", "off by", "layers", "deltas off by", "support", "mask"):
         table.add_column(name, justify="left" if name == "inputs" else "right", no_wrap=True)
@@ -97,6 +98,7 @@ def _positions(counts: list[int | None]) -> str:
 
 
 def _print_weights(comparison: Comparison, console: Console) -> None:
+    """Print which exported tensors differ, the largest difference first."""
     assert comparison.weights is not None
     changed = sorted((row for row in comparison.weights if row.different), key=lambda row: -row.largest)
     if not changed:

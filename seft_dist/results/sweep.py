@@ -65,7 +65,7 @@ class SweepRun:
 
     @property
     def finished(self) -> bool:
-        """The run has a result."""
+        """True if the run has a result."""
         return bool(self.measured["status"] == "finished")
 
 

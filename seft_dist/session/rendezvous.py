@@ -80,6 +80,7 @@ def wait_for_ranks(rendezvous: Rendezvous, seconds: float, notice: float = _FIRS
 
 
 def _open_store(rendezvous: Rendezvous, seconds: float) -> dist.Store:
+    """Open the store on rank 0, or connect to it. Blocks for at most ``seconds``."""
     rank, limit = rendezvous.rank, timedelta(seconds=seconds)
     try:
         return dist.TCPStore(
@@ -103,6 +104,7 @@ def _open_store(rendezvous: Rendezvous, seconds: float) -> dist.Store:
 
 
 def _wait_for_all(store: dist.Store, rendezvous: Rendezvous, seconds: float, end: float, notice: float) -> None:
+    """Wait until every rank has come; say from time to time which have not."""
     has_notified = False
     while True:
         left = end - time.monotonic()

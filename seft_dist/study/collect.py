@@ -65,6 +65,7 @@ def _final_cells(state: State, method: StudyMethod) -> list[Cell]:
 
 
 def _run_row(state: State, cell: Cell) -> RunRow:
+    """Collect one cell's results; what is not measured yet is None."""
     plan = state.plan
     test, forgetting = (state.measured(cell, part) if part in plan.measures else None for part in (TEST, FORGETTING))
     run = plan.run_folder(cell)
@@ -104,6 +105,7 @@ def _status(state: State, cell: Cell, part: str) -> str:
 
 
 def _row(plan: Plan, method: StudyMethod, runs: list[RunRow], reference: list[RunRow], survey: Survey) -> Row:
+    """Sum up a method's seeds, and pair them with those of the reference."""
     done = [run for run in runs if run["status"] == "finished"]
     steps = [run["seconds"] / run["steps"] for run in done if run["seconds"] is not None and run["steps"]]
     chosen = survey.chosen.get(method.name)
@@ -154,6 +156,7 @@ def _versus(runs: Sequence[RunRow], reference: Sequence[RunRow]) -> Difference |
 
 
 def _search(state: State, method: StudyMethod) -> Search:
+    """Collect what was tried for a method, and what was chosen by validation."""
     is_known, setting = state.choice(method)
     tried = []
     for one, cell in zip(method.settings, state.plan.search_cells(method), strict=bool(method.is_searched)):

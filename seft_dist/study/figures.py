@@ -89,6 +89,7 @@ def _x_position(row: Row, name: str) -> float:
 
 
 def _quality(results: Results, name: str, axes: "Axes") -> bool:
+    """Draw test perplexity against a cost; False if there is nothing to draw."""
     trained = [
         row for row in results["rows"] if row["test"] and row["tokens"] and not math.isnan(_x_position(row, name))
     ]
@@ -126,6 +127,7 @@ def _quality(results: Results, name: str, axes: "Axes") -> bool:
 
 
 def _curves(results: Results, folder: Path, axes: "Axes") -> bool:
+    """Draw mean training losses over seeds, with bands; False if there is nothing to draw."""
     looks, drawn = _looks(results), False
     for row in results["rows"]:
         curves = list(_losses(results, row["method"], folder))

@@ -44,6 +44,7 @@ def sections(results: Results) -> Iterator[Section]:
 
 
 def _quality(results: Results) -> Section:
+    """Make the table of perplexities, differences, forgetting and tasks."""
     rows = results["rows"]
     tasks = dict.fromkeys(name for row in rows for name in row["tasks"] if _is_main(name, results))
     forgets = any(row["forgetting"] for row in rows)
@@ -80,6 +81,7 @@ def _is_main(name: str, results: Results) -> bool:
 
 
 def _cost(results: Results) -> Section:
+    """Make the table of sizes, memory and seconds."""
     head = ["method", "trainable", "zeros", "off target", "peak memory", "s/step", "seconds", "steps", "tokens"]
     table = [
         [

@@ -10,7 +10,8 @@ A line of metrics.jsonl, one for each logged step (and for each step with an evo
                                                "adapt": {...}, "commit": {...}, "verify": {...}}, "digest": "..."},
      "validation": {"loss": 3.2, "perplexity": 24.5, "tokens": 9709, "seconds": 3.1}}
 
-loss is the mean over ranks and over the steps since the line before; tokens are all ranks' since the run's start.
+loss is the mean over all learnt tokens of a step, and over the steps since the line before; tokens are all ranks' since
+the run's start.
 tokens_per_second leaves out the time of evaluations.
 """
 
@@ -121,7 +122,7 @@ class Metrics:
 
         Args:
             step: Counted from 1.
-            loss: Mean over the ranks.
+            loss: Mean over all tokens of the step that are learnt.
             tokens: Number of tokens of this step, over all ranks.
             lr: Learning rate of this step.
             grad_norm: Global norm before clipping.
@@ -146,6 +147,7 @@ class Metrics:
     def _record(
         self, step: int, lr: float, grad_norm: float, evolution: EvolutionReport | None, validation: Evaluated | None
     ) -> None:
+        """Write the line of a logged step to the file, the trackers and the progress bar."""
         now = time.perf_counter()
         seconds = now - self._last_time - (validation.seconds if validation is not None else 0.0)
         speed = (self.tokens - self._last_tokens) / max(seconds, 1e-9)
@@ -207,12 +209,12 @@ def _warn_of_missing_lines(config: TrainConfig, lines: StepLines, done: int, rec
         done: Number of steps done.
         records: Number of lines that there were when the checkpoint was saved; None if it does not say.
     """
-    wanted = {step for step in range(1, done + 1) if step % config.log_every == 0} - set(lines.steps)
-    count = len(wanted) if records is None else records - len(lines.steps)
+    missing = {step for step in range(1, done + 1) if step % config.log_every == 0} - set(lines.steps)
+    count = len(missing) if records is None else records - len(lines.steps)
     if lines.put_aside is not None:
         print_line(f"{Path(config.output) / FILE} had lines that cannot be read: it is now {lines.put_aside.name}")
     if count > 0:
-        named = f", among them those of steps {as_ranges(wanted)}" if wanted else ""
+        named = f", among them those of steps {as_ranges(missing)}" if missing else ""
         print_line(
             f"{Path(config.output) / FILE} lacks {count} records of the steps up to {done}{named}; the run itself has "
             "them"

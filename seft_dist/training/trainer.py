@@ -106,6 +106,13 @@ def train(config: TrainConfig, request: StopRequest | None = None) -> Finished |
 
 
 def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished | Stopped:
+    """Check everything that can be checked before a model is loaded; then build, resume, train and export. Collective.
+
+    Args:
+        config: The run, as it was given.
+        ranks: This process.
+        request: Tells whether a signal asks for a stop.
+    """
     on_all_ranks(ranks, lambda: check_run_folder(config) if ranks.is_main else None)
     on_all_ranks(ranks, lambda: check_trackers(config))
     given = config.with_method_settings()

@@ -100,6 +100,7 @@ def cost_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def _costs(run: RunRecord) -> dict[str, str]:
+    """Collect what a run took, as text by its name; what is not known is left out."""
     last: dict[str, Any] = run.lines[-1] if run.lines else {}
     seconds = number(run.result, "seconds") or number(last, "seconds")
     tokens = whole(run.result, "tokens") or whole(last, "tokens")

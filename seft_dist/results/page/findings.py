@@ -57,6 +57,7 @@ def _errors(run: RunRecord) -> list[str]:
 
 
 def _losses(run: RunRecord) -> list[str]:
+    """Find losses that are not finite or rise, and gradients that are all 0."""
     texts = []
     bad = [line["step"] for line in run.lines if not math.isfinite(number(line, "loss") or 0.0)]
     if bad:

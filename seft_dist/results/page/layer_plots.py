@@ -155,6 +155,7 @@ def _where(location: TargetLocation) -> str:
 
 
 def _draw_map(axes: "Axes", shares: dict[TargetLocation, float], modules: list[str], largest: float) -> None:
+    """Draw one coloured cell for each layer and module, with a scale above."""
     plt = load_pyplot("figures")
     rows = sorted({-1 if location.layer is None else location.layer for location in shares})
     short = _short_names(modules)

@@ -96,6 +96,7 @@ def training_figures(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]
 
 
 def _loss(runs: Sequence[RunRecord], draws: bool) -> Figure:
+    """Draw the training loss and, of a single run, its validation loss and evolutions."""
     title, alone = "Training loss", len(runs) == 1
     has_validation = alone and bool(runs[0].series(VALIDATION)[0])
     legend = keys_of(runs)

@@ -171,6 +171,7 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, label: str) -> RunRecord:
+    """Read whatever a folder holds; what cannot be read becomes a problem of the record, not an error."""
     problems: list[str] = []
 
     def attempt(act: Callable[[Path], T], name: str, otherwise: T) -> T:

@@ -33,7 +33,7 @@ class Section:
     """A part of the page with a heading."""
 
     name: str
-    """Its id."""
+    """Id of the section in the page."""
     title: str
     intro: str
     figures: Sequence[Figure] = ()
@@ -126,7 +126,7 @@ def render(runs: Sequence[RunRecord], *, draws: bool = True) -> str:
 
 def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
     """Make the sections that have figures, in the page's order."""
-    some = "no run has recorded it" if len(runs) > 1 else "the run has not recorded it"
+    unrecorded = "no run has recorded it" if len(runs) > 1 else "the run has not recorded it"
     maps = list(heat_maps(runs, draws))
     intro = (
         "Shares since the run began. A position counts each time it moves. "
@@ -136,7 +136,9 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
     if sum(bool(run.layers.moves) for run in runs) > MOST_MAPS:
         intro += f"Maps of the first {MOST_MAPS} runs; the page of a single run has its own. "
     sections = [
-        Section("training", "How it trained", "", list(training_figures(runs, draws)), absent=f"No loss: {some}."),
+        Section(
+            "training", "How it trained", "", list(training_figures(runs, draws)), absent=f"No loss: {unrecorded}."
+        ),
         Section(
             "perplexity",
             "Quality",
@@ -150,7 +152,7 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
             "Zeros by layer",
             "Shares of zeros in the trained weights of each decoder layer; SEFT keeps the number of each target.",
             _some([sparsity_figure(runs, draws)]),
-            absent=f"No numbers by layer: {some}.",
+            absent=f"No numbers by layer: {unrecorded}.",
         ),
         Section(
             "topology",
@@ -172,13 +174,13 @@ def sections_of(runs: Sequence[RunRecord], draws: bool) -> list[Section]:
             "",
             _some([speed_figure(runs, draws), phases_figure(runs, draws)]),
             [cost_table(runs)],
-            absent=f"No costs: {some}.",
+            absent=f"No costs: {unrecorded}.",
         ),
     ]
-    return sections if len(runs) > 1 else [_without_runs(section) for section in sections]
+    return sections if len(runs) > 1 else [_drop_run_column(section) for section in sections]
 
 
-def _without_runs(section: Section) -> Section:
+def _drop_run_column(section: Section) -> Section:
     """Leave the column of the run out of the tables of a page about one run."""
 
     def without(table: Table) -> Table:

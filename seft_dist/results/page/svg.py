@@ -134,14 +134,14 @@ def draw_svg(
 
 
 def _as_element(svg: bytes, name: str, title: str, alt: str, tips: Sequence[str]) -> Markup:
-    """Make an SVG file an element: own ids, the page's colours and fonts, texts for those who cannot see it."""
+    """Turn a drawing into an inline element: unique ids, the page's colours and fonts, texts for screen readers."""
     ET.register_namespace("", _SVG)
     root = ET.fromstring(svg)
     # The style sheet among the definitions would hold for the whole page
     for unused in [child for child in root if child.find(f"{{{_SVG}}}style") is not None or "metadata" in child.tag]:
         root.remove(unused)
     for element in root.iter():
-        _adapt(element, name, tips)
+        _restyle(element, name, tips)
         element.text, element.tail = ((text or "").strip() or None for text in (element.text, element.tail))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
@@ -153,7 +153,7 @@ def _as_element(svg: bytes, name: str, title: str, alt: str, tips: Sequence[str]
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _adapt(element: ET.Element, name: str, tips: Sequence[str]) -> None:
+def _restyle(element: ET.Element, name: str, tips: Sequence[str]) -> None:
     """Give one element its final id, references, style, class and tip."""
     own = element.attrib.pop("id", None)
     if own is not None:
@@ -188,7 +188,7 @@ def _font_size(match: re.Match[str]) -> str:
 
 
 def printable(text: object, most: int = 300) -> str:
-    """Make text that XML can hold and that no line of a page bursts from.
+    """Make text that XML can hold, short enough not to overflow a line of the page.
 
     Args:
         text: Anything, such as a name from a file.
