@@ -228,3 +228,19 @@ def test_fingerprints_of_text_and_tokenizer(tokenizers: Any, folders: Any, tmp_p
         prints[0] == prints[1] != prints[2]
     )  # of the vocabulary; what is added to text is told by the hash of the tokens
     assert tokenizer_fingerprint(load_tokenizer(ModelConfig(path=str(folders["plain"])))) == prints[0]
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_messages_in_a_prompt_are_not_their_text(
+    column: str, tokenizers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files and in data sets of the hub, whose columns keep the types that they have there."""
+    record: dict[str, Any] = {"prompt": "a question", "completion": "an answer"}
+    record[column] = [{"role": "user", "content": "a question"}]
+    path = str(write_jsonl(tmp_path / "a.jsonl", [record]))
+    with pytest.raises(ValueError, match=f"its '{column}' is no text but list"):
+        load_source(DataConfig(path=path, seq_len=16), tokenizers["plain"])
+    hub = datasets.Dataset.from_list([record])
+    monkeypatch.setattr("seft_dist.data.records._read_hub", lambda config: hub)
+    with pytest.raises(ValueError, match=r"some/dataset, record 0: .* is no text but list.* in a column messages"):
+        load_source(DataConfig(path="some/dataset", seq_len=16), tokenizers["plain"])

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import tests.preload  # noqa: F401
+from seft_dist.commands import report as report_command
 from seft_dist.config import SeftConfig
 from seft_dist.results.page.findings import findings_of, missing_of
 from seft_dist.results.page.layers import TargetLocation
@@ -385,3 +386,12 @@ def test_a_browser_shows_it_without_complaint(trained: Path, tmp_path: Path) -> 
         browser.ask("document.querySelector('.show-1').click()")
         assert browser.ask(hidden) == "none"
         assert browser.complaints == []
+
+
+def test_a_misspelled_option_gets_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["seft report", "runs/a", "--outptu", "a.html"])
+    with pytest.raises(SystemExit) as ended:
+        report_command.main()
+    assert ended.value.code == 2 and "Did you mean --output" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_trackers_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="trackers=tensorbord: needs names out of tensorboard, wandb, mlflow, trackio"):
         parse(TrainConfig, [*TRAIN, "--trackers", "tensorbord"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name != "tensorboard" else name)
-    with pytest.raises(ValueError, match=r"trackers=wandb,mlflow not installed: `pip install wandb mlflow`"):
+    with pytest.raises(ValueError, match=r"wandb,mlflow not installed: `pip install wandb mlflow`, .*\[trackers\]"):
         check_trackers(parse(TrainConfig, [*TRAIN, "--trackers", "wandb,tensorboard,mlflow"]))
 
 
@@ -107,6 +107,7 @@ class Wandb(types.ModuleType):
         super().__init__("wandb")
         self.inits: list[dict[str, Any]] = []
         self.logged: list[int] = []
+        self.values: dict[str, Any] = {}
         self.config = types.SimpleNamespace(update=lambda *_, **__: None)
         self.fails = False
 
@@ -120,6 +121,7 @@ class Wandb(types.ModuleType):
         if self.fails:
             raise ConnectionError("no server")
         self.logged.append(step)
+        self.values |= values
 
 
 def test_a_run_that_goes_on_continues_its_wandb_run(
@@ -131,12 +133,13 @@ def test_a_run_that_goes_on_continues_its_wandb_run(
     config = make_config(inputs, tmp_path, trackers="wandb", project="pruned", run_name="first try")
     for done in (0, 5):
         each = Trackers(config, done, said.append)
-        each.log({"step": done + 1, "loss": 1.0}, done + 1)
+        each.log({"step": done + 1, "loss": 1.0, "validation": {"loss": 2.0}}, done + 1)
         each.close()
     first, second = wandb.inits
     assert first["project"] == "pruned" and first["name"] == "first try" and first["resume"] == "allow"
     assert first["id"] == second["id"] == json.loads((tmp_path / "trackers.json").read_text())["wandb"]
     assert wandb.logged == [1, 6] and not said
+    assert wandb.values == {"loss": 1.0, "validation.loss": 2.0}
 
     each = Trackers(config, 5, said.append)
     wandb.fails = True

@@ -15,11 +15,8 @@ docs/report.md explains how to read them.
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from seft_dist.session.cli import run
+from seft_dist.session.cli import Parser, run
 from seft_dist.session.extras import require
-from seft_dist.session.help_format import HelpFormatter
 
 
 def main() -> None:
@@ -28,7 +25,7 @@ def main() -> None:
 
 
 def _report() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that seft train wrote (its --output)")
     parser.add_argument(
         "--output", help="file for the page; without it RUN/report.html, and ./report.html for several runs"

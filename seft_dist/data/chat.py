@@ -57,9 +57,15 @@ def instruction_messages(prompt: Any, inner: Any, answer: Any, where: str) -> li
         where: File and line of the record, for error messages.
 
     Raises:
-        ValueError: The prompt is missing.
+        ValueError: The prompt is missing, or a value is no text, such as a list of messages.
         SkipError: The answer is missing.
     """
+    for value in (prompt, inner, answer):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(
+                f"{where}: a prompt, input or answer is no text but {type(value).__name__}: needs text. If prompt and "
+                "completion are lists of messages, join them to one list in a column messages"
+            )
     if prompt is None or prompt == "":
         raise ValueError(f"{where} has an empty prompt: needs text in data.prompt_field")
     if answer is None or not str(answer).strip():

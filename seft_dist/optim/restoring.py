@@ -195,8 +195,14 @@ def check_layers(
     for i, layer in enumerate(layers):
         steps = 0 if layer.window is None else layer.window.num_steps
         limits = Limits(
-            *(layer.name, backend.shapes[i], backend.interval(i), backend.dtypes[i], backend.position_dtype),
-            *(config, num_steps, steps),
+            name=layer.name,
+            shape=backend.shapes[i],
+            interval=backend.interval(i),
+            dtype=backend.dtypes[i],
+            positions=backend.position_dtype,
+            config=config,
+            steps=num_steps,
+            window_steps=steps,
         )
         limits.expect(layer.interval == backend.interval(i), f"{layer.interval}", f"{backend.interval(i)}")
         limits.expect(tuple(layer.shape) == backend.shapes[i], f"shape {layer.shape}", f"{backend.shapes[i]}")

@@ -108,22 +108,22 @@ def call(components: Any, description: str | None, argv: Sequence[str] | None = 
         argv: The arguments; None: those of the process.
         options: Further arguments of ``jsonargparse.auto_cli``.
     """
-    auto_cli(components, None if argv is None else list(argv), parser_class=_Parser, description=description, **options)
+    auto_cli(components, None if argv is None else list(argv), parser_class=Parser, description=description, **options)
 
 
 @functools.cache
-def _raising_parser(config_class: type) -> "_Parser":
+def _raising_parser(config_class: type) -> "Parser":
     """Make the parser of a configuration once: that takes longer than all it reads."""
     parser = _parser(config_class, None)
     parser.raises = True
     return parser
 
 
-def _parser(config_class: type, description: str | None) -> "_Parser":
+def _parser(config_class: type, description: str | None) -> "Parser":
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", _load_yaml, (yaml.YAMLError,))
     usage = "%(prog)s [--config FILE] [options]"
-    parser = _Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
+    parser = Parser(description=description, usage=usage, print_config=None, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action=_ConfigFile,
@@ -208,7 +208,7 @@ def _empty_sections(parser: Any, path: str) -> list[str]:
     return [name for name, value in given.items() if value is None and name in parser.sections]
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
     """A parser that prints one line on an error, and the fields of optional groups in the help."""
 
     raises = False

@@ -19,15 +19,9 @@ from typing import Any
 from seft_dist.config import TrainConfig
 from seft_dist.files.reading import read_json
 from seft_dist.files.writing import put_aside, write_json
+from seft_dist.session.extras import install_line
 
 FILE = "trackers.json"
-_PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
-    "trackio": ("trackio", "trackio"),
-}
-"""Module and package on PyPI of each tracker."""
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -36,10 +30,12 @@ def check_trackers(config: TrainConfig) -> None:
     Raises:
         ValueError: Names them, and the command that installs them.
     """
-    names = [name for name in config.tracker_names if importlib.util.find_spec(_PACKAGES[name][0]) is None]
+    names = [name for name in config.tracker_names if importlib.util.find_spec(name) is None]
     if names:
-        packages = " ".join(_PACKAGES[name][1] for name in names)
-        raise ValueError(f"trackers={','.join(names)} not installed: `pip install {packages}`, or leave it out")
+        raise ValueError(
+            f"trackers={','.join(names)} not installed: `pip install {' '.join(names)}`, or all trackers by "
+            f"`{install_line(names[0])}`, or leave it out"
+        )
 
 
 class Trackers:
