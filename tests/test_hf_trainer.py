@@ -23,9 +23,11 @@ OFFLOAD: dict[str, Any] = {
 LAYOUTS = ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"]
 
 
-def _own_loop() -> dict[str, Any]:
+def _own_loop(bf16: bool = False, gradient_checkpointing: bool = False) -> dict[str, Any]:
     """Train as tests/hf_trainers.py's Trainer does, in its order of data, without it."""
-    model = prune_(tiny_llama())
+    model: Any = prune_(tiny_llama())
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     seft = SeftOptimizer(model, moving(density=0.05, interval=4, window=2, steps=STEPS), lr=LR, max_grad_norm=0.5)
     losses, norms = [], []
     for t in range(STEPS):
@@ -35,7 +37,8 @@ def _own_loop() -> dict[str, Any]:
         parts = [{key: value[begin : begin + 2] for key, value in rows.items()} for begin in (0, 2)]
         mean = 0.0
         for part in parts:
-            loss = model(**part).loss / 2
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(**part).loss / 2
             loss.backward()
             mean += loss.item()
         seft.step()
@@ -58,6 +61,25 @@ def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
     for name, layer in resumed["state"].items():
         for key in ("mask", "support", "values", "weight"):
             assert torch.equal(layer[key], whole["state"][name][key]), (name, key)
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
+def test_precision_and_checkpointing_of_trainer_are_those_of_a_loop(options: dict[str, bool], tmp_path: Path) -> None:
+    whole, own = train(0, 1, "single", tmp_path, save_strategy="no", **options), _own_loop(**options)
+    assert whole["losses"] == pytest.approx(own["losses"], abs=1e-5)
+    assert whole["norms"] == pytest.approx(own["norms"], rel=1e-4)
+    assert same_topology(whole["state"], own["state"])
+    usual = _own_loop()["losses"]
+    assert (whole["losses"] == pytest.approx(usual, abs=1e-5)) == ("bf16" not in options)
+
+
+def test_sft_trainer_evaluates_resumes_and_goes_back(tmp_path: Path) -> None:
+    whole = train(0, 1, "single", tmp_path, sft=True)
+    resumed = train(0, 1, "single", tmp_path, tmp_path / "checkpoint-6", sft=True)
+    assert resumed["losses"] == whole["losses"] and same_topology(whole["state"], resumed["state"])
+    assert all(torch.equal(layer["weight"], whole["state"][name]["weight"]) for name, layer in resumed["state"].items())
+    best = train(0, 1, "single", tmp_path / "best", sft=True, **(BEST | {"metric_for_best_model": "eval_loss"}))
+    assert best["steps"] == int(best["best"].rpartition("-")[2]) < STEPS
 
 
 BEST: dict[str, Any] = {
