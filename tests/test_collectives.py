@@ -12,6 +12,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # Of torch.distributed; what only sends to or receives from one rank is not among them
 OPERATIONS = re.compile(r"all_\w+|broadcast\w*|barrier|monitored_barrier|reduce\w*|gather\w*|scatter\w*")
+# Of ``seft_dist.backends.group.Group``, by the names that its objects have everywhere
+GROUPS = re.compile(
+    r"(?:^|[._])(?:owners|replicas|group)\.(?:sum|max|stack|gather|(?:start_)?sum_to_owners|gather_objects)$"
+)
 TAG = re.compile(r"\bCollective\b")
 # "Collective if sharded", "Collective for replicated weights": a caller may know that it is not so
 ALWAYS = re.compile(r"\bCollective[.:;,]")
@@ -69,6 +73,15 @@ def test_who_calls_a_collective_of_torch_says_so(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_who_calls_a_method_of_a_group_says_so(path: Path) -> None:
+    for function in functions(TREES[path]):
+        for name, _ in calls(function):
+            assert not GROUPS.search(name) or documented(function, TAG, TREES[path]), (
+                f"{module_of(path)}.{function.name} calls {name}: say Collective"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_public_functions_that_call_a_collective_of_ours_say_so(path: Path) -> None:
     names = imported(TREES[path])
     for function in functions(TREES[path]):
@@ -83,6 +96,9 @@ def test_public_functions_that_call_a_collective_of_ours_say_so(path: Path) -> N
 
 def test_there_are_collectives_and_one_form_of_the_tag() -> None:
     assert len(COLLECTIVES) > 20
+    assert (
+        sum(bool(GROUPS.search(name)) for tree in TREES.values() for f in functions(tree) for name, _ in calls(f)) > 50
+    )
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\*\*(Collective|Local)", text), f"{module_of(path)}: the tag is the word alone"

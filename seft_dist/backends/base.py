@@ -253,6 +253,7 @@ class DenseBackend(Backend):
         self.own(i)[pruned] = 0
 
     def put_own(self, i: int, values: Tensor, mask: Tensor) -> None:
+        """See ``Backend``. Collective for replicated weights."""
         if self.replicates:
             self.local(i).copy_(torch.cat(self.owners.gather(values)))
         else:
