@@ -191,6 +191,7 @@ class FsdpBackend(DenseBackend):
                 unit.values_of[i] = popcount(mask) + _stored(outside)
 
     def sync_mask_counts(self) -> None:
+        """See ``Backend``. Collective."""
         if self._packed_units:
             counts = [unit.other_values + sum(unit.values_of.values()) for unit in self._packed_units]
             _agree_on_capacity(self.owners, [unit.gather for unit in self._packed_units], counts)
