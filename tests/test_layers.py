@@ -59,6 +59,10 @@ CONFINED = {
         "export/demo.py",
     },
     "safetensors": {"io"},
+    "deepspeed": {"backends", "session", "training"},
+    "accelerate": {"io", "export", "training"},
+    "peft": {"baselines"},
+    "lm_eval": {"evaluation"},
     "datasets": {"data"},
     "mpi4py": {"session"},
 }
