@@ -80,7 +80,8 @@ _TITLES = {
 def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
     """Yield for each run where deltas moved, pruned positions were reactivated, and active ones were pruned.
 
-    Maps of one kind have one scale of colours. A kind of which nothing moved in any run has none, except deltas.
+    Maps of one kind have one scale of colours. A kind of which nothing moved in any run has none, and neither have
+    deltas if all targets dropped the same share, as they do unless the scope is global.
     """
     shown = [(i, run) for i, run in enumerate(runs) if run.layers.moves and run.layers.active][:MOST_MAPS]
     maps = {kind: [_counts(run.layers, kind) for _, run in shown] for kind in _TITLES}
@@ -88,8 +89,7 @@ def heat_maps(runs: Sequence[RunRecord], draws: bool) -> Iterator[Figure]:
         named = f", {run.label}" if len(runs) > 1 else ""
         for kind, title in _TITLES.items():
             largest = _largest(maps[kind])
-            recorded = run.layers.source == "topology.jsonl" and bool(run.layers.trained)
-            if largest or (kind == "dropped" and recorded):
+            if largest and not (kind == "dropped" and _is_flat(maps[kind][k])):
                 yield _heat_map(f"{kind}-{i}", f"{title}{named}", maps[kind][k], largest, draws)
 
 
@@ -114,6 +114,11 @@ def _counts(layers: Layers, kind: str) -> _Counts:
             of = active if kind == "pruned" else sum(layers.numel[name] for name in known) - active
         counts[location] = (sum(getattr(moves[name], kind) for name in known), of)
     return counts
+
+
+def _is_flat(counts: _Counts) -> bool:
+    shares = [moved / of for moved, of in counts.values() if of]
+    return not shares or max(shares) - min(shares) < 0.02 * max(shares)
 
 
 def _largest(maps: Sequence[_Counts]) -> float:
@@ -222,6 +227,8 @@ def overlap_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
             axes.fill_between(steps, low, high, step="post", **band)
             axes.plot(steps, mean, drawstyle="steps-post", gid=f"run-{i}-1", **style)
         finish(axes, runs, "still active, %")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(min(bottom, 98.0), min(top, 100.2))  # of a mask that stays: a line at the top
 
     alt = "Share of the pruned model's active weights that are still active. " + " ".join(
         f"{printable(run.label)}: {percent(curve[-1][1])} at step {curve[-1][0]}, in the target that moved most "
