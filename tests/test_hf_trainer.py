@@ -11,6 +11,7 @@ import torch
 import torch._dynamo
 
 from seft_dist import SeftOptimizer
+from seft_dist.optim.notices import SeftWarning
 from tests.hf_trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 from tests.layouts import snapshot
 from tests.models import batch, moving, prune_, tiny_llama
@@ -217,6 +218,35 @@ def test_what_trainer_would_train_otherwise_is_refused_or_warned_of(tmp_path: Pa
         make(None, moving(density=0.05, interval=4, reactivate="trial"), **best).train()
     with pytest.warns(UserWarning, match="weight_decay of TrainingArguments have no effect"):
         make(None, weight_decay=0.1).train()
+
+
+def test_what_the_callback_is_told(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    def make(output: str, callbacks: Any = None, config: Any = CONFIG, **over: Any) -> Any:
+        given = {"max_steps": 3, "report_to": "none", "save_steps": 2} | over
+        args = TrainingArguments(str(tmp_path / output), use_cpu=True, **given)
+        model = prune_(tiny_llama())
+        seft = SeftOptimizer(model, config)
+        return Trainer(model, args, train_dataset=DATA, optimizers=(seft, None), callbacks=callbacks)
+
+    with pytest.raises(ValueError, match=r"SeftConfig.steps=7, but Trainer takes 3 optimizer steps"):
+        make("a", [SeftCallback()], moving(density=0.05, interval=4, steps=7)).train()
+    with pytest.warns(UserWarning, match=r"tensorboard get Trainer's grad_norm"):
+        make("b", [SeftCallback()], report_to="tensorboard").train()
+    with pytest.warns(SeftWarning, match=r"saves or evaluates between two evolutions have positions on trial"):
+        make("c", [SeftCallback()], moving(density=0.05, interval=2, reactivate="trial")).train()
+    trainer = make("d", [SeftCallback()], save_only_model=True)
+    trainer.train()
+    assert (tmp_path / "d/checkpoint-2/config.json").exists() and not (tmp_path / "d/checkpoint-2/seft").exists()
+    elsewhere = shutil.move(tmp_path / "b/checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"name it \(SeftCallback\(resume_from=...\)\)"):
+        make("e", [SeftCallback()]).train(resume_from_checkpoint=str(elsewhere))
+    resumed = make("f", [SeftCallback(resume_from=elsewhere)])
+    resumed.train(resume_from_checkpoint=str(elsewhere))
+    assert resumed.optimizer.optimizer.num_steps == 3 and resumed.state.global_step == 3
 
 
 def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:

@@ -144,6 +144,14 @@ def _check(seft: SeftOptimizer, args: TrainingArguments, state: TrainerState, mo
             "reactivate=trial with load_best_model_at_end: the best model may have positions on trial, which are no "
             'zeros; use reactivate="commit", or leave load_best_model_at_end out'
         )
+    if seft.config.reactivate == "trial" and (args.save_strategy != "no" or args.eval_strategy != "no"):
+        warnings.warn(
+            "reactivate=trial: models that Trainer saves or evaluates between two evolutions have positions on trial, "
+            "which are no zeros. The last evolution ends all trials; until then, save and evaluate inside "
+            "seft.without_trials()",
+            SeftWarning,
+            stacklevel=3,
+        )
     beta1, beta2 = seft.param_groups[0]["betas"]
     own = {"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": seft.param_groups[0]["eps"]}
     own["weight_decay"] = seft.param_groups[0]["weight_decay"]
