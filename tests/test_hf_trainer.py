@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from safetensors.torch import load_file
 
 from seft_dist import SeftOptimizer
 from seft_dist.optim.notices import SeftWarning
@@ -136,6 +137,14 @@ def test_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_pat
     assert same_topology(one["state"], two["state"])
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    if layout == "fsdp":  # save_model() writes no weights then
+        from accelerate.utils import merge_fsdp_weights
+
+        merge_fsdp_weights(str(tmp_path / "two/checkpoint-9/pytorch_model_fsdp_0"), str(tmp_path / "merged"))
+        merged = load_file(tmp_path / "merged/model.safetensors")
+        for name, layer in two["state"].items():
+            assert torch.equal(merged[f"{name}.weight"].view(-1), layer["weight"]), name
+        tiny_llama().load_state_dict(merged, strict=True)
     resumed = run_ranks(train, 2, layout, tmp_path / "two", tmp_path / "two" / "checkpoint-6")[0]
     assert resumed["losses"] == two["losses"]
     for name, layer in resumed["state"].items():
