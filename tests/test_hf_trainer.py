@@ -66,7 +66,7 @@ def test_trainer_is_the_same_loop_and_resumes_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
-def test_precision_and_checkpointing_of_trainer_are_those_of_a_loop(options: dict[str, bool], tmp_path: Path) -> None:
+def test_precision_and_checkpointing_of_trainer_are_those_of_a_loop(options: dict[str, Any], tmp_path: Path) -> None:
     whole, own = train(0, 1, "single", tmp_path, save_strategy="no", **options), _own_loop(**options)
     assert whole["losses"] == pytest.approx(own["losses"], abs=1e-5)
     assert whole["norms"] == pytest.approx(own["norms"], rel=1e-4)
