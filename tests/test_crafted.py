@@ -253,7 +253,7 @@ DAMAGED = {"empty": "", "cut": '{"step', "a list": "[]", "null": "null", "text":
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *((name, content) for name in ("result.json", "eval.json", "metrics.jsonl") for content in DAMAGED),
+        *((name, content) for name in ("eval.json", "metrics.jsonl") for content in DAMAGED),
         *(("config.yaml", content) for content in ("empty", "cut", "a list", "null", "text")),
     ],
 )
@@ -262,6 +262,16 @@ def test_damaged_files_of_a_sweep(name: str, content: str, tmp_path: Path) -> No
     (tmp_path / "a" / name).write_text(f"{DAMAGED[content]}\n{{}}" if name == "metrics.jsonl" else DAMAGED[content])
     code, printed = said(lambda: read_sweep(SweepConfig(folder=str(tmp_path))))
     assert code == 2 and f"a/{name}" in printed and "Traceback" not in printed
+    code, printed = said(lambda: read_run(tmp_path / "a"))
+    assert code == 2 and "a/" in printed
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_result_is_none_in_a_sweep_and_named_in_a_report(content: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "a", loss=1.0, perplexity=2.0)
+    (tmp_path / "a" / "result.json").write_text(DAMAGED[content])
+    (run,) = read_sweep(SweepConfig(folder=str(tmp_path))).runs
+    assert not run.finished
     code, printed = said(lambda: read_run(tmp_path / "a"))
     assert code == 2 and "a/" in printed
 

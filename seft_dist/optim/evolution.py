@@ -60,7 +60,7 @@ class Evolution:
         """
         near_ties = (draft.near_ties or [0] * len(windows)) if counts_near_ties else None
         self.work = WorkingState(backend, config, state, windows, step=step, near_ties=near_ties)
-        self.draft = draft
+        self._draft = draft
         self._phases: dict[str, Phase] = {}
         self._decided: list[int] = []
         """Number of own positions whose trial ended, and of those that stayed; empty without trials."""
@@ -76,7 +76,7 @@ class Evolution:
         Raises:
             RuntimeError: A promise about masks or supports does not hold afterwards.
         """
-        draft, work = self.draft, self.work
+        work = self.work
         on_trial = work.config.reactivate == "trial"
         self._phase("window", self._prepare)
         if on_trial:
@@ -89,9 +89,8 @@ class Evolution:
         digest, moved, (tried, kept) = self._phase("verify", self._verify)
         dropped, grown, reactivated, pruned = map(sum, zip(*moved, strict=True))
         spent = list(self._phases.values())[1:]
-        before = self._phases["window"]
-        self._phases["window"] = Phase(before.seconds + draft.seconds, before.bytes_sent + draft.bytes_sent)
-        draft.near_ties = []
+        before, now = self._draft.take(), self._phases["window"]
+        self._phases["window"] = Phase(before.seconds + now.seconds, before.bytes_sent + now.bytes_sent)
         support = sum(map(len, work.state.supports))
         return EvolutionReport(
             step=work.step,
@@ -140,8 +139,13 @@ class Evolution:
 
     def keep_candidates(self) -> None:
         """Narrow the windows to the support, the best positions to grow and the best to prune. Collective."""
+        with self._draft.measuring(self.work.backend):
+            self._choose_candidates()
+        self._draft.near_ties = self.work.near_ties or []
+
+    def _choose_candidates(self) -> None:
+        """Rank with what one step of the window says, and keep more positions than an evolution needs. Collective."""
         work = self.work
-        began, sent = time.perf_counter(), work.backend.bytes_sent
         self._prepare()
         wanted = num_candidates(work)
         prune = work.nothing  # criteria that read no gradient
@@ -159,9 +163,6 @@ class Evolution:
         for i, window in enumerate(work.windows):
             window.narrow_to(torch.cat([work.offsets(i), grown[i], prune[i]]).unique())
         share_positions(work.backend, work.windows)
-        self.draft.seconds += time.perf_counter() - began
-        self.draft.bytes_sent += work.backend.bytes_sent - sent
-        self.draft.near_ties = work.near_ties or []
 
     def apply(self, betas: tuple[float, float]) -> None:
         """Set pruned weights to 0, give the grown positions entries, and every rank all positions. Collective.

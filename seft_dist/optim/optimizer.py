@@ -119,7 +119,8 @@ class SeftOptimizer(TorchInterface):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([anchor for anchor, _ in installed], defaults)
         # No method of this object: a deep copy of the model would copy the optimizer
-        self._attach_hook = model.register_forward_pre_hook(lambda called, _: self._attach_to(called), prepend=True)
+        attach = torch.compiler.disable(lambda called, _: self._attach_to(called))
+        self._attach_hook = model.register_forward_pre_hook(attach, prepend=True)
 
     @property
     def target_names(self) -> list[str]:
@@ -181,7 +182,6 @@ class SeftOptimizer(TorchInterface):
         notices.warn_at_start(backend, self.config, self._state, self._frozen)
         self._prepare_step()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attach_to(self, called: nn.Module) -> None:
         """Attach before the first forward pass with gradients, of the model itself and of no copy."""
         if called is self._model and torch.is_grad_enabled():

@@ -1,6 +1,11 @@
 """Reports of what evolutions did and what they cost."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from seft_dist.backends import Backend
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,31 @@ class EvolutionReport:
     """
 
 
-@dataclass
 class ReportDraft:
-    """The part of the coming evolution's report that is known before it: one object for the windows of all targets."""
+    """The part of the coming evolution's report that is known before it: one object for the windows of all targets.
 
-    seconds: float = 0.0
-    """Time for dense gradients and the choice of candidates."""
-    bytes_sent: int = 0
-    """Bytes sent by this rank for the same."""
-    near_ties: list[int] = field(default_factory=list)
-    """Near-ties of each target that the choice of candidates had; empty: none were counted."""
+    It has the costs of dense gradients and of the choice of candidates, and the near-ties of that choice.
+    """
+
+    def __init__(self) -> None:
+        self._seconds, self._bytes_sent = 0.0, 0
+        self.near_ties: list[int] = []
+        """Near-ties of each target that the choice of candidates had; empty: none were counted."""
+
+    @contextmanager
+    def measuring(self, backend: Backend) -> Iterator[None]:
+        """Add the costs of what happens inside the context.
+
+        Args:
+            backend: Counts the bytes.
+        """
+        began, sent = time.perf_counter(), backend.bytes_sent
+        yield
+        self._seconds += time.perf_counter() - began
+        self._bytes_sent += backend.bytes_sent - sent
+
+    def take(self) -> Phase:
+        """Hand the costs over to a report, and keep nothing for the next one."""
+        phase = Phase(self._seconds, self._bytes_sent)
+        self._seconds, self._bytes_sent, self.near_ties = 0.0, 0, []
+        return phase

@@ -1,6 +1,5 @@
 """Slots, in which the backward pass of a target leaves its weight gradient until it goes to the ranks that own it."""
 
-import time
 import weakref
 from collections.abc import Callable
 
@@ -82,20 +81,23 @@ class Slot:
             )
         self.before_record()
         self.touched = True
-        dense, began = None, time.perf_counter()
         if self.window is not None and self.window.needs_dense:
-            dense = dense_grad(x, grad) if ends is None else experts_dense_grad(x, grad, ends)
-        if self.support is not None:
-            self._sample(self.support, x, grad, ends, dense)
-        if self.window is not None:
-            self.window.observe(x, grad)
-            if dense is not None:
+            with self.window.measuring():
+                dense = dense_grad(x, grad) if ends is None else experts_dense_grad(x, grad, ends)
+                self._sample(x, grad, ends, dense)
+                self.window.observe(x, grad)
                 self.window.add(dense)  # last: the sum over ranks may be made in place
-                self.window.draft.seconds += time.perf_counter() - began
+        else:
+            self._sample(x, grad, ends, None)
+            if self.window is not None:
+                self.window.observe(x, grad)
         self._on_record()
 
-    def _sample(self, support: Support, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:
-        before = self.grad
+    def _sample(self, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:
+        """Add the gradient at the support, from the dense one if that is there; do nothing before the first support."""
+        before, support = self.grad, self.support
+        if support is None:
+            return
         if dense is not None:
             sampled = dense.view(-1)[support.positions()]
             self.grad = sampled if before is None else before.add_(sampled)

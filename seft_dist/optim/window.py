@@ -10,6 +10,7 @@ A step's contribution stays pending until the step is known to be finite: ``accu
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ class Window:
         draft: Gets the costs of this; one object for the windows of all targets.
         """
         self._backend, self._i, self._needs = backend, i, needs
-        self.draft = draft
+        self._draft = draft
         self.num_steps = 0
         """Number of accumulated steps."""
         self.total: Tensor | None = None
@@ -135,15 +136,17 @@ class Window:
         """True if candidates are to be chosen now."""
         return self._needs.candidates and self.positions is None and self.num_steps == 1
 
+    def measuring(self) -> AbstractContextManager[None]:
+        """Add the costs of what happens inside the context to the coming evolution's report."""
+        return self._draft.measuring(self._backend)
+
     def add(self, dense: Tensor) -> None:
         """Bring one backward's dense gradient to its owners. Collective.
 
         Args:
             dense: fp32 [out, in], this rank's; may be overwritten.
         """
-        sent = self._backend.bytes_sent
         own = self._backend.reduce_dense(self._i, dense).to(self._backend.device)
-        self.draft.bytes_sent += self._backend.bytes_sent - sent
         self._step = own.to(self._needs.dtype) if self._step is None else self._step.add_(own)
 
     def add_candidates(self, grad: Tensor) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from seft_dist.config import SweepConfig
 from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
-from seft_dist.files.reading import read_text
+from seft_dist.files.reading import read_json, read_text
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
     RunResult,
@@ -165,10 +165,12 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
 
 def _read_result(run: Path) -> RunResult | None:
     """Read a run's result; an empty or damaged file, as a full disk leaves it, is none, and the run goes on."""
+    path = run / "result.json"
     try:
-        return read_result(run / "result.json")
+        is_there = bool(read_json(path, dict[str, Any]))
     except (FileNotFoundError, ValueError):
-        return None
+        is_there = False
+    return read_result(path) if is_there else None
 
 
 def _status(run: Path) -> str:
