@@ -112,8 +112,7 @@ class SeftOptimizer(TorchInterface):
         self._write_checked = False
         self._exchange: Exchange | None = None
         self._grad_norm = torch.zeros((), dtype=torch.float32)
-        self._checks_late = False
-        """True where ``step`` does not wait for the device to know whether the gradient is finite."""
+        self._checks_late = False  # True: step() does not wait for the device to know whether the gradient is finite
         self._last_check: GradientCheck | None = None
         self._replacement_check = ReplacementCheck()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
