@@ -258,7 +258,9 @@ def configs(draw: st.DrawFn) -> SeftConfig:
 @given(configs(), st.sampled_from([0.0, 0.1]), st.integers(1, 50))
 def test_same_as_dense_combined(config: SeftConfig, weight_decay: float, seed: int) -> None:
     try:
-        # Adam divides small gradients by small roots, which magnifies rounding: over many runs it needs a larger eps.
-        run_both(config, {"weight_decay": weight_decay, "eps": 1e-4}, seed, rel=1e-4)
+        # Adam divides small gradients by small roots, which magnifies rounding: over many runs it needs a larger eps. A
+        # step then moves a value by up to lr / eps times the rounding of its gradient, 2e-2 / 1e-4 x 1e-8 = 2e-6, where
+        # the largest are 1e-2: on plain x86-64 some were off by 1.0e-4 of them.
+        run_both(config, {"weight_decay": weight_decay, "eps": 1e-4}, seed, rel=3e-4)
     except NearTieError:
         assume(False)
