@@ -119,11 +119,18 @@ def test_bf16_weights_with_fp32_deltas(layout: str) -> None:
         assert (layer["values"].bfloat16().float() != layer["values"]).float().mean() > 0.5
 
 
-def test_fsdp_mixed_precision_keeps_fp32_shards() -> None:
+@pytest.mark.parametrize("reshards", [True, False])
+def test_fsdp_mixed_precision_keeps_fp32_shards(reshards: bool) -> None:
+    """Also where weights stay gathered behind the backward pass, in bf16."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    options = {"fsdp": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}}
-    run = train_on("fsdp", 2, CONFIG, STEPS, **options)
+    def on_rank(rank: int, world_size: int) -> dict[str, Any]:
+        model: Any = prune_(tiny_llama())
+        shard_fsdp(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        model.set_reshard_after_backward(reshards)
+        return train("single", world_size, CONFIG, STEPS, rank, model=model)
+
+    run = run_ranks(on_rank, 2)[0]
     assert run["losses"][-1] < run["losses"][0]
     assert all(counts.zeros == counts.numel - counts.mask_size for counts in run["sparsity"])
 

@@ -236,6 +236,7 @@ class SeftOptimizer(TorchInterface):
 
     def _begin_step(self) -> None:
         self._check_awaited()
+        self.backend.drop_gathered()  # FSDP2 may have gathered the weights in the type that it computes with
         check_dtypes_unchanged(self._targets, self.backend.dtypes)
         self._step_watch.end()
         if not self.is_managed and not self._write_checked:

@@ -94,6 +94,14 @@ class Evaluations(TypedDict):
     settings: NotRequired[dict[str, Any]]
 
 
+def has_result(path: Path) -> bool:
+    """Return whether a result.json is there; an empty or damaged one, as a full disk leaves it, is none."""
+    try:
+        return bool(read_json(path, dict[str, Any]))
+    except (OSError, ValueError):
+        return False
+
+
 def read_result(path: Path) -> RunResult:
     """Read result.json.
 

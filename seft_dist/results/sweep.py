@@ -19,11 +19,11 @@ from rich.table import Table
 
 from seft_dist.config import SweepConfig
 from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
-from seft_dist.files.reading import read_json, read_text
+from seft_dist.files.reading import read_text
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import (
-    RunResult,
     flatten_options,
+    has_result,
     list_differences,
     markdown_table,
     measurement_of,
@@ -145,8 +145,8 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if lines:
         measured |= {"step": lines[-1]["step"], "loss": lines[-1]["loss"], "seconds": lines[-1]["seconds"]}
-    result = _read_result(run)
-    if result is not None:
+    if has_result(run / "result.json"):
+        result = read_result(run / "result.json")
         measured |= {"step": result["steps"], "seconds": result["seconds"]}
         measured |= {"loss": result["loss"]} if result["loss"] is not None else {}  # method none has no step
         measured |= {"sparsity": result["sparsity"]["final"], "off target": result["sparsity"]["layers_off_target"]}
@@ -163,18 +163,8 @@ def _read_run(name: str, run: Path, options: dict[str, str], all_listed: bool) -
     return SweepRun(name, options if all_listed or not begun else settings, measured, made, evaluated)
 
 
-def _read_result(run: Path) -> RunResult | None:
-    """Read a run's result; an empty or damaged file, as a full disk leaves it, is none, and the run goes on."""
-    path = run / "result.json"
-    try:
-        is_there = bool(read_json(path, dict[str, Any]))
-    except (FileNotFoundError, ValueError):
-        is_there = False
-    return read_result(path) if is_there else None
-
-
 def _status(run: Path) -> str:
-    if _read_result(run) is not None:
+    if has_result(run / "result.json"):
         return "finished"
     ended = _ended_attempts(run)
     if not run.is_dir():

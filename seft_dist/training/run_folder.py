@@ -38,10 +38,11 @@ from seft_dist.config import TrainConfig
 from seft_dist.config.pattern import AUTO
 from seft_dist.data.batches import BatchStream
 from seft_dist.data.chat_template import uses_date
-from seft_dist.files.reading import check_kind, read_json
+from seft_dist.files.reading import check_kind
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
 from seft_dist.io.library_types import PreTrainedTokenizerBase
+from seft_dist.results.run_files import has_result
 from seft_dist.session.agreement import broadcast_object, on_all_ranks
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.distributed import Ranks
@@ -59,11 +60,8 @@ _FILES = (RESULT, CONFIG, DELTA, metrics.FILE, trace.FILE, manifest.FILE, tracke
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a folder holds a run's result; an empty or damaged file, as a full disk leaves it, is none."""
-    try:
-        return bool(read_json(folder / RESULT, dict[str, Any]))
-    except (OSError, ValueError):
-        return False
+    """Return whether a folder holds a run's result; an empty or damaged file is none."""
+    return has_result(folder / RESULT)
 
 
 def check_run_folder(config: TrainConfig) -> None:
