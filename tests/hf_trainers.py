@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from seft_dist import SeftOptimizer
+from seft_dist.io import checkpoint
 from tests.layouts import snapshot
 from tests.models import batch, moving, prune_, tiny_llama
 from tests.texts import chat_tokenizer
@@ -103,7 +105,15 @@ def train(
     }
 
 
-def loop(rank: int, world: int, layout: str, act: Callable[[Any, Any], None] | None = None, **over: Any) -> Any:
+def loop(
+    rank: int,
+    world: int,
+    layout: str,
+    act: Callable[[Any, Any], None] | None = None,
+    steps: tuple[int, int] = (0, STEPS),
+    saved: Path = Path(),
+    **over: Any,
+) -> Any:
     """Train with a loop of accelerate.
 
     Args:
@@ -111,8 +121,41 @@ def loop(rank: int, world: int, layout: str, act: Callable[[Any, Any], None] | N
         world: Number of ranks.
         layout: "ddp", "fsdp", "zero2" or "zero3".
         act: Called with the accelerator and the model before each step.
+        steps: Steps before the first, and the last step, of those that are trained.
+        saved: Folder to which a part of the run saves itself at its end, and which it loads at its beginning.
         over: Options of accelerate's FSDP plugin, or of the ds_config.
     """
+    made = _prepared(rank, world, layout, bool(act), **over)
+    begin, end = steps
+    if begin > 0:
+        made.accelerator.load_state(str(saved / "accelerate"))
+        checkpoint.load(made.seft, saved / f"seft/step-{begin:08d}")
+    for t in range(begin, end):
+        part = {key: value[rank::world] for key, value in batch(t, size=4).items()}
+        made.accelerator.backward(made.model(**part).loss)
+        if act:
+            act(made.accelerator, made.model)
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    if end < STEPS:
+        made.accelerator.save_state(str(saved / "accelerate"))
+        checkpoint.save(made.seft, saved / "seft", {})
+    return snapshot(made.whole, made.seft)
+
+
+@dataclass
+class _Prepared:
+    """What a loop of accelerate works with."""
+
+    accelerator: Any
+    model: Any
+    optimizer: Any
+    whole: Any
+    """The model before ``prepare``."""
+    seft: SeftOptimizer
+
+
+def _prepared(rank: int, world: int, layout: str, clips_elsewhere: bool, **over: Any) -> _Prepared:
     from accelerate import Accelerator, DeepSpeedPlugin
 
     plugin = None
@@ -123,16 +166,11 @@ def loop(rank: int, world: int, layout: str, act: Callable[[Any, Any], None] | N
     if layout == "fsdp":
         _be_fsdp(accelerator, **over)
     whole = prune_(tiny_llama())
-    seft = SeftOptimizer(whole, CONFIG, lr=LR, max_grad_norm=None if act else 1.0)
+    seft = SeftOptimizer(whole, CONFIG, lr=LR, max_grad_norm=None if clips_elsewhere else 1.0)
     model, optimizer = accelerator.prepare(whole, seft)
-    for t in range(STEPS):
-        part = {key: value[rank::world] for key, value in batch(t, size=4).items()}
-        accelerator.backward(model(**part).loss)
-        if act:
-            act(accelerator, model)
-        optimizer.step()
-        optimizer.zero_grad()
-    return snapshot(whole, seft)
+    if layout == "fsdp":
+        _be_fsdp(accelerator, **over)  # preparing on a CPU has undone it
+    return _Prepared(accelerator, model, optimizer, whole, seft)
 
 
 def same_topology(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -290,6 +290,23 @@ def test_accelerate_on_two_ranks_is_one_rank(layout: str, over: dict[str, Any]) 
     assert same_topology(run_ranks(on_rank, 2)[0], run_ranks(lambda rank, world: loop(rank, world, "ddp"), 1)[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("ddp", marks=pytest.mark.long), "fsdp", pytest.param("zero2", marks=pytest.mark.long), "zero3"],
+)
+def test_accelerate_goes_on_from_its_saved_state(layout: str, tmp_path: Path) -> None:
+    def train_part(begin: int, end: int) -> Any:
+        return run_ranks(lambda rank, world: loop(rank, world, layout, steps=(begin, end), saved=tmp_path), 2)[0]
+
+    in_a_window = 7
+    train_part(0, in_a_window)
+    resumed, whole = train_part(in_a_window, STEPS), train_part(0, STEPS)
+    for name in whole:
+        for key, value in whole[name].items():
+            assert torch.equal(resumed[name][key], value), (name, key)
+
+
 def test_clipping_by_others_is_refused_or_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)  # what other tests have imported
 
