@@ -5,6 +5,8 @@ right, and SparseGPT's later weights and layers depend on it. So it is given the
 misses the smallest scores, and computes everything else in fp64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +110,36 @@ def layer_inputs(model: nn.Module, sequences: list[Tensor], layer: int) -> dict[
     for handle in handles:
         handle.remove()
     return seen
+
+
+def curvature_norms(model: nn.Module, sequences: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Norms of each linear's inputs and of its outputs' gradients, over all tokens, of the summed loss; fp64."""
+    sums: dict[str, list[Tensor]] = {}
+
+    def forward(name: str) -> Callable[..., None]:
+        def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name][0] += args[0][0].detach().double().square().sum(0)
+
+        return count
+
+    def backward(name: str) -> Callable[..., None]:
+        def count(_: nn.Module, into: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> None:
+            sums[name][1] += of[0][0].double().square().sum(0)
+
+        return count
+
+    handles = []
+    for name, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and "lm_head" not in name:
+            sums[name] = [torch.zeros(size, dtype=torch.float64) for size in linear.weight.T.shape]
+            handles.append(linear.register_forward_pre_hook(forward(name)))
+            handles.append(linear.register_full_backward_hook(backward(name)))
+    for sequence in sequences:
+        (model(input_ids=sequence[None], labels=sequence[None]).loss * (len(sequence) - 1)).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return {name: (inputs.sqrt(), outputs.sqrt()) for name, (inputs, outputs) in sums.items()}
 
 
 def owl_sparsities(outlier_percent: list[float], sparsity: float, spread: float) -> list[float]:

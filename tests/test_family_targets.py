@@ -1,5 +1,6 @@
 """Conv1D and fused experts as targets: right gradients, right files, clear messages for what is not supported."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.io.models import load_model
 from seft_dist.io.source import open_source
+from seft_dist.modules.experts import expert_slices
 from seft_dist.modules.kinds import Conv1DWeight, ExpertWeight, LinearWeight, Target
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.pruning.calibrate import sample_sequences
 from seft_dist.pruning.prune import prepare, prune, prune_folder
+from seft_dist.pruning.watch import watch_calls
 from tests import pruning_reference as reference
 from tests.families import FAMILIES, family_folder, family_model
 from tests.models import batch, moving
@@ -175,6 +178,38 @@ def test_sparsegpt_of_experts_is_the_published_algorithm(
         assert missed <= reference.CLOSE, (expert, missed)
         assert float((wanted - after[expert]).detach().norm() / weight.norm()) < 1e-4, expert
     assert counts[name].zeros == (int(0.53 * before.numel() + 0.5) if pattern is None else before.numel() // 2)
+
+
+def test_curvature_of_experts(tmp_path: Path) -> None:
+    """Every expert's inputs and gradients are those of the tokens that chose it."""
+    config = prune_config(tmp_path, "mixtral", "pruned", method="curvature", sparsity=0.53)
+    prune_folder(config, progress=False)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    targets = {key: t for key, t in find_targets(dense).items() if isinstance(t, ExpertWeight)}
+    squares = {key: torch.zeros_like(t.weight, dtype=torch.float64) for key, t in targets.items()}
+
+    def add(key: str, x: torch.Tensor, output: torch.Tensor, ends: list[int]) -> None:
+        output.register_hook(lambda grad: seen[key].append((x.detach(), grad, ends)))
+
+    seen: dict[str, list[Any]] = {key: [] for key in targets}
+    for key, target in targets.items():
+        watch_calls(target, partial(add, key))
+    data = load_sequences(config.data, load_tokenizer(config.model), progress=False)  # type: ignore[arg-type]
+    for tokens in sample_sequences(data, 24, 0):
+        (dense(tokens[None], labels=tokens[None]).loss * (len(tokens) - 1)).backward()
+    assert len(targets) == 4
+    for key, target in targets.items():
+        for expert in range(target.num_experts):
+            inputs = outputs = torch.zeros((), dtype=torch.float64)
+            for x, grad, ends in seen[key]:
+                rows = expert_slices(ends)[expert]
+                inputs = inputs + x[rows].double().square().sum(0)
+                outputs = outputs + grad[rows].double().square().sum(0)
+            squares[key][expert] = outputs[:, None] * inputs
+        score = (target.weight.detach().double().abs() * squares[key].sqrt()).view(1, -1)
+        gone = (pruned.get_parameter(key).detach() == 0).view(1, -1)
+        assert reference.slack(score, gone, int(0.53 * score.numel() + 0.5)) <= reference.CLOSE, key
 
 
 def prune_mixture(rank: int, size: int, folder: Path) -> None:

@@ -20,6 +20,8 @@ from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.kinds import LinearWeight
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.calibrate import Calibration, LayerVisitor, find_layers, sample_sequences
+from seft_dist.pruning.curvature import OutputGradientNorm
+from seft_dist.pruning.gradients import BackwardCalibration
 from seft_dist.pruning.masks import Ranking, select_pruned
 from seft_dist.pruning.prune import prune_folder
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
@@ -192,6 +194,38 @@ def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
             model(sequence[None])
     for name in targets:
         torch.testing.assert_close(norms[name], listening[name].close(name, Group(None)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_gradients_are_those_of_the_whole_model(family: str) -> None:
+    settings = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES[family])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    sequences = [torch.randint(0, 64, (length,)) for length in (9, 12, 9, 7)]
+    expected = pruning_reference.curvature_norms(model, sequences)
+    model.requires_grad_(False)
+    found: dict[str, torch.Tensor] = {}
+
+    def visit(name: str, layer: nn.Module, run: Any) -> None:
+        inside = {key: target for key, target in find_targets(model).items() if key.startswith(f"{name}.")}
+        watching = {key: OutputGradientNorm(target) for key, target in inside.items()}
+        run()
+        found.update({key: norm.close(key, Group(None)) for key, norm in watching.items()})
+
+    order = list(BackwardCalibration(model, sequences, Group(None)).walk_back(visit, progress=False))
+    assert order == [f"model.layers.{number}" for number in (2, 1, 0)] and found.keys() == expected.keys()
+    for name, (_, outputs) in expected.items():
+        torch.testing.assert_close(found[name].double(), outputs, rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradients_that_are_nothing_or_not_finite_are_refused() -> None:
+    linear = nn.Linear(3, 2, bias=False)
+    for factor, kind in ((0.0, "all 0"), (float("inf"), "not finite")):
+        norm = OutputGradientNorm(LinearWeight(linear))
+        (linear(torch.ones(4, 3, requires_grad=True)).sum() * factor).backward()
+        with pytest.raises(ValueError, match=f"gradients behind model.x are {kind}.*--method wanda"):
+            norm.close("model.x", Group(None))
 
 
 def test_layers_in_another_place_are_found() -> None:

@@ -169,6 +169,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "wanda-2:4": {"pattern": "2:4"},
     "magnitude-layer": {"method": "magnitude", "group": "layer"},
     "magnitude-global": {"method": "magnitude", "group": "global"},
+    "curvature-layer": {"method": "curvature"},
+    "curvature-global": {"method": "curvature", "group": "global"},
     "sparsegpt-layer": {"method": "sparsegpt"},
     "sparsegpt-row": {"method": "sparsegpt", "group": "row"},
     "sparsegpt-4:8": {"method": "sparsegpt", "pattern": "4:8"},
@@ -257,7 +259,25 @@ def test_global_wanda_uses_norms_of_the_dense_model(dense: Path, tmp_path: Path)
     assert float(score[gone].max()) <= float(score[~gone].min()) * (1 + reference.CLOSE)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("group", ["layer", "global"])
+def test_curvature_is_the_second_order_estimate_of_the_dense_model(group: Any, dense: Path, tmp_path: Path) -> None:
+    config = configure(dense, tmp_path / "out", method="curvature", group=group)
+    prune_folder(config, progress=False)
+    before = transformers.AutoModelForCausalLM.from_pretrained(dense)
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    scores, zeros = [], []
+    for name, (inputs, outputs) in reference.curvature_norms(before, calibration_text(config)).items():
+        weight, kept = before.get_submodule(name).weight.detach(), after.get_submodule(name).weight.detach()
+        scores.append((weight.double().abs() * inputs * outputs[:, None]).view(1, -1))
+        zeros.append((kept == 0).view(1, -1))
+        assert torch.equal(kept[kept != 0], weight[kept != 0])
+    if group == "global":
+        scores, zeros = [torch.cat(scores, 1)], [torch.cat(zeros, 1)]
+    for score, gone in zip(scores, zeros, strict=True):
+        assert reference.slack(score, gone, num_pruned(0.6, score.numel())) <= reference.CLOSE
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "curvature"])
 def test_one_decoder_layer_is_in_memory(
     method: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +294,6 @@ def test_one_decoder_layer_is_in_memory(
     prune(plan, progress=False)
     layers = [sum(value.numel() for value in layer.parameters()) for layer in model.model.layers]
     outside = sum(value.numel() for name, value in model.model.named_parameters() if not name.startswith("layers."))
-    assert held[-len(layers) :] == layers  # while they are pruned
+    assert held[-len(layers) :] == layers  # while they are pruned, or their gradients measured
     assert max(held) == outside + max(layers)  # once, to see how the model calls its layers
     assert all(value.is_meta for value in model.parameters())

@@ -27,8 +27,9 @@ class Attachment:
     vectors: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """Name of a trained norm's or bias's parameter to the function that returns it for one forward pass, such that the
     backward pass records its gradient (``seft_dist.optim.vectors``)."""
-    watchers: dict[str, Callable[[Tensor, list[int]], None]] = field(default_factory=dict)
-    """A fused parameter's name to the function that gets the inputs of its experts (``seft_dist.pruning.watch``)."""
+    watchers: dict[str, list[Callable[[Tensor, Tensor, list[int]], None]]] = field(default_factory=dict)
+    """A fused parameter's name to the functions that get the inputs and outputs of its experts
+    (``seft_dist.pruning.watch``)."""
     gather: PackedAllGather | None = None
     """All-gather of this module's parameters, if FSDP2 sends them packed."""
 

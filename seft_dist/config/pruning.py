@@ -16,12 +16,13 @@ class PruneConfig:
     output: str = ""
     """Folder for the pruned model (must not exist yet). Needed unless method is "none"."""
     data: DataConfig | None = None
-    """Calibration text; needed by wanda, sparsegpt and OWL."""
-    method: Literal["wanda", "sparsegpt", "magnitude", "mask", "none"] = "wanda"
+    """Calibration text; needed by wanda, sparsegpt, curvature and OWL."""
+    method: Literal["wanda", "sparsegpt", "curvature", "magnitude", "mask", "none"] = "wanda"
     """Weights that are pruned: "wanda": those with the smallest |weight| x norm of their input; "sparsegpt": those
-    whose loss the remaining weights can compensate best, which are changed to do so; "magnitude": those with the
-    smallest |weight|; "mask": those that a file of kept positions does not name. "none" prunes nothing: it shows the
-    zeros that a model has."""
+    whose loss the remaining weights can compensate best, which are changed to do so; "curvature": those with the
+    smallest |weight| x norm of their input x norm of their output's gradient, an estimate of how much the loss rises;
+    "magnitude": those with the smallest |weight|; "mask": those that a file of kept positions does not name. "none"
+    prunes nothing: it shows the zeros that a model has."""
     sparsity: float | None = None
     """Share of the targets' weights that become 0, above 0 and below 1. None: that of the pattern, or 0.6 without
     one."""
@@ -30,7 +31,7 @@ class PruneConfig:
     group: Literal["auto", "row", "layer", "global"] = "auto"
     """Scope in which weights are ranked: inside each output "row", over the whole weight of a linear ("layer"),
     or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer" for
-    sparsegpt, "row" for the others."""
+    sparsegpt and curvature, "row" for the others."""
     layer_ratios: str = "uniform"
     """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a
     JSON or YAML file from names (of decoder layers or linears) to sparsities; all others get --sparsity."""
@@ -114,8 +115,11 @@ class PruneConfig:
             "group=global with method=sparsegpt",
             "row or layer: SparseGPT decides block by block, before later layers are seen",
         )
-        separate = self.data is not None and self.data.separate
-        check(not separate, "data.separate", "false: only training packs several documents")
+        check(
+            self.method != "curvature" or self.ranking in ("layer", "global"),
+            f"method=curvature with {f'pattern={self.pattern}' if self.pattern else 'group=row'}",
+            "group layer or global; or --method wanda, with which it has in common how it ranks inside a row",
+        )
         check(
             self.group != "global" or self.layer_ratios == "uniform",
             f"group=global with layer_ratios={self.layer_ratios}",
@@ -141,4 +145,6 @@ class PruneConfig:
         """The group, resolved: "row", "layer", "global" or the pattern."""
         if self.pattern is not None:
             return self.pattern
-        return self.group if self.group != "auto" else "layer" if self.method == "sparsegpt" else "row"
+        if self.group != "auto":
+            return self.group
+        return "layer" if self.method in ("sparsegpt", "curvature") else "row"

@@ -30,7 +30,7 @@ class _StopForward(Exception):  # noqa: N818  # not an error
 
 
 @dataclass
-class _LayerCall:
+class LayerCall:
     """The arguments with which a model calls one of its layers, except the hidden states."""
 
     args: tuple[Any, ...] = ()
@@ -163,7 +163,7 @@ class Calibration:
                     for index, batch in enumerate(self._own):
                         call = self._calls[batch.shape][number]
                         states = hidden[index].to(self._device)  # noqa: B023  # only called in this iteration
-                        result = _run(layer, states, call)
+                        result = run_layer(layer, states, call)
                         if changes:
                             del result  # not needed: the weights are about to change
                         else:
@@ -175,7 +175,7 @@ class Calibration:
                     if number + 1 < len(self._layers):
                         for index, batch in enumerate(self._own):
                             call = self._calls[batch.shape][number]
-                            hidden[index] = _run(layer, hidden[index].to(self._device), call).cpu()
+                            hidden[index] = run_layer(layer, hidden[index].to(self._device), call).cpu()
                 else:
                     hidden = outputs
 
@@ -209,11 +209,11 @@ class Calibration:
                 while opened:
                     opened.pop().close()
 
-    def _record_calls(self, tokens: Tensor) -> list[_LayerCall]:
+    def _record_calls(self, tokens: Tensor) -> list[LayerCall]:
         """Record the arguments of each layer except the hidden states: positions, masks. They may differ by layer."""
-        calls = [_LayerCall() for _ in self._layers]
+        calls = [LayerCall() for _ in self._layers]
 
-        def recorder(call: _LayerCall) -> Callable[..., None]:
+        def recorder(call: LayerCall) -> Callable[..., None]:
             def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 call.args = args[1:]
                 call.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -257,7 +257,7 @@ class Calibration:
         chain: list[Tensor] = []
         ends: list[Tensor] = []
 
-        def follow(call: _LayerCall) -> Callable[..., None]:
+        def follow(call: LayerCall) -> Callable[..., None]:
             def after(module: nn.Module, args: Any, output: Any) -> None:
                 # Runs within the model's own forward pass, while the layer is in memory. It calls .forward because
                 # calling the module would run the hooks again.
@@ -295,7 +295,8 @@ def _batches(sequences: Sequence[Tensor]) -> list[Tensor]:
     return batches
 
 
-def _run(layer: nn.Module, hidden: Tensor, call: _LayerCall) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """Run a layer on hidden states as the model calls it, and return the hidden states behind it."""
     return _tensor(layer(hidden, *call.args, **call.kwargs))
 
 

@@ -1,6 +1,7 @@
 """The pruning methods, each as a generator of pruned weights in the order of the model's linears."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -9,6 +10,8 @@ from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.calibrate import Calibration, find_layers
+from seft_dist.pruning.curvature import OutputGradientNorm
+from seft_dist.pruning.gradients import BackwardCalibration
 from seft_dist.pruning.magnitude import magnitude_scores
 from seft_dist.pruning.mask_file import MaskFile
 from seft_dist.pruning.masks import (
@@ -61,6 +64,7 @@ class Pruner:
         self._ranks, self._progress, self._sequences = ranks, progress, sequences
         self._linears, self._zeros = targets, zeros
         self._norms: dict[str, Tensor] = {}
+        self._output_norms: dict[str, Tensor] = {}
 
     def pruned(self) -> Iterator[tuple[str, Tensor]]:
         """Prune the targets one after the other. Collective.
@@ -75,13 +79,14 @@ class Pruner:
             self.sparsities = self._owl(calibration)
         if config.method == "mask":
             yield from self._with_progress(self._by_masks())
-        elif config.ranking == "global":
+        elif config.ranking == "global" or config.method in ("magnitude", "curvature"):
             if config.method == "wanda":
                 assert calibration is not None
                 self._measure_norms(calibration, lambda layer, norms: self._norms.update(norms))
-            yield from self._with_progress(self._globally())
-        elif config.method == "magnitude":
-            yield from self._with_progress(self._by_magnitude())
+            elif config.method == "curvature":
+                assert calibration is not None
+                self._measure_curvature(calibration)
+            yield from self._with_progress(self._globally() if config.ranking == "global" else self._one_by_one())
         else:
             assert calibration is not None
             yield from self._layer_by_layer(calibration)
@@ -104,10 +109,21 @@ class Pruner:
             kept = self._linears[name].rows_view(self._masks.read(name))
             yield name, self._stream.read_rows(name).masked_fill_(~kept, 0.0)
 
-    def _by_magnitude(self) -> Iterator[tuple[str, Tensor]]:
+    def _scores(self, name: str, own: Tensor) -> Tensor:
+        """Score a target's own rows by what was measured of the dense model; magnitudes if nothing was."""
+        if name not in self._norms:
+            return magnitude_scores(own)
+        first, last = self._own(name)
+        scores = wanda_scores(own, _norm_of(self._norms[name], first, last).cpu())
+        if name in self._output_norms:
+            scores *= self._output_norms[name][first:last].cpu().unsqueeze(1)
+        return scores
+
+    def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
+        """Prune each target of the dense model by itself. Collective."""
         for name in self._shapes:
             own = self._stream.read_rows(name, *self._own(name))
-            selected = select_pruned(magnitude_scores(own), own, self._ranking(name), self._ranks)
+            selected = select_pruned(self._scores(name, own), own, self._ranking(name), self._ranks)
             yield name, gather_rows(own.masked_fill_(selected, 0.0), self._ranks)
 
     def _globally(self) -> Iterator[tuple[str, Tensor]]:
@@ -121,11 +137,7 @@ class Pruner:
         def read(number: int) -> tuple[Tensor, Tensor]:
             name = names[number]
             own = self._stream.read_rows(name, *self._own(name))
-            norm = self._norms.get(name)
-            scores = (
-                magnitude_scores(own) if norm is None else wanda_scores(own, _norm_of(norm, *self._own(name)).cpu())
-            )
-            return own, pruning_keys(scores, own)
+            return own, pruning_keys(self._scores(name, own), own)
 
         wanted = num_pruned(self._config.share, sum(rows * columns for rows, columns in self._shapes.values()))
         threshold = find_threshold(self._ranks, lambda number: read(number)[1], len(names), wanted)
@@ -194,6 +206,22 @@ class Pruner:
         for _ in calibration.walk(visit, changes=False, progress=self._progress):
             pass
 
+    def _measure_curvature(self, calibration: BackwardCalibration) -> None:
+        """Measure norms of the dense model's inputs and of the gradients of its outputs. Collective."""
+
+        def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
+            inside = self._inside(layer_name)
+            inputs = {name: InputNorm(linear) for name, linear in inside.items()}
+            outputs = {name: OutputGradientNorm(linear) for name, linear in inside.items()}
+            run()
+            self._norms |= {name: norm.close(name, self._ranks) for name, norm in inputs.items()}
+            self._output_norms |= {name: norm.close(name, self._ranks) for name, norm in outputs.items()}
+
+        layers, _ = find_layers(self._stream.model)
+        ends = partial(self._stream.materialize, "", without=layers)
+        for _ in calibration.walk_back(visit, materialize_ends=ends, progress=self._progress):
+            pass
+
     def _owl(self, calibration: Calibration) -> dict[str, float]:
         """Compute the sparsity of each target by the outliers of its decoder layer. Collective."""
         outliers: dict[str, float] = {}
@@ -213,7 +241,7 @@ class Pruner:
         }
 
 
-def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Group) -> Calibration:
+def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Group) -> BackwardCalibration:
     """Prepare calibration of a model of which only the layer that runs is in memory.
 
     Args:
@@ -223,7 +251,7 @@ def open_calibration(stream: StreamedModel, sequences: list[Tensor], ranks: Grou
     """
     base = next(name for name, module in stream.model.named_modules() if module is stream.model.base_model)
     layers, _ = find_layers(stream.model)
-    return Calibration(
+    return BackwardCalibration(
         stream.model,
         sequences,
         ranks,

@@ -95,7 +95,9 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
 
 def needs_text(config: PruneConfig) -> bool:
     """Return whether a pruning run needs calibration text."""
-    return config.method in ("wanda", "sparsegpt") or (config.method == "magnitude" and config.layer_ratios == "owl")
+    return config.method in ("wanda", "sparsegpt", "curvature") or (
+        config.method == "magnitude" and config.layer_ratios == "owl"
+    )
 
 
 def prune(plan: PruningPlan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:
