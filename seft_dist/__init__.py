@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from seft_dist.backends.deepspeed import ds_optimizer_args
     from seft_dist.backends.fsdp import pack_gathers
     from seft_dist.config import SeftConfig
+    from seft_dist.io.parent import ParentModel
     from seft_dist.optim.optimizer import SeftOptimizer
     from seft_dist.optim.packing import pack_weights, unpack_weights
     from seft_dist.optim.report import EvolutionReport
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EvolutionReport",
+    "ParentModel",
     "SeftConfig",
     "SeftOptimizer",
     "ds_optimizer_args",
@@ -25,6 +27,7 @@ __all__ = [
 
 _HOMES = {
     "EvolutionReport": "seft_dist.optim.report",
+    "ParentModel": "seft_dist.io.parent",
     "SeftConfig": "seft_dist.config",
     "SeftOptimizer": "seft_dist.optim.optimizer",
     "ds_optimizer_args": "seft_dist.backends.deepspeed",

@@ -1,5 +1,6 @@
 """Small real models for the tests: random Llamas, pruned row by row."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,23 @@ SIZES: dict[str, Any] = {
 def moving(**options: Any) -> SeftConfig:
     """A configuration whose mask moves, as in the paper, unless ``options`` say otherwise: the harder case."""
     return SeftConfig(**({"reactivation": 1.0} | options))
+
+
+class Parent:
+    """The weights of a model before it is pruned, as ``SeftOptimizer`` reads them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.weights = {
+            name: module.weight.detach().clone()
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        assert all(tuple(self.weights[name].shape) == shape for name, shape in shapes.items())
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights[name].view(-1)[start:stop]
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:

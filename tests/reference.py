@@ -6,6 +6,7 @@ choice of targets and the random numbers.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,11 @@ class DenseSeft:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        parent: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.lr, self.betas, self.eps = config, lr, betas, eps
         self.weight_decay, self.max_grad_norm = weight_decay, max_grad_norm
+        self.parent = parent or {}
         self.num_steps = 0
         self.grad_norm = 0.0
         self.largest_delta = 0.0
@@ -77,11 +80,11 @@ class DenseSeft:
             windows = [Window.empty(layer.base, config.window_store) for layer in layers]
             for window, layer, gradient in zip(windows, layers, gradients, strict=True):
                 window.add(gradient, layer.inputs, layer.outputs)
-            self._evolve(windows)
+            self._evolve(windows, first=True)
             gradients = [window.gradient * (config.window_store != "factored") for window in windows]
         self._update(gradients)
         if self.evolves(t):
-            self._evolve([layer.window for layer in layers])
+            self._evolve([layer.window for layer in layers], first=False)
             for layer in layers:
                 layer.window = Window.empty(layer.base, config.window_store)
         elif config.window_store == "candidates" and layers[0].window.steps == 1:
@@ -155,9 +158,11 @@ class DenseSeft:
             layer.delta = torch.where(lost, kept, layer.delta)
             self.largest_delta = max(self.largest_delta, float(layer.delta.abs().max()))
 
-    def _evolve(self, windows: list[Window]) -> None:
+    def _evolve(self, windows: list[Window], first: bool) -> None:
         for layer in self.layers.values():
-            layer.grown = layer.removed = torch.zeros_like(layer.mask)
+            layer.grown = layer.removed = layer.returned = torch.zeros_like(layer.mask)
+        if self.parent and not first:
+            self._swap(windows)
         if self.config.reactivate == "trial":
             self._adapt(windows)
             for layer in self.layers.values():
@@ -165,8 +170,52 @@ class DenseSeft:
         for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):
             self._drop(i, layer, window)
             self._grow(i, layer, window)
-        if self.config.reactivate == "commit":
+        if self.config.reactivate == "commit" and not self.parent:
             self._adapt(windows)
+
+    def _swap(self, windows: list[Window]) -> None:
+        """Pair the cheapest active positions with the dearest pruned ones, and swap where the pruned one is dearer."""
+        layers, values = list(self.layers.values()), [self.parent[name] for name in self.layers]
+        counts = [math.floor(self.config.swap_fraction * layer.mask.numel() + 0.5) for layer in layers]
+        active = [self._price(layer.value, window) for layer, window in zip(layers, windows, strict=True)]
+        pruned = [self._price(value, window) for value, window in zip(values, windows, strict=True)]
+        groups = [[i] for i in range(len(layers))] if self.config.scope == "layer" else [list(range(len(layers)))]
+        for group in groups:
+            count = sum(counts[i] for i in group)
+            free = [~layers[i].mask & (values[i].abs() >= TINY) for i in group]
+            leaving = self._choose_of_all([active[i] for i in group], [layers[i].mask for i in group], count)
+            coming = self._choose_of_all([pruned[i] for i in group], free, count, largest=True)
+            out, back = self._listed(group, active, leaving), self._listed(group, pruned, coming)
+            # of equal ones, those at smaller places win: the pruned ones come, the active ones stay
+            out, back = sorted(out, key=lambda p: (p[0], -p[1], -p[2])), sorted(back, key=lambda p: (-p[0], p[1], p[2]))
+            pairs = [(one, other) for one, other in zip(out, back, strict=False) if other[0] > one[0]]
+            typical = math.sqrt(sum(one[0] ** 2 for one in out + back) / max(1, len(out + back)))
+            for one, other in zip(out, back, strict=False):
+                self._note(other[0], one[0], typical)
+            moved = [[torch.zeros_like(layer.mask).flatten() for layer in layers] for _ in range(2)]
+            for pair in pairs:
+                for which, (_, i, at) in zip(moved, pair, strict=True):
+                    which[i][at] = True
+            for i in group:
+                layer = layers[i]
+                layer.removed, layer.returned = (which[i].view(layer.mask.shape) for which in moved)
+                layer.mask = layer.mask & ~layer.removed | layer.returned
+                layer.base = torch.where(layer.removed, 0.0, layer.base)
+                layer.base = torch.where(layer.returned, values[i].to(layer.base.dtype), layer.base)
+                layer.leave(layer.removed)
+
+    def _listed(self, group: list[int], prices: list[Tensor], chosen: list[Tensor]) -> list[tuple[float, int, int]]:
+        """Price without its last bit, layer and position of each that was chosen."""
+        found = []
+        for i, which in zip(group, chosen, strict=True):
+            cut = (prices[i].view(torch.int32) & ~1).view(torch.float32).flatten()
+            found += [(float(cut[at]), i, at) for at in which.flatten().nonzero().flatten().tolist()]
+        return found
+
+    def _price(self, value: Tensor, window: Window) -> Tensor:
+        rows, columns = window.outputs / window.steps, window.inputs / window.steps
+        value = value.float()
+        return rows.view(-1, 1) * columns * value**2 / 2 + (value * window.score / window.steps).abs()
 
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
@@ -267,17 +316,17 @@ class DenseSeft:
         if self.config.adapt == "sensitivity":
             return (layer.value * window.score).abs()
         if self.config.adapt == "curvature":
-            rows, columns = window.outputs / window.steps, window.inputs / window.steps
-            price = rows.view(-1, 1) * columns * layer.value**2 / 2
-            return price + (layer.value * window.score / window.steps).abs()
+            return self._price(layer.value, window)
         if self.config.adapt == "activation":
             return layer.value.abs() * window.inputs.sqrt()
         return layer.value.abs()
 
-    def _choose_of_all(self, scores: list[Tensor], eligible: list[Tensor], count: int) -> list[Tensor]:
-        """The ``count`` smallest of all layers together."""
+    def _choose_of_all(
+        self, scores: list[Tensor], eligible: list[Tensor], count: int, largest: bool = False
+    ) -> list[Tensor]:
+        """The ``count`` smallest, or largest, of all layers together."""
         flat = torch.cat([score.flatten() for score in scores]), torch.cat([e.flatten() for e in eligible])
-        parts = self._choose(*flat, count, largest=False).split([score.numel() for score in scores])
+        parts = self._choose(*flat, count, largest).split([score.numel() for score in scores])
         return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
     def _group_size(self) -> int:

@@ -32,6 +32,7 @@ class Layer:
     dropped: Tensor
     removed: Tensor
     trial: Tensor
+    returned: Tensor
 
     @classmethod
     def of(cls, module: nn.Linear, config: SeftConfig) -> "Layer":
@@ -58,6 +59,7 @@ class Layer:
             dropped=none,
             removed=none,
             trial=none,
+            returned=none,
         )
 
     @property

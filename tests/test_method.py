@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.sparsity.bitmask import unpack
-from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
+from tests.models import Parent, batch, moving, prune_, prune_groups_, tiny_llama
 from tests.reference import DenseSeft
 
 STEPS = 13
@@ -22,6 +22,8 @@ CLOSE = 1e-4
 
 # The learning rate moves deltas by a tenth of a typical weight, so that Adapt also prunes entries of the support.
 ADAM: dict[str, Any] = {"lr": 2e-2, "betas": (0.9, 0.95), "max_grad_norm": 0.5}
+
+SWAP: dict[str, Any] = {"reactivation": 0.0, "swap_fraction": 0.04}
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
@@ -73,6 +75,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drop_everything": ({"drop_fraction": 1.0, "drop_schedule": "constant"}, {}),
     "drop_nothing": ({"drop_fraction": 0.0}, {}),
     "static": ({"static": True}, {}),
+    "swap": (SWAP, {}),
+    "swap_all": (SWAP | {"swap_fraction": 1.0, "drop_fraction": 1.0}, {}),
+    "swap_global": (SWAP | {"scope": "global"}, {}),
+    "swap_global_all": (SWAP | {"scope": "global", "swap_fraction": 1.0, "window": 4}, {}),
+    "swap_factored": (SWAP | {"window_store": "factored"}, {}),
+    "swap_bf16": (SWAP | {"window_store": "bf16", "init": "random"}, {}),
+    "swap_random": (SWAP | {"grow": "random", "drop": "random", "on_drop": "keep"}, {}),
+    "swap_seeded_every_step": (SWAP | {"moments": "seeded", "interval": 1, "window": 1}, {"eps": 1e-2}),
+    "swap_norms": (SWAP | {"train_norms": True}, {"eps": 1e-3, "weight_decay": 0.3}),
     "static_random": ({"static": True, "init": "random"}, {}),
     "decay_weight": ({"decay": "weight"}, {"weight_decay": 0.3}),
     "decay_delta": ({"decay": "delta"}, {"weight_decay": 0.3}),
@@ -124,8 +135,14 @@ class NearTieError(Exception):
 
 
 def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
-    """One decoder layer; without a pattern, no weight's size is a multiple of 8 (masks are packed in bytes)."""
-    model = tiny_llama(
+    """One pruned decoder layer; without a pattern, no weight's size is a multiple of 8 (masks are packed in bytes)."""
+    model = make_dense(seed, pattern)
+    return prune_groups_(model, pattern) if pattern else prune_(model, 0.55)
+
+
+def make_dense(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
+    """The model of ``make_model`` before it is pruned."""
+    return tiny_llama(
         seed,
         vocab_size=VOCAB,
         hidden_size=24 if pattern else 20,
@@ -135,7 +152,6 @@ def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
         num_key_value_heads=1,
         attention_bias=True,
     )
-    return prune_groups_(model, pattern) if pattern else prune_(model, 0.55)
 
 
 def assert_same(seft: SeftOptimizer, dense: DenseSeft, rel: float) -> None:
@@ -177,7 +193,7 @@ def assert_same_report(seft: SeftOptimizer, dense: DenseSeft, mask_before: list[
     assert report.support == sum(int(layer.support.sum()) for layer in layers)
     if dense.config.interval > 1:  # else the report of the first step covers its second evolution only
         grown = [layer.grown for layer in layers]
-        joined = [layer.grown & ~before for layer, before in zip(layers, mask_before, strict=True)]
+        joined = [layer.grown & ~before | layer.returned for layer, before in zip(layers, mask_before, strict=True)]
         left = [(before | layer.grown) & ~layer.mask for layer, before in zip(layers, mask_before, strict=True)]
         found = (report.dropped, report.grown, report.reactivated, report.pruned)
         wanted = ([layer.dropped for layer in layers], grown, joined, left)
@@ -188,7 +204,9 @@ def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float
     """Train both, compare after every step to a relative difference of ``rel``."""
     model = make_model(seed, config.known_pattern)
     twin = copy.deepcopy(model)
-    seft, dense = SeftOptimizer(model, config, **(ADAM | adam)), DenseSeft(twin, config, **(ADAM | adam))
+    parent = Parent(make_dense(seed)) if config.swap_fraction else None
+    seft = SeftOptimizer(model, config, parent=parent, **(ADAM | adam))
+    dense = DenseSeft(twin, config, parent=parent.weights if parent else None, **(ADAM | adam))
     for t in range(1, STEPS + 1):
         data = batch(100 * seed + t, vocab=VOCAB)
         losses = [model(**data).loss, twin(**data).loss]
@@ -224,6 +242,7 @@ def test_same_as_dense(name: str) -> None:
         dense = run_both(config, adam, seed=1)
     moved = any(not torch.equal(layer.mask, layer.first_mask) for layer in dense.layers.values())
     expected = over.get("reactivation", 1.0) > 0 and (over.get("init") != "random" or not over.get("static"))
+    expected = expected or "swap_fraction" in over
     expected = expected and not (over.get("reactivate") == "trial" and over.get("static"))  # nothing would end a trial
     assert moved == expected, "the test did not exercise what its name says"
 
@@ -247,7 +266,10 @@ def configs(draw: st.DrawFn) -> SeftConfig:
         "density": [0.01, 0.05, 0.2],
         "begin": [1, 4],
     }
+    swaps = draw(st.sampled_from([0.0, 0.0, 0.02, 0.5]))
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
+    if swaps:
+        drawn |= {"reactivation": 0.0, "swap_fraction": swaps}
     if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))

@@ -65,6 +65,10 @@ class SeftConfig:
     "trial": it trains until the next evolution, which ranks all active positions and keeps the best; until then the
     mask is larger by what is on trial, at most reactivation x density of a layer. The last evolution lets nothing go on
     trial."""
+    swap_fraction: float = 0.0
+    """Largest share of a weight's positions that an evolution swaps, 0 to 1: pruned positions come back with their
+    value in the parent (--parent, the model before it was pruned) in the place of active ones, where that lowers the
+    "curvature" price of what is pruned. 0: none. Not together with reactivation."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
     positions drawn from the seed)."""
@@ -115,6 +119,7 @@ class SeftConfig:
         check_kept(self.pattern, self.scope, self.adapt, self.reactivation)
         self._check_window_store()
         self._check_trial()
+        self._check_swaps()
         last = self.last_evolution
         if self.steps is not None and last is not None:
             check(
@@ -136,6 +141,14 @@ class SeftConfig:
             'reactivate="trial" with adapt="none"',
             'a criterion that ends a trial, e.g. adapt "activation"; or reactivate "commit"',
         )
+
+    def _check_swaps(self) -> None:
+        given = f"swap_fraction={self.swap_fraction}"
+        check(0 <= self.swap_fraction <= 1, given, "a share from 0 to 1")
+        if self.swap_fraction > 0:
+            check(self.reactivation == 0, f"{given} with reactivation={self.reactivation}", "one of them")
+            check(self.known_pattern is None, f"{given} with pattern={self.pattern}", "no pattern, or swap_fraction 0")
+            check(self.window_store != "candidates", f"{given} with window_store=candidates", "another window_store")
 
     def _check_window_store(self) -> None:
         """Refuse criteria that need more of the gradient than the store of the window keeps."""

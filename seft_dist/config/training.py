@@ -44,6 +44,9 @@ class TrainConfig:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     optim: AdamConfig = field(default_factory=AdamConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parent: str | None = None
+    """Folder or hub name of the model before it was pruned, from which seft.swap_fraction brings weights back. Each
+    rank reads its own part at evolutions. None: there is none."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int | None = None
     """Optimizer steps of the run. None: as many as epochs makes, or 1000 without epochs."""
@@ -124,6 +127,11 @@ class TrainConfig:
             self.method != "none" or self.teacher.path is None,
             f"teacher.path={self.teacher.path} with method=none",
             "a method that trains, or no teacher: nothing would learn from it",
+        )
+        check(
+            (self.parent is not None) == (self.is_seft and self.seft.swap_fraction > 0),
+            f"parent={self.parent} with method={self.method}, seft.swap_fraction={self.seft.swap_fraction}",
+            "--parent with the model before it was pruned together with seft.swap_fraction above 0, or neither",
         )
         if self.backend != "auto":
             check(

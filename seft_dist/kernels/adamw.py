@@ -4,7 +4,9 @@ On a CPU a compiled loop reads and writes every column once; elsewhere, or witho
 about ten passes and nothing waits for the device. Results agree to rounding.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,12 @@ class AdamW:
     """True if decay shrinks base + value (AdamW on the weight), False if only the value."""
     oldest: int
     """Largest age that an entry may have before the step."""
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], decay_weight: bool, oldest: int) -> "AdamW":
+        """Make the rule of a param group of a torch optimizer, whose learning rate may be a tensor."""
+        rates = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+        return cls(lr=float(group["lr"]), decay_weight=decay_weight, oldest=oldest, **rates)
 
     def update_(
         self,

@@ -260,6 +260,11 @@ def is_conv1d(module: object) -> bool:
 
 
 def _refuse_activation(name: str, kind: str, config: SeftConfig) -> None:
+    if config.swap_fraction > 0:
+        raise ValueError(
+            f"seft.swap_fraction is not supported yet for the weights of a {kind} ({name}): choose 0, or targets "
+            "without it"
+        )
     if config.adapt in ("activation", "curvature"):
         raise ValueError(
             f"seft.adapt={config.adapt} is not supported yet for the weights of a {kind} ({name}): choose "

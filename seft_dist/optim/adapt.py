@@ -81,20 +81,27 @@ def _least_of_groups(work: WorkingState, groups: NMGroups) -> list[Tensor]:
     return pruned
 
 
-def _weight(work: WorkingState, i: int) -> Tensor:
+def current_weight(work: WorkingState, i: int) -> Tensor:
+    """Return a target's own weights, fp32 [own], those of the deltas before any cast."""
     weight = work.backend.own(i).to(torch.float32, copy=True)
     weight[work.offsets(i)] = work.entries[i].weight()  # fp32, before any cast
     return weight
 
 
+def curvature_price(work: WorkingState, i: int, weight: Tensor) -> Tensor:
+    """Return ``scores.curvature`` of weights fp32 [own] that a target could have, by its window."""
+    window, start = work.windows[i], work.intervals[i].start
+    return scores.curvature(weight, window.gradient() / window.num_steps, *window.moments(), start)
+
+
 def adapt_errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:
     """Return how far rounding can move each of ``adapt_key``'s scores, fp32 [own]."""
-    return rounding.of_adapt(i, _weight(work, i), work.norms.get(i), work.offsets(i), work.entries[i])
+    return rounding.of_adapt(i, current_weight(work, i), work.norms.get(i), work.offsets(i), work.entries[i])
 
 
 def adapt_key(work: WorkingState, i: int) -> Tensor:
     """Return the keys by which a target's own positions leave the mask, int32 [own]."""
-    weight, window = _weight(work, i), work.windows[i]
+    weight, window = current_weight(work, i), work.windows[i]
     # Without the grown ones: their weight is still 0, the step would undo itself.
     eligible = work.mark(i, work.state.masks[i], work.grown[i], False)
     if work.config.adapt in ("sensitivity", "curvature"):
@@ -102,9 +109,7 @@ def adapt_key(work: WorkingState, i: int) -> Tensor:
             eligible &= known
         if work.config.adapt == "sensitivity":
             return ranking_keys(weight, largest=False, eligible=eligible, times=window.gradient())
-        moments, start = window.moments(), work.intervals[i].start
-        price = scores.curvature(weight, window.gradient() / window.num_steps, *moments, start)
-        return ranking_keys(price, largest=False, eligible=eligible)
+        return ranking_keys(curvature_price(work, i, weight), largest=False, eligible=eligible)
     if work.config.adapt == "activation":
         weight = scores.activation(weight, work.norms[i], work.intervals[i].start)
     return ranking_keys(weight, largest=False, eligible=eligible, absolute=True)

@@ -5,6 +5,8 @@ S          x       x          drop    the smallest |delta| leaves S            (
          . . . . g . .        grow    the largest |gradient| outside S enters  (4 was pruned: it joins the mask)
 mask     1 1 0 0 1 1 0 1      adapt   the least sensitive active one leaves    (2 becomes 0: as many active as before)
 
+With ``swap_fraction`` no pruned position grows; the mask moves first, in ``seft_dist.optim.swap``.
+
 With ``reactivate: trial`` Adapt comes first, and decides about what grew in the evolution before:
 
 mask     1 1 1 0 0 1 0 1      adapt   nothing is on trial yet
@@ -28,6 +30,7 @@ from seft_dist.optim.drop import drop
 from seft_dist.optim.grow import best_free, grow, num_candidates
 from seft_dist.optim.report import EvolutionReport, Phase, ReportDraft
 from seft_dist.optim.state import State
+from seft_dist.optim.swap import Parent, swap
 from seft_dist.optim.window import Window, share_positions
 from seft_dist.optim.working_state import WorkingState
 from seft_dist.sparsity.selection import INELIGIBLE
@@ -48,6 +51,7 @@ class Evolution:
         *,
         step: int,
         counts_near_ties: bool = False,
+        parent: Parent | None = None,
     ) -> None:
         """Args:
         backend: Must be inside its ``writing()`` context.
@@ -57,10 +61,11 @@ class Evolution:
         draft: Costs of the windows so far; ``keep_candidates`` adds to it, ``run`` reports it.
         step: Optimizer step, counted from 1.
         counts_near_ties: True to count near-ties for the report.
+        parent: Model from which pruned positions come back; None: from none.
         """
         near_ties = (draft.near_ties or [0] * len(windows)) if counts_near_ties else None
         self.work = WorkingState(backend, config, state, windows, step=step, near_ties=near_ties)
-        self._draft = draft
+        self._draft, self._parent = draft, parent
         self._phases: dict[str, Phase] = {}
         self._decided: list[int] = []
         """Number of own positions whose trial ended, and of those that stayed; empty without trials."""
@@ -81,9 +86,11 @@ class Evolution:
         self._phase("window", self._prepare)
         if on_trial:
             self._decided = self._phase("adapt", lambda: end_trials(work))
+        if (parent := self._parent) is not None and not first:
+            self._phase("swap", lambda: swap(work, parent))
         self._phase("drop", lambda: drop(work, fraction))
         self._phase("grow", lambda: grow(work))
-        if not on_trial:
+        if not on_trial and self._parent is None:
             self._phase("adapt", lambda: adapt(work))
         self._phase("commit", lambda: self.apply(betas))
         digest, moved, (tried, kept) = self._phase("verify", self._verify)
@@ -131,7 +138,8 @@ class Evolution:
         """
         work = self.work
         digest = work.state.verify(work.backend, work.config)
-        moved = zip(work.dropped, work.grown, work.reactivated, work.pruned, strict=True)
+        back = [torch.cat(ways) for ways in zip(work.reactivated, work.returned, strict=True)]
+        moved = zip(work.dropped, work.grown, back, work.pruned, strict=True)
         counts = [len(offsets) for row in moved for offsets in row]
         counts = work.backend.owners.sum(torch.tensor(counts + self._decided)).tolist()
         rows = [counts[4 * i : 4 * i + 4] for i in range(len(work.windows))]
@@ -165,7 +173,7 @@ class Evolution:
         share_positions(work.backend, work.windows)
 
     def apply(self, betas: tuple[float, float]) -> None:
-        """Set pruned weights to 0, give the grown positions entries, and every rank all positions. Collective.
+        """Write what left and entered the mask, and give the grown positions entries, known to every rank. Collective.
 
         The order matters: a backend that stores active positions only has to know the new mask before it can find a
         grown position, and entries must be in place before the replicas' weights are written.
@@ -174,6 +182,9 @@ class Evolution:
         for i, pruned in enumerate(work.pruned):
             work.backend.remask(i, work.state.masks[i], pruned)
         work.backend.sync_mask_counts()
+        for i, values in work.returned_values.items():
+            where = work.backend.memory_indices(i, work.positions(i, work.returned[i]))
+            work.backend.store(i, where, values)
         for i, offsets in enumerate(work.grown):
             positions = work.positions(i, offsets)
             new = Columns.grown(positions, work.backend.load(i, work.backend.memory_indices(i, positions)).float())
@@ -194,7 +205,7 @@ class Evolution:
     def _write_to_replicas(self) -> None:
         """Write what other ranks changed in their intervals into this rank's whole weights. Collective."""
         work = self.work
-        changed = [torch.cat(moved) for moved in zip(work.dropped, work.pruned, strict=True)]
+        changed = [torch.cat(moved) for moved in zip(work.dropped, work.pruned, work.returned, strict=True)]
         owners = work.backend.owners
         lengths = owners.stack(torch.tensor([len(offsets) for offsets in changed])).tolist()
         positions = owners.gather(

@@ -28,6 +28,7 @@ from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, first_state, prepare_weights, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
+from seft_dist.optim.swap import Parent, check_parent
 from seft_dist.optim.torch_interface import TorchInterface
 from seft_dist.optim.vectors import Vectors, VectorStates
 from seft_dist.optim.window import (
@@ -71,6 +72,7 @@ class SeftOptimizer(TorchInterface):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         group: ProcessGroup | None = None,
+        parent: Parent | None = None,
     ) -> None:
         """Patch the target linears. No weight is read yet.
 
@@ -84,18 +86,21 @@ class SeftOptimizer(TorchInterface):
             max_grad_norm: Largest global norm of the deltas' gradient; None for no clipping.
             group: Data-parallel ranks that share this model's weights unsharded; None for all ranks. Sharded weights
                 name their own group.
+            parent: Model before it was pruned, for ``swap_fraction`` (``seft_dist.ParentModel.open``).
 
         Raises:
             TypeError: ``model`` is no module, e.g. ``model.parameters()``.
-            ValueError: The pattern of the targets matches nothing, or something that cannot be trained.
+            ValueError: The pattern of the targets matches nothing, or something that cannot be trained, or there is a
+                parent without ``swap_fraction``, or the other way round.
         """
         check_is_model(model)
         check_adam(lr, betas, eps, weight_decay, max_grad_norm)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
-        self._model, self._group = model, group
+        self._model, self._group, self._parent = model, group, parent
         self._targets = find_targets(model, self.config.targets)
         check_criteria(self._targets, self.config)
+        check_parent(parent, self.config, self._targets)
         check_trainable(model, self._targets)
         check_not_installed(model)
         self._frozen = notices.frozen_targets(self._targets)
@@ -324,22 +329,16 @@ class SeftOptimizer(TorchInterface):
 
     def _new_evolution(self, windows: list[Window], step: int) -> Evolution:
         inputs = (self.backend, self.config, self.sparse_state, windows, self._draft)
-        return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties)
+        return Evolution(*inputs, step=step, counts_near_ties=self.counts_near_ties, parent=self._parent)
 
     def _evolve(self, windows: list[Window], step: int, fraction: float, first: bool) -> EvolutionReport:
         return self._new_evolution(windows, step).run(fraction, self.param_groups[0]["betas"], first)
 
     def _update(self, grad: Tensor, vector_grad: Tensor, check: GradientCheck) -> None:
         self._grad_norm = check.norm
-        scale, group = check.clipping_factor(self.max_grad_norm), self.param_groups[0]
-        rule = AdamW(
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decay_weight=self.config.decay == "weight",
-            oldest=self.num_steps + self.config.window,  # moments that were seeded are as old as their window
-        )
+        scale = check.clipping_factor(self.max_grad_norm)
+        oldest = self.num_steps + self.config.window  # moments that were seeded are as old as their window
+        rule = AdamW.of_group(self.param_groups[0], self.config.decay == "weight", oldest)
         least = least_size(self.backend.dtypes[0])
         weight = self.sparse_state.columns.update_(grad, scale, check.is_finite, rule, least)
         self.sparse_state.write_weights(self.backend, weight)

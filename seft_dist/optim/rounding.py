@@ -36,7 +36,7 @@ class Rounding:
         """
         self._backend, self._config, self._windows = backend, config, windows
         self._share = _BF16 if config.window_store == "bf16" else ROUNDING
-        reads = config.adapt in ("sensitivity", "curvature")
+        reads = config.adapt in ("sensitivity", "curvature") or config.swap_fraction > 0
         needs = config.grow != "random" or reads or config.drop == "movement"
         own = [torch.cat([*self._sums(i, needs), self._update_sums(entries[i])]) for i in range(len(windows))]
         sums = backend.owners.sum(torch.cat(own)).split([len(part) for part in own])
@@ -87,7 +87,8 @@ class Rounding:
         amplified = (ROUNDING * root / self._root(entries)).clamp(max=2.0) * delta
         return entries.values.abs() * ROUNDING + torch.where(entries.values != 0, amplified, 0.0)
 
-    def _of_weights(self, i: int, weight: Tensor, offsets: Tensor, entries: Columns) -> Tensor:
+    def of_weights(self, i: int, weight: Tensor, offsets: Tensor, entries: Columns) -> Tensor:
+        """Return the errors of a layer's own weights, fp32 [n]; arguments as of ``of_adapt``."""
         errors = weight.abs() * ROUNDING  # also of those whose delta became part of the base
         errors[offsets] += self._of_deltas(i, entries)
         return errors
@@ -130,16 +131,26 @@ class Rounding:
             offsets: int64 [k], offsets of the deltas in the own interval.
             entries: The own deltas.
         """
-        errors = self._of_weights(i, weight, offsets, entries)
-        if self._config.adapt in ("sensitivity", "curvature"):
-            window, start = self._windows[i], self._backend.interval(i).start
-            gradient = window.gradient().abs()
-            if self._config.adapt == "sensitivity":
-                return gradient.mul_(errors) + weight.abs() * self._of_gradient(i)
-            linear = (gradient * errors + weight.abs() * self._of_gradient(i)) / window.num_steps
-            # of h w^2 / 2: twice the error of w, and those of both factors of h
-            doubled = (2 * errors + 2 * ROUNDING * weight.abs()) * weight.abs()
-            return linear + scores.curvature(doubled.sqrt_(), torch.zeros_like(weight), *window.moments(), start)
+        errors = self.of_weights(i, weight, offsets, entries)
+        if self._config.adapt == "sensitivity":
+            return self._windows[i].gradient().abs().mul_(errors) + weight.abs() * self._of_gradient(i)
+        if self._config.adapt == "curvature":
+            return self.of_price(i, weight, errors)
         if norms is not None:
             return scores.activation(errors + weight.abs() * ROUNDING, norms, self._backend.interval(i).start)
         return errors
+
+    def of_price(self, i: int, weight: Tensor, errors: Tensor) -> Tensor:
+        """Return the errors of ``scores.curvature`` of a layer's own positions, fp32 [n].
+
+        Args:
+            i: Number of the target.
+            weight: fp32 [n], weights at these positions.
+            errors: fp32 [n], their errors.
+        """
+        window, start = self._windows[i], self._backend.interval(i).start
+        linear = window.gradient().abs() * errors + weight.abs() * self._of_gradient(i)
+        # of h w^2 / 2: twice the error of w, and those of both factors of h
+        doubled = (2 * errors + 2 * ROUNDING * weight.abs()) * weight.abs()
+        squared = scores.curvature(doubled.sqrt_(), torch.zeros_like(weight), *window.moments(), start)
+        return squared.add_(linear.div_(window.num_steps))

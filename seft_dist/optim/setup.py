@@ -161,7 +161,7 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
         A hash of each target's groups, by which ``NMGroups.check`` knows later that none has changed; empty without a
         pattern.
     """
-    if config.pattern == AUTO and config.reactivation:  # without reactivation no position becomes active
+    if config.pattern == AUTO and (config.reactivation or config.swap_fraction):  # else no position becomes active
         _refuse_pattern(find_pattern(backend, masks))
     if config.known_pattern is None:
         return []

@@ -54,11 +54,12 @@ class Needs:
             or momentum
             or config.grow == "gradient"
             or config.adapt in ("sensitivity", "curvature")
+            or config.swap_fraction > 0
             or config.drop == "movement"
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
         factored, candidates = config.window_store == "factored", config.window_store == "candidates"
-        outputs = config.adapt == "curvature" or (gradient and factored)
+        outputs = config.adapt == "curvature" or config.swap_fraction > 0 or (gradient and factored)
         norms = config.adapt == "activation" or outputs
         return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)
 

@@ -55,7 +55,11 @@ class WorkingState:
         self.nothing = [self.offsets(i)[:0] for i in range(len(windows))]
         """No offsets of any target."""
         self.dropped, self.grown, self.pruned, self.reactivated = (list(self.nothing) for _ in range(4))
-        """Own offsets of each target that left or entered the support, left the mask, or entered it."""
+        """Own offsets of each target that left or entered the support, left the mask, or entered it by growing."""
+        self.returned = list(self.nothing)
+        """Own offsets of each target that entered the mask with the value of the parent (``seft_dist.optim.swap``)."""
+        self.returned_values: dict[int, Tensor] = {}
+        """Values of each target at ``returned``, in the dtype of the weights."""
         self.norms: dict[int, Tensor] = {}
         """fp32 [in], norms of each target's inputs over the window, once Adapt knows them."""
         self.rounding: Rounding | None = None

@@ -32,6 +32,7 @@ _NOT_INPUTS = (
     "global_batch",
     "seft.steps",
     "teacher.path",
+    "parent",
 )
 """Prefixes of options that change no result, or whose effect is in a fingerprint or another field of the manifest."""
 _LAYOUT_OPTIONS = (
@@ -147,7 +148,8 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     inputs |= {f"optim.{key}": _plain(update[key]) for key in _UPDATE}
     inputs["scheduler of the ds_config"] = (attempt["layout"]["deepspeed"] or {}).get("scheduler")
     inputs |= {"model": manifest["model"], "data": manifest["data"]["fingerprint"], "dtype": manifest["dtype"]}
-    return inputs | {"global_batch": manifest["data"]["global_batch"], "teacher": manifest.get("teacher")}
+    inputs |= {kind: manifest.get(kind) for kind in ("teacher", "parent")}
+    return inputs | {"global_batch": manifest["data"]["global_batch"]}
 
 
 def _layout(attempt: dict[str, Any]) -> dict[str, Any]:

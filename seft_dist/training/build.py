@@ -18,6 +18,7 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import pad_id
 from seft_dist.io.library_types import PreTrainedModel, PreTrainedTokenizerBase
 from seft_dist.io.models import Sharding, load_model
+from seft_dist.io.parent import ParentModel
 from seft_dist.io.positions import check_length
 from seft_dist.io.source import Source, open_source
 from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_per_machine_first
@@ -88,6 +89,15 @@ def open_model(config: TrainConfig, ds: DsConfig | None) -> Source:
     return source
 
 
+def open_parent(config: TrainConfig) -> ParentModel | None:
+    """Open the model from which pruned weights come back, if the run has one.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    return None if config.parent is None else ParentModel.open(config.parent)
+
+
 def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> None:
     """Refuse, before a model is loaded, a comparison method that would fail at its end.
 
@@ -101,7 +111,12 @@ def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> No
 
 
 def build(
-    config: TrainConfig, ranks: Ranks, source: Source, ds: DsConfig | None, teacher: Source | None = None
+    config: TrainConfig,
+    ranks: Ranks,
+    source: Source,
+    ds: DsConfig | None,
+    teacher: Source | None = None,
+    parent: ParentModel | None = None,
 ) -> TrainingRun:
     """Load the model as the backend wants it, with the optimizer and the backend's wrapper around it. Collective.
 
@@ -111,9 +126,10 @@ def build(
         source: The pruned model.
         ds: None without DeepSpeed.
         teacher: Model whose predictions are learnt, if there is one.
+        parent: Model from which pruned weights come back, if there is one.
 
     Raises:
-        ValueError: The model cannot be used.
+        ValueError: The model, or its parent, cannot be used.
     """
     backend = on_all_ranks(ranks, lambda: chosen_backend(config, ranks.world_size))
     on_all_ranks(ranks, lambda: ds.check() if ds is not None else None)
@@ -141,7 +157,7 @@ def build(
     if not config.is_seft:
         method: Method = BASELINES[config.method](model, config, args)
         return TrainingRun(config, ranks, source, model, model, method, None, backend, args["lr"], teacher_model)
-    seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.total_steps), **args)
+    seft = TrainedSeft(model, dataclasses.replace(config.seft, steps=config.total_steps), **args, parent=parent)
     run = TrainingRun(config, ranks, source, model, model, seft, None, backend, args["lr"], teacher_model)
     if backend == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None

@@ -5,6 +5,7 @@
     dtype        type in which its weights are held
     dropout      whether the model draws random numbers: each rank its own, so that no other layout gives the same
     teacher      fingerprint of the teacher's weights; null without one
+    parent       fingerprint of the model from which pruned weights come back; null without one
     data         fingerprint of the tokenised sequences, their number, sequences of an optimizer step
     attempts     one for each start of the run: when, how and where, with which versions, code and configuration;
                  ``first_step`` is the step it began with, so what it did ends where a later one begins
@@ -107,6 +108,7 @@ def open_manifest(
     *,
     model: str,
     teacher: str | None,
+    parent: str | None,
     dtype: str,
     dropout: bool,
     data: dict[str, Any],
@@ -122,6 +124,7 @@ def open_manifest(
         ranks: This process.
         model: Fingerprint that ``model_fingerprint`` gives.
         teacher: Fingerprint of the teacher's weights, if there is one.
+        parent: Fingerprint of the model from which pruned weights come back, if there is one.
         dtype: Type of the weights, e.g. "float32".
         dropout: True: the model draws random numbers.
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
@@ -152,7 +155,8 @@ def open_manifest(
         "optimizer": ds.optimizer if ds else None,
         "config": dataclasses.asdict(config),
     }
-    content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "data": data}
+    content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "parent": parent}
+    content["data"] = data
     content |= {"dtype": dtype, "dropout": dropout}
     content["attempts"] = [*old["attempts"], attempt]
     content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= steps_done]

@@ -58,6 +58,7 @@ class Record:
                 ranks,
                 model=origin.model,
                 teacher=origin.teacher,
+                parent=origin.parent,
                 dtype=str(source.dtype).removeprefix("torch."),
                 dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
                 data=data,

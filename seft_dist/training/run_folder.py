@@ -233,6 +233,8 @@ class RunOrigin:
     """Seed of the data order."""
     teacher: str | None = None
     """Fingerprint of the teacher's weights; None: there is none."""
+    parent: str | None = None
+    """Fingerprint of the model from which pruned weights come back; None: there is none."""
 
 
 def checkpoint_extra(config: TrainConfig, origin: RunOrigin, state: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +306,8 @@ class _RunOrigin(TypedDict):
     sequences: int
     global_batch: Annotated[int, Field(ge=1)]
     seed: int
-    teacher: NotRequired[str | None]  # checkpoints of earlier versions had no teacher
+    teacher: NotRequired[str | None]  # checkpoints of earlier versions had no teacher,
+    parent: NotRequired[str | None]  # and no parent
 
 
 class _Extra(TypedDict):
@@ -328,12 +331,13 @@ def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None
             f"{path} was made from another base model: its targets are those of this one, but other weights or "
             "settings in config.json differ; load the pruned model it began with, or choose another output"
         )
-    if then.get("teacher") != now["teacher"]:
-        raise ValueError(
-            f"{path} was made with {_describe_teacher(then.get('teacher'))}, this run has "
-            f"{_describe_teacher(now['teacher'])}: use teacher.path as before, or choose another output"
-        )
-    data = [key for key in now if key not in ("model", "teacher")]
+    for kind, option in (("teacher", "teacher.path"), ("parent", "parent")):
+        if then.get(kind) != now[kind]:
+            raise ValueError(
+                f"{path} was made with {_describe(kind, then.get(kind))}, this run has {_describe(kind, now[kind])}: "
+                f"use {option} as before, or choose another output"
+            )
+    data = [key for key in now if key not in ("model", "teacher", "parent")]
     other = [f"{key} is {now[key]}, was {then[key]}" for key in data if now[key] != then[key]]
     if other:
         raise ValueError(
@@ -342,5 +346,5 @@ def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None
         )
 
 
-def _describe_teacher(fingerprint: str | None) -> str:
-    return "no teacher" if fingerprint is None else f"a teacher of fingerprint {fingerprint}"
+def _describe(kind: str, fingerprint: str | None) -> str:
+    return f"no {kind}" if fingerprint is None else f"a {kind} of fingerprint {fingerprint}"

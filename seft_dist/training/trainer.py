@@ -24,7 +24,15 @@ from seft_dist.session.agreement import check_agreement, max_over_ranks, on_all_
 from seft_dist.session.cli import to_yaml
 from seft_dist.session.distributed import Ranks
 from seft_dist.session.signals import StopRequest, name_of, stop_requests
-from seft_dist.training.build import TrainingRun, build, check_baseline, check_tokens, open_model, read_batches
+from seft_dist.training.build import (
+    TrainingRun,
+    build,
+    check_baseline,
+    check_tokens,
+    open_model,
+    open_parent,
+    read_batches,
+)
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
 from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint, with_order
@@ -126,7 +134,8 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     config = _resolve_steps(config, data, ranks)
     text = read_validation(config, tokenizer, ranks)
     on_all_ranks(ranks, lambda: check_baseline(config, source, data))
-    run = build(config, ranks, source, ds, check_teacher(config, source, ranks))
+    parent = on_all_ranks(ranks, lambda: open_parent(config))
+    run = build(config, ranks, source, ds, check_teacher(config, source, ranks), parent)
     check_tokens(data, run.model, ranks)
     run.method.attach()
     first = first_masks(run.method)  # before a checkpoint brings the masks that they have become
@@ -140,6 +149,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
         global_batch=data.global_batch,
         seed=config.seed,
         teacher=run.teacher.fingerprint if run.teacher else None,
+        parent=parent.fingerprint(run.method.target_names) if parent else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
     check_separation(run)

@@ -82,7 +82,8 @@ def versions(run: RunRecord) -> Table:
     found: Any = run.attempts[-1].get("versions") if run.attempts else None
     rows = [[str(name), str(value)] for name, value in found.items() if value] if isinstance(found, dict) else []
     data: Any = run.manifest.get("data")
-    prints = {"pruned model": run.manifest.get("model"), "teacher": run.manifest.get("teacher")}
+    prints = {"pruned model": run.manifest.get("model")}
+    prints |= {kind: run.manifest.get(kind) for kind in ("teacher", "parent")}
     prints["training data"] = data.get("fingerprint") if isinstance(data, dict) else None
     rows += [[f"fingerprint of the {name}", str(value)] for name, value in prints.items() if value]
     return Table(["", ""], rows)

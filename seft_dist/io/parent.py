@@ -1,0 +1,74 @@
+"""The model before it was pruned, on disk: the source of weights that come back (``SeftConfig.swap_fraction``)."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from seft_dist.config import ModelConfig
+from seft_dist.io.models import build_meta_model
+from seft_dist.io.source import Source, open_source
+
+_SAMPLED = 1024
+"""Values of each target that the fingerprint reads."""
+
+
+class ParentModel:
+    """A causal LM on disk, of which parts of single weights are read. It is never in memory as a whole."""
+
+    def __init__(self, source: Source, option: str = "parent") -> None:
+        """Args:
+        source: The model on disk.
+        option: Name of the option that chose it, for messages.
+
+        Raises:
+            ValueError: The files do not fit the model.
+        """
+        self._source, self._option = source, option
+        _, self._stored = build_meta_model(source)
+
+    @classmethod
+    def open(cls, path: str, option: str = "parent") -> "ParentModel":
+        """Open a model.
+
+        Args:
+            path: Folder or hub name of a Hugging Face causal LM.
+            option: Name of the option that chose it, for messages.
+
+        Raises:
+            ValueError: There is no such model, or its files do not fit it.
+        """
+        return cls(open_source(ModelConfig(path=path), path_option=option), option)
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Check that the parent has these targets.
+
+        Args:
+            shapes: Name of each target to the shape [out, in] of its weight.
+
+        Raises:
+            ValueError: It lacks one, or has another shape.
+        """
+        for name, shape in shapes.items():
+            stored = self._stored.get(f"{name}.weight")
+            found = None if stored is None else tuple(self._source.weights.info(stored).shape)
+            if found != shape:
+                has = "no such weight" if found is None else f"the shape {list(found)}"
+                raise ValueError(
+                    f"{self._option}={self._source.folder}: {name}.weight has the shape {list(shape)} in the pruned "
+                    f"model, the parent has {has}: needs the model that was pruned, before it was"
+                )
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the values [start, stop) of a target's flattened weight, in the file's dtype, on the CPU."""
+        return self._source.weights.read(self._stored[f"{name}.weight"], start, stop).reshape(-1)
+
+    def fingerprint(self, names: list[str]) -> str:
+        """Hash some values of each target, by which another parent is noticed; reads little."""
+        digest = hashlib.sha256()
+        for name in names:
+            numel = self._source.weights.info(self._stored[f"{name}.weight"]).numel
+            values = self.read(name, 0, min(_SAMPLED, numel)).to(torch.float32)
+            digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Swaps: pruned positions come back with their value in the parent, the model before it was pruned, for active ones.
+
+    active ones that promise least    prices  1  3  5      in pairs, from the outside in:
+    pruned ones that promise most     prices  8  4  2      8 > 1 and 4 > 3 change places, 2 < 5 do not
+
+The price is that of ``adapt: curvature``: how much the loss may rise without the weight. A position that comes back has
+its trained value at once, so it is compared with active ones before anything is given up.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from seft_dist.config import SeftConfig
+from seft_dist.kernels import bits
+from seft_dist.kernels.ranking import ranking_keys
+from seft_dist.modules.kinds import Target
+from seft_dist.optim.adapt import current_weight, curvature_price
+from seft_dist.optim.delta import least_size
+from seft_dist.optim.rounding import Rounding
+from seft_dist.optim.working_state import WorkingState
+from seft_dist.sparsity.schedule import fraction_of
+
+
+class Parent(Protocol):
+    """The model before it was pruned, whose weights are read where they are needed (``seft_dist.io.parent``)."""
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise a ValueError unless the parent has these targets, with weights [out, in] of these shapes."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the values [start, stop) of a target's flattened weight, in any dtype and memory."""
+
+
+def check_parent(parent: Parent | None, config: SeftConfig, targets: Mapping[str, Target]) -> None:
+    """Check that there is a parent if, and only if, weights are to come back from it.
+
+    Raises:
+        ValueError: There is none, it is of no use, or it is another model.
+    """
+    if (parent is not None) != (config.swap_fraction > 0):
+        raise ValueError(
+            f"swap_fraction={config.swap_fraction:g} {'without a' if parent is None else 'with a'} parent: needs both "
+            "or none; the parent is the model before it was pruned (--parent FOLDER of seft train, or "
+            'SeftOptimizer(..., parent=ParentModel.open("FOLDER")))'
+        )
+    if parent is not None:
+        parent.check({name: target.matrix_shape for name, target in targets.items()})
+
+
+def swap(work: WorkingState, parent: Parent) -> None:
+    """Let active and pruned positions change places where the pruned one has the higher price. Collective.
+
+    The weights are written later, in ``Evolution.apply``.
+    """
+    pruned = _Pruned(work, parent)
+    most = [fraction_of(work.config.swap_fraction, partition.numel) for partition in work.backend.partitions]
+    layers = work.config.scope == "layer"
+    wanted = most if layers else [sum(most)]
+    leaving = work.select(lambda i: _leaving_keys(work, i), wanted, lambda rounding, i: _errors(work, rounding, i))
+    coming = work.select(pruned.keys, wanted, pruned.errors)
+    # One more ranking decides all pairs at once: of both lists together, as many win as could have left. A pruned
+    # position among the winners comes, and an active one stays.
+    prices = [_both_prices(work, pruned, i, leaving[i], coming[i]) for i in range(len(coming))]
+    counts = work.backend.owners.sum(torch.tensor(list(map(len, leaving)))).tolist()
+    winners = work.select(
+        lambda i: _pair_keys(prices[i], len(leaving[i])),
+        counts if layers else [sum(counts)],
+        lambda rounding, i: torch.cat([_errors(work, rounding, i)[leaving[i]], pruned.errors(rounding, i)[coming[i]]]),
+    )
+    for i, chosen in enumerate(winners):
+        wins = torch.zeros(len(prices[i]), dtype=torch.bool, device=prices[i].device).index_fill_(0, chosen, True)
+        stay, come = wins.split([len(leaving[i]), len(coming[i])])
+        _change_places(work, i, leaving[i][~stay], coming[i][come])
+        work.returned_values[i] = pruned.values(i)[work.returned[i]]
+    if not layers:
+        work.state.mask_sizes = work.state.active(work.backend)
+    work.count_entries()
+
+
+class _Pruned:
+    """The pruned positions as the parent has them; the values of one target at a time are in memory."""
+
+    def __init__(self, work: WorkingState, parent: Parent) -> None:
+        self._work, self._parent = work, parent
+
+    def values(self, i: int) -> Tensor:
+        """Return the parent's values of a target's own interval, in the dtype of the weights."""
+        backend, interval = self._work.backend, self._work.intervals[i]
+        values = self._parent.read(backend.names[i], interval.start, interval.stop)
+        return values.to(backend.device).to(backend.dtypes[i])
+
+    def prices(self, i: int) -> Tensor:
+        """Return the prices of these values, fp32 [own]."""
+        return curvature_price(self._work, i, self.values(i).float())
+
+    def keys(self, i: int) -> Tensor:
+        """Return the keys by which a target's own positions come back, int32 [own]; those without a value cannot."""
+        values = self.values(i)
+        usable = (values.abs() >= least_size(values.dtype)) & values.isfinite() & ~self._work.mask(i)
+        prices = curvature_price(self._work, i, values.float().masked_fill_(~usable, 0.0))
+        return ranking_keys(prices, largest=True, eligible=bits.pack(usable))
+
+    def errors(self, rounding: Rounding, i: int) -> Tensor:
+        """Return how far rounding can move the prices, fp32 [own]; the values themselves are exact."""
+        values = self.values(i).float()
+        return rounding.of_price(i, values, torch.zeros_like(values))
+
+
+def _leaving_keys(work: WorkingState, i: int) -> Tensor:
+    price = curvature_price(work, i, current_weight(work, i))
+    return ranking_keys(price, largest=False, eligible=work.state.masks[i])
+
+
+def _errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:
+    weight = current_weight(work, i)
+    return rounding.of_price(i, weight, rounding.of_weights(i, weight, work.offsets(i), work.entries[i]))
+
+
+def _both_prices(work: WorkingState, pruned: _Pruned, i: int, leaving: Tensor, coming: Tensor) -> Tensor:
+    return torch.cat([curvature_price(work, i, current_weight(work, i))[leaving], pruned.prices(i)[coming]])
+
+
+def _pair_keys(prices: Tensor, num_active: int) -> Tensor:
+    """Return keys of active and pruned positions, int32, such that of equal prices that of an active position wins.
+
+    The last bit of the keys says who is active. So prices are compared without their last bit, on every layout.
+    """
+    key = ranking_keys(prices, largest=True)
+    key[:num_active] |= 1
+    key[num_active:] &= ~1
+    return key
+
+
+def _change_places(work: WorkingState, i: int, leave: Tensor, come: Tensor) -> None:
+    """Take own offsets out of a target's mask, its support and what was committed, and put others into the mask."""
+    start = work.intervals[i].start
+    mask = work.mark(i, work.mark(i, work.state.masks[i], leave, False), come, True)
+    work.state.masks[i], work.pruned[i], work.returned[i] = mask, leave, come
+    work.entries[i] = work.entries[i].take(bits.holds(mask, work.offsets(i)))
+    committed = work.state.committed[i]
+    committed = committed[bits.holds(mask, committed.long() - start)]
+    work.state.committed[i] = torch.cat([committed, work.positions(i, come)]).unique()
