@@ -206,7 +206,7 @@ def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float
     twin = copy.deepcopy(model)
     parent = Parent(make_dense(seed)) if config.swap_fraction else None
     seft = SeftOptimizer(model, config, parent=parent, **(ADAM | adam))
-    dense = DenseSeft(twin, config, parent=parent.weights if parent else None, **(ADAM | adam))
+    dense = DenseSeft(twin, config, parent=copy.deepcopy(parent.weights) if parent else None, **(ADAM | adam))
     for t in range(1, STEPS + 1):
         data = batch(100 * seed + t, vocab=VOCAB)
         losses = [model(**data).loss, twin(**data).loss]

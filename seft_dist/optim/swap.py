@@ -100,7 +100,7 @@ class _Pruned:
         """Return the keys by which a target's own positions come back, int32 [own]; those without a value cannot."""
         values = self.values(i)
         usable = (values.abs() >= least_size(values.dtype)) & values.isfinite() & ~self._work.mask(i)
-        prices = curvature_price(self._work, i, values.float().masked_fill_(~usable, 0.0))
+        prices = curvature_price(self._work, i, values.float().masked_fill(~usable, 0.0))
         return ranking_keys(prices, largest=True, eligible=bits.pack(usable))
 
     def errors(self, rounding: Rounding, i: int) -> Tensor:

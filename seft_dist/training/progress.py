@@ -59,7 +59,7 @@ class Progress:
         parts += [f"lr {lr}", f"{speed} tokens/s", f"ETA {self._left(step)}", f"memory {memory}"]
         if "evolution" in record:
             moved = record["evolution"]
-            parts.append(f"evolution: {moved['grown']:,} grown, {moved['reactivated']:,} of them pruned before")
+            parts.append(f"evolution: {moved['grown']:,} grown, {moved['reactivated']:,} pruned ones back")
         print_line("  ".join(parts))
 
     def _left(self, step: int) -> timedelta:
