@@ -9,18 +9,40 @@ from torch import nn
 from seft_dist.backends.attachment import attachment_of
 from seft_dist.backends.packed import packed_of
 from seft_dist.backends.shards import zeros_beside
+from seft_dist.config import SeftConfig
 from seft_dist.modules.kinds import Target
+from seft_dist.modules.targets import check_criteria, find_targets
+from seft_dist.modules.trainable import check_trainable
 from seft_dist.optim.anchors import ANCHOR
 from seft_dist.optim.linear import SAMPLED_FORWARDS
 from seft_dist.optim.slot import Slot
+from seft_dist.optim.swap import Parent, check_parent
 
 
-def check_not_installed(model: nn.Module) -> None:
-    """Refuse a model that an optimizer trains already, even if it trains other layers of it.
+def checked_targets(model: nn.Module, config: SeftConfig, parent: Parent | None) -> dict[str, Target]:
+    """Find the targets of a configuration, and check that they can be trained as it says.
+
+    Args:
+        model: The pruned model.
+        config: The method.
+        parent: Model from which pruned weights are to come back, if there is one.
+
+    Returns:
+        The targets by name.
 
     Raises:
-        ValueError: It does.
+        ValueError: There are none, they or the parent do not fit, or another optimizer trains the model.
     """
+    targets = find_targets(model, config.targets)
+    check_criteria(targets, config)
+    check_parent(parent, config, targets)
+    check_trainable(model, targets)
+    _check_not_installed(model)
+    return targets
+
+
+def _check_not_installed(model: nn.Module) -> None:
+    """Refuse a model that an optimizer trains already, even if it trains other layers of it."""
     if any(key.endswith(ANCHOR) for module in model.modules() for key in module._parameters):
         raise ValueError(
             "the model already has a SeftOptimizer: call detach() on it first. One optimizer trains all targets of a "

@@ -14,21 +14,20 @@ from seft_dist.backends import Backend, find_backend
 from seft_dist.backends.group import ProcessGroup
 from seft_dist.config import SeftConfig, check_adam
 from seft_dist.kernels.adamw import AdamW
-from seft_dist.modules.targets import check_criteria, find_targets
-from seft_dist.modules.trainable import check_dtypes_unchanged, check_is_model, check_loaded, check_trainable
+from seft_dist.modules.trainable import check_dtypes_unchanged, check_is_model, check_loaded
 from seft_dist.optim import notices
 from seft_dist.optim.anchors import StepWatch, check_unclipped
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
 from seft_dist.optim.gradient_check import GradientCheck, check_gradient
-from seft_dist.optim.install import check_not_installed, install, uninstall
+from seft_dist.optim.install import checked_targets, install, uninstall
 from seft_dist.optim.replaced import ReplacementCheck
 from seft_dist.optim.report import EvolutionReport, ReportDraft
 from seft_dist.optim.restoring import take_over
 from seft_dist.optim.setup import agree_on_config, check_write, first_state, prepare_weights, random_support
 from seft_dist.optim.state import LayerDelta, LayerSparsity, State
-from seft_dist.optim.swap import Parent, check_parent
+from seft_dist.optim.swap import Parent
 from seft_dist.optim.torch_interface import TorchInterface
 from seft_dist.optim.vectors import Vectors, VectorStates
 from seft_dist.optim.window import (
@@ -98,11 +97,7 @@ class SeftOptimizer(TorchInterface):
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
         self._model, self._group, self._parent = model, group, parent
-        self._targets = find_targets(model, self.config.targets)
-        check_criteria(self._targets, self.config)
-        check_parent(parent, self.config, self._targets)
-        check_trainable(model, self._targets)
-        check_not_installed(model)
+        self._targets = checked_targets(model, self.config, parent)
         self._frozen = notices.frozen_targets(self._targets)
         self.vectors = Vectors(model, self._targets, self.config.train_norms)
         """Norms and biases that train beside the deltas; none unless ``train_norms`` is set."""

@@ -134,13 +134,7 @@ def build(
     backend = on_all_ranks(ranks, lambda: chosen_backend(config, ranks.world_size))
     on_all_ranks(ranks, lambda: ds.check() if ds is not None else None)
     sharding: Sharding = "fsdp" if backend == "fsdp" else "zero3" if ds is not None and ds.stage == 3 else "none"
-    adam = dataclasses.asdict(config.optim)
-    args = {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
-    if ds is not None:
-        for key in [key for key in args if args[key] != ds.optimizer[key] and ranks.is_main]:
-            value = ds.optimizer[key]
-            print(f"{config.deepspeed}: its {key} {value} takes the place of optim.{key} {args[key]}", file=sys.stderr)
-        args = ds.optimizer
+    args = _adam_settings(config, ds, ranks)
     model = load_model(
         source,
         sharding=sharding,
@@ -171,6 +165,18 @@ def build(
     elif config.replicas > 1:
         run.backend = "hsdp"
     return run
+
+
+def _adam_settings(config: TrainConfig, ds: DsConfig | None, ranks: Ranks) -> dict[str, Any]:
+    """Return the optimizer's settings; those of a ds_config come first, and what they replace is printed."""
+    adam = dataclasses.asdict(config.optim)
+    args = {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
+    if ds is None:
+        return args
+    for key in [key for key in args if args[key] != ds.optimizer[key] and ranks.is_main]:
+        value = ds.optimizer[key]
+        print(f"{config.deepspeed}: its {key} {value} takes the place of optim.{key} {args[key]}", file=sys.stderr)
+    return ds.optimizer
 
 
 def _print_packed_units(sizes: list[GatherSize], ranks: Ranks) -> None:

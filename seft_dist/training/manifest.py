@@ -106,9 +106,7 @@ def open_manifest(
     config: TrainConfig,
     ranks: Ranks,
     *,
-    model: str,
-    teacher: str | None,
-    parent: str | None,
+    fingerprints: dict[str, str | None],
     dtype: str,
     dropout: bool,
     data: dict[str, Any],
@@ -122,9 +120,7 @@ def open_manifest(
     Args:
         config: The run, resolved; its folder exists.
         ranks: This process.
-        model: Fingerprint that ``model_fingerprint`` gives.
-        teacher: Fingerprint of the teacher's weights, if there is one.
-        parent: Fingerprint of the model from which pruned weights come back, if there is one.
+        fingerprints: Of "model", "teacher" and "parent"; None for what the run does not have.
         dtype: Type of the weights, e.g. "float32".
         dropout: True: the model draws random numbers.
         data: ``fingerprint``, ``sequences`` and ``global_batch``.
@@ -155,8 +151,7 @@ def open_manifest(
         "optimizer": ds.optimizer if ds else None,
         "config": dataclasses.asdict(config),
     }
-    content: dict[str, Any] = {"format": FORMAT, "model": model, "teacher": teacher, "parent": parent}
-    content["data"] = data
+    content: dict[str, Any] = {"format": FORMAT, **fingerprints, "data": data}
     content |= {"dtype": dtype, "dropout": dropout}
     content["attempts"] = [*old["attempts"], attempt]
     content["evolutions"] = [entry for entry in old["evolutions"] if entry["step"] <= steps_done]

@@ -56,9 +56,7 @@ class Record:
             self._manifest = open_manifest(
                 config,
                 ranks,
-                model=origin.model,
-                teacher=origin.teacher,
-                parent=origin.parent,
+                fingerprints={"model": origin.model, "teacher": origin.teacher, "parent": origin.parent},
                 dtype=str(source.dtype).removeprefix("torch."),
                 dropout=has_dropout(source.config.to_dict()) or config.baseline.dropout > 0,
                 data=data,
