@@ -18,7 +18,7 @@ from seft_dist.optim.report import EvolutionReport
 from seft_dist.sparsity.bitmask import popcount
 from seft_dist.sparsity.selection import BINS, DIGITS, keys
 from tests.layouts import build
-from tests.models import batch, moving, prune_, tiny_llama
+from tests.models import Parent, batch, moving, prune_, tiny_llama
 from tests.ranks import return_freed_memory, run_ranks
 
 CONFIG = moving(density=0.05, interval=4, window=2, steps=8)
@@ -70,7 +70,7 @@ class Seen:
     report: EvolutionReport
 
 
-def evolve(layout: str, rank: int, config: SeftConfig) -> Seen:
+def evolve(layout: str, rank: int, config: SeftConfig, **options: Any) -> Seen:
     """Train until the first evolution after the first support, and look at it from this rank."""
     found: list[Evolution] = []
     run = Evolution.run
@@ -80,7 +80,7 @@ def evolve(layout: str, rank: int, config: SeftConfig) -> Seen:
         return run(self, *args)
 
     Evolution.run = watched  # type: ignore[method-assign, assignment]
-    called, seft, backward, step = build(layout, config)
+    called, seft, backward, step = build(layout, config, **options)
     for t in range(config.interval):
         if t + 1 == config.interval:
             layers = list(seft.deltas())
@@ -177,6 +177,23 @@ def test_bytes_of_trials_and_of_curvature() -> None:
             found = {name: phase.bytes_sent for name, phase in seen.report.phases.items()}
             del found["commit"], found["drop"]
             assert found == {name: sent[name] + added.get(name, 0) for name in found}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_bytes_of_swaps(scope: Any) -> None:
+    swaps = {"reactivation": 0.0, "swap_fraction": 0.02, "selection": "radix", "scope": scope}
+
+    def on_rank(rank: int, _: int) -> Seen:
+        return evolve("fsdp", rank, moving(**(vars(CONFIG) | swaps)), parent=Parent(tiny_llama()))
+
+    layers = len(find_targets(prune_(tiny_llama()), "all-linear"))
+    wire, counts = Wire(3), 8 * layers
+    problems = layers if scope == "layer" else 1
+    ranking = len(DIGITS) * wire.total(8 * BINS * problems) + wire.every(counts)
+    for seen in run_ranks(on_rank, 3, timeout=120):
+        found = {name: phase.bytes_sent for name, phase in seen.report.phases.items()}
+        assert "adapt" not in found
+        assert found["swap"] == 3 * ranking + (2 if scope == "layer" else 3) * wire.total(counts)
 
 
 LAYER = 1 << 20

@@ -210,8 +210,10 @@ def _window_phases(
     own = sum(map(layout.own_numel, shapes.targets))
     # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
-    if config.seft.adapt == "curvature":  # the price, and the mean gradient in it
+    if config.seft.adapt == "curvature" or config.seft.swap_fraction > 0:  # the price, and the mean gradient in it
         ranked += 8
+    if config.seft.swap_fraction > 0:  # the parent's values, as read and in fp32
+        ranked += item + 4
     ranking = {"ranking of one weight": float(ranked * max(map(layout.own_numel, shapes.targets)))}
     sums: MemoryTerms = {}
     if needs.outputs:

@@ -118,19 +118,23 @@ def seft_window(config: PlanConfig, shapes: ModelShapes, links: Links, micro: in
 
 
 def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) -> list[Traffic]:
-    """Traffic of an evolution: the rankings of drop, grow and adapt, and the positions of all deltas."""
+    """Traffic of an evolution: its rankings, and the positions of all deltas."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
     problems = len(shapes.targets)
     moved = config.seft.drop_fraction * deltas
     radix = 2 * 8 * BINS * len(DIGITS) * problems
     ranked = 3 * min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else 3 * radix
+    swaps = config.seft.swap_fraction * shapes.target_numel
+    if swaps:
+        problems = problems if config.seft.scope == "layer" else 1
+        ranked += 3 * min(4 * swaps * layout.owners, 2 * 8 * BINS * len(DIGITS) * problems)
     traffic = _factors(shapes, links) if Needs.of(config.seft).outputs else []
     traffic += [
         links.ring("rankings", ranked),
         links.ring("positions of all deltas", shapes.position_bytes * deltas * layout.skew(shapes)),
     ]
     if not layout.sharded:
-        traffic.append(links.ring("changes of weights", (8 + item) * 2 * moved))
+        traffic.append(links.ring("changes of weights", (8 + item) * 2 * (moved + swaps)))
     return traffic
 
 
