@@ -40,14 +40,20 @@ def check_parent(parent: Parent | None, config: SeftConfig, targets: Mapping[str
     Raises:
         ValueError: There is none, it is of no use, or it is another model.
     """
-    if (parent is not None) != (config.swap_fraction > 0):
+    if parent is None:
+        if config.swap_fraction > 0:
+            raise ValueError(
+                f"swap_fraction={config.swap_fraction:g} without a parent: needs the model before it was pruned "
+                '(--parent FOLDER of seft train, or SeftOptimizer(..., parent=ParentModel.open("FOLDER"))), or '
+                "swap_fraction 0"
+            )
+        return
+    if not config.swap_fraction:
         raise ValueError(
-            f"swap_fraction={config.swap_fraction:g} {'without a' if parent is None else 'with a'} parent: needs both "
-            "or none; the parent is the model before it was pruned (--parent FOLDER of seft train, or "
-            'SeftOptimizer(..., parent=ParentModel.open("FOLDER")))'
+            "a parent without swap_fraction: nothing would come back from it; set swap_fraction, e.g. to 0.02, or give "
+            "no parent"
         )
-    if parent is not None:
-        parent.check({name: target.matrix_shape for name, target in targets.items()})
+    parent.check({name: target.matrix_shape for name, target in targets.items()})
 
 
 def swap(work: WorkingState, parent: Parent) -> None:
