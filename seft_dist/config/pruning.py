@@ -20,7 +20,8 @@ class PruneConfig:
     method: Literal["wanda", "sparsegpt", "curvature", "magnitude", "mask", "none"] = "wanda"
     """Weights that are pruned: "wanda": those with the smallest |weight| x norm of their input; "sparsegpt": those
     whose loss the remaining weights can compensate best, which are changed to do so; "curvature": those with the
-    smallest |weight| x norm of their input x norm of their output's gradient, an estimate of how much the loss rises;
+    smallest |weight| x norm of their input x norm of their output's gradient, an estimate of how much the loss rises
+    (needs a backward pass: about three times the work of wanda, and memory for each decoder layer's hidden states);
     "magnitude": those with the smallest |weight|; "mask": those that a file of kept positions does not name. "none"
     prunes nothing: it shows the zeros that a model has."""
     sparsity: float | None = None
@@ -29,9 +30,9 @@ class PruneConfig:
     pattern: str | None = None
     """N:M, e.g. "2:4": N of M consecutive weights of a row stay. None: unstructured."""
     group: Literal["auto", "row", "layer", "global"] = "auto"
-    """Scope in which weights are ranked: inside each output "row", over the whole weight of a linear ("layer"),
-    or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer" for
-    sparsegpt and curvature, "row" for the others."""
+    """Scope in which weights are ranked: inside each output "row" (not curvature), over the whole weight of a linear
+    ("layer"), or over all targets ("global"; not sparsegpt, which ranks inside blocks of 128 columns). "auto": "layer"
+    for sparsegpt and curvature, "row" for the others."""
     layer_ratios: str = "uniform"
     """Sparsity of each layer: "uniform", "owl" (decoder layers with more outliers lose less, the total stays), or a
     JSON or YAML file from names (of decoder layers or linears) to sparsities; all others get --sparsity."""
