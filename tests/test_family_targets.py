@@ -22,6 +22,7 @@ from seft_dist.modules.kinds import Conv1DWeight, ExpertWeight, LinearWeight, Ta
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.pruning.calibrate import sample_sequences
+from seft_dist.pruning.curvature import OutputGradientNorm
 from seft_dist.pruning.prune import prepare, prune, prune_folder
 from seft_dist.pruning.watch import watch_calls
 from tests import pruning_reference as reference
@@ -210,6 +211,20 @@ def test_curvature_of_experts(tmp_path: Path) -> None:
         score = (target.weight.detach().double().abs() * squares[key].sqrt()).view(1, -1)
         gone = (pruned.get_parameter(key).detach() == 0).view(1, -1)
         assert reference.slack(score, gone, int(0.53 * score.numel() + 0.5)) <= reference.CLOSE, key
+
+
+def test_an_expert_without_tokens_has_the_mean_gradients_of_the_others() -> None:
+    """With gradients of 0 all of its weights would be pruned first."""
+    target = next(t for t in find_targets(family_model("mixtral")).values() if isinstance(t, ExpertWeight))
+    norms = OutputGradientNorm(target)
+    squares = torch.rand(target.matrix_shape[0], dtype=torch.float64) + 0.1
+    by_expert = squares.view(target.num_experts, -1)
+    by_expert[1] = 0
+    norms._terms.append(squares)
+    found = norms.close("experts", Group(None)).view(target.num_experts, -1)
+    others = [expert for expert in range(target.num_experts) if expert != 1]
+    torch.testing.assert_close(found[1], by_expert[others].sqrt().float().mean(0))
+    torch.testing.assert_close(found[others], by_expert[others].sqrt().float())
 
 
 def prune_mixture(rank: int, size: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from seft_dist.io import checkpoint
 from seft_dist.io.source import open_source
 from tests.folders import model_folder
 from tests.layouts import train_on
-from tests.models import Parent, batch, prune_, tiny_llama
-from tests.runs import make_config, run_config, run_train
+from tests.models import Parent, batch, prune_, prune_groups_, tiny_llama
+from tests.runs import digests, ds_file, make_config, run_config, run_train
 
 STEPS = 14
 CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=STEPS, end=12, swap_fraction=0.03)
@@ -149,12 +150,17 @@ def test_near_ties_are_counted() -> None:
     seft.counts_near_ties = True
     steps_of(model, seft, 4)
     assert seft.evolution is not None and seft.evolution.near_ties is not None
-    assert sum(seft.evolution.near_ties) >= 0 and len(seft.evolution.near_ties) == len(seft.target_names)
+    assert sum(seft.evolution.near_ties) > 0 and len(seft.evolution.near_ties) == len(seft.target_names)
 
 
 def test_a_parent_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="swap_fraction=0.03 without a parent: needs the model before it was pruned"):
         SeftOptimizer(prune_(tiny_llama()), CONFIG)
+    with pytest.raises(ValueError, match="swap_fraction=1e-09 lets no position swap"):
+        SeftOptimizer(prune_(tiny_llama()), dataclasses.replace(CONFIG, swap_fraction=1e-9), parent=dense_parent())
+    paired = SeftOptimizer(prune_groups_(tiny_llama(), "2:4"), CONFIG, parent=dense_parent())
+    with pytest.raises(ValueError, match="the pattern 2:4 .*which swaps do not keep"):
+        paired.attach()
     with pytest.raises(ValueError, match="a parent without swap_fraction: nothing would come back"):
         SeftOptimizer(prune_(tiny_llama()), SeftConfig(steps=100), parent=dense_parent())
 
@@ -182,6 +188,37 @@ def test_parts_of_a_parent_are_read(dense: Path) -> None:
         whole = wanted.weights[name].view(-1)
         for start, stop in ((0, len(whole)), (5, 6), (31, 97), (7, 7)):
             assert torch.equal(parent.read(name, start, stop), whole[start:stop])
+
+
+def test_a_parent_in_fp16_is_read(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "half", dtype=torch.float16, sparsity=0)
+    name = "model.layers.0.mlp.up_proj"
+    wanted = Parent(tiny_llama(dtype=torch.float16)).weights[name].view(-1)[3:90]
+    assert torch.equal(ParentModel.open(str(folder)).read(name, 3, 90), wanted)
+
+
+@pytest.mark.slow
+def test_weights_that_zero3_has_divided_already_swap(inputs: Path, dense: Path, tmp_path: Path) -> None:
+    """``seft train --deepspeed`` loads straight into shards, before the optimizer looks at the shapes."""
+    given: dict[str, Any] = {"seft": dataclasses.replace(CONFIG, steps=None, end=None), "parent": str(dense)}
+    ds = ds_file(tmp_path, {"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True})
+    found = [
+        run_train(run_config(inputs, tmp_path / "zero3", steps=STEPS, deepspeed=ds, **given), 2),
+        run_train(run_config(inputs, tmp_path / "alone", steps=STEPS, **given)),
+    ]
+    assert found[0]["reactivated"] == found[1]["reactivated"] > 0
+    assert digests(tmp_path / "zero3") == digests(tmp_path / "alone")
+
+
+def test_a_parent_that_differs_between_ranks_is_refused(inputs: Path, dense: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"seft": dataclasses.replace(CONFIG, steps=None, end=None), "parent": str(dense)}
+
+    def before() -> None:
+        if os.environ.get("RANK") == "1":
+            ParentModel.fingerprint = lambda self, names: "another"  # type: ignore[method-assign]
+
+    with pytest.raises(AssertionError, match="rank 1 reads another parent than rank 0"):
+        run_train(run_config(inputs, tmp_path / "run", steps=STEPS, **given), 2, before=before)
 
 
 def test_seft_train_swaps_resumes_and_exports(inputs: Path, dense: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "seft": {},
     "seft_static": {"static": True, "reactivation": 0.0},
     "seft_static_random": {"static": True, "init": "random"},
-    "seft_fixed_mask": {"reactivation": 0.0},
+    "seft_fixed_mask": {"reactivation": 0.0, "swap_fraction": 0.0},
     "spiel": {"adapt": "none", "init": "random", "moments": "seeded", "reactivation": 1.0},
 }
 """Methods that are SEFT with fixed settings."""

@@ -147,6 +147,8 @@ class SeftConfig:
         check(0 <= self.swap_fraction <= 1, given, "a share from 0 to 1")
         if self.swap_fraction > 0:
             check(self.reactivation == 0, f"{given} with reactivation={self.reactivation}", "one of them")
+            check(not self.static, f"{given} with static", "evolutions, in which swaps happen, or swap_fraction 0")
+            check(self.adapt != "none", f"{given} with adapt=none", "the default of adapt, which swaps do not read")
             check(self.known_pattern is None, f"{given} with pattern={self.pattern}", "no pattern, or swap_fraction 0")
             check(self.window_store != "candidates", f"{given} with window_store=candidates", "another window_store")
 

@@ -21,7 +21,7 @@ class PruneConfig:
     """Weights that are pruned: "wanda": those with the smallest |weight| x norm of their input; "sparsegpt": those
     whose loss the remaining weights can compensate best, which are changed to do so; "curvature": those with the
     smallest |weight| x norm of their input x norm of their output's gradient, an estimate of how much the loss rises
-    (needs a backward pass: about three times the work of wanda, and memory for each decoder layer's hidden states);
+    (needs a backward pass, and memory for each decoder layer's hidden states);
     "magnitude": those with the smallest |weight|; "mask": those that a file of kept positions does not name. "none"
     prunes nothing: it shows the zeros that a model has."""
     sparsity: float | None = None
@@ -119,7 +119,7 @@ class PruneConfig:
         check(
             self.method != "curvature" or self.ranking in ("layer", "global"),
             f"method=curvature with {f'pattern={self.pattern}' if self.pattern else 'group=row'}",
-            "group layer or global; or --method wanda, with which it has in common how it ranks inside a row",
+            "group layer or global; or --method wanda: inside a row both rank alike",
         )
         check(
             self.group != "global" or self.layer_ratios == "uniform",

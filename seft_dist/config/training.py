@@ -133,6 +133,11 @@ class TrainConfig:
             f"parent={self.parent} with method={self.method}, seft.swap_fraction={self.seft.swap_fraction}",
             "--parent with the model before it was pruned together with seft.swap_fraction above 0, or neither",
         )
+        check(
+            self.parent is None or self.parent != self.model.path,
+            f"parent={self.parent}, which is model.path",
+            "the model before it was pruned: the pruned one has nothing to bring back",
+        )
         if self.backend != "auto":
             check(
                 (self.backend == "deepspeed") == (self.deepspeed is not None),

@@ -9,6 +9,7 @@ from torch import Tensor
 from seft_dist.config import ModelConfig
 from seft_dist.io.models import build_meta_model
 from seft_dist.io.source import Source, open_source
+from seft_dist.io.weight_files import SafetensorError
 
 _SAMPLED = 1024
 """Values of each target that the fingerprint reads."""
@@ -39,7 +40,8 @@ class ParentModel:
         Raises:
             ValueError: There is no such model, or its files do not fit it.
         """
-        return cls(open_source(ModelConfig(path=path), path_option=option), option)
+        # fp32, which every stored type fits: values are read in the type of the file
+        return cls(open_source(ModelConfig(path=path, dtype="float32"), path_option=option), option)
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Check that the parent has these targets.
@@ -61,11 +63,24 @@ class ParentModel:
                 )
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the values [start, stop) of a target's flattened weight, in the file's dtype, on the CPU."""
-        return self._source.weights.read(self._stored[f"{name}.weight"], start, stop).reshape(-1)
+        """Return the values [start, stop) of a target's flattened weight, in the file's dtype, on the CPU.
+
+        Raises:
+            ValueError: A file cannot be read.
+        """
+        stored = self._stored[f"{name}.weight"]
+        try:
+            return self._source.weights.read(stored, start, stop).reshape(-1)
+        except (SafetensorError, OSError) as error:
+            file = self._source.weights.info(stored).file
+            raise ValueError(f"{self._option}={self._source.folder}: {file} cannot be read: {error}") from error
 
     def fingerprint(self, names: list[str]) -> str:
-        """Hash some values of each target, by which another parent is noticed; reads little."""
+        """Hash some values of each target, by which another parent is noticed; reads little.
+
+        Raises:
+            ValueError: A file cannot be read.
+        """
         digest = hashlib.sha256()
         for name in names:
             numel = self._source.weights.info(self._stored[f"{name}.weight"]).numel

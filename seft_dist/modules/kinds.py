@@ -15,6 +15,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from seft_dist.backends.shards import whole_shape
 from seft_dist.config import SeftConfig
 from seft_dist.modules.experts import first_projection
 
@@ -77,8 +78,8 @@ class Target(ABC):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape of ``as_rows``."""
-        rows, columns = self.as_rows().shape
+        """Shape of ``as_rows``, also where only a shard of the weight is present."""
+        rows, columns = self.rows_view(torch.empty(whole_shape(self.weight), device="meta")).shape
         return rows, columns
 
     def as_rows(self) -> Tensor:

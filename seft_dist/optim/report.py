@@ -27,7 +27,7 @@ class EvolutionReport:
     dropped: int
     grown: int
     reactivated: int
-    """Grown entries that were pruned positions."""
+    """Pruned positions that became active: grown entries, or what swaps brought back."""
     pruned: int
     """Active positions that left the mask."""
     tried: int
@@ -45,8 +45,8 @@ class EvolutionReport:
     phases: dict[str, Phase]
     """Time and traffic by phase; docs/evolution.md lists what each sends.
 
-    The phases are window (computing and reducing dense gradients in the steps before, choosing candidates), drop, grow,
-    adapt, commit (all ranks learn the new positions) and verify.
+    The phases are window (computing and reducing dense gradients in the steps before, choosing candidates), swap, drop,
+    grow, adapt, commit (all ranks learn the new positions) and verify.
     """
     digest: str
     """Digest of all masks and supports; the same for every layout."""

@@ -162,7 +162,7 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
         pattern.
     """
     if config.pattern == AUTO and (config.reactivation or config.swap_fraction):  # else no position becomes active
-        _refuse_pattern(find_pattern(backend, masks))
+        _refuse_pattern(find_pattern(backend, masks), config)
     if config.known_pattern is None:
         return []
     most, size = pattern_sizes(config.known_pattern)
@@ -183,9 +183,14 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     return groups.fingerprints(masks)
 
 
-def _refuse_pattern(pattern: str | None) -> None:
+def _refuse_pattern(pattern: str | None, config: SeftConfig) -> None:
     if pattern is not None:
         most, size = pattern_sizes(pattern)
+        if config.swap_fraction:
+            raise ValueError(
+                f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, "
+                "in every target), which swaps do not keep: set swap_fraction to 0, or seft.pattern null to lose it"
+            )
         raise ValueError(
             f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, in "
             f"every target), and would lose it: give seft.pattern {pattern} to keep it (with seft.reactivation 0 its "

@@ -53,7 +53,14 @@ def check_parent(parent: Parent | None, config: SeftConfig, targets: Mapping[str
             "a parent without swap_fraction: nothing would come back from it; set swap_fraction, e.g. to 0.02, or give "
             "no parent"
         )
-    parent.check({name: target.matrix_shape for name, target in targets.items()})
+    shapes = {name: target.matrix_shape for name, target in targets.items()}
+    largest = max(rows * columns for rows, columns in shapes.values())
+    if not fraction_of(config.swap_fraction, largest):
+        raise ValueError(
+            f"swap_fraction={config.swap_fraction:g} lets no position swap, since the largest target has {largest} "
+            "weights: choose a larger share"
+        )
+    parent.check(shapes)
 
 
 def swap(work: WorkingState, parent: Parent) -> None:
@@ -82,7 +89,10 @@ def swap(work: WorkingState, parent: Parent) -> None:
         _change_places(work, i, leaving[i][~stay], coming[i][come])
         work.returned_values[i] = pruned.values(i)[work.returned[i]]
     if not layers:
-        work.state.mask_sizes = work.state.active(work.backend)
+        active = work.state.active(work.backend)
+        if sum(active) != sum(work.state.mask_sizes):
+            raise RuntimeError(f"swaps left {sum(active)} active positions, not {sum(work.state.mask_sizes)}")
+        work.state.mask_sizes = active
     work.count_entries()
 
 

@@ -164,7 +164,7 @@ class Window:
         for name in self.sums:
             # A rank's gradient is that of its own mean loss: world_size times its share of the mean over ranks.
             part = x.float() if name == "norms" else grad.float() / self._backend.world_size
-            squared = part.square().sum(0)
+            squared = part.square().sum(0).to(self._backend.device)  # the CPU, where weights are offloaded
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared
 
     def is_finite(self) -> Tensor:

@@ -208,13 +208,7 @@ def _window_phases(
     whole, (head, layers) = gathered(config, shapes, layout, item), activations(cost)
     head |= _predictions(config, shapes, item)
     own = sum(map(layout.own_numel, shapes.targets))
-    # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
-    ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
-    if config.seft.adapt == "curvature" or config.seft.swap_fraction > 0:  # the price, and the mean gradient in it
-        ranked += 8
-    if config.seft.swap_fraction > 0:  # the parent's values, as read and in fp32
-        ranked += item + 4
-    ranking = {"ranking of one weight": float(ranked * max(map(layout.own_numel, shapes.targets)))}
+    ranking = _ranking(config, needs, max(map(layout.own_numel, shapes.targets)), own)
     sums: MemoryTerms = {}
     if needs.outputs:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
@@ -261,6 +255,28 @@ def _window_phases(
             **step,
         }
     return phases
+
+
+def _ranking(config: PlanConfig, needs: Needs, largest: int, own: int) -> MemoryTerms:
+    """Memory of an evolution's rankings: of one weight at a time, and of lists that cover all of them.
+
+    Args:
+        config: The planned run.
+        needs: Statistics of the window.
+        largest: Number of own positions in the largest target.
+        own: The same in all targets.
+    """
+    # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
+    ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
+    swaps = config.seft.swap_fraction > 0
+    if config.seft.adapt == "curvature" or swaps:  # the price, and the mean gradient in it
+        ranked += 8
+    if not swaps:
+        return {"ranking of one weight": float(ranked * largest)}
+    ranked += ITEM_BYTES[config.dtype] + 4  # the parent's values, as read and in fp32
+    # positions and prices of what could leave and what could come
+    lists = 24.0 * config.seft.swap_fraction * own
+    return {"ranking of one weight": float(ranked * largest), "lists of swaps": lists}
 
 
 def adam_memory(

@@ -25,7 +25,7 @@ class OutputGradientNorm:
     """
 
     def __init__(self, target: Target) -> None:
-        self._rows = target.matrix_shape[0]
+        self._rows, self._experts = target.matrix_shape[0], target.num_experts
         self._terms: list[Tensor] = []
         self._empty = torch.zeros(0, dtype=torch.float64, device=target.weight.device)
         self._end = watch_calls(target, self._follow)
@@ -47,8 +47,8 @@ class OutputGradientNorm:
             ranks: Ranks that ran calibration text.
 
         Returns:
-            The norms, fp32 [out], with the same bits on every rank; fused experts: [experts * out]. Those of an expert
-            that got no token are 0.
+            The norms, fp32 [out], with the same bits on every rank; fused experts: [experts * out]. An expert that got
+            no token has the mean norm of the others, as its inputs do.
 
         Raises:
             ValueError: A gradient is not finite, or all are 0; raised on every rank.
@@ -62,4 +62,7 @@ class OutputGradientNorm:
                 f"gradients behind {name} are {kind}: try --model.dtype float32, check the model, or use "
                 "--method wanda, which needs no gradient"
             )
+        by_expert = norm.view(self._experts, -1)
+        unused = ~by_expert.any(1)
+        by_expert[unused] = by_expert[~unused].mean(0)
         return norm

@@ -31,6 +31,8 @@ _NEW_RUN_OPTIONS: dict[str, Any] = {
     "teacher": to_dict(TeacherConfig()),
     "seft.reactivate": "commit",
     "seft.train_norms": False,
+    "seft.swap_fraction": 0.0,
+    "parent": None,
     "group_by_length": False,
 }
 """Options that earlier versions did not have, with the values that change nothing."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from seft_dist.io.parent import ParentModel
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import SafetensorError
 from seft_dist.optim.state import fingerprint
@@ -73,6 +74,23 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
     settings = json.loads((source.folder / "config.json").read_text())
     settings = {key: value for key, value in settings.items() if key not in _NOT_THE_MODEL}
     return _digest(json.dumps([settings, rows], sort_keys=True).encode())
+
+
+def parent_fingerprint(parent: ParentModel, method: Method, ranks: Ranks) -> str:
+    """Fingerprint of the model from which pruned weights come back, by some of its values. Collective.
+
+    Raises:
+        ValueError: A file cannot be read, or ranks see different parents; raised on every rank.
+    """
+    found = on_all_ranks(ranks, lambda: parent.fingerprint(method.target_names))
+    prints = gather_objects(ranks, found)
+    different = [str(rank) for rank, other in enumerate(prints) if other != prints[0]]
+    if different:
+        raise ValueError(
+            f"rank {', '.join(different)} reads another parent than rank 0: every rank needs the same files, e.g. in a "
+            "folder that all nodes share"
+        )
+    return found
 
 
 def data_fingerprint(sequences: Any, ranks: Ranks) -> str:

@@ -35,7 +35,7 @@ from seft_dist.training.build import (
 )
 from seft_dist.training.diagnosis import write_diagnosis
 from seft_dist.training.ds_config import read_ds_config
-from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint, with_order
+from seft_dist.training.fingerprint import data_fingerprint, model_fingerprint, parent_fingerprint, with_order
 from seft_dist.training.metrics import Metrics, print_stopped, print_summary
 from seft_dist.training.progress import print_line
 from seft_dist.training.record import Record
@@ -149,7 +149,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
         global_batch=data.global_batch,
         seed=config.seed,
         teacher=run.teacher.fingerprint if run.teacher else None,
-        parent=parent.fingerprint(run.method.target_names) if parent else None,
+        parent=parent_fingerprint(parent, run.method, ranks) if parent else None,
     )
     state = resume(config, ranks, run.method, origin) or {}
     check_separation(run)

@@ -72,6 +72,8 @@ def _moves(run: RunRecord) -> list[str]:
     grown, reactivated = (sum(whole(e, key) or 0 for e in later) for key in ("grown", "reactivated"))
     every = sum(whole(e, "reactivated") or 0 for e in run.evolutions)
     text = f"In {plural(len(later), 'evolution')} {plural(grown, 'delta')} moved"
+    if run.setting("seft.swap_fraction"):
+        return [text + f", and {plural(reactivated, 'pruned position')} came back with the parent's value."]
     text += f", {reactivated:,} of them to pruned positions" if every else "; the mask stayed as it was"
     if every > reactivated:
         text += f" (with the first support {every:,} pruned positions were reactivated)"
