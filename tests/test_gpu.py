@@ -17,7 +17,7 @@ from seft_dist import SeftConfig, SeftOptimizer, pack_weights
 from seft_dist.io import checkpoint
 from seft_dist.kernels import adamw, bits, choice, packing, ranking, sampled, scatter
 from tests.layouts import ds_engine, shard_fsdp, snapshot
-from tests.models import batch, moving, prune_, tiny_llama
+from tests.models import Parent, batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
 from tests.waits import Waits
 
@@ -58,6 +58,7 @@ def build(
     checkpointed: bool = False,
     config: SeftConfig = CONFIG,
     layers: int = 2,
+    parent: Parent | None = None,
 ) -> tuple[Any, SeftOptimizer]:
     """A tiny pruned model on a device, and its optimizer."""
     if device.type == "cuda":
@@ -69,7 +70,7 @@ def build(
         enable({"use_reentrant": False})  # its name depends on the version
     if resident:
         pack_weights(model)
-    return model, SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0)
+    return model, SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0, parent=parent)
 
 
 def data_of(step: int, device: torch.device, rank: int = 0, size: int = 4) -> dict[str, Tensor]:
@@ -126,6 +127,23 @@ def test_same_supports_and_masks_as_on_a_cpu(device: torch.device, on_cpu: list[
             for name, layer in one["state"].items():
                 torch.testing.assert_close(layer["weight"], other["state"][name]["weight"], rtol=1e-3, atol=1e-3)
     assert same >= len(SEEDS) - 1, f"{same} of {len(SEEDS)} runs have the masks and supports of the CPU"
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_swaps_are_those_of_a_cpu(device: torch.device, resident: bool) -> None:
+    config = SeftConfig(density=0.05, interval=2, window=2, steps=STEPS, swap_fraction=0.03)
+    found, wanted = (
+        train(
+            *build(where, layers=1, config=config, resident=resident, parent=Parent(tiny_llama(num_hidden_layers=1))),
+            where,
+        )
+        for where in (device, torch.device("cpu"))
+    )
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=2e-3)
+    before = Parent(prune_(tiny_llama(num_hidden_layers=1))).weights
+    for name, layer in wanted["state"].items():
+        assert float((layer["mask"] != found["state"][name]["mask"]).float().mean()) < 0.02, name
+        assert not torch.equal(layer["mask"], before[name].view(-1) != 0), name
 
 
 def test_bf16_learns_and_keeps_its_zeros(device: torch.device) -> None:
