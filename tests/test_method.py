@@ -270,6 +270,7 @@ def configs(draw: st.DrawFn) -> SeftConfig:
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
     if swaps:
         drawn |= {"reactivation": 0.0, "swap_fraction": swaps}
+        drawn["adapt"] = "curvature" if drawn["adapt"] == "none" else drawn["adapt"]  # which swaps do not read
     if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))

@@ -123,7 +123,8 @@ def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: 
     problems = len(shapes.targets)
     moved = config.seft.drop_fraction * deltas
     radix = 2 * 8 * BINS * len(DIGITS) * problems
-    ranked = 3 * min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else 3 * radix
+    ranked = min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else radix
+    ranked *= 3 if config.seft.reactivation else 2
     swaps = config.seft.swap_fraction * shapes.target_numel
     if swaps:
         problems = problems if config.seft.scope == "layer" else 1
