@@ -349,7 +349,7 @@ def peak_of_training(world_size: int, depth: int = 24) -> int:
     return max(run_ranks(on_rank, world_size, timeout=240)) * 1024
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_rank_falls_with_the_ranks() -> None:
     one, two, four = (peak_of_training(world_size) for world_size in (1, 2, 4))
     print(f"MB per rank on 1, 2, 4 ranks: {one >> 20}, {two >> 20}, {four >> 20}")

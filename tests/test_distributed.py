@@ -43,6 +43,7 @@ def test_a_failing_disk_on_one_rank_stops_all() -> None:
     assert run_ranks(on_rank, 2) == ["rank 0: [Errno 13] Permission denied: 'metrics.jsonl'"] * 2
 
 
+@pytest.mark.long
 def test_groups_made_later_have_the_timeout_too() -> None:
     """Those of a device mesh, as HSDP makes it, and of DeepSpeed would wait for half an hour."""
 

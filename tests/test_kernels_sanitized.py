@@ -63,7 +63,7 @@ assert functions.popcount_bits(bits.data_ptr(), int(sys.argv[1]), ctypes.byref(c
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "popcount" in done.stderr, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_stay_inside_their_arrays(run_python: Run) -> None:
     # One form is C++ alone; the others are torch, which is not built with sanitizers.
     chosen = ["-k", "not sampled_addmm and not dense-", "--hypothesis-profile", "few"]

@@ -312,7 +312,7 @@ def wait_for(what: str, check: Callable[[], object], process: subprocess.Popen[b
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_study_that_is_killed_goes_on(tmp_path: Path) -> None:
     """One method, one seed, no search; study and run are killed, and the next start resumes from the checkpoint."""
     write_tiny(tmp_path / "tiny")
