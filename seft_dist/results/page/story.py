@@ -117,8 +117,15 @@ def _zeros(run: RunRecord) -> list[str]:
     final, off = number(sparsity, "final"), whole(sparsity, "layers_off_target")
     text = f"{percent(final)} of the target weights are 0 at the end"
     if off is not None:
-        text += ", and every target has as many zeros as before" if not off else f"; {plural(off, 'target')} changed"
+        whose = "the model as a whole" if _moves_between_layers(run) else "every target"
+        text += f", and {whose} has as many zeros as before" if not off else f"; {plural(off, 'target')} changed"
     return [text + "."]
+
+
+def _moves_between_layers(run: RunRecord) -> bool:
+    """Tell whether targets may end with other numbers of zeros than they had."""
+    moved = any(whole(evolution, "reactivated") for evolution in run.evolutions)
+    return moved and run.setting("seft.scope") == "global"
 
 
 def tiles_of(run: RunRecord) -> list[Tile]:
@@ -136,7 +143,8 @@ def tiles_of(run: RunRecord) -> list[Tile]:
     sparsity: Any = run.result.get("sparsity")
     if isinstance(sparsity, dict):
         off = whole(sparsity, "layers_off_target")
-        note = f"{plural(off, 'target')} changed" if off else "every target as before"
+        whose = "the model" if _moves_between_layers(run) else "every target"
+        note = f"{plural(off, 'target')} changed" if off else f"{whose} as before"
         tiles.append(Tile("zeros", percent(number(sparsity, "final")), note))
     if run.evolutions:
         kept = [move.kept for move in run.layers.moves[-1].values()] if run.layers.moves else []
