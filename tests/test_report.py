@@ -101,16 +101,6 @@ def page_of(*runs: Path, draws: bool = True) -> tuple[str, Parsed]:
     return page, Parsed(page)
 
 
-def test_swaps_and_a_global_scope_are_told(trained: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(trained, tmp_path / "run")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["seft"] |= {"scope": "global", "swap_fraction": 0.02}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    page, _ = page_of(run, draws=False)
-    assert "came back with the parent&#39;s value." in page
-    assert "the model as a whole has as many zeros as before" in page and "the model as before" in page
-
-
 def test_a_whole_run_has_every_section_and_every_figure(trained: Path) -> None:
     page, parsed = page_of(trained)
     assert set(SECTIONS) <= set(parsed.ids) and {f"figure-{name}" for name in FIGURES} <= set(parsed.ids)

@@ -17,6 +17,8 @@ from seft_dist.config import ModelConfig
 from seft_dist.export.delta import apply_delta
 from seft_dist.io import checkpoint
 from seft_dist.io.source import open_source
+from seft_dist.results.page.record import read_records
+from seft_dist.results.page.render import render
 from tests.folders import model_folder
 from tests.layouts import train_on
 from tests.models import Parent, batch, prune_, prune_groups_, tiny_llama
@@ -229,6 +231,13 @@ def test_seft_train_swaps_resumes_and_exports(inputs: Path, dense: Path, tmp_pat
     assert result["sparsity"]["final"] == result["sparsity"]["target"] and result["reactivated"] > 0
     manifest = json.loads((output / "manifest.json").read_text())
     assert len(manifest["parent"]) == 16
+    page = render(read_records([output]), draws=False)
+    assert f"and {result['reactivated']} pruned positions came back with the parent&#39;s value." in page
+    assert "every target has as many zeros as before" in page
+    told = (output / "config.yaml").read_text()
+    (output / "config.yaml").write_text(told.replace("scope: layer", "scope: global"))
+    assert "the model as a whole has as many zeros as before" in render(read_records([output]), draws=False)
+    (output / "config.yaml").write_text(told)
     trained = load_file(output / "model" / "model.safetensors")
     pruned = load_file(inputs / "pruned" / "model.safetensors")
     apply_delta(
