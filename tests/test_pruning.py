@@ -169,12 +169,17 @@ def test_bfloat16_with_a_sentencepiece_tokenizer(dense: Path, tmp_path: Path) ->
     assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
+def model_and_text(family: str) -> tuple[Any, list[torch.Tensor]]:
+    """A small random model of a family, and sequences of several lengths."""
     settings = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES[family])
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()
-    sequences = [torch.randint(0, 64, (length,)) for length in (9, 12, 9, 7)]
+    return model, [torch.randint(0, 64, (length,)) for length in (9, 12, 9, 7)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
+    model, sequences = model_and_text(family)
     norms: dict[str, torch.Tensor] = {}
 
     def visit(name: str, layer: nn.Module, run: Any) -> None:
@@ -198,10 +203,7 @@ def test_layer_by_layer_sees_what_the_whole_model_computes(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_gradients_are_those_of_the_whole_model(family: str) -> None:
-    settings = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES[family])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(settings).eval()
-    sequences = [torch.randint(0, 64, (length,)) for length in (9, 12, 9, 7)]
+    model, sequences = model_and_text(family)
     expected = pruning_reference.curvature_norms(model, sequences)
     model.requires_grad_(False)
     found: dict[str, torch.Tensor] = {}

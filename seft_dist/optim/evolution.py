@@ -90,7 +90,7 @@ class Evolution:
             self._phase("swap", lambda: swap(work, parent))
         self._phase("drop", lambda: drop(work, fraction))
         self._phase("grow", lambda: grow(work))
-        if not on_trial and self._parent is None:
+        if not on_trial:
             self._phase("adapt", lambda: adapt(work))
         self._phase("commit", lambda: self.apply(betas))
         digest, moved, (tried, kept) = self._phase("verify", self._verify)

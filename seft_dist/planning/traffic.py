@@ -120,15 +120,15 @@ def seft_window(config: PlanConfig, shapes: ModelShapes, links: Links, micro: in
 def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: int) -> list[Traffic]:
     """Traffic of an evolution: its rankings, and the positions of all deltas."""
     layout, deltas = links.layout, shapes.budget(config.seft.density)
-    problems = len(shapes.targets)
-    moved = config.seft.drop_fraction * deltas
-    radix = 2 * 8 * BINS * len(DIGITS) * problems
-    ranked = min(4 * moved * layout.owners, radix) if config.seft.selection == "auto" else radix
-    ranked *= 3 if config.seft.reactivation else 2
-    swaps = config.seft.swap_fraction * shapes.target_numel
-    if swaps:
-        problems = problems if config.seft.scope == "layer" else 1
-        ranked += 3 * min(4 * swaps * layout.owners, 2 * 8 * BINS * len(DIGITS) * problems)
+    moved, swaps = config.seft.drop_fraction * deltas, config.seft.swap_fraction * shapes.target_numel
+
+    def ranking(entries: float, problems: int) -> float:
+        radix = 2 * 8 * BINS * len(DIGITS) * problems
+        return min(4 * entries * layout.owners, radix) if config.seft.selection == "auto" else radix
+
+    layers = len(shapes.targets)
+    ranked = (3 if config.seft.reactivation else 2) * ranking(moved, layers)
+    ranked += 3 * ranking(swaps, layers if config.seft.scope == "layer" else 1) * (swaps > 0)
     traffic = _factors(shapes, links) if Needs.of(config.seft).outputs else []
     traffic += [
         links.ring("rankings", ranked),

@@ -79,13 +79,18 @@ def check_agreement(ranks: Ranks, settings: str) -> None:
     Raises:
         ValueError: Ranks differ from rank 0; raised on every rank, naming those that differ.
     """
-    digests = gather_objects(ranks, hashlib.sha256(settings.encode()).hexdigest())
-    different = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    different = unlike_the_first(ranks, settings)
     if different:
         raise ValueError(
-            f"rank {', '.join(different)} was given another configuration than rank 0: every rank needs the same "
+            f"rank {different} was given another configuration than rank 0: every rank needs the same "
             "options and the same recipe and ds_config files"
         )
+
+
+def unlike_the_first(ranks: Ranks, text: str) -> str:
+    """Return the numbers of the ranks with another text than rank 0, "1, 3"; the same on every rank. Collective."""
+    digests = gather_objects(ranks, hashlib.sha256(text.encode()).hexdigest())
+    return ", ".join(str(rank) for rank, digest in enumerate(digests) if digest != digests[0])
 
 
 def gather_objects(ranks: Ranks, item: T) -> list[T]:

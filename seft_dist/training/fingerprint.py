@@ -15,7 +15,7 @@ from seft_dist.io.parent import ParentModel
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import SafetensorError
 from seft_dist.optim.state import fingerprint
-from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks
+from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks, unlike_the_first
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
@@ -83,11 +83,10 @@ def parent_fingerprint(parent: ParentModel, method: Method, ranks: Ranks) -> str
         ValueError: A file cannot be read, or ranks see different parents; raised on every rank.
     """
     found = on_all_ranks(ranks, lambda: parent.fingerprint(method.target_names))
-    prints = gather_objects(ranks, found)
-    different = [str(rank) for rank, other in enumerate(prints) if other != prints[0]]
+    different = unlike_the_first(ranks, found)
     if different:
         raise ValueError(
-            f"rank {', '.join(different)} reads another parent than rank 0: every rank needs the same files, e.g. in a "
+            f"rank {different} reads another parent than rank 0: every rank needs the same files, e.g. in a "
             "folder that all nodes share"
         )
     return found
