@@ -24,7 +24,7 @@ export PYTHONNOUSERSITE := 1
 
 # Where the quickstart keeps things: model, pruned model and text are inputs, the run is seft train's folder
 MODEL := models/SmolLM2-135M-Instruct
-PRUNED := models/SmolLM2-135M-Instruct-wanda60
+PRUNED := models/SmolLM2-135M-Instruct-pruned60
 TEXT := data/pydoc-topics
 RUN := runs/quickstart
 
@@ -115,7 +115,7 @@ $(TEXT)/heldout.jsonl: | $(INSTALLED)
 	seft quickstart text --output $(TEXT)
 
 $(PRUNED)/config.json: | $(MODEL)/config.json $(TEXT)/heldout.jsonl
-	seft prune --model.path $(MODEL) --method wanda --sparsity 0.6 \
+	seft prune --model.path $(MODEL) --method curvature --sparsity 0.6 \
 	  --data.path $(TEXT)/train.jsonl --data.seq_len 256 --sequences 32 --output $(PRUNED)
 
 $(RUN)/result.json: | $(PRUNED)/config.json

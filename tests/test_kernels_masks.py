@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seft_dist.kernels import bits, build, packing, ranking
+from seft_dist.kernels import bits, build, fingerprint, packing, ranking
 from seft_dist.sparsity import bitmask, hashes, selection
 from tests.ranks import run_ranks
 
@@ -17,7 +17,7 @@ SCORES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 3e38, -3e38, 1e-45, -1e-45,
 @pytest.fixture(params=["C++", "torch"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        for module in (bits, ranking, packing):
+        for module in (bits, fingerprint, ranking, packing):
             monkeypatch.setattr(module, "library", lambda: None)
     else:
         assert build.library() is not None
@@ -42,6 +42,38 @@ def test_bits() -> None:
         assert torch.equal(bits.holds(packed, torch.arange(mask.numel())), mask)
 
     check()
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_fingerprint_of_weights(dtype: torch.dtype) -> None:
+    """Whatever the dtype and the division, it is the sum that the docstring describes, in Python's integers."""
+
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    @settings(deadline=None, max_examples=30)
+    @given(
+        st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.5, 2.0**-14, -7.0, 0.25]), max_size=70), st.integers(0, 1 << 40)
+    )
+    def check(values: list[float], start: int) -> None:
+        weight = torch.tensor(values, dtype=dtype)
+        in_fp32 = weight.float().view(torch.int32).tolist()
+        wanted = sum(mix(start + i) * (in_fp32[i] | 1 << 32) for i, value in enumerate(values) if value)
+        found = fingerprint.fingerprint(weight, start)
+        assert found.dtype == torch.int64 and int(found) % 2**64 == wanted % 2**64
+        cut = len(values) // 3
+        parts = fingerprint.fingerprint(weight[:cut], start) + fingerprint.fingerprint(weight[cut:], start + cut)
+        assert torch.equal(parts, found)
+
+    check()
+    many = torch.randn(100_001, generator=torch.Generator().manual_seed(0)).to(dtype)  # on several threads
+    many[::3] = 0
+    assert torch.equal(fingerprint.fingerprint(many, 5), hashes.fingerprint(many, 5))
+    assert torch.equal(fingerprint.fingerprint(many[::2], 5), hashes.fingerprint(many[::2].clone(), 5))
 
 
 @pytest.mark.usefixtures("either")

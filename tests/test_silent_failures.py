@@ -62,7 +62,7 @@ def test_models_without_a_pattern_are_taken_as_they_are(sparsity: float, by_row:
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("zero3", 3), ("ddp", 2)])
 def test_a_pattern_is_recognised_in_shards(layout: str, world_size: int) -> None:
-    # 3 ranks of ZeRO-3 cut groups; one group that breaks the pattern, cut or not, is enough
+    # 3 ranks of ZeRO-3 cut groups; one group that breaks the pattern, cut or not, is enough for its target
     def on_rank(rank: int, world: int) -> list[str]:
         said = []
         for broken in (False, True):
@@ -75,12 +75,30 @@ def test_a_pattern_is_recognised_in_shards(layout: str, world_size: int) -> None
                 seft.attach()
                 said.append("taken")
             except ValueError as error:
-                said.append(str(error)[:39])
+                said.append(str(error).split("active, ")[1].split("),")[0])
             seft.detach()
         return said
 
     for said in run_ranks(on_rank, world_size):
-        assert said == ["the pruned model has the pattern 2:4 (a", "taken"]
+        assert said == ["in every target", "in 13 of 14 targets"]
+
+
+@pytest.mark.parametrize("other", ["dense", "unstructured", "3:4"])
+def test_one_target_without_the_pattern_does_not_cost_the_others_theirs(other: str) -> None:
+    model, dense = prune_groups_(tiny_llama(**WIDE), "2:4"), tiny_llama(**WIDE)
+    name = "model.layers.1.mlp.down_proj"
+    odd: Any = model.get_submodule(name)
+    with torch.no_grad():
+        odd.weight.copy_(dense.get_parameter(f"{name}.weight"))
+    if other == "unstructured":
+        prune_(torch.nn.ModuleDict({"odd": odd}), 0.6)
+    elif other == "3:4":
+        prune_groups_(torch.nn.ModuleDict({"odd": odd}), other)
+    has = other if other == "3:4" else "none"
+    with pytest.raises(
+        ValueError, match=rf"pattern 2:4 .*in 13 of 14 .*leave out .*layers.1.mlp.down_proj, which has {has}\)"
+    ):
+        SeftOptimizer(model, CONFIG).attach()
 
 
 def test_launch_train_names_the_options_and_takes_them(tmp_path: Path) -> None:

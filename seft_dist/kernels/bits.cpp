@@ -1,15 +1,8 @@
 // Bitmasks: to and from booleans, counts, hashes.
 #include "bits.h"
+#include "mix.h"
 
 namespace {
-
-// The finalizer of SplitMix64, as in sparsity/scores.py.
-inline uint64_t mix(uint64_t x) {
-    x += 0x9E3779B97F4A7C15u;
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
 
 // Numbers that are not 0 (or -0) where no bit is set.
 template <class T>

@@ -17,7 +17,7 @@ nothing is sent.
 All ranks must enter an exchange with the same layers in the same order, also those ranks that own nothing of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -37,17 +37,19 @@ Edges = dict[int, tuple[Tensor, Tensor]]
 class NMGroups:
     """The groups of every target. Lists have one item for each target."""
 
-    def __init__(self, backend: Backend, pattern: str) -> None:
+    def __init__(self, backend: Backend, pattern: str, targets: Sequence[int] | None = None) -> None:
         """Args:
-        backend: Holds the weights; M divides the length of their rows.
+        backend: Holds the weights; M divides the length of the rows of ``targets``.
         pattern: "N:M".
+        targets: Numbers of the targets whose groups are meant, in order; None for all.
         """
         self.backend = backend
+        self._targets = range(len(backend.names)) if targets is None else targets
         self.most, self.size = pattern_sizes(pattern)
         self.cut = [
             i
-            for i, partition in enumerate(backend.partitions)
-            if partition.chunk % self.size and partition.chunk < partition.numel
+            for i in self._targets
+            if backend.partitions[i].chunk % self.size and backend.partitions[i].chunk < backend.partitions[i].numel
         ]
         """Layers in which a border between ranks cuts a group; the same on every rank."""
         self._offsets: dict[int, list[int]] = {}
@@ -172,12 +174,14 @@ class NMGroups:
     def fullest(self, masks: list[Tensor]) -> list[tuple[int, int]]:
         """Return the group with the most active positions of each whole weight, and how many it has. Collective.
 
+        Both are -1 for targets that are not meant.
+
         Args:
             masks: As for ``fingerprints``.
         """
         active = self.counter(lambda i: unpack(masks[i], len(self.backend.interval(i))))
         rows = torch.full((len(masks), 2), -1)
-        for i in range(len(masks)):
+        for i in self._targets:
             counts = active(i)
             if len(counts):
                 most = int(counts.argmax())

@@ -1,6 +1,7 @@
 """The state a run starts with, and every check of the model that can be made before or right after the first step."""
 
 import hashlib
+from collections import Counter
 
 import torch
 
@@ -9,12 +10,13 @@ from seft_dist.backends.replicated import ReplicatedBackend
 from seft_dist.config import SeftConfig
 from seft_dist.config.pattern import AUTO, pattern_sizes
 from seft_dist.kernels.bits import pack
+from seft_dist.kernels.fingerprint import fingerprint
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.collectives import differing_ranks, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.nm_groups import NMGroups, describe_group
-from seft_dist.optim.nm_search import find_pattern
-from seft_dist.optim.state import State, fingerprint
+from seft_dist.optim.nm_search import find_patterns
+from seft_dist.optim.state import State
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
 from seft_dist.sparsity.hashes import pieces
@@ -162,7 +164,7 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
         pattern.
     """
     if config.pattern == AUTO and (config.reactivation or config.swap_fraction):  # else no position becomes active
-        _refuse_pattern(find_pattern(backend, masks), config)
+        _refuse_patterns(backend.names, find_patterns(backend, masks), config)
     if config.known_pattern is None:
         return []
     most, size = pattern_sizes(config.known_pattern)
@@ -183,20 +185,36 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     return groups.fingerprints(masks)
 
 
-def _refuse_pattern(pattern: str | None, config: SeftConfig) -> None:
-    if pattern is not None:
-        most, size = pattern_sizes(pattern)
-        if config.swap_fraction:
-            raise ValueError(
-                f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, "
-                "in every target), which swaps do not keep: set swap_fraction to 0, or seft.pattern null to lose it"
-            )
-        raise ValueError(
-            f"the pruned model has the pattern {pattern} (at most {most} of {size} consecutive inputs are active, in "
-            f"every target), and would lose it: give seft.pattern {pattern} to keep it (with seft.reactivation 0 its "
-            "positions stay where they are, which was best in our runs: docs/patterns.md), or seft.pattern null to "
-            "lose it"
-        )
+def _refuse_patterns(names: list[str], patterns: list[str | None], config: SeftConfig) -> None:
+    """Refuse a mask that may move if some targets would lose a pattern by it.
+
+    Args:
+        names: Names of the targets.
+        patterns: The pattern of each target; None where there is none.
+        config: The method.
+
+    Raises:
+        ValueError: There is a pattern; says what to give.
+    """
+    having = {name: pattern for name, pattern in zip(names, patterns, strict=True) if pattern is not None}
+    if not having:
+        return
+    pattern = Counter(having.values()).most_common(1)[0][0]
+    others = [name for name in names if having.get(name) != pattern]
+    most, size = pattern_sizes(pattern)
+    where = "every target" if not others else f"{len(names) - len(others)} of {len(names)} targets"
+    allowed = f"at most {most} of {size} consecutive inputs are active, in {where}"
+    found = f"the pruned model has the pattern {pattern} ({allowed})"
+    if config.swap_fraction:
+        raise ValueError(f"{found}, which swaps do not keep: set swap_fraction to 0, or seft.pattern null to lose it")
+    keeps = f"give seft.pattern {pattern} to keep it"
+    if others:
+        example = f"{others[0]}, which has {having.get(others[0], 'none')}"
+        keeps += f" and leave out the other targets (seft.targets; e.g. {example})"
+    raise ValueError(
+        f"{found}, and would lose it: {keeps} (with seft.reactivation 0 all positions stay where they are, which was "
+        "best in our runs: docs/patterns.md), or seft.pattern null to lose it"
+    )
 
 
 def _check(names: list[str], numels: list[int], sizes: list[int], budgets: list[int], config: SeftConfig) -> None:

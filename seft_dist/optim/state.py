@@ -15,7 +15,7 @@ from seft_dist.kernels import bits
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
-from seft_dist.sparsity import hashes, scores
+from seft_dist.sparsity import scores
 from seft_dist.sparsity.partition import Interval
 
 
@@ -260,22 +260,6 @@ class State:
             )
             for i, name in enumerate(backend.names)
         ]
-
-
-def fingerprint(weight: Tensor, start: int) -> Tensor:
-    """Hash the non-zero weights of an interval, int64 []; the sum over intervals is the whole weight's hash (wrapping).
-
-    Args:
-        weight: [n], in the model's dtype.
-        start: Flat position of the first.
-    """
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for piece in hashes.pieces(weight):
-        active = piece.nonzero().view(-1)
-        values = piece[active].float().view(torch.int32).to(torch.int64)
-        total += (scores.mix(active + start) * (values | 1 << 32)).sum()
-        start += piece.numel()
-    return total
 
 
 def _hash(positions: Tensor) -> Tensor:

@@ -55,6 +55,22 @@ def hash_of_weight(weight: Tensor, start: int) -> Tensor:
     return total
 
 
+def fingerprint(weight: Tensor, start: int) -> Tensor:
+    """Hash the non-zero weights of an interval, int64 []. It does not depend on the dtype that holds the values.
+
+    Args:
+        weight: [n], in the model's dtype.
+        start: Flat position of the first.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for piece in pieces(weight):
+        active = piece.nonzero().view(-1)
+        values = piece[active].float().view(torch.int32).to(torch.int64)
+        total += (mix(active + start) * (values | 1 << 32)).sum()
+        start += piece.numel()
+    return total
+
+
 def sketch(positions: Tensor, values: Tensor | None = None) -> Tensor:
     """Sum values with random signs a few times, so that ``distance`` can estimate how far two vectors are apart.
 

@@ -14,7 +14,7 @@ import torch
 from seft_dist.io.parent import ParentModel
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import SafetensorError
-from seft_dist.optim.state import fingerprint
+from seft_dist.kernels.fingerprint import fingerprint
 from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks, unlike_the_first
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.casts import cast_weight
@@ -22,7 +22,6 @@ from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
 from seft_dist.training.method import Method
 
 _PIECE = 1 << 24  # number of values that a rank reads at a time
-_CACHED = 1 << 14  # values hashed at a time, so few that they stay in the cache
 _SEQUENCES = 1 << 14
 # Entries of config.json that describe how the file was made, or that loading and training overwrite.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -62,9 +61,7 @@ def model_fingerprint(source: Source, method: Method, ranks: Ranks) -> str:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{tensors[others[i]].file} cannot be read: {error}") from error
             values, _ = cast_weight(values, source.dtype)
-            for part in values.split(_CACHED):
-                prints[i] += fingerprint(part, start)
-                start += part.numel()
+            prints[i] += fingerprint(values, start)
 
     on_all_ranks(ranks, read)
     sum_over_ranks(ranks, prints)

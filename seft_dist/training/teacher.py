@@ -23,7 +23,7 @@ from seft_dist.config.teacher import TEACHER_CHUNK
 from seft_dist.io.models import Sharding, load_model, named_state
 from seft_dist.io.positions import check_length
 from seft_dist.io.source import Source, open_source
-from seft_dist.optim.state import fingerprint
+from seft_dist.kernels.fingerprint import fingerprint
 from seft_dist.session.agreement import on_all_ranks, sum_over_ranks
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
