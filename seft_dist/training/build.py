@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from seft_dist.session.agreement import max_over_ranks, on_all_ranks, one_rank_p
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.method import BASELINES, Method, TrainedSeft
+from seft_dist.training.progress import print_line
 from seft_dist.training.teacher import Teacher, load_teacher
 
 _SEQUENCES = 1 << 14
@@ -108,6 +110,43 @@ def check_baseline(config: TrainConfig, source: Source, data: BatchStream) -> No
         check_peft()
     if config.method == "lora_merged":
         check_repruning(config, source, data.sequences)
+
+
+def build_and_attach(
+    config: TrainConfig,
+    ranks: Ranks,
+    source: Source,
+    ds: DsConfig | None,
+    data: BatchStream,
+    teacher: Source | None = None,
+    parent: ParentModel | None = None,
+) -> TrainingRun:
+    """Build the run, check it against the data, divide the weights among their owners. Collective.
+
+    Prints what it does: billions of weights take minutes, in which nothing else would be printed.
+
+    Args:
+        config: The run.
+        ranks: This process.
+        source: The pruned model.
+        ds: None without DeepSpeed.
+        data: This rank's batches.
+        teacher: Model whose predictions are learnt, if there is one.
+        parent: Model from which pruned weights come back, if there is one.
+
+    Raises:
+        ValueError: The model, its parent, or the data cannot be used.
+    """
+    began = time.monotonic()
+    if ranks.is_main:
+        print_line(f"loading {source.folder} ...")
+    run = build(config, ranks, source, ds, teacher, parent)
+    check_tokens(data, run.model, ranks)
+    run.method.attach()
+    if ranks.is_main:
+        seconds, numel = time.monotonic() - began, sum(part.numel for part in run.method.backend.partitions)
+        print_line(f"loaded in {seconds:.0f} s: {len(run.method.target_names)} targets, {numel:,} weights")
+    return run
 
 
 def build(

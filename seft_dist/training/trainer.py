@@ -26,9 +26,8 @@ from seft_dist.session.distributed import Ranks
 from seft_dist.session.signals import StopRequest, name_of, stop_requests
 from seft_dist.training.build import (
     TrainingRun,
-    build,
+    build_and_attach,
     check_baseline,
-    check_tokens,
     open_model,
     open_parent,
     read_batches,
@@ -135,9 +134,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Finished 
     text = read_validation(config, tokenizer, ranks)
     on_all_ranks(ranks, lambda: check_baseline(config, source, data))
     parent = on_all_ranks(ranks, lambda: open_parent(config))
-    run = build(config, ranks, source, ds, check_teacher(config, source, ranks), parent)
-    check_tokens(data, run.model, ranks)
-    run.method.attach()
+    run = build_and_attach(config, ranks, source, ds, data, check_teacher(config, source, ranks), parent)
     first = first_masks(run.method)  # before a checkpoint brings the masks that they have become
     # Attaching has looked for a pattern that was not named
     config = dataclasses.replace(config, seft=dataclasses.replace(config.seft, pattern=config.seft.known_pattern))
