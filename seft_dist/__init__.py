@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from seft_dist.backends.fsdp import pack_gathers
     from seft_dist.config import SeftConfig
     from seft_dist.io.parent import ParentModel
+    from seft_dist.optim.notices import SeftWarning
     from seft_dist.optim.optimizer import SeftOptimizer
     from seft_dist.optim.packing import pack_weights, unpack_weights
     from seft_dist.optim.report import EvolutionReport
@@ -19,6 +20,7 @@ __all__ = [
     "ParentModel",
     "SeftConfig",
     "SeftOptimizer",
+    "SeftWarning",
     "ds_optimizer_args",
     "pack_gathers",
     "pack_weights",
@@ -30,6 +32,7 @@ _HOMES = {
     "ParentModel": "seft_dist.io.parent",
     "SeftConfig": "seft_dist.config",
     "SeftOptimizer": "seft_dist.optim.optimizer",
+    "SeftWarning": "seft_dist.optim.notices",
     "ds_optimizer_args": "seft_dist.backends.deepspeed",
     "pack_gathers": "seft_dist.backends.fsdp",
     "pack_weights": "seft_dist.optim.packing",

@@ -75,7 +75,7 @@ def train(
     uses_cpu = not layout.startswith("zero")
     size = 2 // world
     if not uses_cpu:
-        over["deepspeed"] = ds_config(layout, size, 2, gradient_clipping="auto")
+        over["deepspeed"] = ds_config(layout, size, 2, gradient_clipping="auto", bf16={"enabled": "auto"})
     given = {"max_steps": STEPS, "logging_steps": 1, "save_steps": 3, "report_to": "none", "disable_tqdm": True}
     given |= {"train_sampling_strategy": "sequential"}
     given |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
@@ -138,8 +138,8 @@ def loop(
         made.optimizer.step()
         made.optimizer.zero_grad()
     if end < STEPS:
-        made.accelerator.save_state(str(saved / "accelerate"))
         checkpoint.save(made.seft, saved / "seft", {})
+        made.accelerator.save_state(str(saved / "accelerate"))
     return snapshot(made.whole, made.seft)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint import files, writer
 from seft_dist.io.checkpoint.files import MANIFEST
+from seft_dist.optim.notices import SeftWarning
 from tests.layouts import build, snapshot
 from tests.models import batch, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
@@ -188,6 +190,9 @@ def test_unfinished_checkpoint_is_not_found(tmp_path: Path) -> None:
     seft = SeftOptimizer(prune_(tiny_llama()), CONFIG)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         checkpoint.load(seft, path)
+    whole = saved(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"no complete checkpoint .*the newest one inside it is {whole}"):
+        checkpoint.load(seft, whole.parent)
 
 
 def test_altered_file_is_named(tmp_path: Path) -> None:
@@ -329,8 +334,11 @@ def test_a_deepspeed_checkpoint_does_not_lose_masks_and_deltas_in_silence(stage:
         for t in range(3):
             backward(engine(**batch(t, rank)).loss)
             step()
+        with pytest.warns(SeftWarning, match=r"not in state_dict\(\), so neither in engine\.save_checkpoint"):
+            engine.save_checkpoint(str(tmp_path / "engine"))
         path = checkpoint.save(seft, tmp_path / "ours", {})
-        with pytest.warns(UserWarning, match=r"not in state_dict\(\), so neither in engine\.save_checkpoint"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SeftWarning)  # what it leaves out has been saved
             engine.save_checkpoint(str(tmp_path / "engine"))
         backward(engine(**batch(3, rank)).loss)
         step()

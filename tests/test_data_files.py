@@ -158,7 +158,7 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "cut.json": ('[{"text": "a"}, {"text', "record 1 cannot be read as json"),
     "cut.jsonl": ('{"text": "a"}\n{"text', "line 2 cannot be read as json"),
     "type.jsonl": ('{"text": "a"}\n{"text": 7}', "line 2: its 'text' is no text but int"),
-    "answer.jsonl": ('{"instruction": "a", "output": ["b"]}', "line 1: its 'output' is no text but list"),
+    "answer.jsonl": ('{"instruction": "a", "output": ["b"]}', "line 1: a prompt, input or answer is no text but list"),
     "role.jsonl": ('{"messages": [{"role": 3, "content": "b"}]}', "line 1: needs messages with a text"),
     "tools.jsonl": (
         '{"messages": [{"role": "user", "content": "a"}], "tools": {"a": 1}}',
@@ -238,9 +238,11 @@ def test_messages_in_a_prompt_are_not_their_text(
     record: dict[str, Any] = {"prompt": "a question", "completion": "an answer"}
     record[column] = [{"role": "user", "content": "a question"}]
     path = str(write_jsonl(tmp_path / "a.jsonl", [record]))
-    with pytest.raises(ValueError, match=f"its '{column}' is no text but list"):
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line 1: .* is no text but list: needs texts, or a list of messages"
+    ):
         load_source(DataConfig(path=path, seq_len=16), tokenizers["plain"])
     hub = datasets.Dataset.from_list([record])
     monkeypatch.setattr("seft_dist.data.records._read_hub", lambda config: hub)
-    with pytest.raises(ValueError, match=r"some/dataset, record 0: .* is no text but list.* in a column messages"):
+    with pytest.raises(ValueError, match=r"some/dataset, record 0: .* is no text but list"):
         load_source(DataConfig(path="some/dataset", seq_len=16), tokenizers["plain"])

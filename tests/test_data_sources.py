@@ -102,6 +102,59 @@ def test_prompt_and_completion_are_known_without_options(tokenizer: Any, tmp_pat
     assert read(tokenizer, other) == read(tokenizer, other, kind="instruction") == expected
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".hub"])
+def test_lists_of_messages_as_prompt_and_completion(
+    suffix: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL has them: of the whole conversation, only the turns of the completion are learnt."""
+    whole = read(tokenizer, write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES}]))
+    record = {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}
+    if suffix == ".hub":
+        import datasets
+
+        data = datasets.Dataset.from_list([record])
+        monkeypatch.setattr("seft_dist.data.records._read_hub", lambda config: data)
+        path = "some/dataset"
+    else:
+        path = str(write_jsonl(tmp_path / "b.jsonl", [record]))
+    found = read(tokenizer, path)
+    assert [ids for ids, _ in found] == [ids for ids, _ in whole]
+    assert "".join(tokenizer.decode(label) for label in found[0][1] if label != -100) == "Yes.</s>\n"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_turns_of_weight_0_are_not_learnt(marked: bool, tokenizer: Any, tmp_path: Path) -> None:
+    if marked:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>\n"
+            "{% endgeneration %}{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}"
+        )
+    plain = read(tokenizer, write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES}]))
+    for weights, learnt in (((0, 1), "Yes.</s>\n"), ((1, 0), "Because.</s>\n"), ((0, 0), None)):
+        messages: list[dict[str, Any]] = [dict(message) for message in MESSAGES]
+        messages[1]["weight"], messages[3]["weight"] = weights
+        path = write_jsonl(tmp_path / f"{weights}.jsonl", [{"messages": messages}, {"messages": MESSAGES}])
+        found = read(tokenizer, path)
+        assert len(found) == (2 if learnt else 1)
+        if learnt:
+            assert found[0][0] == plain[0][0]
+            assert "".join(tokenizer.decode(label) for label in found[0][1] if label != -100) == learnt
+
+
+def test_the_system_column_of_sharegpt_is_used(tokenizer: Any, tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    expected = read(tokenizer, write_jsonl(tmp_path / "a.jsonl", [{"messages": [system, *MESSAGES]}]))
+    rows: list[dict[str, Any]] = [{"conversations": SHAREGPT, "system": "Be brief."}]
+    rows.append({"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT], "system": "not this one"})
+    found = read(tokenizer, write_jsonl(tmp_path / "b.jsonl", rows))
+    assert found == expected * 2
+    without: list[dict[str, Any]] = [{"conversations": SHAREGPT, "system": ""}, {"conversations": SHAREGPT}]
+    plain = read(tokenizer, write_jsonl(tmp_path / "c.jsonl", [{"messages": MESSAGES}]))
+    assert read(tokenizer, write_jsonl(tmp_path / "d.jsonl", without)) == plain * 2
+    with pytest.raises(ValueError, match="its 'system' is no text but list"):
+        read(tokenizer, write_jsonl(tmp_path / "e.jsonl", [{"conversations": SHAREGPT, "system": ["x"]}]))
+
+
 def test_columns_that_options_name_win(tokenizer: Any, tmp_path: Path) -> None:
     both = write_jsonl(tmp_path / "a.jsonl", [{"text": texts()[0], "conversations": SHAREGPT, "prompt": "a"}])
     assert len(read(tokenizer, both, seq_len=32)) > 1  # text, as ever

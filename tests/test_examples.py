@@ -15,9 +15,9 @@ from tests.scripts import run_script
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {{ eos_token }} {% endfor %}"
 
 
-def _run(script: str, pruned: Path, data: Path, output: Path) -> subprocess.CompletedProcess[str]:
+def _run(script: str, pruned: Path, data: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run an example, and check that it trained weights and kept the number of zeros of each."""
-    done = run_script(f"docs/examples/{script}.py", pruned, data, output, timeout=250)
+    done = run_script(f"docs/examples/{script}.py", pruned, data, output, *options, timeout=250)
     assert done.returncode == 0, done.stderr
     before = find_targets(AutoModelForCausalLM.from_pretrained(pruned))
     after = find_targets(AutoModelForCausalLM.from_pretrained(output))
@@ -66,12 +66,15 @@ def test_sft_trainer(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script",
-    # inductor compiles for a minute or two
-    [pytest.param("accelerate_loop", marks=pytest.mark.slow), pytest.param("compiled_loop", marks=pytest.mark.long)],
+    ("script", "options"),
+    [
+        pytest.param("accelerate_loop", [], marks=pytest.mark.slow),
+        pytest.param("compiled_loop", ["aot_eager"], marks=pytest.mark.slow),
+        pytest.param("compiled_loop", [], marks=pytest.mark.long),  # inductor compiles for a minute or two
+    ],
 )
-def test_loops(script: str, inputs: Path, tmp_path: Path) -> None:
-    done = _run(script, inputs / "pruned", inputs / "text.jsonl", tmp_path)
+def test_loops(script: str, options: list[str], inputs: Path, tmp_path: Path) -> None:
+    done = _run(script, inputs / "pruned", inputs / "text.jsonl", tmp_path, *options)
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 20 and lines[-1].startswith("step 20: loss ")
     if script == "accelerate_loop":

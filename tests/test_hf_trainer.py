@@ -12,6 +12,7 @@ import torch._dynamo
 from safetensors.torch import load_file
 
 from seft_dist import SeftOptimizer
+from seft_dist.io import checkpoint
 from seft_dist.optim.notices import SeftWarning
 from tests.hf_trainers import CONFIG, DATA, LR, STEPS, loop, same_topology, train
 from tests.layouts import snapshot
@@ -154,13 +155,38 @@ def test_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
-def test_sft_trainer_on_two_ranks_is_trainer_on_one(layout: str, tmp_path: Path) -> None:
-    def on_rank(rank: int, world: int) -> Any:
-        return train(rank, world, layout, tmp_path / "two", sft=True, save_strategy="no")
+def test_sft_trainer_on_two_ranks_is_trainer_on_one_and_resumes(layout: str, tmp_path: Path) -> None:
+    best = BEST | {"metric_for_best_model": "eval_loss"}
 
-    one, two = train(0, 1, "single", tmp_path / "one", save_strategy="no"), run_ranks(on_rank, 2)[0]
+    def on_rank(rank: int, world: int) -> Any:
+        folder = tmp_path / "two"
+        whole = train(rank, world, layout, folder, sft=True)
+        resumed = train(rank, world, layout, folder, folder / "checkpoint-6", sft=True)
+        return whole, resumed, train(rank, world, layout, tmp_path / "best", sft=True, **best)
+
+    one, (two, resumed, gone_back) = (
+        train(0, 1, "single", tmp_path / "one", save_strategy="no"),
+        run_ranks(on_rank, 2)[0],
+    )
     assert same_topology(one["state"], two["state"])
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert resumed["losses"] == two["losses"]
+    assert all(torch.equal(layer["weight"], two["state"][name]["weight"]) for name, layer in resumed["state"].items())
+    assert gone_back["steps"] == int(gone_back["best"].rpartition("-")[2]) < STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
+def test_precision_and_checkpointing_on_two_ranks(layout: str, tmp_path: Path) -> None:
+    """In bf16 sums differ between layouts, so losses are compared loosely, and those of fp32 are further away."""
+    options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True, "save_strategy": "no"}
+
+    def on_rank(rank: int, world: int) -> Any:
+        return train(rank, world, layout, tmp_path / "two", **options)
+
+    two, one = run_ranks(on_rank, 2)[0], train(0, 1, "single", tmp_path / "one", **options)
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-2)
+    assert all(layer["mask"].sum() == one["state"][name]["mask"].sum() for name, layer in two["state"].items())
 
 
 @pytest.mark.slow
@@ -182,10 +208,47 @@ def test_two_ranks_compile_and_are_one_in_eager_mode(layout: str, tmp_path: Path
 
 
 def test_a_resumed_run_without_masks_and_deltas_is_refused(tmp_path: Path) -> None:
-    train(0, 1, "single", tmp_path, max_steps=6)
-    shutil.rmtree(tmp_path / "checkpoint-3" / "seft")
-    with pytest.raises(ValueError, match="no complete checkpoint of SEFT"):
-        train(0, 1, "single", tmp_path, tmp_path / "checkpoint-3", max_steps=6)
+    train(0, 1, "single", tmp_path, max_steps=9)
+    shutil.rmtree(tmp_path / "checkpoint-9" / "seft")
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint of SEFT.*the newest in output_dir: \S+/checkpoint-6\)"
+    ):
+        train(0, 1, "single", tmp_path, tmp_path / "checkpoint-9", max_steps=9)
+
+
+@pytest.mark.parametrize("dies", ["seft", "trainer", "after both"])
+def test_a_run_that_dies_while_it_saves_goes_on(dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though Trainer keeps one checkpoint only: the older one is deleted when all of the newer one is there."""
+    import transformers
+
+    class Killed(BaseException):
+        pass
+
+    place, name = {
+        "seft": (checkpoint, "save"),
+        "trainer": (transformers.Trainer, "save_model"),
+        "after both": (transformers.trainer, "rotate_checkpoints"),
+    }[dies]
+    intact = getattr(place, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if "checkpoint-6" in str(args):
+            raise Killed
+        done = intact(*args, **kwargs)
+        if dies == "after both" and (tmp_path / "killed/checkpoint-6").exists():
+            raise Killed
+        return done
+
+    whole = train(0, 1, "single", tmp_path / "whole", save_strategy="no")
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, dying)
+        with pytest.raises(Killed):
+            train(0, 1, "single", tmp_path / "killed", save_total_limit=1)
+    last = tmp_path / f"killed/checkpoint-{6 if dies == 'after both' else 3}"
+    resumed = train(0, 1, "single", tmp_path / "killed", last, save_total_limit=1)
+    assert resumed["losses"] == whole["losses"]
+    for name, layer in resumed["state"].items():
+        assert torch.equal(layer["weight"], whole["state"][name]["weight"]), name
 
 
 def test_trainer_takes_an_optimizer(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What would go wrong without a message: a pattern that was not named, weights replaced behind the optimizer."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import tests.preload  # noqa: F401
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.config import BaselineConfig, ModelConfig, TrainConfig
 from seft_dist.io import checkpoint
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.session.cli import parse
 from seft_dist.training.trainer import train
 from tests.folders import model_folder, text_file
-from tests.layouts import build
+from tests.layouts import build, snapshot
 from tests.models import batch, moving, prune_, prune_groups_, tiny_llama
 from tests.ranks import run_ranks
 from tests.runs import make_config, run_train
@@ -207,3 +209,92 @@ def test_replaced_shards_are_noticed(layout: str, world_size: int) -> None:
         return [*counts, len(messages(lambda: steps(4)))]
 
     assert run_ranks(on_rank, world_size) == [[0, 1]] * world_size
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("layout", ["single", "ddp"])
+def test_gradients_dropped_by_the_model_are_dropped(layout: str, set_to_none: bool) -> None:
+    """A batch that is skipped leaves no trace, nor does a second backward pass of the step lose the first."""
+
+    def on_rank(rank: int, world: int, skips: bool) -> Any:
+        inner, config = prune_(tiny_llama()), moving(density=0.05, interval=3, window=2, reactivation=0.0)
+        model, seft, *_ = build(layout, config, inner)
+        for t in range(7):
+            if skips and t != 1:
+                model(**batch(50 + t)).loss.backward()
+                model.zero_grad(set_to_none=set_to_none)
+            for part in (t, 20 + t):
+                model(**batch(part)).loss.backward()
+            seft.step()
+            model.zero_grad(set_to_none=set_to_none)
+        return snapshot(inner, seft)
+
+    size = 1 if layout == "single" else 2
+    plain, skipped = (run_ranks(on_rank, size, skips)[0] for skips in (False, True))
+    for name, layer in plain.items():
+        assert torch.equal(layer["weight"], skipped[name]["weight"]), name
+
+
+def test_a_module_that_is_called_twice_keeps_both_gradients() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(torch.tanh(self.one(x))).square().sum()
+
+    torch.manual_seed(0)
+    model: Any = prune_(Twice(), 0.5)
+    reference: Any = copy.deepcopy(model)
+    seft = SeftOptimizer(model, SeftConfig(density=0.4, interval=100, steps=1000))
+    for t in range(2):
+        x = torch.randn(4, 8)
+        model(x).backward()
+        model(x).backward()
+        if t == 0:  # the first step chooses the support by the dense gradient
+            seft.step()
+            reference.load_state_dict(model.state_dict())
+            seft.zero_grad()
+    reference(x).backward()
+    reference(x).backward()
+    found = seft._slots[0].grad
+    support = seft.sparse_state.supports[0].positions()
+    assert found is not None and torch.allclose(found, reference.one.weight.grad.view(-1)[support])
+
+
+def test_a_replaced_module_is_noticed() -> None:
+    model: Any = prune_(tiny_llama())
+    seft = SeftOptimizer(model, moving(density=0.05, interval=3, window=1))
+    with pytest.warns(
+        SeftWarning, match=r"1 targets .*no longer modules of the model \(e.g. model.layers.1.mlp.up_proj"
+    ):
+        for t in range(3):
+            model(**batch(t)).loss.backward()
+            seft.step()
+            if t == 0:
+                old = model.model.layers[1].mlp.up_proj
+                model.model.layers[1].mlp.up_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+
+
+@pytest.mark.parametrize("config", [1e-3, {"density": 0.01}])
+def test_what_is_no_config_is_named(config: Any) -> None:
+    with pytest.raises(TypeError, match=r"got a (float|dict) as config: needs a SeftConfig"):
+        SeftOptimizer(prune_(tiny_llama()), config)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 1e9])
+def test_clipping_that_begins_later_is_warned_of(threshold: float) -> None:
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, moving(density=0.05, interval=3))
+    said = []
+    for t in range(4):
+        model(**batch(t)).loss.backward()
+        if t >= 2:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), threshold)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seft.step()
+        said.append(any("gradients were clipped outside" in str(each.message) for each in caught))
+        seft.zero_grad()
+    assert said == [False, False, True, True]

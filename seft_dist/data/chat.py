@@ -6,13 +6,15 @@ template has no such marks, it learns each turn of the assistant (``seft_dist.da
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from seft_dist.data.chat_spans import turn_spans
 from seft_dist.data.chat_template import ChatTemplate, Message, Span, Tools
+
+T = TypeVar("T")
 
 
 class SkipError(Exception):
@@ -63,8 +65,8 @@ def instruction_messages(prompt: Any, inner: Any, answer: Any, where: str) -> li
     for value in (prompt, inner, answer):
         if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
             raise ValueError(
-                f"{where}: a prompt, input or answer is no text but {type(value).__name__}: needs text. If prompt and "
-                "completion are lists of messages, join them to one list in a column messages"
+                f"{where}: a prompt, input or answer is no text but {type(value).__name__}: needs texts, or a list of "
+                "messages as prompt and another one as answer"
             )
     if prompt is None or prompt == "":
         raise ValueError(f"{where} has an empty prompt: needs text in data.prompt_field")
@@ -74,12 +76,14 @@ def instruction_messages(prompt: Any, inner: Any, answer: Any, where: str) -> li
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}]
 
 
-def record_messages(messages: Any, where: str) -> list[Message]:
+def record_messages(messages: Any, where: str, system: Any = None) -> list[Message]:
     """Check a record's list of messages, and remove the fields that hold None, as transformers does.
 
     Args:
         messages: The record's messages.
         where: File and line of the record, for error messages.
+        system: Message of the system that ShareGPT keeps in another column; it goes before the others, if none of them
+            is the system's.
 
     Raises:
         ValueError: The value is not a list of {"role", "content"} or {"from", "value"} objects with text.
@@ -89,7 +93,10 @@ def record_messages(messages: Any, where: str) -> list[Message]:
         raise SkipError(NO_MESSAGES)
     if not isinstance(messages, list):
         raise ValueError(f'{where}: needs a list of {{"role", "content"}} messages, found {type(messages).__name__}')
+    is_sharegpt = all(map(_is_sharegpt, messages))
     messages = [_from_sharegpt(message, where) if _is_sharegpt(message) else message for message in messages]
+    if is_sharegpt and system and all(message["role"] != "system" for message in messages):
+        messages = [{"role": "system", "content": system}, *messages]
     for message in messages:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not good or not isinstance(message.get("content"), (str, type(None))):
@@ -154,8 +161,11 @@ def encode_chat(
     *,
     tools: Tools = None,
     template: ChatTemplate | None = None,
+    learnt_from: int = 0,
 ) -> EncodedChat:
     """Render a conversation, tokenize it, and mark the tokens that the assistant wrote.
+
+    Turns of the assistant with ``weight`` 0 are not marked.
 
     Args:
         messages: Checked messages, from ``record_messages``.
@@ -163,6 +173,7 @@ def encode_chat(
         where: File and line of the record, for error messages.
         tools: Checked tools, from ``record_tools``.
         template: The tokenizer's chat template, to be shared by many records. None: it is made here, for today's date.
+        learnt_from: Number of messages at the beginning whose turns are not marked.
 
     Raises:
         ValueError: The template refuses the conversation, or no turn of the assistant can be located in its output.
@@ -171,14 +182,22 @@ def encode_chat(
     template = template or ChatTemplate(tokenizer, None)
     if any(message.get("tool_calls") for message in messages) and not template.mentions("tool_calls", tools):
         raise SkipError(NO_TOOL_CALLS)
+    learnt = [
+        number >= learnt_from and message.get("weight") not in (0, False)
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     lost = 0
     try:
         text = template.render(messages, tools)
         spans = template.marked_spans(messages, tools)
         if spans is None:
-            turns = turn_spans(messages, tools, text, template)
+            turns = _learnt(turn_spans(messages, tools, text, template), learnt, where)
             spans = [span for span in turns if span is not None]
             lost = len(turns) - len(spans)
+        else:
+            spans = _learnt(spans, learnt, where)
     except (TemplateError, ValueError, TypeError) as error:  # TypeError: a template may add None to text
         raise ValueError(f"{where}: the tokenizer's chat template cannot lay it out: {error}") from error
     if lost and not spans:
@@ -188,6 +207,27 @@ def encode_chat(
         )
     ids, scored = _tokenize_spans(text, spans, tokenizer)
     return EncodedChat(ids, scored, lost)
+
+
+def _learnt(spans: list[T], learnt: list[bool], where: str) -> list[T]:
+    """Leave out the turns that are not to be learnt.
+
+    Args:
+        spans: One for each turn of the assistant, or, if all are learnt, as many as the template marks.
+        learnt: Whether each turn of the assistant is learnt.
+        where: File and line of the record.
+
+    Raises:
+        ValueError: It cannot be known which spans are which turns.
+    """
+    if all(learnt):
+        return spans
+    if len(spans) != len(learnt):
+        raise ValueError(
+            f"{where}: some turns of the assistant are not to be learnt (weight 0, or turns in the prompt), and the "
+            f"chat template marks {len(spans)} parts of {len(learnt)} turns: leave these turns out, or their weight"
+        )
+    return [span for span, is_learnt in zip(spans, learnt, strict=True) if is_learnt]
 
 
 def _tokenize_spans(text: str, spans: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

@@ -17,7 +17,7 @@ from seft_dist.data.chat import (
     record_tools,
 )
 from seft_dist.data.chat_template import ChatTemplate
-from seft_dist.data.records import LOCATION, chat_value
+from seft_dist.data.records import LOCATION, SYSTEM, chat_value, instruction_value
 from seft_dist.data.sequences import IGNORE
 from seft_dist.data.tokenizer import strip_extra_bos
 
@@ -103,11 +103,15 @@ def _location(records: Columns, row: int, numbers: list[int], config: DataConfig
 
 
 def instruction_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Encoder:
-    """Make the encoder of records with a prompt and an answer, as conversations of two turns."""
+    """Make the encoder of records with a prompt and an answer, texts or lists of messages; the answer is learnt."""
 
     def encode(record: dict[str, Any], where: str) -> EncodedChat:
-        inner = record.get(config.input_field)
-        messages = instruction_messages(record[config.prompt_field], inner, record[config.answer_field], where)
+        names = (config.prompt_field, config.input_field, config.answer_field)
+        prompt, inner, answer = (instruction_value(record.get(name)) for name in names)
+        if isinstance(prompt, list) and isinstance(answer, list) and not inner:
+            messages = record_messages([*prompt, *answer], where)
+            return encode_chat(messages, tokenizer, where, template=template, learnt_from=len(prompt))
+        messages = instruction_messages(prompt, inner, answer, where)
         return encode_chat(messages, tokenizer, where, template=template)
 
     return _conversation_encoder(config, encode)
@@ -117,7 +121,7 @@ def chat_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
     """Make the encoder of records with a list of messages and, if present, a list of tools."""
 
     def encode(record: dict[str, Any], where: str) -> EncodedChat:
-        messages = record_messages(chat_value(record[config.messages_field]), where)
+        messages = record_messages(chat_value(record[config.messages_field]), where, record.get(SYSTEM))
         tools = record_tools(chat_value(record.get(config.tools_field)), where)
         return encode_chat(messages, tokenizer, where, tools=tools, template=template)
 

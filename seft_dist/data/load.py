@@ -26,7 +26,7 @@ from seft_dist.data.tokenizer import adds_bos
 
 log = logging.getLogger(__name__)
 
-_ENCODING = 2
+_ENCODING = 3
 """Version of the encoding, part of the cache's key: to be raised when the same records give other tokens."""
 _MANY_BORDERS = 0.02
 """Share of bos and eos among the tokens of a text above which a warning is logged."""

@@ -23,9 +23,13 @@ from seft_dist.data.data_files import (
 
 LOCATION = "place"
 """Name of the column with the file and line of a record of local files."""
+SYSTEM = "system"
+"""Column in which some ShareGPT files keep the system's message, beside the conversation."""
+_MESSAGES = "\0messages:"
+"""What begins the text of a column whose value was a list of messages."""
 _NUM_SAMPLED = 100
 """Number of records whose fields determine the kind of a data set."""
-_FORMAT = 1
+_FORMAT = 2
 """Version of the columns below, part of the cache's key: to be raised when the same files give other columns."""
 
 
@@ -131,7 +135,7 @@ def generate_cached(
 
 def _columns(kind: str, config: DataConfig) -> list[str]:
     columns = {
-        "chat": [config.messages_field, config.tools_field],
+        "chat": [config.messages_field, config.tools_field, SYSTEM],
         "instruction": [config.prompt_field, config.input_field, config.answer_field],
         "text": [config.text_field],
     }
@@ -146,8 +150,10 @@ def _text_columns(located: Located, kind: str, config: DataConfig) -> dict[str, 
         value = record.get(name)
         if value is None or isinstance(value, str):
             row[name] = value
-        elif kind == "chat":
+        elif kind == "chat" and name != SYSTEM:
             row[name] = json.dumps(value)
+        elif kind == "instruction" and isinstance(value, list):
+            row[name] = _MESSAGES + json.dumps(value)
         elif kind == "instruction" and isinstance(value, (int, float)) and not isinstance(value, bool):
             row[name] = str(value)
         else:
@@ -164,6 +170,13 @@ def _text_columns(located: Located, kind: str, config: DataConfig) -> dict[str, 
 def chat_value(value: Any) -> Any:
     """Return the messages or tools of a record, from the JSON of local files or the columns of a hub data set."""
     return json.loads(value) if isinstance(value, str) and value else without_none(value)
+
+
+def instruction_value(value: Any) -> Any:
+    """Return the prompt or answer of a record: text, or a list of messages as local files or the hub hold it."""
+    if isinstance(value, str):
+        return json.loads(value.removeprefix(_MESSAGES)) if value.startswith(_MESSAGES) else value
+    return without_none(value) if isinstance(value, list) else value
 
 
 def _read_hub(config: DataConfig) -> Any:

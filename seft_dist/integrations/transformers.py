@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from seft_dist.io import checkpoint
@@ -30,6 +31,7 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
     - ``SeftConfig.steps`` becomes the number of steps of the training if it is None.
     - ``grad_norm`` in Trainer's log is the norm of the deltas' gradient.
     - Each checkpoint-N gets a folder "seft" with masks and deltas. ``resume_from_checkpoint`` goes on from it, exactly.
+      After ``add_to`` it is written before Trainer's part, so older checkpoints are deleted only when all is there.
     - With ``load_best_model_at_end`` the optimizer goes back to the best checkpoint too.
     """
 
@@ -40,6 +42,7 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
         self._resume_from = resume_from
         self._seft: SeftOptimizer | None = None
         self._is_first = False
+        self._saved_step: int | None = None
 
     @classmethod
     def add_to(cls, trainer: Trainer, resume_from: str | Path | None = None) -> "SeftCallback":
@@ -54,6 +57,13 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
         callback = cls(resume_from)
         callback._is_first = True
         trainer.callback_handler.callbacks.insert(0, callback)
+        save = trainer._save_checkpoint
+
+        def save_both(*args: Any, **kwargs: Any) -> None:
+            callback.on_save(trainer.args, trainer.state, trainer.control)
+            save(*args, **kwargs)
+
+        trainer._save_checkpoint = save_both
         return callback
 
     def on_train_begin(
@@ -87,10 +97,12 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
             folder = self._resume_from or _folder(args, state.global_step)
             found = checkpoint.latest(Path(folder) / FOLDER)
             if found is None:
+                newest = _newest_whole(Path(str(args.output_dir)))
                 raise ValueError(
                     f"{folder} has no complete checkpoint of SEFT in its folder {FOLDER!r}, so masks and deltas of "
-                    f"step {state.global_step} are missing: resume from a checkpoint that was saved with SeftCallback, "
-                    "or name it (SeftCallback(resume_from=...)) if it is not in output_dir"
+                    f"step {state.global_step} are missing: resume from a checkpoint that was saved with SeftCallback "
+                    f"(the newest in output_dir: {newest or 'none'}), or name the one that Trainer resumes from "
+                    "(SeftCallback(resume_from=...)) if it is not in output_dir"
                 )
             checkpoint.load(seft, found)
 
@@ -108,9 +120,10 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
                 entry["grad_norm"] = self._seft.grad_norm
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write masks and deltas beside what Trainer has saved. Collective."""
-        if self._seft is not None and not args.save_only_model:
+        """Write masks and deltas beside what Trainer saves, once in a step. Collective."""
+        if self._seft is not None and not args.save_only_model and self._saved_step != state.global_step:
             checkpoint.save(self._seft, _folder(args, state.global_step) / FOLDER, {}, keep=1)
+            self._saved_step = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,6 +181,18 @@ def _check(seft: SeftOptimizer, args: TrainingArguments, state: TrainerState, mo
 
 def _folder(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """Return the newest of Trainer's checkpoints in a folder that is complete and has SEFT's part, if there is one."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbered = [(int(path.name.removeprefix(prefix)), path) for path in folder.glob(f"{prefix}[0-9]*")]
+    whole = [
+        path
+        for _, path in sorted(numbered)
+        if (path / TRAINER_STATE_NAME).is_file() and checkpoint.latest(path / FOLDER) is not None
+    ]
+    return whole[-1] if whole else None
 
 
 def _find(optimizer: Any) -> SeftOptimizer:

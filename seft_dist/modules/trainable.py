@@ -6,15 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from seft_dist.backends.packed import packed_of
+from seft_dist.config import SeftConfig
 from seft_dist.modules.kinds import Target
 
 
-def check_is_model(model: object) -> None:
-    """Refuse what other optimizers take instead of a model.
+def check_is_model(model: object, config: object) -> None:
+    """Refuse what other optimizers take instead of a model, or in the second place.
 
     Raises:
-        TypeError: It is not a module; says what is wanted.
+        TypeError: The first is not a module, or the second neither a ``SeftConfig`` nor None; says what is wanted.
     """
+    if config is not None and not isinstance(config, SeftConfig):
+        raise TypeError(
+            f"SeftOptimizer got a {type(config).__name__} as config: needs a SeftConfig, or None for the defaults; the "
+            "learning rate has a name: SeftOptimizer(model, SeftConfig(density=0.01), lr=1e-3)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"SeftOptimizer got a {type(model).__name__} instead of a model: it chooses the weights itself, so pass "

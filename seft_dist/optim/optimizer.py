@@ -16,7 +16,7 @@ from seft_dist.config import SeftConfig, check_adam
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.trainable import check_dtypes_unchanged, check_is_model, check_loaded
 from seft_dist.optim import notices
-from seft_dist.optim.anchors import StepWatch, check_unclipped
+from seft_dist.optim.anchors import BackwardWatch, check_unclipped
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
@@ -88,11 +88,11 @@ class SeftOptimizer(TorchInterface):
             parent: Model before it was pruned, for ``swap_fraction`` (``seft_dist.ParentModel.open``).
 
         Raises:
-            TypeError: ``model`` is no module, e.g. ``model.parameters()``.
+            TypeError: ``model`` is no module, e.g. ``model.parameters()``, or ``config`` is no ``SeftConfig``.
             ValueError: The pattern of the targets matches nothing, or something that cannot be trained, or there is a
                 parent without ``swap_fraction``, or the other way round.
         """
-        check_is_model(model)
+        check_is_model(model, config)
         check_adam(lr, betas, eps, weight_decay, max_grad_norm)
         self.config = config or SeftConfig()
         self.max_grad_norm = max_grad_norm
@@ -114,7 +114,7 @@ class SeftOptimizer(TorchInterface):
         self._grad_norm = torch.zeros((), dtype=torch.float32)
         self._checks_late = False  # True: step() does not wait for the device to know whether the gradient is finite
         self._last_check: GradientCheck | None = None
-        self._replacement_check = ReplacementCheck()
+        self._replacement_check = ReplacementCheck(model, self._targets)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([anchor for anchor, _ in installed], defaults)
         # No method of this object: a deep copy of the model would copy the optimizer
@@ -172,8 +172,8 @@ class SeftOptimizer(TorchInterface):
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)
         self.vectors.attach(backend)
         self._backend, self._exchange = backend, Exchange(backend, self._slots)
-        self._step_watch = StepWatch(list(self._targets.values()))
-        self._slots[-1].before_record = self._step_watch.note_backward
+        targets = list(self._targets.values())
+        self._watch = BackwardWatch(backend, targets, self._slots, self.param_groups, self.zero_grad)
         self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
@@ -238,9 +238,10 @@ class SeftOptimizer(TorchInterface):
         self._check_awaited()
         self.backend.drop_gathered()  # FSDP2 may have gathered the weights in the type that it computes with
         check_dtypes_unchanged(self._targets, self.backend.dtypes)
-        self._step_watch.end()
-        if not self.is_managed and not self._write_checked:
-            check_unclipped(self.backend, self.param_groups[0]["params"], self.max_grad_norm)
+        self._watch.end_of_step()
+        if not self.is_managed:
+            anchors, first = self.param_groups[0]["params"], not self._write_checked
+            check_unclipped(self.backend, anchors, self.max_grad_norm, is_first=first)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

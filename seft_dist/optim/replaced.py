@@ -7,11 +7,14 @@ them with the sums of before.
 
 import itertools
 import warnings
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from seft_dist.backends import Backend
 from seft_dist.kernels.bits import count_outside
+from seft_dist.modules.kinds import Target
 from seft_dist.optim.notices import LEVEL, SeftWarning
 from seft_dist.optim.state import State
 
@@ -22,7 +25,12 @@ _LOOKED_AT = 16
 class ReplacementCheck:
     """Compares weights with what the optimizer wrote there, and warns once if they differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        """Args:
+        model: The model.
+        targets: Its targets by name.
+        """
+        self._model, self._targets = model, targets
         self._warned = False
 
     def check(self, backend: Backend, state: State, step: int, *, with_masks: bool) -> None:
@@ -35,10 +43,13 @@ class ReplacementCheck:
             backend: Holds the weights; inside its ``writing()`` context.
             state: Masks and deltas before the step's update.
             step: Optimizer step, counted from 1.
-            with_masks: True: look whether weights outside the masks are 0, in one pass over all weights.
+            with_masks: True: look whether weights outside the masks are 0, in one pass over all weights, and whether
+                the targets are still modules of the model.
         """
         if self._warned:
             return
+        if with_masks:
+            self._check_modules(step)
         for name, different in zip(backend.names, _different(backend, state, with_masks), strict=True):
             if different:
                 self._warned = True
@@ -52,6 +63,20 @@ class ReplacementCheck:
                     stacklevel=LEVEL + 1,
                 )
                 return
+
+    def _check_modules(self, step: int) -> None:
+        """Warn if a target's module has left the model: what is trained in it is never called again."""
+        modules = set(self._model.modules())
+        gone = [name for name, target in self._targets.items() if target.module not in modules]
+        if gone:
+            self._warned = True
+            warnings.warn(
+                f"step {step}: {len(gone)} targets of SeftOptimizer are no longer modules of the model (e.g. "
+                f"{gone[0]}): they were replaced after it was made, so what is in their place is not trained. Replace "
+                "modules first, or make a new optimizer afterwards: seft.detach(); seft = SeftOptimizer(model, ...)",
+                SeftWarning,
+                stacklevel=LEVEL + 2,
+            )
 
 
 def _different(backend: Backend, state: State, with_masks: bool) -> list[int]:

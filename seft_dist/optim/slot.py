@@ -11,9 +11,10 @@ from seft_dist.modules.experts import expert_slices, experts_dense_grad
 from seft_dist.optim.delta import Support
 from seft_dist.optim.window import Window
 
-ANCHOR_GRAD = 8192.0
-"""Gradient of every anchor in a backward pass: a power of two, far from any real gradient. The optimizer notices by it
-whether another one updates the anchors, or whether somebody clips them (``seft_dist.optim.anchors``)."""
+ANCHOR_GRAD = 2.0**56
+"""Gradient of every anchor in a backward pass: a power of two, so large that any usual threshold of clipping scales it,
+and so small that its square fits into fp32. The optimizer notices by it whether another one updates the anchors, or
+whether somebody clips them (``seft_dist.optim.anchors``)."""
 
 
 class Slot:

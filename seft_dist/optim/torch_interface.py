@@ -10,7 +10,7 @@ from seft_dist.optim.notices import LEVEL, SeftWarning
 
 _NOT_IN_STATE_DICT = (
     "SEFT's masks and deltas are not in state_dict(), so neither in engine.save_checkpoint: save them with "
-    "seft_dist.io.checkpoint.save(seft, folder, {}), for any number of ranks"
+    "seft_dist.io.checkpoint.save(seft, folder, {}) first, for any number of ranks"
 )
 
 
@@ -19,6 +19,8 @@ class TorchInterface(torch.optim.Optimizer):
 
     num_steps: int = 0
     """Optimizer steps done."""
+    saved_step: int | None = None
+    """Steps done when masks and deltas were last saved; ``state_dict`` of the same step need not warn."""
     is_managed: bool = False
     """True: something else clips by ``max_grad_norm``, and saves and loads masks and deltas, so nobody is warned."""
     _awaited_steps: int | None = None
@@ -81,8 +83,8 @@ class TorchInterface(torch.optim.Optimizer):
 
         One rank's part of them is of no use on another number of ranks, and many savers keep the dict of rank 0 alone.
         """
-        if self.num_steps and not self.is_managed:
-            warnings.warn(_NOT_IN_STATE_DICT, stacklevel=2)
+        if self.num_steps and not self.is_managed and self.saved_step != self.num_steps:
+            warnings.warn(_NOT_IN_STATE_DICT, SeftWarning, stacklevel=2)
         return super().state_dict() | {"seft_steps": self.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

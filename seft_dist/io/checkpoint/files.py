@@ -135,8 +135,10 @@ def read_manifest(checkpoint: Path | str) -> CheckpointManifest:
     try:
         content = read_json(file, dict[str, Any])
     except (OSError, ValueError) as error:
+        newest = latest(checkpoint)
+        inside = "" if newest is None else f"; the newest one inside it is {newest}"
         raise DamagedError(
-            f"{checkpoint} is no complete checkpoint ({error}): choose a folder with a {MANIFEST}"
+            f"{checkpoint} is no complete checkpoint ({error}): choose a folder with a {MANIFEST}{inside}"
         ) from error
     # The checksum comes first: a damaged version number must count as damage, so that an older checkpoint is tried
     if content.pop("manifest_sha256", None) != _digest(content):

@@ -212,6 +212,7 @@ class Saver(BackgroundSaver):
 
     def content(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         seft = self._seft
+        seft.saved_step = seft.num_steps
         windows = [layer.window for layer in seft.deltas()]
         sums = [{name: window.summed(name) for name in window.sums} if window else {} for window in windows]
         described = {

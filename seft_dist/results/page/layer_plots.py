@@ -340,6 +340,12 @@ def deltas_figure(runs: Sequence[RunRecord], draws: bool) -> Figure | None:
     steps = sorted({deltas.step for *_, deltas in known})
     at = f"at step {steps[0]}" if len(steps) == 1 else f"at steps {steps[0]} to {steps[-1]}"
     note = f"Absolute values in the newest checkpoint, {at}; deltas that are still exactly 0 are left out."
+    exported = {
+        run.label: run.exported_step for _, run, deltas in known if run.exported_step not in (None, deltas.step)
+    }
+    note += "".join(
+        f" The exported model of {printable(name)} is that of step {step}." for name, step in exported.items()
+    )
     title = "Sizes of the deltas in each layer"
     svg = draw_svg("deltas", title, alt, draw) if draws else Markup()
     return Figure("deltas", title, alt, table, legend=legend, note=note, svg=svg)

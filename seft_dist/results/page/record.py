@@ -70,6 +70,13 @@ class RunRecord:
         return whole(self.config, "steps")
 
     @property
+    def exported_step(self) -> int | None:
+        """Step of the exported model, if the result says that it is the best one's."""
+        validation: Any = self.result.get("validation")
+        best = validation.get("best") if isinstance(validation, dict) and self.config.get("export") == "best" else None
+        return whole(best, "step") if isinstance(best, dict) else None
+
+    @property
     def method(self) -> str:
         """Name of the method, as ``--method`` takes it."""
         return str(self.config.get("method") or self.result.get("method") or "seft")

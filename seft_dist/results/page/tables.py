@@ -40,11 +40,27 @@ def _results(run: RunRecord) -> dict[str, str]:
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
-    """Tabulate the settings in which runs differ, one column for each run."""
+    """Tabulate the settings in which runs differ, one column for each run.
+
+    A group that a run lacks, as ``eval.data`` of a run without validation, is one row with its path: each of its
+    options would be one more row, most of them defaults. They have rows only where runs that have them differ.
+    """
     settings = [flatten_options(run.config) for run in runs]
+    names = list(dict.fromkeys(name for options in settings for name in options))
     rows = []
-    for name in dict.fromkeys(name for options in settings for name in options):
-        values = [options.get(name, "-") for options in settings]
+    for name in names:
+        inside = f"{name}."
+        if any(other.startswith(inside) for other in names):
+            values = [
+                options.get(f"{name}.path", "given") if any(key.startswith(inside) for key in options) else "-"
+                for options in settings
+            ]
+        else:
+            is_grouped = any(name.startswith(f"{other}.") for other in names)
+            given = [options.get(name) for options in settings]
+            values = ["-" if value is None else value for value in given]
+            if is_grouped and len({value for value in given if value is not None}) == 1:
+                continue
         if len(set(values)) > 1:
             rows.append([name, *values])
     return Table(["setting", *(run.label for run in runs)], rows)
