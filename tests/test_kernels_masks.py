@@ -74,6 +74,16 @@ def test_fingerprint_of_weights(dtype: torch.dtype) -> None:
     many[::3] = 0
     assert torch.equal(fingerprint.fingerprint(many, 5), hashes.fingerprint(many, 5))
     assert torch.equal(fingerprint.fingerprint(many[::2], 5), hashes.fingerprint(many[::2].clone(), 5))
+    assert torch.equal(fingerprint.hash_of_weight(many, 5), hashes.hash_of_weight(many, 5))
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_hash_of_the_bits_of_weights(dtype: torch.dtype) -> None:
+    weight = torch.tensor([0.0, -0.0, 1.5, -2.0, 0.0, 3.25], dtype=dtype)
+    assert torch.equal(fingerprint.hash_of_weight(weight, 9), hashes.hash_of_weight(weight, 9))
+    positive = torch.tensor([0.0, 0.0, 1.5, -2.0, 0.0, 3.25], dtype=dtype)
+    assert fingerprint.hash_of_weight(weight, 9) != fingerprint.hash_of_weight(positive, 9)  # -0.0 has a bit
 
 
 @pytest.mark.usefixtures("either")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
-from seft_dist.sparsity.hashes import hash_of_weight
+from seft_dist.kernels.fingerprint import hash_of_weight
 from seft_dist.sparsity.partition import Partition
 
 

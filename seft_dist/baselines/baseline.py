@@ -21,6 +21,7 @@ from seft_dist.data.sequences import Sample
 from seft_dist.io.checkpoint import BackgroundSaver
 from seft_dist.io.library_types import PreTrainedModel
 from seft_dist.io.source import Source
+from seft_dist.kernels.bits import pack
 from seft_dist.modules.targets import check_criteria, find_targets
 from seft_dist.optim.setup import LEAST_SPARSITY, check_pattern, prepare_weights, survey
 from seft_dist.optim.state import LayerSparsity
@@ -248,10 +249,10 @@ class Baseline(ABC):
         return nullcontext()
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each target's positions of support (none) and of non-zero weights in this rank's interval."""
+        """Yield each target's positions of a support (none), and the packed mask of its weights, of its interval."""
+        none = torch.empty(0, dtype=torch.int64, device=self.backend.device)
         for i in range(len(self.backend.names)):
-            active = (self.backend.own(i) != 0).nonzero().view(-1) + self.backend.interval(i).start
-            yield active[:0], active
+            yield none, pack(self.backend.own(i) != 0)
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield this rank's trained values and their moments, by the parameters' names."""

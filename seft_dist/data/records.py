@@ -26,7 +26,7 @@ LOCATION = "place"
 SYSTEM = "system"
 """Column in which some ShareGPT files keep the system's message, beside the conversation."""
 _MESSAGES = "\0messages:"
-"""What begins the text of a column whose value was a list of messages."""
+"""Beginning of the text of a column whose value was a list of messages."""
 _NUM_SAMPLED = 100
 """Number of records whose fields determine the kind of a data set."""
 _FORMAT = 2

@@ -49,6 +49,8 @@ SIGNATURES = {
     "set_bits": [_POINTER, _POINTER, _LONG, _INT],
     "fingerprint_bf16": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "fingerprint_f32": [_POINTER, _LONG, _LONG, _POINTER, _INT],
+    "hash_weight_16": [_POINTER, _LONG, _LONG, _POINTER, _INT],
+    "hash_weight_32": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "hash_bits": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "count_outside_16": [_POINTER, _LONG, _POINTER, _POINTER, _INT],
     "count_outside_32": [_POINTER, _LONG, _POINTER, _POINTER, _INT],

@@ -23,6 +23,23 @@ int fingerprint(const T* weight, int64_t n, int64_t start, uint64_t* hash, int t
     return 0;
 }
 
+// Sum over the values whose bits are not all 0 of mix(mix(start + position) + bits), bits as a signed integer.
+template <class T>
+int hash_weight(const T* weight, int64_t n, int64_t start, uint64_t* hash, int threads) {
+    uint64_t total = 0;
+    each_part(n, threads, [&](int64_t begin, int64_t numel) {
+        uint64_t own = 0;
+        for (int64_t i = begin; i < begin + numel; i++) {
+            const uint64_t term = mix(mix(uint64_t(start + i)) + uint64_t(int64_t(weight[i])));
+            own += weight[i] ? term : 0;
+        }
+#pragma omp atomic
+        total += own;
+    });
+    *hash = total;
+    return 0;
+}
+
 }  // namespace
 
 extern "C" int fingerprint_bf16(const uint16_t* weight, int64_t n, int64_t start, uint64_t* hash, int threads) {
@@ -30,4 +47,10 @@ extern "C" int fingerprint_bf16(const uint16_t* weight, int64_t n, int64_t start
 }
 extern "C" int fingerprint_f32(const uint32_t* weight, int64_t n, int64_t start, uint64_t* hash, int threads) {
     return fingerprint<uint32_t, 0>(weight, n, start, hash, threads);
+}
+extern "C" int hash_weight_16(const int16_t* weight, int64_t n, int64_t start, uint64_t* hash, int threads) {
+    return hash_weight(weight, n, start, hash, threads);
+}
+extern "C" int hash_weight_32(const int32_t* weight, int64_t n, int64_t start, uint64_t* hash, int threads) {
+    return hash_weight(weight, n, start, hash, threads);
 }

@@ -11,8 +11,8 @@ from torch import Tensor
 from seft_dist.io.packed import open_weights
 from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.io.weights import Weights
+from seft_dist.kernels.fingerprint import hash_of_weight
 from seft_dist.reproduce.promise import WEIGHT_ABSOLUTE, WEIGHT_RELATIVE
-from seft_dist.sparsity.hashes import hash_of_weight
 from seft_dist.training.fingerprint import as_hex
 
 _PIECE = 1 << 22

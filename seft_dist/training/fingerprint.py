@@ -14,11 +14,12 @@ import torch
 from seft_dist.io.parent import ParentModel
 from seft_dist.io.source import Source
 from seft_dist.io.weight_files import SafetensorError
-from seft_dist.kernels.fingerprint import fingerprint
+from seft_dist.kernels.bits import hash_of_bits
+from seft_dist.kernels.fingerprint import fingerprint, hash_of_weight
 from seft_dist.session.agreement import gather_objects, on_all_ranks, sum_over_ranks, unlike_the_first
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.casts import cast_weight
-from seft_dist.sparsity.hashes import hash_of_set, hash_of_weight
+from seft_dist.sparsity.hashes import hash_of_set
 from seft_dist.training.method import Method
 
 _PIECE = 1 << 24  # number of values that a rank reads at a time
@@ -129,11 +130,11 @@ def topology_hashes(method: Method) -> dict[str, list[str]]:
     Returns:
         Name to [support, mask, weight], 16 hexadecimal digits each.
     """
-    backend = method.backend
-    rows = [
-        torch.stack([*map(hash_of_set, positions), hash_of_weight(backend.own(i), backend.interval(i).start)])
-        for i, positions in enumerate(method.topology())
-    ]
+    backend, rows = method.backend, []
+    for i, (support, mask) in enumerate(method.topology()):
+        interval = backend.interval(i)
+        hashes = [hash_of_set(support), hash_of_bits(mask, len(interval), interval.start)]
+        rows.append(torch.stack([*hashes, hash_of_weight(backend.own(i), interval.start)]))
     table = backend.owners.sum(torch.stack(rows)).tolist()
     return {name: [as_hex(value) for value in row] for name, row in zip(method.target_names, table, strict=True)}
 

@@ -18,7 +18,6 @@ from seft_dist.kernels.bits import pack
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.report import EvolutionReport
 from seft_dist.optim.state import LayerSparsity
-from seft_dist.sparsity.bitmask import unpack
 from seft_dist.sparsity.casts import cast_weight
 from seft_dist.sparsity.schedule import is_evolution, is_first_support
 
@@ -102,7 +101,7 @@ class Method(Protocol):
         """Hide the positions on trial, for evaluations and exports. Collective."""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each target the positions of its support and of its mask, in this rank's interval."""
+        """Yield the positions of each target's support, and its packed mask, in this rank's interval."""
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield this rank's trained ``values``, ``exp_avg`` and ``exp_avg_sq``, by names."""
@@ -154,10 +153,9 @@ class TrainedSeft(SeftOptimizer):
         return is_first_support(self.config, step) or is_evolution(self.config, step)
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the positions of each target's support and mask, in this rank's interval."""
+        """Yield the positions of each target's support, and its packed mask, in this rank's interval."""
         for layer in self.deltas():
-            mask = unpack(layer.mask, len(layer.interval)).nonzero().view(-1) + layer.interval.start
-            yield layer.columns.indices, mask
+            yield layer.columns.indices, layer.mask
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield this rank's deltas and their moments by the targets' names, then those of norms and biases."""
