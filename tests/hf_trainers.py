@@ -88,6 +88,8 @@ def train(
     trainer = trainer_class(model, args, optimizer_cls_and_kwargs=made, **given_to_trainer)
     if layout == "fsdp":
         _be_fsdp(trainer.accelerator)
+        if args.bf16:
+            trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
         trainer.is_fsdp_enabled = True
     SeftCallback.add_to(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
