@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.modules.kinds import LinearWeight
 from seft_dist.modules.targets import find_targets
+from seft_dist.pruning import masks
 from seft_dist.pruning.calibrate import Calibration, LayerVisitor, find_layers, sample_sequences
 from seft_dist.pruning.curvature import OutputGradientNorm
 from seft_dist.pruning.gradients import BackwardCalibration
@@ -274,7 +276,8 @@ def test_selection_is_exact_with_ties_zeros_and_dead_inputs(data: Any) -> None:
     ranked = np.where(weight.numpy() == 0, -1.0, scores.numpy())
     expected = weight.numpy() * reference_mask(ranked, sparsity, group)
     pruned = weight.clone()
-    pruned[select_pruned(scores, weight, Ranking(group, sparsity), Group(None))] = 0.0
+    with mock.patch.object(masks, "_BLOCK", data.draw(st.sampled_from([1, 8, 1 << 22]))):
+        pruned[select_pruned(scores, weight, Ranking(group, sparsity), Group(None))] = 0.0
     assert np.array_equal(pruned.numpy(), expected)
     size = columns if group == "row" else rows * columns
     before, after = (int((w.view(-1, size)[0] == 0).sum()) for w in (weight, pruned))
