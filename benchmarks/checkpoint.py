@@ -1,6 +1,6 @@
 """Cost of saving a checkpoint: seconds for which training is blocked, seconds until it is on disk, bytes of a rank.
 
-    python benchmarks/checkpoint.py --model models/SmolLM2-135M-Instruct-pruned60 --ranks 2 --densities 0.01 0.05
+    python benchmarks/checkpoint.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2 --densities 0.01 0.05
 
 For comparison the same run saves the whole model's state dict on the same disk by torch.distributed.checkpoint, with
 and without async_save. This is what a run without our format would write; it holds no optimizer state.
@@ -128,7 +128,7 @@ def on_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
 def main() -> None:
     """Read the options and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-pruned60")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-wanda60")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01, 0.05])

@@ -1,7 +1,7 @@
 """Costs and savings of packed weights: bytes between ranks, resident and peak memory, duration of a step.
 
-    python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-pruned60 --ranks 2
-    python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-pruned60 --ranks 2 --link 1gbit      # as root
+    python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2
+    python benchmarks/packing.py --model models/SmolLM2-135M-Instruct-wanda60 --ranks 2 --link 1gbit      # as root
 
 With --link, two ranks run in separate network namespaces that are joined by a veth pair, which tc limits in both
 directions (Debian: iproute2). Then the bytes that the kernel counts on the link are reported too. Everything is removed

@@ -1,6 +1,6 @@
 """Latency and size of a pruned model in CPU runtimes, as ratios to its dense original.
 
-    python benchmarks/runtime.py --dense models/SmolLM2-135M-Instruct --pruned models/SmolLM2-135M-Instruct-pruned60 \\
+    python benchmarks/runtime.py --dense models/SmolLM2-135M-Instruct --pruned models/SmolLM2-135M-Instruct-wanda60 \\
       --work exports/bench --output exports/bench/runtime.json
 
 Forward passes without a key-value cache are measured, of one token (which reads all weights once, as in generation) and

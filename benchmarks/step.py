@@ -1,6 +1,6 @@
 """One training step of every method on one model, interleaved: seconds and peak memory, as ratios to the floor.
 
-    python benchmarks/step.py --model models/SmolLM2-135M-Instruct-pruned60 --batch 1x256 --densities 0.01
+    python benchmarks/step.py --model models/SmolLM2-135M-Instruct-wanda60 --batch 1x256 --densities 0.01
     python benchmarks/step.py --model llama2048 --batch 2x512 --densities 0.005 0.01 0.05
 
 The floor is a frozen model's forward pass and input gradients: no method that trains its linears can be faster. Each
@@ -140,7 +140,7 @@ def summarise(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-pruned60", help='a folder, or "llama2048"')
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-wanda60", help='a folder, or "llama2048"')
     parser.add_argument("--batch", default="1x256", help="sequences x tokens")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.01])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

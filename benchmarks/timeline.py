@@ -1,6 +1,6 @@
 """Timeline of one step on two ranks: when gradients are sent, and what is computed meanwhile.
 
-    python benchmarks/timeline.py --model models/SmolLM2-135M-Instruct-pruned60 --figure docs/figures/timeline.png
+    python benchmarks/timeline.py --model models/SmolLM2-135M-Instruct-wanda60 --figure docs/figures/timeline.png
 
 torch.profiler traces rank 0 (FSDP2 over gloo, one thread for each rank). An exchange of gradients is drawn from the
 moment when it is started until rank 0 finds it finished; --trace writes the whole trace for chrome://tracing or
@@ -148,7 +148,7 @@ def draw(
 def main() -> None:
     """Read the options and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-pruned60")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-wanda60")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=2)

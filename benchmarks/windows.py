@@ -1,6 +1,6 @@
 """Cost of each form of an evolution's window, and the difference of its selection from that of the full form.
 
-    python benchmarks/windows.py --model models/SmolLM2-135M-Instruct-pruned60 --text data/pydoc-topics/train.jsonl
+    python benchmarks/windows.py --model models/SmolLM2-135M-Instruct-wanda60 --text data/pydoc-topics/train.jsonl
 
 All forms start from the same checkpoint, which the full form made just before a window, and use the same batches up to
 the same evolution. "grown" and "removed" are the shares of the full form's positions that a form also grows, or removes

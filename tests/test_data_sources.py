@@ -141,6 +141,16 @@ def test_turns_of_weight_0_are_not_learnt(marked: bool, tokenizer: Any, tmp_path
             assert "".join(tokenizer.decode(label) for label in found[0][1] if label != -100) == learnt
 
 
+def test_turns_that_a_template_marks_otherwise_are_not_told_apart(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = (
+        "{% generation %}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}{% endgeneration %}"
+    )
+    assert read(tokenizer, write_jsonl(tmp_path / "a.jsonl", [{"messages": MESSAGES}]))
+    messages = [*MESSAGES[:3], MESSAGES[3] | {"weight": 0}]
+    with pytest.raises(ValueError, match=r"b.jsonl, line 1: some turns .* marks 1 parts of 2 turns"):
+        read(tokenizer, write_jsonl(tmp_path / "b.jsonl", [{"messages": messages}]))
+
+
 def test_the_system_column_of_sharegpt_is_used(tokenizer: Any, tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     expected = read(tokenizer, write_jsonl(tmp_path / "a.jsonl", [{"messages": [system, *MESSAGES]}]))
@@ -153,6 +163,7 @@ def test_the_system_column_of_sharegpt_is_used(tokenizer: Any, tmp_path: Path) -
     assert read(tokenizer, write_jsonl(tmp_path / "d.jsonl", without)) == plain * 2
     with pytest.raises(ValueError, match="its 'system' is no text but list"):
         read(tokenizer, write_jsonl(tmp_path / "e.jsonl", [{"conversations": SHAREGPT, "system": ["x"]}]))
+    assert read(tokenizer, write_jsonl(tmp_path / "f.jsonl", [{"messages": MESSAGES, "system": {"x": 1}}])) == plain
 
 
 def test_columns_that_options_name_win(tokenizer: Any, tmp_path: Path) -> None:

@@ -323,6 +323,21 @@ def test_what_the_callback_is_told(tmp_path: Path) -> None:
     assert resumed.optimizer.optimizer.num_steps == 3 and resumed.state.global_step == 3
 
 
+def test_a_trainer_that_resumes_itself_saves_the_same_step_again(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from seft_dist.integrations.transformers import SeftCallback
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=4, save_steps=2, report_to="none")
+    model = prune_(tiny_llama())
+    trainer = Trainer(model, args, train_dataset=DATA, optimizers=(SeftOptimizer(model, CONFIG), None))
+    SeftCallback.add_to(trainer)
+    trainer.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert checkpoint.latest(tmp_path / "checkpoint-4" / "seft") is not None
+
+
 def test_another_optimizer_in_trainer_is_named(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

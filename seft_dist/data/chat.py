@@ -5,6 +5,7 @@ text that the template marks with ``{% generation %}``, as with transformers' ``
 template has no such marks, it learns each turn of the assistant (``seft_dist.data.chat_spans``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -96,6 +97,10 @@ def record_messages(messages: Any, where: str, system: Any = None) -> list[Messa
     is_sharegpt = all(map(_is_sharegpt, messages))
     messages = [_from_sharegpt(message, where) if _is_sharegpt(message) else message for message in messages]
     if is_sharegpt and system and all(message["role"] != "system" for message in messages):
+        if not isinstance(system, str):
+            raise ValueError(
+                f"{where}: its 'system' is no text but {type(system).__name__}: needs the system's message"
+            )
         messages = [{"role": "system", "content": system}, *messages]
     for message in messages:
         good = isinstance(message, dict) and isinstance(message.get("role"), str)
@@ -188,18 +193,15 @@ def encode_chat(
         if message["role"] == "assistant"
     ]
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    lost = 0
     try:
         text = template.render(messages, tools)
-        spans = template.marked_spans(messages, tools)
-        if spans is None:
-            turns = _learnt(turn_spans(messages, tools, text, template), learnt, where)
-            spans = [span for span in turns if span is not None]
-            lost = len(turns) - len(spans)
-        else:
-            spans = _learnt(spans, learnt, where)
+        marked = template.marked_spans(messages, tools)
+        turns = turn_spans(messages, tools, text, template) if marked is None else marked
     except (TemplateError, ValueError, TypeError) as error:  # TypeError: a template may add None to text
         raise ValueError(f"{where}: the tokenizer's chat template cannot lay it out: {error}") from error
+    wanted = _learnt(turns, learnt, where)
+    spans = [span for span in wanted if span is not None]
+    lost = len(wanted) - len(spans)
     if lost and not spans:
         raise ValueError(
             f"{where}: the tokenizer's chat template rewrites the assistant's turns, so that they cannot be found in "
@@ -209,7 +211,7 @@ def encode_chat(
     return EncodedChat(ids, scored, lost)
 
 
-def _learnt(spans: list[T], learnt: list[bool], where: str) -> list[T]:
+def _learnt(spans: Sequence[T], learnt: list[bool], where: str) -> Sequence[T]:
     """Leave out the turns that are not to be learnt.
 
     Args:
@@ -222,6 +224,8 @@ def _learnt(spans: list[T], learnt: list[bool], where: str) -> list[T]:
     """
     if all(learnt):
         return spans
+    if not any(learnt):
+        return []
     if len(spans) != len(learnt):
         raise ValueError(
             f"{where}: some turns of the assistant are not to be learnt (weight 0, or turns in the prompt), and the "

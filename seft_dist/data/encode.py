@@ -17,7 +17,7 @@ from seft_dist.data.chat import (
     record_tools,
 )
 from seft_dist.data.chat_template import ChatTemplate
-from seft_dist.data.records import LOCATION, SYSTEM, chat_value, instruction_value
+from seft_dist.data.records import LOCATION, SYSTEM, chat_value, text_or_value
 from seft_dist.data.sequences import IGNORE
 from seft_dist.data.tokenizer import strip_extra_bos
 
@@ -107,10 +107,11 @@ def instruction_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, 
 
     def encode(record: dict[str, Any], where: str) -> EncodedChat:
         names = (config.prompt_field, config.input_field, config.answer_field)
-        prompt, inner, answer = (instruction_value(record.get(name)) for name in names)
+        prompt, inner, answer = (text_or_value(record.get(name)) for name in names)
         if isinstance(prompt, list) and isinstance(answer, list) and not inner:
             messages = record_messages([*prompt, *answer], where)
-            return encode_chat(messages, tokenizer, where, template=template, learnt_from=len(prompt))
+            tools = record_tools(text_or_value(record.get(config.tools_field)), where)
+            return encode_chat(messages, tokenizer, where, tools=tools, template=template, learnt_from=len(prompt))
         messages = instruction_messages(prompt, inner, answer, where)
         return encode_chat(messages, tokenizer, where, template=template)
 
@@ -121,7 +122,7 @@ def chat_encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, templat
     """Make the encoder of records with a list of messages and, if present, a list of tools."""
 
     def encode(record: dict[str, Any], where: str) -> EncodedChat:
-        messages = record_messages(chat_value(record[config.messages_field]), where, record.get(SYSTEM))
+        messages = record_messages(chat_value(record[config.messages_field]), where, text_or_value(record.get(SYSTEM)))
         tools = record_tools(chat_value(record.get(config.tools_field)), where)
         return encode_chat(messages, tokenizer, where, tools=tools, template=template)
 

@@ -25,8 +25,8 @@ LOCATION = "place"
 """Name of the column with the file and line of a record of local files."""
 SYSTEM = "system"
 """Column in which some ShareGPT files keep the system's message, beside the conversation."""
-_MESSAGES = "\0messages:"
-"""Beginning of the text of a column whose value was a list of messages."""
+_VALUE = "\0value:"
+"""Beginning of the text of a column that usually holds text, and here held a list or an object."""
 _NUM_SAMPLED = 100
 """Number of records whose fields determine the kind of a data set."""
 _FORMAT = 2
@@ -136,7 +136,7 @@ def generate_cached(
 def _columns(kind: str, config: DataConfig) -> list[str]:
     columns = {
         "chat": [config.messages_field, config.tools_field, SYSTEM],
-        "instruction": [config.prompt_field, config.input_field, config.answer_field],
+        "instruction": [config.prompt_field, config.input_field, config.answer_field, config.tools_field],
         "text": [config.text_field],
     }
     return columns[kind]
@@ -152,8 +152,8 @@ def _text_columns(located: Located, kind: str, config: DataConfig) -> dict[str, 
             row[name] = value
         elif kind == "chat" and name != SYSTEM:
             row[name] = json.dumps(value)
-        elif kind == "instruction" and isinstance(value, list):
-            row[name] = _MESSAGES + json.dumps(value)
+        elif name in (SYSTEM, config.tools_field) or (kind == "instruction" and isinstance(value, list)):
+            row[name] = _VALUE + json.dumps(value)
         elif kind == "instruction" and isinstance(value, (int, float)) and not isinstance(value, bool):
             row[name] = str(value)
         else:
@@ -172,11 +172,11 @@ def chat_value(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value else without_none(value)
 
 
-def instruction_value(value: Any) -> Any:
-    """Return the prompt or answer of a record: text, or a list of messages as local files or the hub hold it."""
+def text_or_value(value: Any) -> Any:
+    """Return the value of a column that usually holds text, from local files or the columns of a hub data set."""
     if isinstance(value, str):
-        return json.loads(value.removeprefix(_MESSAGES)) if value.startswith(_MESSAGES) else value
-    return without_none(value) if isinstance(value, list) else value
+        return json.loads(value.removeprefix(_VALUE)) if value.startswith(_VALUE) else value
+    return without_none(value) if isinstance(value, (list, dict)) else value
 
 
 def _read_hub(config: DataConfig) -> Any:

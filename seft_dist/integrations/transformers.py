@@ -75,6 +75,7 @@ class SeftCallback(TrainerCallback):  # type: ignore[misc]  # has no types
             ValueError: Trainer has another optimizer, the schedules differ, or there is nothing to resume from.
         """
         seft = self._seft = _find(kwargs["optimizer"])
+        self._saved_step = None
         _check(seft, args, state, kwargs["model"])
         if seft.max_grad_norm is None and args.max_grad_norm:
             seft.max_grad_norm = args.max_grad_norm

@@ -8,8 +8,7 @@ clipped, or a batch counts that was to be skipped.
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from seft_dist.backends import Backend
 from seft_dist.backends.shards import stored_part
 from seft_dist.modules.kinds import Target
-from seft_dist.optim.notices import SeftWarning
+from seft_dist.optim.notices import LEVEL, SeftWarning
 from seft_dist.optim.slot import ANCHOR_GRAD, Slot
 
 ANCHOR = "seft_anchor"
@@ -27,57 +26,53 @@ _MANY = 256
 
 
 class BackwardWatch:
-    """Looks at the anchors when a backward pass begins: did another optimizer step, did somebody drop the gradients?
-
-    Made, it is called by the slots.
-    """
+    """Looks at the anchors: did another optimizer step, did somebody drop or clip the gradients?"""
 
     def __init__(
         self,
         backend: Backend,
         targets: Sequence[Target],
         slots: Sequence[Slot],
-        groups: Sequence[Mapping[str, Any]],
+        params: Callable[[], Sequence[Tensor]],
         drop: Callable[[], None],
     ) -> None:
-        """Args:
-        backend: Holds the weights.
-        targets: All targets, with their anchors.
-        slots: Their slots.
-        groups: Parameter groups of the optimizer. DeepSpeed puts other parameters in the place of the anchors.
-        drop: Drops the gradients since the last step, as ``SeftOptimizer.zero_grad`` does.
+        """Have the slots call it before they record.
+
+        Args:
+            backend: Holds the weights.
+            targets: All targets, with their anchors.
+            slots: Their slots.
+            params: Returns the parameters of the optimizer. DeepSpeed puts others in the place of the anchors.
+            drop: Drops the gradients since the last step, as ``SeftOptimizer.zero_grad`` does.
         """
         anchors = [getattr(target.module, target.attribute_name(ANCHOR)) for target in targets]
-        self._anchors, self._slots, self._drop = anchors, slots, drop
-        self._groups, self._is_replicated = groups, backend.name in ("single", "ddp")
+        self._backend, self._anchors, self._slots = backend, anchors, slots
+        self._params, self._drop = params, drop
         self._backward_passes = 0
-        self._is_over = False
-        self._current_pass = -1
+        self._has_stepped = self._has_warned = False
+        self._pass_looked_at = self._pass_counted = -1
         for slot in slots:
-            slot.before_record = self._drop_if_dropped
-        slots[-1].before_record = self._note_backward
+            slot.before_record = self.before_record
+        slots[-1].before_record = self._before_last
 
-    def end_of_step(self) -> None:
-        """Note that SEFT itself steps."""
-        self._is_over = True
-
-    def _drop_if_dropped(self) -> None:
-        """Before the first record of a backward pass, drop gradients that ``model.zero_grad()`` has dropped."""
+    def before_record(self) -> None:
+        """Drop gradients that ``model.zero_grad()`` has dropped, before the first record of a backward pass."""
         now = torch._C._current_graph_task_id()
-        if now != self._current_pass:
-            self._current_pass = now
-            if self._were_dropped():
-                self._drop()
+        if now != self._pass_looked_at:
+            self._pass_looked_at = now
+            self.look()
 
-    def _note_backward(self) -> None:
-        """Count a backward pass; look for another optimizer in the second, fourth, eighth ... of them.
+    def _before_last(self) -> None:
+        """Also count backward passes until the first step; look for another optimizer in the second, fourth, eighth ...
 
         Raises:
             RuntimeError: Another optimizer has moved an anchor.
         """
-        self._drop_if_dropped()
-        if self._is_over:
+        self.before_record()
+        now = torch._C._current_graph_task_id()
+        if self._has_stepped or now == self._pass_counted:
             return
+        self._pass_counted = now
         self._backward_passes += 1
         count = self._backward_passes
         if count > 1 and count & (count - 1) == 0 and self._has_moved():
@@ -99,53 +94,59 @@ class BackwardWatch:
     def _has_moved(self) -> bool:
         return any(bool(stored_part(anchor)[0].any()) for anchor in self._anchors)
 
-    def _were_dropped(self) -> bool:
-        """Return true if backward passes have recorded, and no anchor has a gradient of them any more.
+    def look(self) -> None:
+        """Drop the gradients if backward passes have recorded, and no anchor has a gradient of them any more.
 
-        Ordinarily the first anchor that is looked at has one. Shards and engines keep gradients elsewhere.
+        Ordinarily the first anchor that is looked at has one. Shards and engines keep gradients elsewhere, so nothing
+        is done with them.
         """
-        if not self._is_replicated or self._groups[0]["params"][0] is not self._anchors[0]:
-            return False
+        if self._backend.name not in ("single", "ddp") or self._params()[0] is not self._anchors[0]:
+            return
         recorded = [anchor for slot, anchor in zip(self._slots, self._anchors, strict=True) if slot.touched]
-        return bool(recorded) and all(
+        if recorded and all(
             anchor.grad is None or (anchor.grad.is_cpu and not anchor.grad.any()) for anchor in recorded
+        ):
+            self._drop()
+
+    def check_step(self, max_grad_norm: float | None, is_managed: bool) -> None:
+        """Note that SEFT itself steps, and refuse clipping by others, which sees the anchors only.
+
+        Collective in the first step, where it raises. In later ones there is only a warning, and on a GPU nothing, for
+        which it would have to wait.
+
+        Args:
+            max_grad_norm: Norm to which SEFT clips itself; then there is only a warning. So it is with DeepSpeed, whose
+                ``gradient_clipping`` is 1.0 for those who never named it.
+            is_managed: True if it is known that others clip the anchors too, and it does not matter.
+
+        Raises:
+            ValueError: Somebody clips, and SEFT does not; every rank raises the same.
+        """
+        backend, is_first = self._backend, not self._has_stepped
+        self._has_stepped = True
+        if is_managed or self._has_warned or not (is_first or backend.device.type == "cpu"):
+            return
+        parts = [stored_part(anchor.grad)[0].view(-1) for anchor in self._params() if anchor.grad is not None]
+        grads = torch.cat(parts) if parts else torch.zeros(1)
+        largest = float(grads.abs().max()) if grads.numel() else 0.0
+        is_clipped = torch.tensor([int(0 < largest < ANCHOR_GRAD / 2)])
+        if is_first:
+            is_clipped = backend.replicas.max(backend.owners.max(is_clipped))
+        if not is_clipped.any():
+            return
+        message = (
+            "gradients were clipped outside of SeftOptimizer (torch.nn.utils.clip_grad_norm_, "
+            "accelerator.clip_grad_norm_, Trainer's max_grad_norm or DeepSpeed's gradient_clipping), which has no "
+            "effect: they do not see the gradients of deltas, and the norm that they return means nothing"
         )
-
-
-def check_unclipped(backend: Backend, anchors: Iterable[Tensor], max_grad_norm: float | None, is_first: bool) -> None:
-    """Refuse clipping by others, which sees the anchors only. Collective in the first step.
-
-    Args:
-        backend: Knows the ranks.
-        anchors: Parameters of the optimizer, with the gradients of a backward pass.
-        max_grad_norm: Norm to which SEFT clips itself; then there is only a warning. So it is with DeepSpeed, whose
-            ``gradient_clipping`` is 1.0 for those who never named it.
-        is_first: True in the first step. In later ones there is only a warning, and on a GPU nothing, for which it
-            would have to wait.
-
-    Raises:
-        ValueError: Somebody clips, and SEFT does not; every rank raises the same.
-    """
-    parts = (stored_part(anchor.grad)[0] for anchor in anchors if anchor.grad is not None)
-    grads = [part for part in parts if part.numel()]
-    if not is_first:  # who clips scales all alike, so one is enough
-        grads = [grad for grad in grads[:1] if grad.is_cpu]
-    largest = max((float(grad.abs().max()) for grad in grads), default=0.0)
-    scaled = torch.tensor([0 < largest < ANCHOR_GRAD / 2])
-    if is_first:
-        backend.replicas.max(backend.owners.max(scaled := scaled.long()))
-    if not scaled.any():
-        return
-    message = (
-        "gradients were clipped outside of SeftOptimizer (torch.nn.utils.clip_grad_norm_, accelerator.clip_grad_norm_, "
-        "Trainer's max_grad_norm or DeepSpeed's gradient_clipping), which has no effect: they do not see the gradients "
-        "of deltas, and the norm that they return means nothing"
-    )
-    if is_first and max_grad_norm is None and "deepspeed" not in sys.modules:
-        raise ValueError(
-            f"{message}. Pass SeftOptimizer(..., max_grad_norm=1.0) and remove the other clipping; seft.grad_norm is "
-            "the norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
-        )
-    if backend.owners.rank == 0 and backend.replicas.rank == 0:
-        own = "does not clip" if max_grad_norm is None else f"clips to max_grad_norm={max_grad_norm:g}"
-        warnings.warn(f"{message}. SeftOptimizer itself {own}; seft.grad_norm is the norm", SeftWarning, stacklevel=4)
+        if is_first and max_grad_norm is None and "deepspeed" not in sys.modules:
+            self._has_stepped = False
+            raise ValueError(
+                f"{message}. Pass SeftOptimizer(..., max_grad_norm=1.0) and remove the other clipping; seft.grad_norm "
+                "is the norm. With transformers.Trainer, SeftCallback does this (seft_dist.integrations.transformers)"
+            )
+        self._has_warned = True
+        if backend.owners.rank == 0 and backend.replicas.rank == 0:
+            own = "does not clip" if max_grad_norm is None else f"clips to max_grad_norm={max_grad_norm:g}"
+            text = f"{message}. SeftOptimizer itself {own}; seft.grad_norm is the norm"
+            warnings.warn(text, SeftWarning, stacklevel=LEVEL)

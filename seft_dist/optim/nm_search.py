@@ -62,7 +62,8 @@ def _fullest_groups(backend: Backend, i: int, packed: Tensor) -> list[int]:
             continue
         first = -interval.start % size
         whole = mask[first : first + (len(mask) - first) // size * size]
-        sample = whole.view(-1, size)[:: max(1, len(whole) // size // _SAMPLE)].reshape(-1)
+        stride = max(1, len(whole) // size // _SAMPLE) | 1  # odd: else it could meet the same inputs in each row
+        sample = whole.view(-1, size)[::stride].reshape(-1)
         largest = _fullest(sample, size, _SAMPLE_FULL)
         most.append(_fullest(whole, size, _FULL) if largest < size else size)
     return most

@@ -16,7 +16,7 @@ from seft_dist.config import SeftConfig, check_adam
 from seft_dist.kernels.adamw import AdamW
 from seft_dist.modules.trainable import check_dtypes_unchanged, check_is_model, check_loaded
 from seft_dist.optim import notices
-from seft_dist.optim.anchors import BackwardWatch, check_unclipped
+from seft_dist.optim.anchors import BackwardWatch
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.evolution import Evolution
 from seft_dist.optim.exchange import Exchange
@@ -172,8 +172,9 @@ class SeftOptimizer(TorchInterface):
         self.config = dataclasses.replace(self.config, pattern=self.config.known_pattern)
         self.vectors.attach(backend)
         self._backend, self._exchange = backend, Exchange(backend, self._slots)
-        targets = list(self._targets.values())
-        self._watch = BackwardWatch(backend, targets, self._slots, self.param_groups, self.zero_grad)
+        targets, params = list(self._targets.values()), lambda: self.param_groups[0]["params"]
+        self._watch = BackwardWatch(backend, targets, self._slots, params, self.zero_grad)
+        self.vectors.before_record(self._watch.before_record)
         self._checks_late = backend.device.type != "cpu"
         self._attach_hook.remove()
         if self.config.init == "random":
@@ -238,10 +239,7 @@ class SeftOptimizer(TorchInterface):
         self._check_awaited()
         self.backend.drop_gathered()  # FSDP2 may have gathered the weights in the type that it computes with
         check_dtypes_unchanged(self._targets, self.backend.dtypes)
-        self._watch.end_of_step()
-        if not self.is_managed:
-            anchors, first = self.param_groups[0]["params"], not self._write_checked
-            check_unclipped(self.backend, anchors, self.max_grad_norm, is_first=first)
+        self._watch.check_step(self.max_grad_norm, self.is_managed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -258,6 +256,8 @@ class SeftOptimizer(TorchInterface):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.evolution = None
         self.check_last_step()
+        if self._backend is not None:
+            self._watch.look()
         if self._backend is None or not any(slot.touched for slot in self._slots):
             self._note_idle_step()
             return loss

@@ -11,10 +11,10 @@ from seft_dist.modules.experts import expert_slices, experts_dense_grad
 from seft_dist.optim.delta import Support
 from seft_dist.optim.window import Window
 
-ANCHOR_GRAD = 2.0**56
+ANCHOR_GRAD = 2.0**32
 """Gradient of every anchor in a backward pass: a power of two, so large that any usual threshold of clipping scales it,
-and so small that its square fits into fp32. The optimizer notices by it whether another one updates the anchors, or
-whether somebody clips them (``seft_dist.optim.anchors``)."""
+and so small that the squares of many anchors' sums over many passes add up in fp32, as DeepSpeed does it. The optimizer
+notices by it whether another one updates the anchors, or whether somebody clips them (``seft_dist.optim.anchors``)."""
 
 
 class Slot:

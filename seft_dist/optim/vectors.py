@@ -11,7 +11,7 @@ before, and their gradients go the way of the deltas' gradients:
 
 import hashlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,13 +33,19 @@ VectorStates = Mapping[str, Mapping[str, Tensor]]
 
 
 class VectorSlot:
-    """The gradient of one vector since the last step. A copy of the model gets a copy of the slot."""
+    """The gradient of one vector since the last step."""
 
     def __init__(self) -> None:
         self.armed = False
         """True once there is an optimizer that steps."""
         self.grad: Tensor | None = None
         """fp32 [n], sum over this rank's backward passes."""
+        self.before_record: Callable[[], None] = _nothing
+        """Called before each record."""
+
+    def __deepcopy__(self, memo: object) -> "VectorSlot":
+        """Return an empty slot, so that a copy of the model leaves no gradient with the optimizer of the original."""
+        return VectorSlot()
 
     def watch(self, parameter: Tensor) -> Tensor:
         """Return a leaf with the parameter's values; a backward pass leaves its gradient in the slot.
@@ -55,6 +61,7 @@ class VectorSlot:
         return leaf
 
     def _record(self, leaf: Tensor) -> None:
+        self.before_record()
         grad, leaf.grad = leaf.grad, None
         assert grad is not None
         self.grad = grad.float() if self.grad is None else self.grad.add_(grad.float())
@@ -139,6 +146,11 @@ class Vectors:
                 for i, vector in enumerate(self._vectors)
             ]
         )
+
+    def before_record(self, callback: Callable[[], None]) -> None:
+        """Set what is called before each record of a gradient."""
+        for slot in self._slots:
+            slot.before_record = callback
 
     def forget(self) -> None:
         """Drop the gradients since the last step."""
@@ -266,3 +278,7 @@ def watched(module: nn.Module, key: str) -> Tensor | None:
     parameter: Tensor | None = getattr(module, key)
     watch = attachment_of(module).vectors.get(key)
     return parameter if watch is None or parameter is None else watch(parameter)
+
+
+def _nothing() -> None:
+    pass
