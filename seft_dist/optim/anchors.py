@@ -94,37 +94,40 @@ class BackwardWatch:
     def _has_moved(self) -> bool:
         return any(bool(stored_part(anchor)[0].any()) for anchor in self._anchors)
 
-    def look(self) -> None:
+    def look(self, may_wait: bool = True) -> None:
         """Drop the gradients if backward passes have recorded, and no anchor has a gradient of them any more.
 
         Ordinarily the first anchor that is looked at has one. Shards and engines keep gradients elsewhere, so nothing
         is done with them.
+
+        Args:
+            may_wait: False: gradients that are there are not read, so those that were set to 0 are not noticed.
         """
         if self._backend.name not in ("single", "ddp") or self._params()[0] is not self._anchors[0]:
             return
         recorded = [anchor for slot, anchor in zip(self._slots, self._anchors, strict=True) if slot.touched]
         if recorded and all(
-            anchor.grad is None or (anchor.grad.is_cpu and not anchor.grad.any()) for anchor in recorded
+            anchor.grad is None or (may_wait and anchor.grad.is_cpu and not anchor.grad.any()) for anchor in recorded
         ):
             self._drop()
 
-    def check_step(self, max_grad_norm: float | None, is_managed: bool) -> None:
+    def check_step(self, max_grad_norm: float | None, is_managed: bool, may_wait: bool) -> None:
         """Note that SEFT itself steps, and refuse clipping by others, which sees the anchors only.
 
-        Collective in the first step, where it raises. In later ones there is only a warning, and on a GPU nothing, for
-        which it would have to wait.
+        Collective in the first step, where it raises. In later ones there is only a warning.
 
         Args:
             max_grad_norm: Norm to which SEFT clips itself; then there is only a warning. So it is with DeepSpeed, whose
                 ``gradient_clipping`` is 1.0 for those who never named it.
             is_managed: True if it is known that others clip the anchors too, and it does not matter.
+            may_wait: False: nothing is looked at after the first step, since that would wait for the device.
 
         Raises:
             ValueError: Somebody clips, and SEFT does not; every rank raises the same.
         """
         backend, is_first = self._backend, not self._has_stepped
         self._has_stepped = True
-        if is_managed or self._has_warned or not (is_first or backend.device.type == "cpu"):
+        if is_managed or self._has_warned or not (is_first or may_wait):
             return
         parts = [stored_part(anchor.grad)[0].view(-1) for anchor in self._params() if anchor.grad is not None]
         grads = torch.cat(parts) if parts else torch.zeros(1)

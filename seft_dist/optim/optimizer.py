@@ -239,7 +239,7 @@ class SeftOptimizer(TorchInterface):
         self._check_awaited()
         self.backend.drop_gathered()  # FSDP2 may have gathered the weights in the type that it computes with
         check_dtypes_unchanged(self._targets, self.backend.dtypes)
-        self._watch.check_step(self.max_grad_norm, self.is_managed)
+        self._watch.check_step(self.max_grad_norm, self.is_managed, may_wait=not self._checks_late)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -257,7 +257,7 @@ class SeftOptimizer(TorchInterface):
         self.evolution = None
         self.check_last_step()
         if self._backend is not None:
-            self._watch.look()
+            self._watch.look(may_wait=not self._checks_late)
         if self._backend is None or not any(slot.touched for slot in self._slots):
             self._note_idle_step()
             return loss
