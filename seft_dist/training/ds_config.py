@@ -68,7 +68,8 @@ def read_ds_config(config: TrainConfig, world_size: int) -> DsConfig | None:
         optimizer = ds_optimizer_args(content, config.optim)
     except ValueError as error:
         raise ValueError(f"{config.deepspeed}: {error}") from error
-    content = {key: value for key, value in content.items() if key not in _OURS}
+    # 0: else DeepSpeed's default of 1.0 would clip the anchors, which looks as if somebody meant to clip
+    content = {key: value for key, value in content.items() if key not in _OURS} | {"gradient_clipping": 0.0}
     assert config.global_batch is not None
     accumulate = num_micro_batches(config.global_batch, config.batch_size, world_size)
     filled = {
