@@ -81,6 +81,17 @@ def test_clipping_by_others_is_refused_or_warned_of(monkeypatch: pytest.MonkeyPa
         seft.step()
 
 
+@pytest.mark.long  # compiles DeepSpeed's optimizer, for a minute
+def test_the_optimizer_that_accelerate_puts_in_its_place_is_noticed() -> None:
+    """With offload_optimizer in the ds_config, accelerate makes a DeepSpeedCPUAdam of any optimizer."""
+
+    def on_rank(rank: int, world: int) -> None:
+        with pytest.raises(RuntimeError, match="another optimizer updates the model"):
+            loop(rank, world, "zero2", zero_optimization=OFFLOAD["zero_optimization"])
+
+    run_ranks(on_rank, 2, timeout=280)
+
+
 def test_an_optimizer_that_steps_instead_of_seft_is_noticed() -> None:
     """As accelerate's DeepSpeedCPUAdam does with offload_optimizer: it is given the anchors."""
     model = prune_(tiny_llama())
