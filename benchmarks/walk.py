@@ -2,16 +2,21 @@
 
     python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk             all steps
     python benchmarks/walk.py --shape Llama-2-7B --output /tmp/walk --steps plan evaluate
+    python benchmarks/walk.py --shape Llama-2-13B --density 0.002 --seq_len 8 --output /tmp/walk13 \
+      --steps make prune_wanda train_short
     python benchmarks/walk.py --output /tmp/walk --show                          the table again
 
 The model has random values, whose costs are those of a trained model. It is written one layer at a time, with a
 tokenizer that is trained on CPython's documentation; the same text is used for pruning, training and evaluation. A step
-that is finished is not repeated; its log is in OUTPUT/logs. Memory is that of all processes of a step together: "own"
-counts anonymous pages, and "resident" also pages of files, which the kernel reclaims when it needs them.
+that is finished is not repeated; its log is in OUTPUT/logs. A run that was killed and
+resumed must end with the deltas of the one that was not, and removing a delta must give back the model, both bit for
+bit. Memory is that of all processes of a step together: "own" counts anonymous pages, and "resident" also pages of
+files, which the kernel reclaims when it needs them.
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import signal
@@ -23,31 +28,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import safe_open
+from walk_checks import CHECKS
+from walk_model import TINY, make_model, make_tokenizer
 
 from seft_dist.files.writing import write_json
 from seft_dist.planning.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
-SEED = 0
-TINY: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
-"""The shape "tiny", with which every step takes seconds, for trying the steps."""
 
 
 @dataclass
@@ -63,55 +54,6 @@ class Cost:
     """Bytes of the files that it wrote."""
 
 
-def make_model(shape: dict[str, Any], folder: Path) -> None:
-    """Write a model of random bf16 values: one file for each decoder layer and one for the rest."""
-    settings = dict(shape)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings, dtype="bfloat16", use_cache=False)
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.Generator(np.random.SFC64(SEED))  # several times faster than torch's on a CPU
-    parts: dict[str, list[str]] = {}
-    for name in model.state_dict():
-        words = name.split(".")
-        parts.setdefault(f"layer-{int(words[2]):03d}" if words[1] == "layers" else "rest", []).append(name)
-    where, total = {}, 0
-    for part, names in parts.items():
-        tensors = {}
-        for name in names:
-            sizes = model.get_parameter(name).shape
-            values = torch.ones(sizes, dtype=torch.bfloat16)
-            if len(sizes) > 1:
-                values.copy_(torch.from_numpy(generator.standard_normal(sizes, dtype=np.float32)).mul_(0.02))
-            tensors[name] = values
-            where[name] = f"model-{part}.safetensors"
-            total += values.nbytes
-        save_file(tensors, folder / f"model-{part}.safetensors", metadata={"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    config.save_pretrained(folder)
-
-
-def make_tokenizer(vocabulary: int, folder: Path) -> None:
-    """Train a byte-level BPE on the text and save it beside the model."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(vocabulary, 4096),
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-
 class Walk:
     """The steps, in the order of a user's work. Each is a method named ``do_*`` that returns a command."""
 
@@ -124,8 +66,11 @@ class Walk:
     def weights(self) -> int:
         """Number of values in the model."""
         folder = self.model if self.model.exists() else self.pruned
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        return int(index["metadata"]["total_size"]) // 2
+        total = 0
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return total
 
     def command(self, name: str, *options: str, ranks: int = 1) -> list[str]:
         """Command line that starts a program of launch/ on a number of ranks."""
@@ -147,8 +92,8 @@ class Walk:
         given = ["--model.path", str(self.model), "--method", method, "--sparsity", "0.6"]
         return self.command("prune", *given, "--output", str(output), *options)
 
-    def train(self, output: Path, *options: str, ranks: int = 1) -> list[str]:
-        """Command for training four steps: first support, an evolution in step 2, a checkpoint every two steps."""
+    def train(self, output: Path, *options: str, steps: int = 4, ranks: int = 1) -> list[str]:
+        """Command for training: first support, an evolution in step 2, a checkpoint every two steps."""
         given = [
             "--model.path",
             str(self.pruned),
@@ -156,7 +101,7 @@ class Walk:
             "--output",
             str(output),
             "--steps",
-            "4",
+            str(steps),
             "--save_every",
             "2",
         ]
@@ -177,6 +122,10 @@ class Walk:
 
     def do_train_fsdp(self) -> list[str]:
         return self.train(self.root / "run-fsdp", "--backend", "fsdp", "--export", "false", ranks=2)
+
+    def do_train_short(self) -> list[str]:
+        """Train two steps on the first support, without an export: for shapes that are too large for the rest."""
+        return self.train(self.root / "run-short", "--export", "false", "--seft.static", "true", steps=2)
 
     def do_export_hf(self) -> list[str]:
         return self.command("export", "hf", "--run", str(self.run), "--output", str(self.root / "exported"))
@@ -222,6 +171,7 @@ class Walk:
         "train_killed": ["run-killed/checkpoints"],
         "train_resumed": ["run-killed/checkpoints"],
         "train_fsdp": ["run-fsdp/checkpoints"],
+        "train_short": ["run-short/checkpoints"],
         "export_hf": ["exported"],
         "export_pack": ["packed"],
         "delta_apply": ["applied"],
@@ -234,6 +184,7 @@ class Walk:
         "prune_wanda": ["model"],
         "train_resumed": ["run-killed"],
         "train_fsdp": ["run-fsdp"],
+        "train_short": ["run-short"],
         "export_hf": ["exported"],
         "export_pack": ["packed"],
         "evaluate": ["run-single/model"],
@@ -242,6 +193,7 @@ class Walk:
 
 
 STEPS = [name.removeprefix("do_") for name in vars(Walk) if name.startswith("do_")]
+BY_DEFAULT = [name for name in STEPS if name != "train_short"]
 
 
 def take_step(walk: Walk, name: str) -> Cost:
@@ -261,9 +213,11 @@ def take_step(walk: Walk, name: str) -> Cost:
             own, resident = max(own, now[0]), max(resident, now[1])
             if killed and (walk.root / "run-killed/checkpoints/step-00000002/checkpoint.json").exists():
                 process.send_signal(signal.SIGKILL)
-            time.sleep(0.2)
-    if process.returncode and not (killed and process.returncode == -signal.SIGKILL):
+            time.sleep(0.02 if killed else 0.2)
+    if process.returncode != (-signal.SIGKILL if killed else 0):
         raise RuntimeError(f"{name} ended with exit code {process.returncode}: see {log}")
+    if check := CHECKS.get(name):
+        check(walk.root)
     left = [walk.root / place for place in walk.LEAVES.get(name, [])]
     disk = sum(path.stat().st_size for place in left for path in place.rglob("*") if path.is_file())
     return Cost(time.monotonic() - began, own, resident, disk)
@@ -323,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="Llama-2-7B", choices=["tiny", *ARCHITECTURES])
     parser.add_argument("--output", required=True, help="folder for models, runs, logs and walk.json")
-    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
+    parser.add_argument("--steps", nargs="+", default=BY_DEFAULT, choices=STEPS)
     parser.add_argument("--seq_len", type=int, default=64)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--again", action="store_true", help="take the named steps again, though they are done")

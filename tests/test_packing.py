@@ -19,6 +19,7 @@ from seft_dist.io import checkpoint
 from seft_dist.io.models import checkpoint_activations, load_model
 from seft_dist.io.source import open_source
 from seft_dist.modules.kinds import LinearWeight
+from seft_dist.optim.evolution import Evolution
 from seft_dist.sparsity.bitmask import pack
 from tests.families import family_model
 from tests.layouts import shard_fsdp
@@ -191,6 +192,29 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_at_rest_in_one_process() -> None:
     held, dense = same("resident", 1, dtype=torch.bfloat16, checkpointed=True)[0]["held"]
     assert held <= 0.5 * dense
+
+
+@pytest.mark.parametrize("reactivation", [0.0, 1.0])
+def test_masks_are_copied_only_where_they_change(reactivation: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = prune_(tiny_llama())
+    pack_weights(model)
+    seft = SeftOptimizer(model, moving(density=0.05, interval=2, steps=STEPS, reactivation=reactivation), lr=1e-2)
+    copied: list[float] = []
+    apply = Evolution.apply
+
+    def count(evolution: Evolution, betas: tuple[float, float]) -> None:
+        backend: Any = evolution.work.backend
+        pairs = zip(evolution.work.state.masks, backend._weights, strict=True)
+        copies = [mask.data_ptr() != weight.bits.data_ptr() for mask, weight in pairs]
+        copied.append(sum(copies) / len(copies))
+        apply(evolution, betas)
+
+    monkeypatch.setattr(Evolution, "apply", count)
+    for t in range(4):
+        model(**batch(t, 0)).loss.backward()
+        seft.step()
+        seft.zero_grad()
+    assert len(copied) == 3 and copied == ([0.0] * 3 if reactivation == 0 else [copied[0], 1.0, 1.0])
 
 
 @pytest.mark.parametrize("packing", ["gather", "resident"])

@@ -230,6 +230,18 @@ def test_a_first_support_by_gradient_is_planned_for() -> None:
     assert (plans["gradient"].estimates[0].time.windows, plans["random"].estimates[0].time.windows) == (1, 0)
 
 
+def test_a_mask_that_moves_is_planned_twice_for_packed_weights() -> None:
+    shapes, work = ModelShapes.of(small(2).config, "all-linear"), PassCost(*[0.0] * 8)
+    extra = {}
+    for reactivation in (0.0, 0.5):
+        config = PlanConfig(model="x", seft=moving(interval=5, reactivation=reactivation))
+        for packing in ("none", "resident"):
+            memory = seft_memory(config, shapes, Layout("fsdp", 2, 8, packing=packing), work, 0.0)
+            extra[reactivation, packing] = memory.phases["evolution"].get("masks before the evolution", 0.0)
+    assert extra.pop((0.5, "resident")) == memory.resident["masks"] > 0
+    assert set(extra.values()) == {0}
+
+
 def test_measured_rates_are_kept_and_shared_by_ranks(tmp_path: Path) -> None:
     rates = Rates(
         "cpu", 8e9, 1e9, 1e12, 1e12, 1e12, 1e12, 1e10, 1e-5, 1e10, 1e-9, 1e-9, 1e9, 1e9, 1e9, False, True, True

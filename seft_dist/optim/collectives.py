@@ -32,7 +32,7 @@ def select(
 
     Args:
         group: The ranks that own the candidates.
-        keys: This rank's keys of a layer, int32 [n]; called twice for each layer, so that only one layer's exist.
+        keys: This rank's keys of a layer, int32 [n]; called once or twice a layer, so that only one layer's exist.
         problems: The problem that each layer belongs to, 0 .. len(wanted) - 1.
         wanted: How many entries of each problem are selected; all of them if fewer compete.
         form: "gather", "radix", or "auto" for the one that moves fewer bytes. The result is the same.
@@ -40,6 +40,8 @@ def select(
     Returns:
         For each layer the selected local indices, int64, increasing.
     """
+    if group.size == 1 and len(wanted) == len(problems):
+        return [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
     if form == "auto":
         candidates = sum(wanted[problem] for problem in problems)
         # Bytes of a rank on a ring, both divided by (size - 1) / size.
@@ -101,10 +103,13 @@ def _select_gather(group: Group, keys: Callable[[int], Tensor], problems: list[i
 
     Cheaper than histograms where few are wanted. Arguments are those of ``select``.
     """
-    own = [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
-    own_keys = torch.cat([keys(layer)[indices] for layer, indices in enumerate(own)])
+    own, own_keys = [], []
+    for layer, problem in enumerate(problems):
+        key = keys(layer)
+        own.append(top_k(key, wanted[problem]))
+        own_keys.append(key[own[-1]])
     lengths = group.stack(torch.tensor([indices.numel() for indices in own])).tolist()
-    pieces = [rank_keys.cpu().split(lengths[rank]) for rank, rank_keys in enumerate(group.gather(own_keys))]
+    pieces = [rank_keys.cpu().split(lengths[rank]) for rank, rank_keys in enumerate(group.gather(torch.cat(own_keys)))]
     selected: list[Tensor] = [indices[:0] for indices in own]
     for problem, count in enumerate(wanted):
         layers = [layer for layer, its_problem in enumerate(problems) if its_problem == problem]

@@ -27,7 +27,8 @@ def grow(work: WorkingState) -> None:
     work.reactivated = []
     for i, offsets in enumerate(work.grown):
         work.reactivated.append(offsets[~bits.holds(work.state.masks[i], offsets)])
-        work.state.masks[i] = work.mark(i, work.state.masks[i], offsets, True)
+        if len(work.reactivated[i]):  # a changed mask is a copy; packed weights keep the one before until `apply`
+            work.state.masks[i] = work.mark(i, work.state.masks[i], work.reactivated[i], True)
     if work.config.reactivate == "trial":
         work.state.trial = [work.positions(i, offsets).sort().values for i, offsets in enumerate(work.reactivated)]
 

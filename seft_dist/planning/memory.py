@@ -209,6 +209,8 @@ def _window_phases(
     head |= _predictions(config, shapes, item)
     own = sum(map(layout.own_numel, shapes.targets))
     ranking = _ranking(config, needs, max(map(layout.own_numel, shapes.targets)), own)
+    if layout.packing == "resident" and (config.seft.reactivation > 0 or config.seft.swap_fraction > 0):
+        ranking["masks before the evolution"] = own / 8  # packed weights keep theirs until all are chosen
     sums: MemoryTerms = {}
     if needs.outputs:
         sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
