@@ -96,7 +96,7 @@ def family_model(family: str, seed: int = 0) -> PreTrainedModel:
     sizes = {} if kind == "gpt2" else _SIZES
     config = AutoConfig.for_model(kind, **{"vocab_size": VOCAB, "initializer_range": 0.1} | sizes | over)
     config.bos_token_id = config.eos_token_id = 1
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():  # several families start with all zeros or all ones where trained models do not

@@ -46,7 +46,7 @@ class Parent:
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **over: Any) -> LlamaForCausalLM:
     """A random two-layer Llama, the same for the same seed."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**({"vocab_size": VOCAB} | SIZES | over)))
     model.config.use_cache = False

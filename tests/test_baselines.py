@@ -190,7 +190,7 @@ def test_lora_is_peft_in_a_loop_of_ones_own(inputs: Path, tmp_path: Path) -> Non
     config = config_of("lora", inputs, tmp_path / "run", steps=8)
     _, live = run_seen(config)
     model: Any = AutoModelForCausalLM.from_pretrained(inputs / "pruned")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         names = list(find_targets(model))
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))

@@ -171,6 +171,14 @@ def test_no_unpickling_no_foreign_code_and_one_reader_of_the_environment(path: P
             assert path.name == "distributed.py", f"{name_of(path)} reads the environment"
 
 
+def test_no_random_state_is_kept_of_devices() -> None:
+    # fork_rng() without devices initialises CUDA where there is a card, and ranks that are forked later cannot use it
+    for path in [*PACKAGE, *SCRIPTS, *TESTS]:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("fork_rng"):
+                assert "devices" in {keyword.arg for keyword in node.keywords}, f"{name_of(path)}:{node.lineno}"
+
+
 def test_the_package_imports_without_heavy_frameworks() -> None:
     heavy = ("deepspeed", "mpi4py", "datasets", "accelerate", "transformers")
     script = (

@@ -37,7 +37,7 @@ def biased_llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     """A pruned GPT-2: layer norms with shifts, linears stored transposed."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **sizes))

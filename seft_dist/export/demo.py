@@ -111,7 +111,7 @@ def write_tiny(folder: Path) -> None:
     tokenizer_model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.1, **sizes)
-    with tempfile.TemporaryDirectory(prefix=".tiny.", dir=folder) as name, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory(prefix=".tiny.", dir=folder) as name, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(Path(name) / "model")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_model, unk_token="<unk>", eos_token="</s>")
