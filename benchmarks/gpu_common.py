@@ -1,7 +1,7 @@
-"""Shared by the parts of benchmarks/gpu.py: options, isolated cases, clocks, peaks of memory, and random models.
+"""Shared by the parts of benchmarks/gpu.py: options, isolated cases, clocks and peaks of memory.
 
-A part is a separate program. It writes its JSON file after every case, so the results are kept when it is stopped.
-Only torch and transformers are needed.
+A part is a separate program. It writes its JSON file before, in and after every case, so the results are kept when it
+is stopped.
 """
 
 import argparse
@@ -18,52 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from seft_dist.files.writing import write_json
-
-LLAMAS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "34B": {
-        "hidden_size": 8192,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
-"""Shapes of TinyLlama, Llama-2-7B, -13B, Code-Llama-34B and Llama-2-70B; values are always random."""
-SPARSITY = 0.6
-
-
-def content_of(name: str) -> dict[str, Any]:
-    """Content of the config.json of a model of this shape."""
-    shape = {"num_key_value_heads": LLAMAS[name]["num_attention_heads"]} | LLAMAS[name]
-    common = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
-    return common | {"tie_word_embeddings": False} | shape
+from seft_dist.kernels import choice
 
 
 class Part:
@@ -79,23 +36,30 @@ class Part:
         parser.add_argument(
             "--tiny", action="store_true", help="the same code on shapes that a CPU computes in seconds"
         )
-        parser.add_argument("--seconds", type=float, default=600, help="after these no further case begins")
+        parser.add_argument(
+            "--until",
+            type=float,
+            default=time.monotonic() + 600,
+            help="no case begins once time.monotonic(), which all processes share, is beyond this; default: 10 minutes",
+        )
+        parser.add_argument("--times", type=Path, help="sampled_times.json that the sampled gradient is chosen by")
         self.options = parser.parse_args()
         self.tiny: bool = self.options.tiny
         self.device = torch.device(self.options.device)
         self.folder: Path = self.options.result.parent
         self.rows: list[dict[str, Any]] = []
-        self._deadline = time.monotonic() + self.options.seconds
         self._broken: str | None = None
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # small operations on a shared machine are faster on one thread
         elif not torch.cuda.is_available():
             raise SystemExit("there is no CUDA device here: use --device cpu --tiny to see that the code runs")
+        if self.options.times is not None:
+            choice.use_table(self.options.times)
 
     @property
     def left(self) -> float:
         """Seconds that remain for further cases."""
-        return self._deadline - time.monotonic()
+        return self.options.until - time.monotonic()
 
     def case(
         self, name: str, run: Callable[[], dict[str, Any]], needs: float = 0.0, about: dict[str, Any] | None = None
@@ -111,26 +75,32 @@ class Part:
         Returns:
             The row of the case.
         """
-        row: dict[str, Any] = {"case": name, "status": "ok"} | (about or {})
+        row: dict[str, Any] = {"case": name, "status": "running"} | (about or {})
+        self.rows.append(row)
         began = time.monotonic()
         if self._broken is not None:
             row |= {"status": "not run", "why": f"the device is of no use after {self._broken}"}
         elif self.left < needs:
             row |= {"status": "not run", "why": "no time left"}
         else:
+            self._write()
             try:
                 row |= run()
+                row["status"] = "ok"
             except Exception as error:
-                row |= {"status": "failed", "traceback": traceback.format_exc()}
-                self._note_broken_device(name, error)
+                row |= self._outcome_of(name, error)
         row["case_seconds"] = round(time.monotonic() - began, 3)
-        self.rows.append(row)
         print(json.dumps({key: value for key, value in row.items() if key != "traceback"}), flush=True)
         if "traceback" in row:
             print(row["traceback"], flush=True)
         self._write()
         free(self.device)
         return row
+
+    def note(self, found: dict[str, Any]) -> None:
+        """Write what the running case has found so far, in case it is stopped or fails."""
+        self.rows[-1] |= found
+        self._write()
 
     def missing(self, name: str, why: str) -> None:
         """Record a case that cannot be run, because something is not installed or not supported here."""
@@ -142,31 +112,42 @@ class Part:
         self._write()
         raise SystemExit(int(any(row["status"] == "failed" for row in self.rows)))
 
-    def _note_broken_device(self, name: str, error: Exception) -> None:
+    def _outcome_of(self, name: str, error: Exception) -> dict[str, Any]:
+        if is_out_of_memory(error):  # not an error of the code: the card is too small for the case
+            return {"status": "does not fit", "why": str(error).strip().split("\n")[0][:300]}
         # After some errors every later call on the device fails
-        if self.device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
-            return
-        try:
-            torch.ones(1, device=self.device).add_(1).cpu()
-        except Exception:
-            self._broken = name
+        if self.device.type == "cuda":
+            try:
+                torch.ones(1, device=self.device).add_(1).cpu()
+            except Exception:
+                self._broken = name
+        return {"status": "failed", "traceback": traceback.format_exc()}
 
     def _write(self) -> None:
-        write_json(self.options.result, {"rows": self.rows})
+        write_json(self.options.result, {"chosen_by": choice.describe_choice(self.device), "rows": self.rows})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the device's memory did not suffice, whichever library raised it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def lacks_triton(device: torch.device) -> str | None:
-    """Return why the Triton kernels cannot be used, or None. On CUDA they are always tried, so errors are reported."""
+    """Return why Triton cannot be used here, or None.
+
+    Only Triton's own part is tried: errors of this project's kernels are those of a case. On CUDA nothing is tried,
+    since a run would use Triton there and fail.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
-        from seft_dist.kernels.build import triton_kernels
+        from gpu_triton import add_one
 
-        kernels = triton_kernels()
-        assert kernels is not None
-        crow, col = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
         try:
-            kernels.sampled_grad_(torch.zeros(1), (1, 1), crow, col, torch.ones(1, 1), torch.ones(1, 1))
+            assert add_one(torch.zeros(5)).tolist() == [1.0] * 5
         except Exception as error:  # e.g. Triton 3.6 with numpy 2.5
             return f"Triton's interpreter does not run here: {error!r}"
     return None
@@ -224,92 +205,3 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-
-
-def empty_llama(name: str) -> Any:
-    """Build a model on the meta device, in bf16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    content = content_of(name)
-    content.pop("model_type")
-    config = LlamaConfig(**content, attn_implementation="sdpa")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.config.use_cache = False
-    return model.train()
-
-
-@torch.no_grad()
-def fill_dense_rest(model: Any, device: torch.device) -> None:
-    """Give parameters that are on the meta device random values, and the rotary embedding its frequencies.
-
-    The placeholders of packed weights stay on the meta device.
-    """
-    from seft_dist.backends.packed import packed_of
-
-    for module in model.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device.type != "meta" or packed_of(parameter) is not None:
-                continue
-            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            value.normal_(std=0.02) if parameter.dim() > 1 else value.fill_(1.0)
-            setattr(module, key, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config).to(device)
-
-
-@torch.no_grad()
-def prune_(weight: torch.Tensor) -> torch.Tensor:
-    """Set randomly chosen weights to 0, in place, a piece at a time."""
-    for piece in weight.view(-1).split(1 << 26):
-        piece.masked_fill_(torch.rand(piece.shape, device=piece.device) < SPARSITY, 0)
-    return weight
-
-
-def random_llama(name: str, device: torch.device) -> Any:
-    """Build a dense random model in which 60 % of the target weights are 0."""
-    from seft_dist.modules.targets import find_targets
-
-    model = empty_llama(name)
-    fill_dense_rest(model, device)
-    for target in find_targets(model).values():
-        prune_(target.weight.detach())
-    return model
-
-
-def packed_llama(name: str, device: torch.device) -> Any:
-    """Build such a model with packed targets, one weight after the other, so that no dense copy of the model exists."""
-    from seft_dist import pack_weights
-    from seft_dist.backends.packed import packed_of
-    from seft_dist.modules.targets import find_targets
-
-    model = empty_llama(name)
-    shards = pack_weights(model, device=device)
-    fill_dense_rest(model, device)
-    for target in find_targets(model).values():
-        packed = packed_of(target.weight)
-        assert packed is not None
-        own = torch.empty(len(packed.interval), dtype=packed.dtype, device=device).normal_(std=0.02)
-        packed.put(prune_(own))
-    shards.sync_mask_counts()
-    return model
-
-
-def checkpointed(model: Any) -> Any:
-    """Compute each decoder layer again in backward."""
-    # The method was renamed in transformers 5.2x; GPU machines may have either version
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    return model
-
-
-def random_tokens(model: Any, sequences: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Draw random tokens; no method's time depends on the text."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (sequences, tokens), generator=generator).to(device)
-    return {"input_ids": ids, "labels": ids}

@@ -7,15 +7,18 @@ import functools
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_common import Part, lacks_triton
+from gpu_outcomes import outcomes
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("float32", "bfloat16")
+LEAST = 15.0
+"""Seconds that the tests get at least."""
 SHAPES = [(1, 3, 5, 1.0), (1, 70, 130, 0.1), (63, 37, 129, 0.05), (257, 130, 67, 0.3), (2048, 1030, 517, 0.01)]
 """Tokens, rows, columns and density: a single token, odd sizes, and more tokens than one Triton program processes."""
 
@@ -91,52 +94,36 @@ def far_positions(forms: list[str], rows: int, tokens: int, device: torch.device
 
 
 def suite(part: Part) -> dict[str, Any]:
-    """Run the tests marked gpu in a separate process with a time limit."""
-    report, settings = part.folder / "pytest.xml", part.folder / "pytest.ini"
-    report.unlink(missing_ok=True)
+    """Run the tests marked gpu in a separate process with a time limit, and note each outcome once it is known."""
+    record, settings = part.folder / "outcomes.jsonl", part.folder / "pytest.ini"
+    record.unlink(missing_ok=True)
     # The project's own settings are not used: they name plug-ins that a GPU machine may not have
     settings.write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n    slow: takes more than a few seconds\n")
     chosen = ["-m", "gpu"] if part.device.type == "cuda" else ["-k", "cpu and (bf16 or resident)"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(settings),
-        "--rootdir",
-        str(ROOT),
-    ]
-    # cuBLAS is deterministic only with this workspace
-    environment = os.environ | {"DS_ACCELERATOR": part.device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "gpu_outcomes"]
+    command += ["-c", str(settings), "--rootdir", str(ROOT), *chosen, "tests/test_gpu.py"]
+    environment = os.environ | {"GPU_OUTCOMES": str(record)}
+    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     # earlier cases may have selected Triton's interpreter, which must not affect the tests
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [*command, *chosen, f"--junitxml={report}", "tests/test_gpu.py"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=max(20.0, part.left),
-    )
-    (part.folder / "pytest.log").write_text(done.stdout + done.stderr)
-    cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
-    found = {case.get("name", "?"): outcome_of(case) for case in cases}
-    assert done.returncode == 0 and found, (
-        f"pytest ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
-    )
+    end = time.monotonic() + max(LEAST, part.left)
+    log = part.folder / "pytest.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+            part.note({"tests": outcomes(record)})
+    finally:
+        in_time = process.poll() is not None
+        process.kill()
+        code = process.wait()
+    found = outcomes(record)
+    part.note({"tests": found})
+    assert in_time, f"no time left for the tests; running: {[name for name in found if found[name] == 'running']}"
+    assert code == 0 and found, f"pytest ended with {code}:\n{log.read_text(errors='replace')[-6000:]}"
     return {"tests": found}
-
-
-def outcome_of(case: ElementTree.Element) -> str:
-    """Outcome of one test in pytest's XML report."""
-    skipped = case.find("skipped")
-    if skipped is not None:
-        return f"skipped: {skipped.get('message')}"
-    return "passed" if not len(case.findall("failure") + case.findall("error")) else "failed"
 
 
 def main() -> None:
@@ -161,7 +148,7 @@ def main() -> None:
     else:
         part.case("packing, 500,000,001 positions", lambda: packing("bfloat16", 500_000_001, part.device))
         part.case("positions beyond 2^31", lambda: far_positions(forms, 32768, 70_000, part.device))
-    part.case("tests marked gpu", lambda: suite(part), needs=15.0)
+    part.case("tests marked gpu", lambda: suite(part), needs=LEAST)
     part.end()
 
 

@@ -12,7 +12,8 @@ import json
 from typing import Any
 
 import gpu_70b
-from gpu_common import SPARSITY, Part, content_of
+from gpu_common import Part
+from gpu_models import SPARSITY
 from gpu_planned import planned, sheet_of
 
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
@@ -46,10 +47,13 @@ def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
 
 
 def cases_of(part: Part, name: str) -> list[dict[str, Any]]:
-    """Read the rows of another part; empty if it did not run."""
+    """Read the rows of another part that can be planned: those measured, and those that did not fit.
+
+    None if it did not run. A row that was stopped is planned if it has a duration.
+    """
     file = part.folder / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []
-    return [row for row in rows if row["status"] == "ok" and "seconds" in row]
+    return [row for row in rows if row["status"] == "does not fit" or "seconds" in row]
 
 
 def compare_step(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
@@ -71,23 +75,22 @@ def compare_step(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any
 
 
 def compare_largest(part: Part, row: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """Plan the case of the part "70b"."""
-    return both(part, row, gpu_70b.plan_of(part, row["model"]), "resident", rates, "SEFT")
+    """Plan a case of the part "70b"."""
+    return both(part, row, gpu_70b.plan_of(part), "resident", rates, "SEFT")
 
 
 def both(part: Part, row: dict[str, Any], plan: PlanConfig, packing: str, rates: Rates, method: str) -> dict[str, Any]:
     """Plan by the data sheet and by measured rates, as ratios to the measured values."""
-    content = content_of(row["model"])
-    measured = dataclasses.replace(plan, cluster=ClusterConfig(nodes=1, gpus_per_node=1))
+    by_sheet = planned(part.folder, row["model"], plan, packing, None, method)
+    found: dict[str, Any] = {"planned_bytes": by_sheet["bytes"], "bytes_of_device": by_sheet["bytes_of_device"]}
+    found |= {"planned_bytes_of_tensors": by_sheet["bytes_of_tensors"], "phase": by_sheet["phase"]}
+    if "seconds" not in row:
+        return found | {"measured": "does not fit"}
     says = {
-        "data sheet": planned(part.folder, row["model"], content, plan, packing, None, method),
-        "measured rates": planned(part.folder, row["model"], content, measured, packing, rates, method),
+        "data sheet": by_sheet,
+        "measured rates": planned(part.folder, row["model"], plan, packing, rates, method),
     }
-    found: dict[str, Any] = {
-        key: row[key] for key in ("seconds", "peak", "evolution_step", "evolution_peak") if key in row
-    }
-    found["planned_bytes_of_tensors"] = says["data sheet"]["bytes_of_tensors"]
-    found["phase"] = says["data sheet"]["phase"]
+    found |= {key: row[key] for key in ("seconds", "peak", "evolution_step", "evolution_peak") if key in row}
     highest = max(row["peak"], row.get("evolution_peak", 0))
     found["memory_ratio"] = found["planned_bytes_of_tensors"] / highest
     for name, plan_says in says.items():
@@ -99,14 +102,14 @@ def both(part: Part, row: dict[str, Any], plan: PlanConfig, packing: str, rates:
 
 
 def main() -> None:
-    """Measure the rates, then plan every case."""
+    """Measure the rates, then plan every case, the largest model first."""
     part = Part(__doc__)
     rates: dict[str, Rates] = {}
     part.case("rates of the device", lambda: measured_rates(part, rates))
-    cases = [(row, compare_step) for row in cases_of(part, "step") if row.get("method") in PLANNED]
-    cases += [(row, compare_largest) for row in cases_of(part, "70b")]
+    cases = [(row, compare_largest) for row in cases_of(part, "70b")]
+    cases += [(row, compare_step) for row in cases_of(part, "step") if row.get("method") in PLANNED]
     if not cases:
-        part.missing("cases", "neither step.json nor 70b.json with a measured case is beside the result")
+        part.missing("cases", "neither step.json nor 70b.json with a case to plan is beside the result")
     for row, compare in cases:
         if "bfloat16" in rates:
             part.case(row["case"], functools.partial(compare, part, row, rates["bfloat16"]))

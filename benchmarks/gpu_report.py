@@ -13,17 +13,19 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# GPU check", "", f"    {report['command']}", ""]
     lines += table(["what", "is"], [[key, str(value)] for key, value in about.items()])
     found = report["parts"]
-    lines += ["", "| part | status | seconds | ok | failed | not run, missing |", "|---|---|---|---|---|---|"]
+    heads = ["ok", "failed", "stopped", "does not fit", "not run", "missing"]
+    rows = []
     for name, part in found.items():
-        counts = [sum(row["status"] in kinds for row in part["rows"]) for kinds in (("ok",), ("failed",))]
-        rest = len(part["rows"]) - sum(counts)
-        lines.append(f"| {name} | {part['status']} | {part['seconds']:.0f} | {counts[0]} | {counts[1]} | {rest} |")
+        counts = [str(sum(row["status"] == head for row in part["rows"])) for head in heads]
+        rows.append([name, part["status"], f"{part['seconds']:.0f}", *counts])
+    lines += ["", *table(["part", "status", "seconds", *heads], rows)]
     makers = {"correct": correct, "sampled": sampled, "step": step, "70b": largest, "plan": plan}
     for name, part in found.items():
         lines += ["", f"## {name}", ""]
-        good = [row for row in part["rows"] if row["status"] == "ok"]
+        if name in ("step", "70b", "plan") and "chosen_by" in part:
+            lines += [f"Forms of the sampled gradient are chosen by {part['chosen_by']}.", ""]
         try:
-            lines += makers[name](good)
+            lines += makers[name](part["rows"])
         except (
             KeyError,
             TypeError,
@@ -35,10 +37,16 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def good(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the cases that ended well."""
+    return [row for row in rows if row["status"] == "ok"]
+
+
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return lines + [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    texts = [[" ".join(cell.replace("|", "/").split()) for cell in row] for row in rows]  # a cell is one line
+    return lines + [f"| {' | '.join(row)} |" for row in texts]
 
 
 def problems(part: dict[str, Any]) -> list[str]:
@@ -47,7 +55,7 @@ def problems(part: dict[str, Any]) -> list[str]:
     if "why" in part:
         lines += ["", f"{part['status']}: {part['why']}"]
     for row in part["rows"]:
-        if row["status"] in ("not run", "missing"):
+        if "why" in row:
             lines += ["", f"{row['status']}: {row['case']} ({row['why']})"]
     texts = [(row["case"], row["traceback"]) for row in part["rows"] if "traceback" in row]
     texts += [("the part itself", part["traceback"])] if "traceback" in part else []
@@ -58,7 +66,7 @@ def problems(part: dict[str, Any]) -> list[str]:
 
 def correct(rows: list[dict[str, Any]]) -> list[str]:
     """Tabulate the kernels and the tests."""
-    kernels = [row for row in rows if "tests" not in row]
+    kernels = [row for row in good(rows) if "tests" not in row]
     lines = table(["kernel", "largest difference"], [[row["case"], differences(row)] for row in kernels])
     for row in rows:
         if "tests" in row:
@@ -74,6 +82,7 @@ def differences(row: dict[str, Any]) -> str:
 
 def sampled(rows: list[dict[str, Any]]) -> list[str]:
     """Tabulate the duration of every form in microseconds."""
+    rows = good(rows)
     measured = [row for row in rows if "density" in row]
     forms = sorted({form for row in measured for form in row["seconds"]})
     heads = [
@@ -101,7 +110,7 @@ def step(rows: list[dict[str, Any]]) -> list[str]:
     heads = ["setting", "method", "density", "ms", "x floor", "peak GB", "x floor"]
     heads += ["evolution step, x floor", "average of 60, x floor"]
     cells = []
-    for row in rows:
+    for row in good(rows):
         density = f"{row['density']:.0%}" if row.get("density") else ""
         numbers = [f"{1e3 * row['seconds']:.1f}", times(row, "seconds"), f"{row['peak'] / 1e9:.2f}", times(row, "peak")]
         cells.append(
@@ -117,57 +126,48 @@ def times(row: dict[str, Any], key: str) -> str:
 
 
 def largest(rows: list[dict[str, Any]]) -> list[str]:
-    """Tabulate the measurements of the largest model and its plan."""
+    """Tabulate what was measured of the largest model, also where it was stopped or did not fit, and its plan."""
     lines = []
     for row in rows:
+        if "plan" not in row:
+            continue
         plan = row["plan"]
         cells = [
-            ["peak of tensors, GB", f"{row['peak'] / 1e9:.2f}", f"{plan['bytes_of_tensors'] / 1e9:.2f}"],
-            ["with reserve and fragmentation, GB", reserved(row), f"{plan['bytes'] / 1e9:.2f}"],
-            ["an ordinary step, s", f"{row['seconds']:.3f}", f"{plan['seconds']:.3f}"],
-            ["a step with an evolution, s", f"{row['evolution_step']:.3f}", f"{plan['evolution_step']:.3f}"],
-            ["creating the model, s", f"{row['seconds_to_create']:.1f}", ""],
-            ["packed weights, GB", f"{row['bytes_packed'] / 1e9:.2f}", ""],
+            ["peak of tensors, GB", number(row, "peak", 1e9), number(plan, "bytes_of_tensors", 1e9)],
+            ["with reserve and fragmentation, GB", number(row, "peak_reserved", 1e9), number(plan, "bytes", 1e9)],
+            ["free memory, GB", "", number(plan, "bytes_of_device", 1e9)],
+            ["an ordinary step, s", number(row, "seconds"), number(plan, "seconds")],
+            ["a step with an evolution, s", number(row, "evolution_step"), number(plan, "evolution_step")],
+            ["creating the model, s", number(row, "seconds_to_create"), ""],
+            ["packed weights, GB", number(row, "bytes_packed", 1e9), ""],
         ]
-        lines += [f"{row['model']}, {row['deltas']} deltas:", "", *table(["", "measured", "planned"], cells)]
+        about = f"{row['model']}, {row['status']}, {row.get('deltas', 'no')} deltas:"
+        lines += [about, "", *table(["", "measured", "planned"], cells), ""]
     return lines
 
 
-def reserved(row: dict[str, Any]) -> str:
-    """Format the memory that torch's allocator had reserved."""
-    value = row.get("peak_reserved")
-    return "" if value is None else f"{value / 1e9:.2f}"
+def number(row: dict[str, Any], key: str, unit: float = 1.0) -> str:
+    """Format a number; empty if there is none."""
+    value = row.get(key)
+    return "" if value is None else f"{value / unit:.3f}"
 
 
 def plan(rows: list[dict[str, Any]]) -> list[str]:
     """Tabulate the rates, and the ratios of plans to measurements."""
     lines = []
-    for row in rows:
+    for row in good(rows):
         if "rates" in row:
             shares = {key: row[key] for key in row if key.endswith("share") or key.startswith("mfu")}
             cells = [[key, "" if value is None else f"{value:.3f}"] for key, value in shares.items()]
             lines += [f"By the data sheet of {row['data_sheet']}:", "", *table(["share", "measured"], cells), ""]
-    heads = [
-        "case",
-        "s measured",
-        "by data sheet",
-        "ratio",
-        "by measured rates",
-        "ratio",
-        "memory, planned over measured",
-    ]
-    cells = [
-        [
-            row["case"],
-            f"{row['seconds']:.4f}",
-            *[
-                f"{row[f'{what} by {name}']:.4f}"
-                for name in ("data sheet", "measured rates")
-                for what in ("seconds", "ratio")
-            ],
-            f"{row['memory_ratio']:.3f}",
-        ]
-        for row in rows
-        if "memory_ratio" in row
-    ]
+    heads = ["case", "s measured", "by data sheet", "ratio", "by measured rates", "ratio"]
+    heads += ["planned GB", "memory, planned over measured"]
+    cells = []
+    for row in good(rows):
+        if "planned_bytes" not in row:
+            continue
+        keys = [f"{what} by {name}" for name in ("data sheet", "measured rates") for what in ("seconds", "ratio")]
+        times = [f"{row[key]:.4f}" if key in row else "" for key in ("seconds", *keys)]
+        times[0] = times[0] or row["measured"]
+        cells.append([row["case"], *times, number(row, "planned_bytes", 1e9), number(row, "memory_ratio")])
     return [*lines, *table(heads, cells)]

@@ -2,20 +2,23 @@
 
     python benchmarks/gpu_step.py --result DIR/step.json
 
-The floor is a frozen model's forward pass and input gradients (benchmarks/step_methods.py). Each method gets its own
-model. Durations are medians of steps that were waited for, and the peak is that of an ordinary step. For SEFT there is
-also a step with a window and an evolution, and the average over an interval of 60 steps that contains one.
+The floor is a frozen model's forward pass and input gradients (benchmarks/step_methods.py). The methods of a setting
+share one model, except for the packed one. Durations are medians of steps that were waited for, and the peak is that of
+an ordinary step. For SEFT there is also a step with a window and an evolution, and the average over an interval of 60
+steps that contains one. Behind the first setting of 1B, floor and SEFT are repeated under torch.compile.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_common import Part, begin_peak, checkpointed, free, packed_llama, peak, random_llama, random_tokens, timed
+import torch._dynamo
+from gpu_common import Part, begin_peak, free, peak, timed
+from gpu_models import checkpointed, packed_llama, random_llama, random_tokens
 from step_methods import METHODS
 
 from seft_dist import SeftConfig, SeftOptimizer
@@ -25,7 +28,7 @@ EVERY = 6
 """Number of steps from one evolution to the next in the measurement."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """A model and a batch."""
 
@@ -39,6 +42,16 @@ class Setting:
         """Name of the setting in tables."""
         return f"{self.model}, {self.sequences} x {self.tokens}, checkpointing {'on' if self.checkpoint else 'off'}"
 
+    @property
+    def work(self) -> float:
+        """Operations of a step, in a unit that is the same for all settings."""
+        return {"tiny": 0.001, "1B": 1.1, "7B": 6.7}[self.model] * self.sequences * self.tokens * (3 + self.checkpoint)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Entries of a row about its setting."""
+        return {"setting": self.name, "work": self.work} | dataclasses.asdict(self)
+
 
 SETTINGS = [
     Setting("7B", 1, 2048, True),
@@ -49,22 +62,51 @@ SETTINGS = [
     Setting("1B", 4, 2048, True),
 ]
 """The settings, the most important ones first, since the time may not suffice for all."""
-TINY = [Setting("tiny", 2, 32, True)]
-RUNS = [("floor", 0.0), ("seft", 0.01), ("lora", 0.0), ("full", 0.0), ("seft", 0.05), ("packed", 0.01)]
+TINY = [Setting("tiny", 2, 32, False)]
+RUNS = [("floor", 0.0), ("seft", 0.01), ("seft", 0.05), ("full", 0.0), ("lora", 0.0), ("packed", 0.01)]
+"""Methods and densities. LoRA comes last of those that share a model, since it leaves its adapters in it."""
+COMPILED = [("seft", "model"), ("floor", "layers"), ("seft", "layers"), ("floor", "model")]
+"""What is compiled: the whole forward pass, or each decoder layer."""
 
 
-def build(setting: Setting, method: str, device: torch.device) -> Any:
-    """Build the model of a setting, with packed weights for method "packed"."""
-    model = (packed_llama if method == "packed" else random_llama)(setting.model, device)
-    return checkpointed(model) if setting.checkpoint else model
+class Models:
+    """Builds models, and keeps the dense one of a setting for its next method."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Args:
+        device: The device.
+        """
+        self._device = device
+        self._kept: tuple[Setting, Any] | None = None
+
+    def take(self, setting: Setting, method: str) -> Any:
+        """Return the kept model if the method can use it, otherwise a new one. The caller gives it back.
+
+        A model of a case that failed is not given back, and so is not used again.
+        """
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] == setting and method != "packed":
+            return kept[1]
+        del kept  # frees a model before the next one is built
+        free(self._device)
+        model = (packed_llama if method == "packed" else random_llama)(setting.model, self._device)
+        return checkpointed(model) if setting.checkpoint else model
+
+    def give_back(self, setting: Setting, method: str, model: Any) -> None:
+        """Keep a model that nothing is installed in any more."""
+        model.zero_grad(set_to_none=True)
+        if method not in ("lora", "packed"):
+            self._kept = (setting, model)
 
 
-def measure_plain(setting: Setting, method: str, device: torch.device, steps: int) -> dict[str, Any]:
+def measure_plain(models: Models, setting: Setting, method: str, device: torch.device, steps: int) -> dict[str, Any]:
     """Measure a method of step_methods.py."""
-    model = build(setting, method, device)
+    model = models.take(setting, method)
     data = random_tokens(model, setting.sequences, setting.tokens, device)
     step = METHODS[method](model, data, 0.0)
-    return {"method": method, **ordinary(step, device, steps)}
+    found = {"method": method, **ordinary(step, device, steps)}
+    models.give_back(setting, method, model)
+    return found
 
 
 def ordinary(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:
@@ -76,9 +118,11 @@ def ordinary(step: Callable[[], Any], device: torch.device, steps: int) -> dict[
     return {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak": peak(device)}
 
 
-def measure_seft(setting: Setting, method: str, density: float, device: torch.device, steps: int) -> dict[str, Any]:
+def measure_seft(
+    models: Models, setting: Setting, method: str, density: float, device: torch.device, steps: int
+) -> dict[str, Any]:
     """Measure SEFT with dense or packed weights: ordinary steps, then one with an evolution."""
-    model = build(setting, method, device)
+    model = models.take(setting, method)
     data = random_tokens(model, setting.sequences, setting.tokens, device)
     config = SeftConfig(density=density, interval=EVERY, window=1, steps=10 * EVERY)
     seft = SeftOptimizer(model, config, lr=1e-4, max_grad_norm=1.0)
@@ -102,6 +146,9 @@ def measure_seft(setting: Setting, method: str, density: float, device: torch.de
     evolving, report = timed(step, device)
     assert report is not None and not report.first, "no evolution where one was due"
     usual = statistics.median(seconds)
+    highest = peak(device)
+    seft.detach()
+    models.give_back(setting, method, model)
     return {
         "method": method,
         "density": density,
@@ -111,16 +158,22 @@ def measure_seft(setting: Setting, method: str, density: float, device: torch.de
         "first_step": first,
         "evolution_step": evolving,
         "evolution_phases": {name: phase.seconds for name, phase in report.phases.items()},
-        "evolution_peak": peak(device),
+        "evolution_peak": highest,
         "average": ((INTERVAL - 1) * usual + evolving) / INTERVAL,
     }
 
 
-def measure_compiled(setting: Setting, method: str, device: torch.device, steps: int) -> dict[str, Any]:
-    """Measure SEFT with every decoder layer compiled."""
-    model = build(setting, method, device)
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
+def measure_compiled(
+    models: Models, setting: Setting, method: str, what: str, device: torch.device, steps: int
+) -> dict[str, Any]:
+    """Measure the floor or SEFT with ``model.forward`` or every decoder layer compiled."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = models.take(setting, method)  # not given back: it stays compiled
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    for module in model.model.layers if what == "layers" else [model]:
+        module.compile(dynamic=False, backend=backend)
     data = random_tokens(model, setting.sequences, setting.tokens, device)
     step: Callable[[], Any]
     if method == "floor":
@@ -134,7 +187,9 @@ def measure_compiled(setting: Setting, method: str, device: torch.device, steps:
             seft.zero_grad()
 
     compiling, _ = timed(step, device)
-    return {"method": f"{method}, layers compiled", "first_step": compiling, **ordinary(step, device, steps)}
+    found = {"method": f"{method}, {what} compiled", "first_step": compiling, **ordinary(step, device, steps)}
+    breaks = sum(counters["graph_break"].values())
+    return found | {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -149,30 +204,48 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 row[f"{key}_x_floor"] = row[key] / floor["seconds" if key != "peak" else "peak"]
 
 
+def seconds_needed(rows: list[dict[str, Any]], setting: Setting, compiled: bool) -> float:
+    """Estimate the seconds of a case from the case before that ended, by the operations of their steps."""
+    for row in reversed(rows):
+        if row["status"] == "ok" and "compiled" in row and row["compiled"] == compiled:
+            return row["case_seconds"] * setting.work / row["work"]
+    return 0.0
+
+
+def measure_setting(part: Part, models: Models, setting: Setting, has_peft: bool, compiles: bool) -> None:
+    """Measure every method in one setting."""
+    device, steps = part.device, 2 if part.tiny else 5
+
+    def case(name: str, run: Callable[[], dict[str, Any]], **more: Any) -> None:
+        needs = seconds_needed(part.rows, setting, more["compiled"])
+        part.case(f"{setting.name}: {name}", run, needs, setting.about | more)
+        add_ratios(part.rows)
+
+    for method, density in RUNS:
+        if method == "lora" and not has_peft:
+            continue
+        run = functools.partial(measure_plain, models, setting, method, device, steps)
+        if density:
+            run = functools.partial(measure_seft, models, setting, method, density, device, steps)
+        more = {"density": density} if density else {}
+        case(f"{method}{f' {density:.0%}' if density else ''}", run, method=method, compiled=False, **more)
+    for method, what in COMPILED[: 2 if part.tiny else None] if compiles else ():
+        run = functools.partial(measure_compiled, models, setting, method, what, device, steps)
+        case(f"{method}, {what} compiled", run, method=f"{method}, {what} compiled", compiled=True)
+
+
 def main() -> None:
     """Measure every method in every setting."""
     part = Part(__doc__)
-    device, steps = part.device, 2 if part.tiny else 5
     has_peft = importlib.util.find_spec("peft") is not None
     if not has_peft:
         part.missing("lora", "peft is not installed")
+    models = Models(part.device)
+    compiles = True
     for setting in TINY if part.tiny else SETTINGS:
-        about = {"setting": setting.name, "model": setting.model, "sequences": setting.sequences}
-        about |= {"tokens": setting.tokens, "checkpoint": setting.checkpoint}
-        for method, density in RUNS:
-            if method == "lora" and not has_peft:
-                continue
-            run = functools.partial(measure_plain, setting, method, device, steps)
-            if density:
-                run = functools.partial(measure_seft, setting, method, density, device, steps)
-            name = f"{setting.name}: {method}{f' {density:.0%}' if density else ''}"
-            part.case(name, run, 0 if part.tiny else 4, about)
-            add_ratios(part.rows)
-    compiled = Setting("tiny", 2, 32, False) if part.tiny else Setting("1B", 1, 2048, False)
-    for method in () if part.tiny else ("floor", "seft"):
-        run = functools.partial(measure_compiled, compiled, method, device, steps)
-        part.case(f"{compiled.name}: {method}, layers compiled", run, 25, {"setting": compiled.name})
-    add_ratios(part.rows)
+        here = compiles and setting.model in ("tiny", "1B")
+        measure_setting(part, models, setting, has_peft, here)
+        compiles = compiles and not here
     part.end()
 
 

@@ -202,6 +202,20 @@ def test_the_nearest_measured_times_choose(table: Callable[[str], None]) -> None
     assert choice.measured_launch(CPU) == choice.DEFAULT_LAUNCH
 
 
+def test_a_table_elsewhere_is_used_when_it_is_named(table: Callable[[str], None], tmp_path: Path) -> None:
+    numel = LAYER[0] * LAYER[1]
+    assert choose(LAYER, numel // 1000, CUDA) == "triton" and choice.describe_choice(CUDA).startswith("counting")
+    row = {"dtype": "bfloat16", "tokens": 2048, "rows": 4096, "columns": 4096, "density": 0.01}
+    times = {"dense": 1.0, "triton": 2.0}
+    (tmp_path / "elsewhere.json").write_text(
+        json.dumps({"a card": {"about": "", "launch": [32, 64, 8], "rows": [row | {"seconds": times}]}})
+    )
+    choice.use_table(tmp_path / "elsewhere.json")
+    assert choose(LAYER, numel // 1000, CUDA) == "dense" and choice.measured_launch(CUDA) == (32, 64, 8)
+    assert choice.describe_choice(CUDA) == f"the times in {tmp_path / 'elsewhere.json'}"
+    assert "CPU" in choice.describe_choice(CPU)
+
+
 @pytest.mark.parametrize(
     "content",
     [

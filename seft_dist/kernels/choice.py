@@ -20,7 +20,7 @@ from seft_dist.sparsity.partition import position_dtype
 Form = Literal["c++", "sampled_addmm", "dense", "triton"]
 
 TABLE = Path(__file__).with_name("sampled_times.json")
-"""File with the times of each card by its name; there may be none."""
+"""File with the times of each card by its name; there may be none. ``use_table`` names another."""
 _DENSE_ABOVE = {"c++": 0.4, "sampled_addmm": 0.1}
 """Density from which on a dense product is faster on a CPU."""
 _FLOPS = {2: 500e12, 4: 45e12}
@@ -130,6 +130,26 @@ def estimate(shape: tuple[int, int], entries: int, tokens: int, itemsize: int) -
         "dense": 2 * tokens * rows * columns / flops + 8 * rows * columns / _MEMORY,
         "triton": itemsize * tokens * ((entries + min(entries, rows)) / _CACHE + 2 * (rows + columns) / _MEMORY),
     }
+
+
+def use_table(file: Path) -> None:
+    """Choose by the times in another file from now on, e.g. where the folder of this package cannot be written.
+
+    Args:
+        file: A file that ``benchmarks/gpu.py --parts sampled`` has written.
+    """
+    global TABLE
+    TABLE = file
+    measured_times.cache_clear()
+    _choose_on_cuda.cache_clear()
+
+
+def describe_choice(device: torch.device) -> str:
+    """Say what the choice on a device goes by, e.g. "the times in sampled_times.json"."""
+    if device.type != "cuda":
+        return "density (the choice of a CPU)"
+    measured = bool(measured_times(card_name(device))[0])
+    return f"the times in {TABLE}" if measured else f"counting ({TABLE} has no times of this card)"
 
 
 def measured_launch(device: torch.device) -> Launch:
