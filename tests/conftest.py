@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Tests marked gpu compare bits: cuBLAS is deterministic only with this workspace, which it reads when it starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -27,7 +29,7 @@ LONGEST = [
     f"test_{name}.py"
     for name in (
         *("slurm_train", "layouts", "launchers", "slurm", "stopping", "reproduce", "pattern_layouts", "train"),
-        *("families", "evaluation_tasks", "properties", "backends", "study", "hf_trainer", "quickstart"),
+        *("families", "gpu_check", "evaluation_tasks", "properties", "backends", "study", "hf_trainer", "quickstart"),
     )
 ]
 

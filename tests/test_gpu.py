@@ -4,36 +4,51 @@ pytest -m gpu tests/test_gpu.py          # on a machine with a GPU; without one 
 """
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from seft_dist import SeftConfig, SeftOptimizer, pack_weights
+from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist.backends.group import Group
 from seft_dist.io import checkpoint
 from seft_dist.kernels import adamw, bits, choice, packing, ranking, sampled, scatter
+from tests.gpu_runs import (
+    STEPS,
+    build,
+    data_of,
+    layers_do_not_wait,
+    nothing_waits,
+    same_exactly,
+    same_topology,
+    train,
+)
 from tests.layouts import ds_engine, shard_fsdp, snapshot
-from tests.models import Parent, batch, moving, prune_, tiny_llama
+from tests.models import Parent, moving, prune_, tiny_llama
 from tests.ranks import run_ranks
-from tests.waits import Waits
 
-STEPS = 8
-CONFIG = moving(density=0.05, interval=2, window=2, steps=STEPS)
-"""The first support and three evolutions."""
 SEEDS = (0, 1, 2)
+MISSING = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+ON_CARD = [pytest.mark.gpu, MISSING]
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=ON_CARD)]
+FORMS = pytest.mark.parametrize(
+    ("device", "form"),
+    [
+        pytest.param("cpu", "dense"),
+        pytest.param("cuda", "dense", marks=ON_CARD),
+        pytest.param("cuda", "triton", marks=[*ON_CARD, NO_TRITON]),
+    ],
+    indirect=True,
+)
+"""For tests that run with every form of the sampled gradient that a device has, whatever would be chosen."""
 
 
-def on_card(mark: Any = None) -> list[Any]:
-    """Parameters of a test: the CPU, and a CUDA device where there is one."""
-    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    return [pytest.param("cpu", marks=mark or ()), pytest.param("cuda", marks=[pytest.mark.gpu, missing])]
-
-
-@pytest.fixture(params=on_card())
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Device of a test; a CPU is used without the compiled kernels, so that the code is that of a GPU."""
     if request.param == "cpu":
@@ -42,62 +57,24 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return torch.device(request.param)
 
 
-def compute_exactly() -> None:
-    """Make sums on a CUDA device deterministic in this process: without TF32, and with attention by matrix products."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for enable in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):
-        getattr(torch.backends.cuda, enable)(False)
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Forces a form of the sampled gradient, and checks after the test that it ran and no other did."""
+    ran = set()
 
+    def recorded(name: choice.Form) -> Callable[..., None]:
+        run = sampled.FORMS[name]
 
-def build(
-    device: torch.device,
-    seed: int = 0,
-    *,
-    dtype: torch.dtype = torch.float32,
-    resident: bool = False,
-    checkpointed: bool = False,
-    config: SeftConfig = CONFIG,
-    layers: int = 2,
-    parent: Parent | None = None,
-) -> tuple[Any, SeftOptimizer]:
-    """A tiny pruned model on a device, and its optimizer."""
-    if device.type == "cuda":
-        compute_exactly()
-    model: Any = prune_(tiny_llama(seed, dtype, num_hidden_layers=layers)).to(device)
-    if checkpointed:
-        model.train()
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # its name depends on the version
-    if resident:
-        pack_weights(model)
-    return model, SeftOptimizer(model, config, lr=1e-2, max_grad_norm=1.0, parent=parent)
+        def wrapper(*args: Any) -> None:
+            ran.add(name)
+            run(*args)
 
+        return wrapper
 
-def data_of(step: int, device: torch.device, rank: int = 0, size: int = 4) -> dict[str, Tensor]:
-    return {key: value.to(device) for key, value in batch(step, rank, size=size).items()}
-
-
-def train(
-    model: Any,
-    seft: SeftOptimizer,
-    device: torch.device,
-    first: int = 0,
-    last: int = STEPS,
-    rank: int = 0,
-    same_batch: bool = False,
-) -> dict[str, Any]:
-    """Some steps: every loss, every evolution's digest, and what the targets are in the end, on the CPU."""
-    losses, digests = [], []
-    for t in range(first, last):
-        loss = model(**data_of(0 if same_batch else t, device, rank)).loss
-        loss.backward()
-        seft.step()
-        seft.zero_grad()
-        losses.append(loss.item())
-        if seft.evolution:
-            digests.append(seft.evolution.digest)
-    state = {name: {key: value.cpu() for key, value in layer.items()} for name, layer in snapshot(model, seft).items()}
-    return {"losses": losses, "digests": digests, "state": state}
+    monkeypatch.setattr(sampled, "choose", lambda *_: request.param)
+    monkeypatch.setattr(sampled, "FORMS", {name: recorded(name) for name in sampled.FORMS})
+    yield request.param
+    assert ran == {request.param}
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +84,8 @@ def on_cpu() -> list[dict[str, Any]]:
     return [train(*build(cpu, seed, layers=1), cpu) for seed in SEEDS]
 
 
-def same_topology(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    pairs = [(layer, other["state"][name]) for name, layer in one["state"].items()]
-    return all(torch.equal(a[key], b[key]) for a, b in pairs for key in ("mask", "support"))
-
-
-def test_same_supports_and_masks_as_on_a_cpu(device: torch.device, on_cpu: list[dict[str, Any]]) -> None:
+@FORMS
+def test_same_supports_and_masks_as_on_a_cpu(device: torch.device, form: str, on_cpu: list[dict[str, Any]]) -> None:
     found = [train(*build(device, seed, layers=1), device) for seed in SEEDS]
     same = 0
     for one, other in zip(found, on_cpu, strict=True):
@@ -179,12 +152,6 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(device: torch.device, tmp_path: P
     assert back["losses"][-1] < there["losses"][0]
 
 
-def same_exactly(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(
-        torch.equal(value, other[name][key].cpu()) for name, layer in one.items() for key, value in layer.items()
-    )
-
-
 def test_resident_weights_train_to_the_same_bits(device: torch.device) -> None:
     dense, packed = (train(*build(device, resident=resident), device) for resident in (False, True))
     assert dense["losses"] == packed["losses"] and dense["digests"] == packed["digests"]
@@ -196,42 +163,24 @@ def test_checkpointed_layers_train_to_the_same_bits(device: torch.device) -> Non
     assert kept["losses"] == again["losses"] and kept["digests"] == again["digests"]
 
 
-@contextmanager
-def nothing_waits(device: torch.device) -> Iterator[None]:
-    """An error where the host would wait for the device."""
-    if device.type == "cpu":
-        with Waits() as waits:
-            yield
-        # what the step before found out is read; on a GPU it has been copied long since
-        assert waits.found in ([], ["aten._local_scalar_dense.default"])
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
+@FORMS
 @pytest.mark.parametrize("resident", [False, True])
-@pytest.mark.parametrize("form", ["dense", None])
-def test_an_ordinary_step_does_not_wait(
-    form: str | None, resident: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if form is not None:
-        monkeypatch.setattr(sampled, "choose", lambda *_: form)
+def test_an_ordinary_step_does_not_wait(form: str, resident: bool, device: torch.device) -> None:
     config = moving(density=0.05, interval=4, steps=STEPS)
     model, seft = build(device, dtype=torch.bfloat16, resident=resident, config=config)
     seft.attach()
     seft._checks_late = True
     for t in range(7):
-        loss = model(**data_of(t, device)).loss
+        data = data_of(t, device)
         if t in (1, 5):  # not the first one, whose write is checked, and no step that evolves
-            with nothing_waits(device):
+            with layers_do_not_wait(model, device):
+                loss = model(**data).loss
+            with nothing_waits(device, "aten._local_scalar_dense.default"):  # what the step before found out is read
                 loss.backward()
                 seft.step()
                 seft.zero_grad()
         else:
-            loss.backward()
+            model(**data).loss.backward()
             seft.step()
             seft.zero_grad()
     assert seft.num_steps == 7
@@ -239,8 +188,11 @@ def test_an_ordinary_step_does_not_wait(
 
 def on_ranks(device: torch.device, world_size: int, backend: str, run: Callable[..., Any]) -> list[Any]:
     """Run on new processes; with CUDA they are spawned, as a forked one cannot use a device that its parent uses."""
-    start, backend = ("fork", "gloo") if device.type == "cpu" else ("spawn", backend)
-    return run_ranks(run, world_size, device.type, timeout=120, start=start, backend=backend)
+    if device.type == "cpu":
+        return run_ranks(run, world_size, device.type, timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cuda")  # for all other tests it is the CPU (tests/conftest.py)
+        return run_ranks(run, world_size, device.type, timeout=120, start="spawn", backend=backend)
 
 
 def fsdp_alone(rank: int, world_size: int, kind: str) -> dict[str, Any]:
@@ -265,11 +217,64 @@ def zero3_alone(rank: int, world_size: int, kind: str) -> dict[str, Any]:
     return {"losses": losses, "digests": digests}
 
 
+def called_collectives(rank: int, world_size: int, kind: str) -> dict[str, Any]:
+    """Every collective of a group of one rank, and a training whose exchange goes through the library.
+
+    A process alone, as ``Group(None)``, would call no library.
+    """
+    device = torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(0)
+    ours = Group(dist.group.WORLD)
+    for group in (ours, ours.twin()):
+        for where in {device, torch.device("cpu")}:  # offloaded shards are on the CPU, also where NCCL is used
+            for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8):
+                values = torch.arange(6, device=where).to(dtype)
+                (lengths,), (gathered,) = (group.gather(values, given) for given in ([6], None))
+                found = [
+                    group.sum(values.clone()),
+                    group.max(values.clone()),
+                    group.stack(values)[0],
+                    lengths,
+                    gathered,
+                ]
+                assert all(torch.equal(one, values) and one.device == values.device for one in found), (where, dtype)
+            numbers = torch.randn(5, device=where)
+            assert torch.equal(group.sum_to_owners(numbers, [5]), numbers)
+            assert group.sum_to_owners(numbers[:0], [0]).numel() == 0
+        assert group.gather_objects({"rank": rank}) == [{"rank": 0}]
+    calls = Counter[str]()
+    names = ("all_reduce", "all_to_all_single", "all_gather_single", "all_gather_into_tensor")
+    for name in names:
+        run = getattr(dist, name, None)
+        if run is not None:
+            setattr(dist, name, counting(calls, name, run))
+    return train(*build(device, group=dist.group.WORLD), device) | {"calls": calls}
+
+
+def counting(calls: Counter[str], name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return run(*args, **kwargs)
+
+    return counted
+
+
 def replicated_pair(rank: int, world_size: int, kind: str) -> dict[str, Any]:
     device = torch.device(kind)
     model, seft = build(device)
     found = train(model, seft, device, rank=rank)
     return {"digests": found["digests"], "state": found["state"]}
+
+
+def test_collectives_of_one_rank(device: torch.device) -> None:
+    alone = train(*build(device), device)
+    (found,) = on_ranks(device, 1, "nccl", called_collectives)
+    assert found["digests"] == alone["digests"]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    calls = found["calls"]
+    assert calls["all_reduce"] and calls["all_to_all_single"] >= STEPS - 1
+    assert calls["all_gather_single"] + calls["all_gather_into_tensor"]
 
 
 def test_fsdp_of_one_rank(device: torch.device) -> None:

@@ -1,11 +1,15 @@
 """The Triton kernels on CPU tensors: run by test_kernels_triton.py in a process with TRITON_INTERPRET=1."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from seft_dist.kernels import triton_kernels
+from seft_dist import SeftOptimizer
+from seft_dist.kernels import sampled, triton_kernels
 from seft_dist.optim.delta import Support
 from seft_dist.sparsity.bitmask import pack
+from tests.models import batch, moving, prune_, tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,3 +55,26 @@ def test_too_few_values_are_not_read_beyond() -> None:
     values = torch.arange(1, 1501, dtype=torch.float32)
     out = triton_kernels.decode(pack(mask), values[:1100], torch.full((1500,), 7.0))
     assert torch.equal(out, torch.where(torch.arange(1500) < 1100, values, 0))
+
+
+def test_the_optimizer_takes_its_gradients_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, losses = [], []
+    run = sampled.FORMS["triton"]
+
+    def recorded(*args: Any) -> None:
+        ran.append(args[1])
+        run(*args)
+
+    monkeypatch.setitem(sampled.FORMS, "triton", recorded)
+    for form in ("dense", "triton"):
+        monkeypatch.setattr(sampled, "choose", lambda *_, form=form: form)
+        model = prune_(tiny_llama(num_hidden_layers=1))
+        seft = SeftOptimizer(model, moving(density=0.05, interval=3, window=1, steps=6), lr=1e-2)
+        for t in range(5):  # the first support, ordinary steps and an evolution
+            loss = model(**batch(t)).loss
+            loss.backward()
+            seft.step()
+            seft.zero_grad()
+            losses.append(loss.item())
+    assert losses[5:] == pytest.approx(losses[:5], rel=1e-4)
+    assert len(ran) == 7 * 3  # the linears of a layer, in steps without a dense gradient

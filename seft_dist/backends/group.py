@@ -36,7 +36,7 @@ def all_gather_single(
 
 
 class Group:
-    """Ranks that act together; ``None`` is one process alone, with the same code path.
+    """Ranks that act together; ``None`` is one process alone, which calls no library.
 
     Every method that is not a property is Collective: all ranks of the group must enter it, in the same order, also
     with nothing to send. Bytes are counted as a ring would send them.
@@ -67,7 +67,7 @@ class Group:
         return tensor.cuda() if self._nccl and tensor.device.type == "cpu" else tensor.contiguous()
 
     def _reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.size > 1:
+        if self.group is not None:
             staged = self._stage(tensor)
             dist.all_reduce(staged, op=op, group=self.group)
             self._sent[0] += 2 * tensor.numel() * tensor.element_size() * (self.size - 1) // self.size
@@ -92,7 +92,7 @@ class Group:
         Returns:
             [size, *shape], in rank order.
         """
-        if self.size == 1:
+        if self.group is None:
             return tensor.unsqueeze(0)
         staged = self._stage(tensor)
         out = torch.empty((self.size * tensor.numel(),), dtype=tensor.dtype, device=staged.device)
@@ -111,7 +111,7 @@ class Group:
             Every rank's tensor, in rank order.
         """
         assert tensor.dim() == 1
-        if self.size == 1:
+        if self.group is None:
             return [tensor]
         if lengths is None:
             lengths = self.stack(torch.tensor([tensor.numel()], device=tensor.device)).view(-1).tolist()
@@ -122,7 +122,7 @@ class Group:
 
     def gather_objects(self, item: T) -> list[T]:
         """Gather one picklable object from each rank, in rank order; their bytes are not counted."""
-        if self.size == 1:
+        if self.group is None:
             return [item]
         items = [item] * self.size
         dist.all_gather_object(items, item, group=self.group)
@@ -146,7 +146,7 @@ class Group:
             What gives fp32 [sizes[rank]], summed in rank order.
         """
         assert tensor.numel() == sum(sizes)
-        if self.size == 1:
+        if self.group is None:
             return Sum(tensor, tensor, 1, tensor.device, None)
         staged = self._stage(tensor)
         own = sizes[self.rank]
