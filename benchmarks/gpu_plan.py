@@ -49,7 +49,7 @@ def measured_rates(part: Part, found: dict[str, Rates]) -> dict[str, Any]:
 def cases_of(part: Part, name: str) -> list[dict[str, Any]]:
     """Read the rows of another part that can be planned: those measured, and those that did not fit.
 
-    None if it did not run. A row that was stopped is planned if it has a duration.
+    None if it did not run. A row that was stopped or failed later is planned too if it has a duration.
     """
     file = part.folder / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() else []

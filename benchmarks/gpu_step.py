@@ -65,8 +65,10 @@ SETTINGS = [
 TINY = [Setting("tiny", 2, 32, False)]
 RUNS = [("floor", 0.0), ("seft", 0.01), ("seft", 0.05), ("full", 0.0), ("lora", 0.0), ("packed", 0.01)]
 """Methods and densities. LoRA comes last of those that share a model, since it leaves its adapters in it."""
-COMPILED = [("seft", "model"), ("floor", "layers"), ("seft", "layers"), ("floor", "model")]
-"""What is compiled: the whole forward pass, or each decoder layer."""
+COMPILED = [("seft", "layers"), ("floor", "layers"), ("seft", "model"), ("floor", "model")]
+"""What is compiled: each decoder layer, or the whole forward pass."""
+COMPILING = {"": 0.0, "layers": 15.0, "model": 60.0}
+"""Seconds that the first case of a kind needs at least; assumed."""
 
 
 class Models:
@@ -204,12 +206,18 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 row[f"{key}_x_floor"] = row[key] / floor["seconds" if key != "peak" else "peak"]
 
 
-def seconds_needed(rows: list[dict[str, Any]], setting: Setting, compiled: bool) -> float:
-    """Estimate the seconds of a case from the case before that ended, by the operations of their steps."""
-    for row in reversed(rows):
-        if row["status"] == "ok" and "compiled" in row and row["compiled"] == compiled:
-            return row["case_seconds"] * setting.work / row["work"]
-    return 0.0
+def seconds_needed(part: Part, setting: Setting, compiled: str) -> float:
+    """Estimate the seconds of a case from the last one of its kind that ended, by the operations of their steps.
+
+    Args:
+        part: The part, with the rows so far.
+        setting: The setting of the case.
+        compiled: What is compiled in it, see ``COMPILING``.
+    """
+    for row in reversed(part.rows):
+        if row["status"] == "ok" and row.get("compiled") == compiled:
+            return float(row["case_seconds"] * setting.work / row["work"])
+    return 0.0 if part.tiny else COMPILING[compiled]
 
 
 def measure_setting(part: Part, models: Models, setting: Setting, has_peft: bool, compiles: bool) -> None:
@@ -217,7 +225,7 @@ def measure_setting(part: Part, models: Models, setting: Setting, has_peft: bool
     device, steps = part.device, 2 if part.tiny else 5
 
     def case(name: str, run: Callable[[], dict[str, Any]], **more: Any) -> None:
-        needs = seconds_needed(part.rows, setting, more["compiled"])
+        needs = seconds_needed(part, setting, more["compiled"])
         part.case(f"{setting.name}: {name}", run, needs, setting.about | more)
         add_ratios(part.rows)
 
@@ -228,10 +236,12 @@ def measure_setting(part: Part, models: Models, setting: Setting, has_peft: bool
         if density:
             run = functools.partial(measure_seft, models, setting, method, density, device, steps)
         more = {"density": density} if density else {}
-        case(f"{method}{f' {density:.0%}' if density else ''}", run, method=method, compiled=False, **more)
-    for method, what in COMPILED[: 2 if part.tiny else None] if compiles else ():
+        case(f"{method}{f' {density:.0%}' if density else ''}", run, method=method, compiled="", **more)
+    if not compiles:
+        return
+    for method, what in COMPILED[1:3] if part.tiny else COMPILED:
         run = functools.partial(measure_compiled, models, setting, method, what, device, steps)
-        case(f"{method}, {what} compiled", run, method=f"{method}, {what} compiled", compiled=True)
+        case(f"{method}, {what} compiled", run, method=f"{method}, {what} compiled", compiled=what)
 
 
 def main() -> None:

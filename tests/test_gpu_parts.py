@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from seft_dist.config import ClusterConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,6 +175,37 @@ def test_the_tests_that_ended_are_known_when_the_others_are_stopped(
         "test_resident_cpu": "skipped: Skipped: no peft",
         "test_resident_cpu_long": "running",
     }
+
+
+def test_a_plan_is_made_for_the_memory_that_is_free(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = importlib.import_module("gpu_planned")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    sheet = planned.sheet_of(torch.device("cuda"))
+    assert sheet.gpu == "A100-80GB" and sheet.memory_gb == 35.0
+
+
+def test_models_are_traced_once_and_tried_from_the_largest_that_fits(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest, planned = importlib.import_module("gpu_70b"), importlib.import_module("gpu_planned")
+    monkeypatch.setattr(sys, "argv", ["part", "--result", str(tmp_path / "part.json"), "--device", "cpu", "--tiny"])
+    part = importlib.import_module("gpu_common").Part(None)
+    planned.traced.cache_clear()
+
+    def plans(memory_gb: float) -> Any:
+        sheet = ClusterConfig(nodes=1, gpus_per_node=1, memory_gb=memory_gb)
+        monkeypatch.setattr(largest, "sheet_of", lambda device: sheet)
+        return part.case("plans", lambda: largest.plans(part, largest.TINY))
+
+    found = plans(3.0)
+    assert found["fitting"] == ["tiny", "tinier"]
+    assert plans(found["plans"]["tiny"]["bytes"] / 1e9 - 1e-6)["fitting"] == ["tinier"]
+    assert planned.traced.cache_info().misses == 2
+    none = plans(1.0)
+    assert none["status"] == "does not fit"
+    assert none["why"] == "by the plans none fits: tinier needs 2.0 GB, 1.0 GB are free"
 
 
 def test_a_cpu_needs_tiny_shapes(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
