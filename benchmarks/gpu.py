@@ -6,7 +6,8 @@
 
 Each part is a separate process with a time limit. If it fails, hangs or breaks the device, its traceback is recorded
 and the next part runs. The results are gpu.json, gpu.md and the files of the parts, which docs/gpu.md describes, also
-what is needed. The exit status is 1 if anything failed or was stopped; a case that does not fit the card is no failure.
+what is needed. The exit status is 1 if anything failed, was stopped, or a part ran nothing; a case that does not fit
+the card is no failure.
 """
 
 import argparse
@@ -109,10 +110,16 @@ def judge(rows: list[dict[str, Any]], code: int, why: str, last_words: str) -> d
             row |= {"status": "stopped", "why": why} if why else {"status": "failed", "traceback": last_words}
     if why:
         return {"status": "stopped", "why": why}
+    if code == 0 and any(row["status"] == "not run" for row in rows) and not any(map(_ran, rows)):
+        return {"status": "not run", "why": "there was no time for any case"}
     if code == 0:
         return {"status": "ok"}
     failed = any(row["status"] == "failed" for row in rows)  # else it began no case
     return {"status": "failed"} | ({} if failed else {"traceback": last_words})
+
+
+def _ran(row: dict[str, Any]) -> bool:
+    return row["status"] not in ("not run", "missing")
 
 
 def main() -> None:

@@ -83,6 +83,19 @@ pathlib.Path({str(tmp_path / "step.json")!r}).write_text(json.dumps({{"chosen_by
     assert row["rest"][-2:] == ["--times", str(tmp_path / "sampled_times.json")]
 
 
+@pytest.mark.parametrize(
+    ("statuses", "wanted"),
+    [
+        (["ok", "not run"], "ok"),
+        (["does not fit"], "ok"),
+        (["missing", "ok"], "ok"),
+        (["missing", "not run", "not run"], "not run"),
+    ],
+)
+def test_a_part_without_time_for_a_case_is_not_ok(gpu: ModuleType, statuses: list[str], wanted: str) -> None:
+    assert gpu.judge([{"status": status} for status in statuses], 0, "", "")["status"] == wanted
+
+
 def test_every_part_gets_its_least_time_first(gpu: ModuleType) -> None:
     parts = list(gpu.SHARES)
     assert set(gpu.LEAST) == set(parts) and sum(gpu.SHARES.values()) == pytest.approx(1.0)
