@@ -369,3 +369,11 @@ def test_cells_keep_their_names_across_versions(tmp_path: Path) -> None:
     assert [cell.name for cell in cells(config)] == names
     measured = {file.name for cell in cells(config) for file in cell.glob("*-*.json")}
     assert measured == {"forgetting-5d4b2cad2d.json", "test-b7455d7f4a.json"}
+
+
+def test_a_base_that_is_no_model_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "outer" / "model").mkdir(parents=True)
+    fake = Fake()
+    with pytest.raises(ValueError, match=r"bases.base: .*outer has no config.json"):
+        run(study_config(tmp_path, bases={"base": {"path": str(tmp_path / "outer")}}), fake)
+    assert fake.labels == []

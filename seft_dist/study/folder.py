@@ -178,6 +178,8 @@ def _base(base: Base, train: DataConfig, parts: dict[str, TextPart], known: _Rec
     """Hash a base: its files, or everything that its pruning depends on."""
     path = str(base.model) if base.prune is None else base.prune.model.path
     source = locate(path)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"bases.{base.name}: {source} has no config.json: needs the folder of a Hugging Face model")
     stamp = stamp_of(str(source), "*.safetensors") + stamp_of(str(source / "config.json"))
     before = known["bases"].get(base.name) if known else None
     digest = before["source"] if before and before["stamp"] == stamp else _hash_of_files(stamp)
