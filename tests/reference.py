@@ -161,7 +161,7 @@ class DenseSeft:
     def _evolve(self, windows: list[Window], first: bool) -> None:
         for layer in self.layers.values():
             layer.grown = layer.removed = layer.returned = torch.zeros_like(layer.mask)
-        if self.parent and not first:
+        if self.parent and not first and (self.config.last_swap is None or self.num_steps <= self.config.last_swap):
             self._swap(windows)
         if self.config.reactivate == "trial":
             self._adapt(windows)

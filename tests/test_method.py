@@ -23,7 +23,7 @@ CLOSE = 1e-4
 # The learning rate moves deltas by a tenth of a typical weight, so that Adapt also prunes entries of the support.
 ADAM: dict[str, Any] = {"lr": 2e-2, "betas": (0.9, 0.95), "max_grad_norm": 0.5}
 
-SWAP: dict[str, Any] = {"reactivation": 0.0, "swap_fraction": 0.04}
+SWAP: dict[str, Any] = {"reactivation": 0.0, "swap_fraction": 0.04, "swap_end": 100}
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {}),
@@ -76,6 +76,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drop_nothing": ({"drop_fraction": 0.0}, {}),
     "static": ({"static": True}, {}),
     "swap": (SWAP, {}),
+    "swap_early": (SWAP | {"swap_end": None, "interval": 2, "window": 1}, {}),
     "swap_all": (SWAP | {"swap_fraction": 1.0, "drop_fraction": 1.0}, {}),
     "swap_global": (SWAP | {"scope": "global"}, {}),
     "swap_global_all": (SWAP | {"scope": "global", "swap_fraction": 1.0, "window": 4}, {}),
@@ -269,7 +270,7 @@ def configs(draw: st.DrawFn) -> SeftConfig:
     swaps = draw(st.sampled_from([0.0, 0.0, 0.02, 0.5]))
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
     if swaps:
-        drawn |= {"reactivation": 0.0, "swap_fraction": swaps}
+        drawn |= {"reactivation": 0.0, "swap_fraction": swaps, "swap_end": draw(st.sampled_from([8, STEPS]))}
         drawn["adapt"] = "curvature" if drawn["adapt"] == "none" else drawn["adapt"]  # which swaps do not read
     if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"

@@ -25,7 +25,7 @@ from tests.models import Parent, batch, prune_, prune_groups_, tiny_llama
 from tests.runs import digests, ds_file, make_config, run_config, run_train
 
 STEPS = 14
-CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=STEPS, end=12, swap_fraction=0.03)
+CONFIG = SeftConfig(density=0.05, interval=4, window=2, steps=STEPS, end=12, swap_fraction=0.03, swap_end=12)
 
 
 def dense_parent() -> Parent:
@@ -96,7 +96,7 @@ def test_a_pruned_weight_that_matters_takes_the_place_of_one_that_does_not() -> 
     weight[:, 8:] = 0
     weight[2, 5] = 0
     wanted = parent.weights["0"].clone()
-    config = SeftConfig(density=0.1, interval=4, window=2, steps=6, swap_fraction=1 / 256)
+    config = SeftConfig(density=0.1, interval=4, window=2, steps=6, swap_fraction=1 / 256, swap_end=4)
     seft = SeftOptimizer(model, config, lr=1e-4, parent=parent)
     zeros = int((weight == 0).sum())
     for _ in range(6):

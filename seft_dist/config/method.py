@@ -69,6 +69,9 @@ class SeftConfig:
     """Largest share of a weight's positions that an evolution swaps, 0 to 1: pruned positions come back with their
     value in the parent (--parent, the model before it was pruned) in the place of active ones, where that lowers the
     "curvature" price of what is pruned. 0: none. Not together with reactivation."""
+    swap_end: int | None = None
+    """Last optimizer step at which an evolution swaps. None: 30 % of steps, or as long as there are evolutions if steps is
+    None. Later swaps did more harm than good (docs/results.md)."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
     positions drawn from the seed)."""
@@ -151,6 +154,20 @@ class SeftConfig:
             check(self.adapt != "none", f"{given} with adapt=none", "the default of adapt, which swaps do not read")
             check(self.known_pattern is None, f"{given} with pattern={self.pattern}", "no pattern, or swap_fraction 0")
             check(self.window_store != "candidates", f"{given} with window_store=candidates", "another window_store")
+            self._check_last_swap()
+
+    def _check_last_swap(self) -> None:
+        """Refuse a run in which no evolution comes early enough to swap."""
+        last = self.last_swap
+        if last is None:
+            return
+        first = max(1, -(-self.begin // self.interval)) * self.interval
+        limit = last if self.last_step is None else min(last, self.last_step)
+        check(
+            first <= limit,
+            f"swap_fraction={self.swap_fraction}, with the first evolution at step {first} and the last swaps at {limit}",
+            "an evolution at which to swap: a shorter interval, or a later swap_end",
+        )
 
     def _check_window_store(self) -> None:
         """Refuse criteria that need more of the gradient than the store of the window keeps."""
@@ -199,6 +216,13 @@ class SeftConfig:
         if self.end is not None or self.steps is None:
             return self.end
         return min(int(0.8 * self.steps), self.steps - 1)
+
+    @property
+    def last_swap(self) -> int | None:
+        """Last step at which an evolution may swap, None if there is no such limit."""
+        if self.swap_end is not None or self.steps is None:
+            return self.swap_end
+        return int(0.3 * self.steps)
 
     @property
     def last_evolution(self) -> int | None:

@@ -33,6 +33,7 @@ from seft_dist.optim.state import State
 from seft_dist.optim.swap import Parent, swap
 from seft_dist.optim.window import Window, share_positions
 from seft_dist.optim.working_state import WorkingState
+from seft_dist.sparsity.schedule import is_swap
 from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
@@ -86,7 +87,7 @@ class Evolution:
         self._phase("window", self._prepare)
         if on_trial:
             self._decided = self._phase("adapt", lambda: end_trials(work))
-        if (parent := self._parent) is not None and not first:
+        if (parent := self._parent) is not None and not first and is_swap(work.config, work.step):
             self._phase("swap", lambda: swap(work, parent))
         self._phase("drop", lambda: drop(work, fraction))
         self._phase("grow", lambda: grow(work))

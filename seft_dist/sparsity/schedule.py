@@ -12,6 +12,11 @@ def is_evolution(config: SeftConfig, step: int) -> bool:
     return config.last_step is None or step <= config.last_step
 
 
+def is_swap(config: SeftConfig, step: int) -> bool:
+    """Return whether the evolution of step t swaps, if it is not the choice of the first support."""
+    return config.swap_fraction > 0 and (config.last_swap is None or step <= config.last_swap)
+
+
 def first_evolution(config: SeftConfig) -> int | None:
     """Return the step of the first evolution (the first support aside); None if there will be none."""
     return next_evolution(config, 0)

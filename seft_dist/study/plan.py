@@ -32,6 +32,7 @@ _NEW_RUN_OPTIONS: dict[str, Any] = {
     "seft.reactivate": "commit",
     "seft.train_norms": False,
     "seft.swap_fraction": 0.0,
+    "seft.swap_end": None,
     "parent": None,
     "group_by_length": False,
 }
