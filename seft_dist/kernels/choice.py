@@ -70,7 +70,7 @@ def choose(
     """
     density = entries / (shape[0] * shape[1])
     if device.type == "cuda":
-        return _choose_on_cuda(card_name(device), shape, entries, tokens, dtype)
+        return _choose_on_cuda(device, shape, entries, tokens, dtype)
     if device.type != "cpu":
         return "dense"
     if library() is not None:
@@ -95,15 +95,17 @@ def _name_of(index: int | None) -> str:
 
 
 @functools.lru_cache(maxsize=8192)
-def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int, dtype: torch.dtype) -> Form:
+def _choose_on_cuda(
+    device: torch.device, shape: tuple[int, int], entries: int, tokens: int, dtype: torch.dtype
+) -> Form:
     usable: list[Form] = ["dense"]
-    if triton_kernels() is not None:
+    if triton_kernels(device) is not None:
         usable.append("triton")
     if dtype == torch.float32 and _is_one_type(entries):  # cuSPARSE has no bf16 and no fp16 for it
         usable.append("sampled_addmm")
     numel = shape[0] * shape[1]
     kind = str(dtype).removeprefix("torch.")
-    rows = [row for row in measured_times(card)[0] if row.dtype == kind and set(row.seconds) >= {"dense"}]
+    rows = [row for row in measured_times(card_name(device))[0] if row.dtype == kind and set(row.seconds) >= {"dense"}]
     if rows:
         seconds = min(rows, key=lambda row: row.distance(tokens, numel, entries / numel)).seconds
     else:
