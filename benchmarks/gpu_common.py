@@ -138,8 +138,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def lacks_triton(device: torch.device) -> str | None:
     """Return why Triton cannot be used here, or None.
 
-    Only Triton's own part is tried, which needs a C compiler and the headers of Python: errors of this project's kernels
-    are those of a case.
+    Only Triton's own part is tried, which needs a C compiler and the headers of Python. Errors of this project's
+    kernels are those of a case.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
