@@ -138,18 +138,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 def lacks_triton(device: torch.device) -> str | None:
     """Return why Triton cannot be used here, or None.
 
-    Only Triton's own part is tried: errors of this project's kernels are those of a case. On CUDA nothing is tried,
-    since a run would use Triton there and fail.
+    Only Triton's own part is tried, which needs a C compiler and the headers of Python. Errors of this project's
+    kernels are those of a case.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type == "cpu":
-        from gpu_triton import add_one
+    from gpu_triton import add_one
 
-        try:
-            assert add_one(torch.zeros(5)).tolist() == [1.0] * 5
-        except Exception as error:  # e.g. Triton 3.6 with numpy 2.5
-            return f"Triton's interpreter does not run here: {error!r}"
+    try:
+        assert add_one(torch.zeros(5, device=device)).tolist() == [1.0] * 5
+    except Exception as error:  # e.g. Triton 3.6 with numpy 2.4, or no C compiler
+        what = "Triton" if device.type == "cuda" else "Triton's interpreter"
+        return f"{what} does not run here: {error!r}"
     return None
 
 

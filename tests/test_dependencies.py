@@ -1,6 +1,8 @@
 """Required packages: the optimizer works without those of launch/, and wheels for a machine without network."""
 
 import importlib
+import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -12,7 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 TRAINING = """
 import sys
-for name in ("accelerate", "datasets", "jsonargparse", "deepspeed", "mpi4py", "sentencepiece", "google", "tensorboard"):
+HIDDEN = (
+    *("accelerate", "datasets", "deepspeed", "google", "jsonargparse", "lm_eval", "matplotlib", "mpi4py", "peft"),
+    *("psutil", "pydantic", "pydantic_core", "rich", "scipy", "sentencepiece", "tensorboard"),
+)
+for name in HIDDEN:
     sys.modules[name] = None  # looks not installed, to imports and to those who ask beforehand
 from pathlib import Path
 import torch
@@ -23,7 +29,6 @@ from seft_dist.io import checkpoint
 from seft_dist.kernels import adamw, bits, packing, ranking, sampled, scatter
 from seft_dist.planning.plan import make_plan
 from seft_dist.planning.rates import find_rates
-from seft_dist.planning.report import render, to_json
 
 
 def build():
@@ -52,7 +57,7 @@ packed = model(input_ids=ids).logits
 unpack_weights(model)
 assert torch.equal(packed, model(input_ids=ids).logits)
 config = PlanConfig(model="Llama-2-7B")
-to_json(make_plan(config, find_rates(config)))
+make_plan(config, find_rates(config))
 print("resumed at", resumed.num_steps)
 """
 
@@ -63,6 +68,19 @@ def test_the_optimizer_packing_checkpoints_and_plans_need_little(tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "resumed at 3"
+
+
+@pytest.mark.long
+def test_with_peft_the_check_of_a_gpu_also_measures_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--parts", "step", "--minutes", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["parts"]["step"]["rows"]
+    assert [row for row in rows if row.get("method") == "lora" and row["status"] == "ok"]
 
 
 def test_every_requirement_has_a_lower_bound_that_can_be_installed_alone() -> None:

@@ -1,18 +1,24 @@
 """Building the C++ kernels: without a compiler, twice at a time, after a builder was killed."""
 
+import importlib.util
 import multiprocessing as mp
 import os
 import platform
+import sys
 import time
 import warnings
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from seft_dist.kernels.build import library
+from seft_dist.kernels import choice
+from seft_dist.kernels.build import lacks_triton, library, triton_kernels
+from seft_dist.kernels.choice import choose
 from seft_dist.kernels.describe import describe
 from seft_dist.kernels.sampled import sampled_grad_
 
@@ -110,3 +116,46 @@ def test_a_killed_builder_leaves_nothing_that_hangs(tmp_path: Path) -> None:
     out, used, _ = result(start(tmp_path, CXX=compiler(tmp_path, 'exec c++ "$@"')))
     assert out == [6.0, 4.0] and used.startswith("C++")
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
+    """Triton on a card, without a C compiler: every launch fails."""
+    seen: list[torch.device] = []
+
+    def try_out(device: torch.device) -> None:
+        seen.append(device)
+        raise RuntimeError("Failed to find C compiler.\n  Please specify via CC environment variable")
+
+    kernels = ModuleType("seft_dist.kernels.triton_kernels")
+    monkeypatch.setattr(kernels, "try_out", try_out, raising=False)
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # also where Triton is not installed
+    monkeypatch.setattr(choice, "card_name", lambda device: "a card")
+    lacks_triton.cache_clear()
+    choice._choose_on_cuda.cache_clear()
+    yield seen
+    lacks_triton.cache_clear()
+    choice._choose_on_cuda.cache_clear()
+
+
+def test_where_triton_cannot_launch_torch_does_the_work(launches: list[torch.device]) -> None:
+    devices = [torch.device("cuda", index) for index in (0, 0, 1, 0)]
+    with pytest.warns(UserWarning, match="no Triton kernels.*needs a C compiler") as caught:
+        assert [triton_kernels(device) for device in devices] == [None] * 4
+    assert launches == [devices[0], devices[2]] and len(caught) == 2  # once for each device
+    shape, few = (4096, 4096), 4096
+    assert choose(shape, few, devices[0]) == "dense"
+    assert choose(shape, few, devices[0], dtype=torch.float32) in ("dense", "sampled_addmm")
+    reason = "Triton does not run here (RuntimeError: Failed to find C compiler. Please specify via CC"
+    assert describe(devices[0]).startswith(f"torch ({reason}")
+
+
+def test_triton_that_is_not_installed_is_no_reason_to_warn(
+    launches: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert triton_kernels(torch.device("cuda", 0)) is None
+    assert describe(torch.device("cuda", 0)) == "torch (Triton is not installed)" and not launches

@@ -163,7 +163,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         forget()
 
     monkeypatch.setattr(choice, "TABLE", tmp_path / "times.json")
-    monkeypatch.setattr(choice, "triton_kernels", lambda: choice)  # also where Triton is not installed
+    monkeypatch.setattr(choice, "triton_kernels", lambda device: choice)  # also where Triton is not installed
     monkeypatch.setattr(choice, "card_name", lambda device: "a card")
     forget()
     yield write

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig, TrainConfig
 from seft_dist.planning.architectures import ARCHITECTURES, ModelShapes, find_architecture
 from seft_dist.planning.commands import submit_line, train_options
-from seft_dist.planning.hardware import Rates, read_rates, write_rates
+from seft_dist.planning.hardware import Rates, gpu_rates, read_rates, write_rates
 from seft_dist.planning.layout import Layout, possible_layouts
 from seft_dist.planning.memory import seft_memory
 from seft_dist.planning.model_trace import PassCost, _Meter, trace_pass
@@ -252,3 +252,17 @@ def test_measured_rates_are_kept_and_shared_by_ranks(tmp_path: Path) -> None:
     assert rates.per_rank(4).matmul == rates.matmul / 4 and rates.per_rank(4).evolve == 4 * rates.evolve
     with pytest.raises(ValueError, match="needs a file written by"):
         read_rates(__file__)
+
+
+def test_a_gradient_at_the_deltas_takes_at_most_the_time_of_the_dense_one() -> None:
+    rates = gpu_rates(ClusterConfig(), "bfloat16", 0.01)
+    assert rates.dense == rates.matmul == 989e12 * 0.4  # on tensor cores, as the products of a pass
+    assert gpu_rates(ClusterConfig(), "float32", 0.01).dense == 67e12 * 0.4
+    equal_at_2_percent = dataclasses.replace(rates, sampled=0.02 * rates.dense)
+    times = {}
+    for density in (0.01, 0.02, 0.05):
+        config = PlanConfig(model="Llama-2-7B", seft=SeftConfig(density=density))
+        times[density] = make_plan(config, equal_at_2_percent).estimates[0].time
+    sampled = {density: time.step["sampled gradients"] for density, time in times.items()}
+    assert sampled[0.02] == pytest.approx(2 * sampled[0.01], rel=1e-3)
+    assert sampled[0.05] == pytest.approx(sampled[0.02], rel=1e-3)

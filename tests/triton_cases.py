@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from seft_dist import SeftOptimizer
-from seft_dist.kernels import sampled, triton_kernels
+from seft_dist.kernels import build, sampled, triton_kernels
+from seft_dist.kernels.build import lacks_triton
 from seft_dist.optim.delta import Support
 from seft_dist.sparsity.bitmask import pack
 from tests.models import batch, moving, prune_, tiny_llama
@@ -78,3 +79,7 @@ def test_the_optimizer_takes_its_gradients_from_triton(monkeypatch: pytest.Monke
             losses.append(loss.item())
     assert losses[5:] == pytest.approx(losses[:5], rel=1e-4)
     assert len(ran) == 7 * 3  # the linears of a layer, in steps without a dense gradient
+
+
+def test_a_trial_launch() -> None:
+    assert lacks_triton(torch.device("cpu")) is None and build.triton_kernels() is triton_kernels

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-from pydantic import with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from seft_dist.backends.base import DenseBackend, Holder
 from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
-from seft_dist.files.reading import LENIENT, check_kind, read_json
+from seft_dist.files.kinds import check_kind, lenient
+from seft_dist.files.reading import read_json
 from seft_dist.files.shipped import DS_CONFIGS, find_file, shipped_names
 from seft_dist.session.suggest import did_you_mean
 from seft_dist.sparsity.partition import Partition
@@ -31,17 +31,17 @@ _MOST_DEPTH = 20
 Auto = Literal["auto"]
 
 
-@with_config(LENIENT)
+@lenient
 class _Enabled(TypedDict, total=False):
     enabled: bool | Auto | None
 
 
-@with_config(LENIENT)
+@lenient
 class _Offload(TypedDict, total=False):
     device: str | None
 
 
-@with_config(LENIENT)
+@lenient
 class _Zero(TypedDict, total=False):
     stage: Literal[0, 1, 2, 3]
     offload_param: _Offload
@@ -51,13 +51,13 @@ class _Zero(TypedDict, total=False):
     mics_shard_size: int
 
 
-@with_config(LENIENT)
+@lenient
 class _Optimizer(TypedDict, total=False):
     type: str
     params: dict[str, Any]
 
 
-@with_config(LENIENT)
+@lenient
 class _Params(TypedDict, total=False):
     lr: float
     betas: list[float]
@@ -67,7 +67,7 @@ class _Params(TypedDict, total=False):
     bias_correction: bool
 
 
-@with_config(LENIENT)
+@lenient
 class _DsConfig(TypedDict, total=False):
     """The keys of a ds_config that are read here; DeepSpeed checks the others."""
 

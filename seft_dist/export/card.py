@@ -12,7 +12,8 @@ import yaml
 from seft_dist.config import paths_of
 from seft_dist.config.baselines import FIELDS, VARIANTS
 from seft_dist.export.semi_structured import target_rows
-from seft_dist.files.reading import check_kind, read_json, read_yaml
+from seft_dist.files.kinds import check_kind
+from seft_dist.files.reading import read_json, read_yaml
 from seft_dist.files.writing import write_text
 from seft_dist.io.source import Source
 from seft_dist.io.tables import kind_of

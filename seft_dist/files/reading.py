@@ -1,17 +1,17 @@
 """Reading JSON and YAML that anybody may have written: bounded in size and depth, checked against a type.
 
-Every ValueError names the file, its offending content and what is needed instead. A type can be anything that pydantic
-validates: a TypedDict, a dataclass, ``dict[str, str]``.
+Every ValueError names the file, its offending content and what is needed instead. ``files.kinds`` tells what a type can
+be, e.g. a TypedDict or ``dict[str, str]``.
 """
 
-import functools
 import json
 import stat
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from seft_dist.files.kinds import check_kind
 
 T = TypeVar("T")
 
@@ -19,7 +19,6 @@ MOST_BYTES = 256 << 20
 """Largest JSON or YAML file that is read. The index of a model with 10^6 tensors is below 100 MB."""
 MOST_YAML_NODES = 200_000
 """Most values of a YAML file after its aliases are expanded: a few short lines can stand for 10^9 values."""
-_SHOWN_PROBLEMS = 3
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
@@ -46,7 +45,7 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
         ) from error
 
 
-def read_json(path: Path, kind: type[T] | TypeAdapter[T], most_bytes: int = MOST_BYTES) -> T:
+def read_json(path: Path, kind: type[T], most_bytes: int = MOST_BYTES) -> T:
     """Read a JSON file and validate its content.
 
     Args:
@@ -61,7 +60,7 @@ def read_json(path: Path, kind: type[T] | TypeAdapter[T], most_bytes: int = MOST
     return parse_json(read_text(path, most_bytes), kind, str(path))
 
 
-def parse_json(text: str, kind: type[T] | TypeAdapter[T], name: str) -> T:
+def parse_json(text: str, kind: type[T], name: str) -> T:
     """Parse JSON and validate its content.
 
     Args:
@@ -79,38 +78,6 @@ def parse_json(text: str, kind: type[T] | TypeAdapter[T], name: str) -> T:
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply: needs at most a few hundred levels") from error
     return check_kind(content, kind, name)
-
-
-def check_kind(content: Any, kind: type[T] | TypeAdapter[T], name: str) -> T:
-    """Validate a value that was read; text is not converted to numbers, nor numbers to text.
-
-    Args:
-        content: The value, as ``json`` or ``yaml`` returned it.
-        kind: Type that it must have.
-        name: Name of the file or field that it came from, for the error message.
-
-    Returns:
-        The value, as pydantic returns it.
-
-    Raises:
-        ValueError: Names the first entries that do not fit, and what each of them needs to be.
-    """
-    adapter = kind if isinstance(kind, TypeAdapter) else _adapter_of(cast(Any, kind))
-    try:
-        return adapter.validate_python(content, strict=True)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}, found {_short(problem['input'])}"
-            for problem in error.errors(include_url=False)[:_SHOWN_PROBLEMS]
-        ]
-        more = f" (and {error.error_count() - len(problems)} more)" if error.error_count() > len(problems) else ""
-        raise ValueError(f"{name} does not hold what is needed: {'; '.join(problems)}{more}") from error
-
-
-@functools.cache
-def _adapter_of(kind: Any) -> TypeAdapter[Any]:
-    """Return the validator of a type. Building one takes longer than reading most files, so each is built once."""
-    return TypeAdapter(kind)
 
 
 def read_yaml(path: Path, most_bytes: int = 16 << 20) -> Any:
@@ -174,12 +141,3 @@ def _count_expanded(node: yaml.Node, known: dict[int, int | None], name: str) ->
         inner = node.value
     known[id(node)] = count = 1 + sum(_count_expanded(part, known, name) for part in inner)
     return count
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-LENIENT = ConfigDict(extra="allow", strict=True)
-"""Setting for ``@with_config(LENIENT)`` on a TypedDict: named keys must have their type, other keys are kept."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import with_config
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, parse_json, read_json
+from seft_dist.files.kinds import lenient
+from seft_dist.files.reading import parse_json, read_json
 from seft_dist.files.writing import write_text
 from seft_dist.io.weight_files import files_of_index, write_safetensors
 from seft_dist.io.weights import DTYPES, MAX_SHARD_BYTES, TensorInfo, Weights
@@ -32,7 +32,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = "pack or download it again"
 
 
-@with_config(LENIENT)
+@lenient
 class PackedEntry(TypedDict):
     """Description of one tensor in the header of a packed file."""
 
@@ -41,7 +41,7 @@ class PackedEntry(TypedDict):
     sha256: str
 
 
-@with_config(LENIENT)
+@lenient
 class PackedIndex(TypedDict):
     """Content of ``packed.safetensors.index.json``; ``weight_map`` is the file of each tensor."""
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import with_config
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.kinds import lenient
+from seft_dist.files.reading import read_json
 from seft_dist.io.weights import Weights
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -40,7 +40,7 @@ _WIDTHS = (
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers")
 
 
-@with_config(LENIENT)
+@lenient
 class ModelSettings(TypedDict):
     """Entries that config.json must have; it may have others."""
 

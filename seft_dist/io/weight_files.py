@@ -5,19 +5,19 @@ Files outside the model's folder and pickled files are refused.
 
 from pathlib import Path
 
-from pydantic import with_config
 from safetensors import SafetensorError as SafetensorError  # for other subpackages, which may not import safetensors
 from safetensors import safe_open as safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.kinds import lenient
+from seft_dist.files.reading import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@with_config(LENIENT)
+@lenient
 class WeightIndex(TypedDict):
     """Content of ``model.safetensors.index.json``: the file of each tensor."""
 

@@ -1,4 +1,4 @@
-"""The C++ library of the kernels, compiled when first used, and the Triton kernels.
+"""The C++ library of the kernels, compiled when first used, and the Triton kernels, tried when first used.
 
 The library is kept in the folder of torch's extensions. It is plain C++ behind C functions, so one file serves every
 version of torch and compiles in seconds. Its name depends on the source, the processor and the compiler. One process of
@@ -28,8 +28,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 _SECONDS = 300
+_TRITON_KERNELS = "seft_dist.kernels.triton_kernels"
+_MOST_WORDS = 300
+"""Characters of an error of Triton that are shown; a compiler may say a lot."""
 _HERE = Path(__file__).parent
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # x, stride, g, stride, tokens, rows, columns, crow, whether it is int64, col, entries, grad, accumulate, block, threads
@@ -86,12 +91,39 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def triton_kernels(device: torch.device | None = None) -> ModuleType | None:
+    """Return the kernels for CUDA, or None where they cannot run.
+
+    Args:
+        device: Device of the operands; None: the current CUDA device, or the CPU (Triton's interpreter) without one.
+    """
+    if device is None:
+        has_cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+    return importlib.import_module(_TRITON_KERNELS) if lacks_triton(device) is None else None
+
+
 @functools.cache
-def triton_kernels() -> ModuleType | None:
-    """Return the kernels for CUDA, or None where Triton is not installed."""
+def lacks_triton(device: torch.device) -> str | None:
+    """Return why the Triton kernels cannot run on a device, or None. The first call compiles one and launches it.
+
+    Triton compiles C for each kernel. It needs a C compiler and the headers of Python, which many containers with torch
+    lack. So a launch tells what an import does not. Where it fails, there is one warning.
+    """
     if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("seft_dist.kernels.triton_kernels")
+        return "Triton is not installed"
+    try:
+        importlib.import_module(_TRITON_KERNELS).try_out(device)
+    except Exception as error:  # of any type: from the import, the compilers, the driver
+        words = " ".join(str(error).split())
+        reason = f"Triton does not run here ({type(error).__name__}: {words[:_MOST_WORDS]})"
+        warnings.warn(
+            f"no Triton kernels, the slower ones in torch are used: {reason}; Triton needs a C compiler (gcc, or the "
+            "one that CC names) and the headers of Python (python3-dev)",
+            stacklevel=2,
+        )
+        return reason
+    return None
 
 
 def build() -> Path:

@@ -70,13 +70,29 @@ def choose(
     """
     density = entries / (shape[0] * shape[1])
     if device.type == "cuda":
-        return _choose_on_cuda(card_name(device), shape, entries, tokens, dtype)
-    if device.type != "cpu":
-        return "dense"
-    if library() is not None:
-        return "c++" if density < _DENSE_ABOVE["c++"] else "dense"
-    pays = density < _DENSE_ABOVE["sampled_addmm"] and torch.backends.mkl.is_available()
-    return "sampled_addmm" if pays and _is_one_type(entries) else "dense"
+        return _choose_on_cuda(device, shape, entries, tokens, dtype)
+    forms = sampling_forms(device, entries, dtype)
+    return next((form for form in forms if density < _DENSE_ABOVE[form]), "dense")
+
+
+def sampling_forms(device: torch.device, entries: int, dtype: torch.dtype) -> list[Form]:
+    """Return the forms that can be had on a device, beside the dense one. On a CPU it is at most one.
+
+    Args:
+        device: Device of the operands.
+        entries: Positions to sample.
+        dtype: Dtype of the operands.
+    """
+    if device.type == "cpu":
+        if library() is not None:
+            return ["c++"]
+        return ["sampled_addmm"] if torch.backends.mkl.is_available() and _is_one_type(entries) else []
+    if device.type != "cuda":
+        return []
+    forms: list[Form] = [] if triton_kernels(device) is None else ["triton"]
+    if dtype == torch.float32 and _is_one_type(entries):  # cuSPARSE has no bf16 and no fp16 for it
+        forms.append("sampled_addmm")
+    return forms
 
 
 def _is_one_type(entries: int) -> bool:
@@ -95,15 +111,13 @@ def _name_of(index: int | None) -> str:
 
 
 @functools.lru_cache(maxsize=8192)
-def _choose_on_cuda(card: str, shape: tuple[int, int], entries: int, tokens: int, dtype: torch.dtype) -> Form:
-    usable: list[Form] = ["dense"]
-    if triton_kernels() is not None:
-        usable.append("triton")
-    if dtype == torch.float32 and _is_one_type(entries):  # cuSPARSE has no bf16 and no fp16 for it
-        usable.append("sampled_addmm")
+def _choose_on_cuda(
+    device: torch.device, shape: tuple[int, int], entries: int, tokens: int, dtype: torch.dtype
+) -> Form:
+    usable = ["dense", *sampling_forms(device, entries, dtype)]
     numel = shape[0] * shape[1]
     kind = str(dtype).removeprefix("torch.")
-    rows = [row for row in measured_times(card)[0] if row.dtype == kind and set(row.seconds) >= {"dense"}]
+    rows = [row for row in measured_times(card_name(device))[0] if row.dtype == kind and set(row.seconds) >= {"dense"}]
     if rows:
         seconds = min(rows, key=lambda row: row.distance(tokens, numel, entries / numel)).seconds
     else:

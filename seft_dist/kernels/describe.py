@@ -2,7 +2,7 @@
 
 import torch
 
-from seft_dist.kernels.build import compiler_command, library, triton_kernels
+from seft_dist.kernels.build import compiler_command, lacks_triton, library
 
 
 def describe(device: torch.device) -> str:
@@ -12,7 +12,8 @@ def describe(device: torch.device) -> str:
         device: Device of the weights.
     """
     if device.type == "cuda":
-        return "Triton (never tested on a GPU)" if triton_kernels() is not None else "torch (no Triton)"
+        lack = lacks_triton(device)
+        return "Triton (never tested on a GPU)" if lack is None else f"torch ({lack})"
     if device.type != "cpu":
         return "torch"
     functions = library()

@@ -26,7 +26,7 @@ def encode(dense: Tensor, bits: Tensor) -> Tensor:
         [set bits], same dtype.
     """
     _check(bits, dense)
-    if dense.is_cuda and dense.numel() and (kernels := triton_kernels()) is not None:  # never run on a GPU
+    if dense.is_cuda and dense.numel() and (kernels := triton_kernels(dense.device)) is not None:  # never run on a GPU
         encoded: Tensor = kernels.encode(dense.contiguous(), bits.contiguous())
         return encoded
     functions = library() if dense.is_cpu and dense.element_size() in (2, 4) else None
@@ -56,7 +56,7 @@ def decode(bits: Tensor, values: Tensor, out: Tensor) -> Tensor:
     _check(bits, out)
     expect(values.dtype == out.dtype and values.device == out.device, "values as the dense ones")
     expect(values.dim() == 1, "values, one-dimensional")
-    if out.is_cuda and out.numel() and out.stride(0) == 1 and (kernels := triton_kernels()) is not None:
+    if out.is_cuda and out.numel() and out.stride(0) == 1 and (kernels := triton_kernels(out.device)) is not None:
         decoded: Tensor = kernels.decode(bits.contiguous(), values.contiguous(), out)  # never run on a GPU
         return decoded
     functions = library() if out.is_cpu and out.element_size() in (2, 4) and out.stride(0) == 1 else None

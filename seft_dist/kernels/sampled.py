@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seft_dist.kernels.arguments import expect
-from seft_dist.kernels.build import library, triton_kernels
+from seft_dist.kernels.build import lacks_triton, library, triton_kernels
 from seft_dist.kernels.choice import Form, choose, measured_launch
 
 _BLOCK = 64
@@ -100,8 +100,8 @@ def _has_fp32_output(dtype: torch.dtype, device: torch.device) -> bool:
 def _triton(
     out: Tensor, shape: tuple[int, int], crow: Tensor, col: Tensor, x: Tensor, grad: Tensor, bounds: Bounds = None
 ) -> None:
-    kernels = triton_kernels()
-    assert kernels is not None
+    kernels = triton_kernels(x.device)
+    assert kernels is not None, lacks_triton(x.device)
     kernels.sampled_grad_(out, shape, crow, col, x, grad, measured_launch(x.device))
 
 

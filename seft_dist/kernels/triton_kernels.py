@@ -86,6 +86,16 @@ def sampled_grad_(
     _sampled[(shape[0], parts)](*operands, crow, col, out, len(x), entries=entries, block=block, num_warps=warps)
 
 
+def try_out(device: torch.device) -> None:
+    """Launch one kernel on a single number. Does not wait for the device.
+
+    Raises:
+        Exception: Any error of Triton: no compiler, no headers of Python, a device that it does not know.
+    """
+    crow, one = torch.arange(2, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
+    sampled_grad_(torch.zeros(1, device=device), (1, 1), crow, torch.zeros_like(crow[:1]), one, one)
+
+
 def _ends(bits: Tensor, numel: int) -> Tensor:
     programs = triton.cdiv(numel, _POSITIONS)
     counts = torch.empty(programs, dtype=torch.int64, device=bits.device)

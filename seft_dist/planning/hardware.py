@@ -53,9 +53,9 @@ class Rates:
     attention: float
     """FLOP/s of attention kernels."""
     dense: float
-    """FLOP/s of the fp32 products that compute a window's dense gradients."""
+    """FLOP/s of the products that compute a window's dense gradients: from operands of the weights' dtype to fp32."""
     sampled: float
-    """FLOP/s of sampled gradients, counting 2 for each delta and token."""
+    """FLOP/s of the forms that sample gradients, counting 2 for each delta and token; ``dense`` is the other form's."""
     moved: float | None
     """Bytes a second of elementwise operations; None: included in the utilization (MFU) of matmul."""
     call: float
@@ -114,7 +114,7 @@ def gpu_rates(cluster: ClusterConfig, dtype: str, density: float) -> Rates:
         reserve=1e9 * (2.0 if cluster.reserve_gb is None else cluster.reserve_gb),
         matmul=peak * cluster.mfu,
         attention=peak * cluster.mfu,
-        dense=gpu.float32 * cluster.mfu,
+        dense=peak * cluster.mfu,  # as kernels.sampled.dense_grad: 16-bit operands stay so on tensor cores
         sampled=peak * cluster.mfu * density / cluster.sampled_share,
         moved=None,
         call=0.0,

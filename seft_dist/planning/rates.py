@@ -1,6 +1,7 @@
 """Rates for a plan: from a data sheet, from a file, or measured on this machine's CPU or one of its GPUs."""
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from seft_dist.backends.group import all_gather_single
 from seft_dist.config import ClusterConfig, PlanConfig, SeftConfig
 from seft_dist.kernels.adamw import AdamW
+from seft_dist.kernels.choice import sampling_forms
 from seft_dist.kernels.packing import decode, encode
-from seft_dist.kernels.sampled import dense_grad, sampled_grad_
+from seft_dist.kernels.sampled import FORMS, dense_grad
 from seft_dist.kernels.scatter import scatter_
 from seft_dist.modules.targets import find_targets
 from seft_dist.optim.delta import Columns, Support
@@ -219,12 +221,14 @@ def _call_overhead(kind: torch.dtype) -> float:
 
 
 def _sampled_rate(x: Tensor, y: Tensor) -> float:
-    """FLOP/s of sampled gradients at a density of 1 %."""
+    """FLOP/s of the fastest form that samples, at a density of 1 %; of the dense form where no other can be had."""
     inputs, outputs, device = x.shape[1], y.shape[1], x.device
     positions = torch.randperm(outputs * inputs)[: outputs * inputs // 100].sort().values.to(device, torch.int32)
     support, out = Support((outputs, inputs), [positions]), torch.zeros(len(positions), device=device)
-    given = (support.shape, support.crow, support.col, x, y, True, support.bounds)
-    return 2.0 * len(positions) * len(x) / _seconds(lambda: sampled_grad_(out, *given))
+    given = (out, support.shape, support.crow, support.col, x, y, True, support.bounds)
+    forms = sampling_forms(device, len(positions), x.dtype) or ["dense"]
+    seconds = min(_seconds(functools.partial(FORMS[form], *given)) for form in forms)
+    return 2.0 * len(positions) * len(x) / seconds
 
 
 def _decode_rate(weight: Tensor) -> float:

@@ -94,7 +94,9 @@ def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: Pas
     compute = micro * _pass(cost, rates)
     taught = micro * _teacher_pass(config, cost, rates)
     weight_grads = dense_flops(config, shapes, cost)
-    sampled = micro * weight_grads * deltas / shapes.target_numel / rates.sampled
+    dense = micro * weight_grads / rates.dense
+    # The time of sampling is linear in the density, and that of a dense product does not depend on it
+    sampled = min(dense, micro * weight_grads * deltas / shapes.target_numel / rates.sampled)
     sent = traffic.gathers(config, shapes, links, item, micro)
     waits = sum(s.seconds for s in sent)
     decoding = micro * _decoded(config, shapes, layout, item) / rates.decode
@@ -109,14 +111,13 @@ def seft_time(config: PlanConfig, shapes: ModelShapes, layout: Layout, cost: Pas
         "update": rates.update * config.seft.density * own,
     }
     sent_window = traffic.seft_window(config, shapes, links, micro)
-    dense = micro * weight_grads / rates.dense - sampled if sent_window else 0.0
     sent_evolution = traffic.seft_evolution(config, shapes, links, item)
     method = dataclasses.replace(config.seft, steps=config.steps)
     number = range(1, config.steps + 1)
     first = int(config.seft.init == "gradient")
     return TimeEstimate(
         step=step,
-        window=max(0.0, dense) + sum(s.seconds for s in sent_window),
+        window=(dense - sampled if sent_window else 0.0) + sum(s.seconds for s in sent_window),
         evolution=rates.evolve * own + sum(s.seconds for s in sent_evolution),
         windows=_dense_steps(method, config.steps) if sent_window else 0,
         evolutions=sum(is_evolution(method, t) for t in number) + first,

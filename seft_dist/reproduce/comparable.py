@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, check_kind
+from seft_dist.files.kinds import Within, check_kind, lenient
 from seft_dist.results.run_files import read_lines
 from seft_dist.training.manifest import read_manifest
 from seft_dist.training.metrics import FILE as METRICS
 
 
-@with_config(LENIENT)
+@lenient
 class _Update(TypedDict):
     lr: Any
     betas: Any
@@ -21,25 +20,25 @@ class _Update(TypedDict):
     max_grad_norm: Any
 
 
-@with_config(LENIENT)
+@lenient
 class _Config(TypedDict):
     log_every: int
     optim: _Update
 
 
-@with_config(LENIENT)
+@lenient
 class _Layout(TypedDict):
     backend: str
     world_size: int
     deepspeed: dict[str, Any] | None
 
 
-@with_config(LENIENT)
+@lenient
 class _Code(TypedDict):
     source: Any
 
 
-@with_config(LENIENT)
+@lenient
 class _Attempt(TypedDict):
     first_step: int
     config: _Config
@@ -51,13 +50,13 @@ class _Attempt(TypedDict):
     hosts: list[dict[str, Any]]
 
 
-@with_config(LENIENT)
+@lenient
 class _Data(TypedDict):
     fingerprint: Any
     global_batch: int
 
 
-@with_config(LENIENT)
+@lenient
 class _Final(TypedDict):
     step: int
     loss: float | None
@@ -65,25 +64,22 @@ class _Final(TypedDict):
     layers: dict[str, list[str]]
 
 
-@with_config(LENIENT)
+@lenient
 class _Manifest(TypedDict):
     model: Any
     dtype: str
     dropout: bool
     data: _Data
-    attempts: Annotated[list[_Attempt], Field(min_length=1)]
+    attempts: Annotated[list[_Attempt], Within(1)]
     final: _Final | None
 
 
-@with_config(LENIENT)
+@lenient
 class _Step(TypedDict):
     step: int
     loss: float | None
     grad_norm: float | None
     lr: float | None
-
-
-_MANIFEST = TypeAdapter(_Manifest)
 
 
 def read_comparable(path: Path) -> dict[str, Any]:
@@ -96,7 +92,7 @@ def read_comparable(path: Path) -> dict[str, Any]:
         ValueError: There is none, or an entry is missing or of another type; names both.
     """
     content = read_manifest(path)
-    check_kind(content, _MANIFEST, f"the manifest of {path}")
+    check_kind(content, _Manifest, f"the manifest of {path}")
     return content
 
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, with_config
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -34,7 +33,8 @@ from seft_dist.config import ReproduceConfig, TrainConfig
 from seft_dist.data.chat_template import uses_date
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.files import writing
-from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.kinds import Within, lenient
+from seft_dist.files.reading import read_json
 from seft_dist.io.source import open_source
 from seft_dist.reproduce.comparable import read_comparable
 from seft_dist.reproduce.compare import compare, write_comparison
@@ -231,19 +231,16 @@ def _date_options(folder: Path, train: TrainConfig) -> list[str]:
     return ["--data.date", datetime.date.today().isoformat()] if dated else []
 
 
-@with_config(LENIENT)
+@lenient
 class _Run(TypedDict):
     command: str
 
 
-@with_config(LENIENT)
+@lenient
 class _Record(TypedDict):
     """The entries of reproduce.json that are read again."""
 
-    runs: Annotated[list[_Run], Field(min_length=1)]
-
-
-_RECORD = TypeAdapter(_Record)
+    runs: Annotated[list[_Run], Within(1)]
 
 
 def all_held(outcomes: list[RunOutcome]) -> bool:
@@ -364,7 +361,7 @@ def _compare(folder: Path, outcome: RunOutcome, others: dict[str, RunOutcome]) -
 
 def _read(folder: Path) -> list[_Run]:
     """Read the runs of a check that was begun earlier."""
-    return read_json(folder / FILE, _RECORD)["runs"]
+    return read_json(folder / FILE, _Record)["runs"]
 
 
 def _write(folder: Path, outcomes: list[RunOutcome]) -> None:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import with_config
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.config.baselines import VARIANTS
-from seft_dist.files.reading import LENIENT, check_kind, read_json
+from seft_dist.files.kinds import check_kind, lenient
+from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_json
 from seft_dist.results.run_files import (
     Count,
@@ -49,13 +49,13 @@ _OPTIONAL_KEYS = ("validation",)
 """Keys that are copied if result.json has them."""
 
 
-@with_config(LENIENT)
+@lenient
 class _Cost(TypedDict):
     seconds: float
     bytes_sent: float
 
 
-@with_config(LENIENT)
+@lenient
 class _EvolutionLine(TypedDict):
     dropped: Count
     grown: Count
@@ -67,33 +67,33 @@ class _EvolutionLine(TypedDict):
     phases: dict[str, _Cost]
 
 
-@with_config(LENIENT)
+@lenient
 class _StepLine(MetricsLine):
     tokens: Count
     evolution: NotRequired[_EvolutionLine]
 
 
-@with_config(LENIENT)
+@lenient
 class _CompleteResult(RunResult):
     world_size: Count
     backend: str
     density: float
 
 
-@with_config(LENIENT)
+@lenient
 class _MeasuredModel(TypedDict):
     path: str
     perplexity: float
     sparsity: float
 
 
-@with_config(LENIENT)
+@lenient
 class _SeftSettings(TypedDict):
     adapt: str
     reactivation: float
 
 
-@with_config(LENIENT)
+@lenient
 class _Config(TypedDict):
     seft: _SeftSettings
 

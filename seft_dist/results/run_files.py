@@ -4,15 +4,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from seft_dist.files.reading import LENIENT, check_kind, parse_json, read_json, read_text, read_yaml
+from seft_dist.files.kinds import Within, check_kind, lenient
+from seft_dist.files.reading import parse_json, read_json, read_text, read_yaml
 
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Count = Annotated[int, Within(0, (1 << 63) - 1)]
 
 
-@with_config(LENIENT)
+@lenient
 class SparsityResult(TypedDict):
     """Zeros in the targets, in result.json: shares, and the number of layers whose count has changed."""
 
@@ -21,7 +21,7 @@ class SparsityResult(TypedDict):
     target: NotRequired[float]
 
 
-@with_config(LENIENT)
+@lenient
 class Evaluation(TypedDict):
     """One evaluation of ``validation`` in result.json."""
 
@@ -30,7 +30,7 @@ class Evaluation(TypedDict):
     perplexity: float
 
 
-@with_config(LENIENT)
+@lenient
 class ValidationResult(TypedDict):
     """Entry ``validation`` of result.json."""
 
@@ -39,7 +39,7 @@ class ValidationResult(TypedDict):
     stopped_early: bool
 
 
-@with_config(LENIENT)
+@lenient
 class RunResult(TypedDict):
     """Content of result.json."""
 
@@ -53,7 +53,7 @@ class RunResult(TypedDict):
     validation: NotRequired[ValidationResult]
 
 
-@with_config(LENIENT)
+@lenient
 class ValidationLine(TypedDict):
     """Entry ``validation`` of a line of metrics.jsonl: one evaluation."""
 
@@ -61,7 +61,7 @@ class ValidationLine(TypedDict):
     perplexity: float
 
 
-@with_config(LENIENT)
+@lenient
 class MetricsLine(TypedDict):
     """Content of a line of metrics.jsonl."""
 
@@ -71,7 +71,7 @@ class MetricsLine(TypedDict):
     validation: NotRequired[ValidationLine]
 
 
-@with_config(LENIENT)
+@lenient
 class EvaluatedModel(TypedDict):
     """Entry of one model in eval.json."""
 
@@ -85,7 +85,7 @@ class EvaluatedModel(TypedDict):
     tasks: NotRequired[dict[str, dict[str, float | int]]]
 
 
-@with_config(LENIENT)
+@lenient
 class Evaluations(TypedDict):
     """Content of eval.json."""
 
@@ -136,8 +136,7 @@ def read_lines(path: Path, kind: Any = MetricsLine) -> list[Any]:
     lines = read_text(path).splitlines()
     if lines and not lines[-1].endswith("}"):
         lines.pop()
-    adapter = TypeAdapter(kind)
-    return [parse_json(line, adapter, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [parse_json(line, kind, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ A command needs these lines::
 This file imports no torch, so that ``--help`` is quick.
 """
 
-import argparse
 import dataclasses
 import functools
 import re
@@ -233,8 +232,8 @@ class Parser(ArgumentParser):
             getattr(self, "_optional", "") + f"\nOptions inside --{name}, which may be left out:\n{optional}\n"
         )
 
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        return super().format_help(formatter) + getattr(self, "_optional", "")
+    def format_help(self, *args: Any) -> str:  # a formatter, from jsonargparse 4.53 on
+        return super().format_help(*args) + getattr(self, "_optional", "")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._file = str(cfg_path)

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.data_files import hash_files
 from seft_dist.data.records import local_files
 from seft_dist.files.hashing import sha256_of
-from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.kinds import lenient
+from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.source import locate
 from seft_dist.session import facts
@@ -54,7 +54,7 @@ class _Base(TypedDict):
     """Hash of everything that the base depends on."""
 
 
-@with_config(LENIENT)
+@lenient
 class _Record(TypedDict):
     """study.json."""
 
@@ -135,7 +135,7 @@ def _read_known(folder: Path) -> _Record | None:
         if others:
             raise ValueError(f"output={folder} is not empty and holds no study (found {others[0]}): choose another")
         return None
-    known = read_json(folder / RECORD, TypeAdapter(_Record))
+    known = read_json(folder / RECORD, _Record)
     if known["format"] != FORMAT:
         raise ValueError(f"{folder / RECORD} has format {known['format']!r}, this program reads {FORMAT!r}")
     return known

@@ -7,10 +7,10 @@ the tables import no torch, so that --show is quick.
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, read_json
+from seft_dist.files.kinds import lenient
+from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_json
 from seft_dist.study.statistics import Difference, Spread
 
@@ -131,7 +131,7 @@ class Search(TypedDict):
     """Chosen values that are the smallest or largest of their grid."""
 
 
-@with_config(LENIENT)
+@lenient
 class Results(TypedDict):
     """results.json."""
 
@@ -173,7 +173,7 @@ def read_results(folder: Path) -> Results:
         ValueError: There is none, or it is damaged or of another version.
     """
     try:
-        results = read_json(folder / RESULTS, TypeAdapter(Results))
+        results = read_json(folder / RESULTS, Results)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {RESULTS}: needs the folder of seft study (output) with results") from error
     if results["format"] != FORMAT:

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.data.data_files import find_data_files, hash_files, read_located
 from seft_dist.data.paragraphs import normalize_whitespace, paragraphs
 from seft_dist.data.selection import hash_record
-from seft_dist.files.reading import check_kind
+from seft_dist.files.kinds import check_kind, closed
 from seft_dist.files.writing import write_text
 
 PARTS = ("train", "validation", "test", "forgetting")
@@ -22,7 +21,7 @@ FEW_WORDS = 8
 Record = dict[str, Any]
 
 
-@with_config(ConfigDict(extra="forbid", strict=True))
+@closed
 class Split(TypedDict):
     """``data.split`` of a study."""
 
@@ -41,7 +40,7 @@ def read_split(content: Any) -> Split:
     Raises:
         ValueError: It is not a valid split.
     """
-    split = check_kind(content, TypeAdapter(Split), "data.split")
+    split = check_kind(content, Split, "data.split")
     wrong = [name for name in split["shares"] if name not in PARTS]
     if wrong or not split["shares"] or min(split["shares"].values()) < 1:
         raise ValueError(

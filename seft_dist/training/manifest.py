@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
-from seft_dist.files.reading import check_kind, read_json
+from seft_dist.files.kinds import check_kind
+from seft_dist.files.reading import read_json
 from seft_dist.files.writing import put_aside, write_bytes, write_text
 from seft_dist.kernels.describe import describe
 from seft_dist.optim.report import EvolutionReport
@@ -194,7 +194,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from error
     if content.get("format") != FORMAT:
         raise ValueError(f"{file} has format {content.get('format')!r}, this program reads {FORMAT!r}")
-    check_kind(content, TypeAdapter(_Kind), str(file))
+    check_kind(content, _Kind, str(file))
     return content
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import TypedDict
 
 from seft_dist.config import TrainConfig
-from seft_dist.files.reading import check_kind
+from seft_dist.files.kinds import check_kind
 from seft_dist.optim.report import EvolutionReport
 from seft_dist.training.progress import Progress, print_line
 from seft_dist.training.step_lines import StepLines, as_ranges
@@ -74,7 +73,7 @@ class Metrics:
             ValueError: ``state`` does not have the entries that ``state()`` gives, or a tracker cannot be started.
             OSError: The file cannot be read or written.
         """
-        state = dict(check_kind(state or {}, TypeAdapter(_State), "the checkpoint's state of the metrics"))
+        state = dict(check_kind(state or {}, _State, "the checkpoint's state of the metrics"))
         self.tokens: int = state.get("tokens", 0)
         """Number of tokens that all ranks have processed."""
         self.evolutions: int = state.get("evolutions", 0)

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.baselines.lora import ADAPTER
@@ -38,7 +37,7 @@ from seft_dist.config import TrainConfig
 from seft_dist.config.pattern import AUTO
 from seft_dist.data.batches import BatchStream
 from seft_dist.data.chat_template import uses_date
-from seft_dist.files.reading import check_kind
+from seft_dist.files.kinds import Within, check_kind
 from seft_dist.files.writing import PART, put_aside, write_text
 from seft_dist.io import checkpoint
 from seft_dist.io.library_types import PreTrainedTokenizerBase
@@ -304,7 +303,7 @@ class _RunOrigin(TypedDict):
     model: str
     data: str
     sequences: int
-    global_batch: Annotated[int, Field(ge=1)]
+    global_batch: Annotated[int, Within(1)]
     seed: int
     teacher: NotRequired[str | None]  # checkpoints of earlier versions had no teacher,
     parent: NotRequired[str | None]  # and no parent
@@ -322,7 +321,7 @@ def _check_extra(path: Path, extra: dict[str, Any]) -> _Extra:
             f"{path} does not say from which model and data it was made: seft train goes on only from checkpoints "
             "of its own, of this version; choose another output"
         )
-    return check_kind(extra, TypeAdapter(_Extra), f"extra of {path}")
+    return check_kind(extra, _Extra, f"extra of {path}")
 
 
 def _check_origin(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.backends.fsdp import reshard
@@ -20,7 +19,7 @@ from seft_dist.config import EvalConfig, TrainConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.sequences import Sample
 from seft_dist.evaluation.perplexity import ScoringPlan, plan_scoring, score, scored_sequences
-from seft_dist.files.reading import check_kind
+from seft_dist.files.kinds import check_kind
 from seft_dist.io.library_types import PreTrainedTokenizerBase
 from seft_dist.session.agreement import on_all_ranks, one_rank_per_machine_first
 from seft_dist.session.distributed import Ranks
@@ -131,7 +130,7 @@ class Validation:
             self._take_over(state)
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        known = check_kind(state, TypeAdapter(_State), "the checkpoint's state of the evaluations")
+        known = check_kind(state, _State, "the checkpoint's state of the evaluations")
         if known["data"] != self._fingerprint:
             raise ValueError(
                 "earlier evaluations of this run were on other text (eval.data, stride or max_tokens): their losses "

@@ -6,24 +6,23 @@ wrong number would show much later, in a kernel or in a collective that only som
 
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from seft_dist.files.reading import check_kind
+from seft_dist.files.kinds import Within, check_kind
 
 MOST_RANKS = 1 << 20
 MOST_POSITIONS = (1 << 63) - 1
 """Largest number of positions in a weight: flat positions are int64."""
-_Count = Annotated[int, Field(ge=0, le=MOST_POSITIONS)]
-_Size = Annotated[int, Field(ge=1, le=MOST_POSITIONS)]
+_Count = Annotated[int, Within(0, MOST_POSITIONS)]
+_Size = Annotated[int, Within(1, MOST_POSITIONS)]
 
 
 class TargetEntry(TypedDict):
     """Description of one target in a checkpoint: its shape, its chunk on a rank, and its number of active weights."""
 
     name: str
-    shape: Annotated[list[_Size], Field(min_length=2, max_length=2)]
-    chunk: Annotated[int, Field(ge=0)]
+    shape: Annotated[list[_Size], Within(2, 2)]
+    chunk: Annotated[int, Within(0)]
     target: _Count
     fingerprint: int
 
@@ -32,20 +31,17 @@ class CheckpointManifest(TypedDict):
     """Content of checkpoint.json, without its own checksum."""
 
     format_version: int
-    num_steps: Annotated[int, Field(ge=0)]
+    num_steps: Annotated[int, Within(0)]
     method: dict[str, Any]
-    world_size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    world_size: Annotated[int, Within(1, MOST_RANKS)]
     backend: str
     dtype: str
-    window_steps: Annotated[int, Field(ge=0)] | None
-    targets: Annotated[list[TargetEntry], Field(min_length=1)]
+    window_steps: Annotated[int, Within(0)] | None
+    targets: Annotated[list[TargetEntry], Within(1)]
     extra: dict[str, Any]
     sha256: list[str]
-    needs: NotRequired[list[Annotated[int, Field(ge=0)]]]
+    needs: NotRequired[list[Annotated[int, Within(0)]]]
     """Steps of earlier checkpoints that a run which goes on from here may still read."""
-
-
-_MANIFEST = TypeAdapter(CheckpointManifest)
 
 
 def check_manifest(content: dict[str, Any], name: str) -> CheckpointManifest:
@@ -58,7 +54,7 @@ def check_manifest(content: dict[str, Any], name: str) -> CheckpointManifest:
     Raises:
         ValueError: An entry is missing or wrong; the message names it and what is needed.
     """
-    manifest = check_kind(content, _MANIFEST, name)
+    manifest = check_kind(content, CheckpointManifest, name)
     ranks = manifest["world_size"]
     if len(manifest["sha256"]) != ranks:
         raise ValueError(f"{name} has {len(manifest['sha256'])} checksums of files: needs world_size={ranks}")

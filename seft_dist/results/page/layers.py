@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from seft_dist.files.reading import LENIENT, read_json, read_text
+from seft_dist.files.kinds import Within, check_kind, lenient
+from seft_dist.files.reading import read_json, read_text
 from seft_dist.io import checkpoint
 from seft_dist.io.weight_files import SafetensorError, safe_open
 from seft_dist.results.run_files import Count
@@ -99,7 +99,7 @@ class Deltas:
     """Share of deltas that are exactly 0."""
 
 
-@with_config(LENIENT)
+@lenient
 class _Target(TypedDict):
     numel: Count
     zeros: Count
@@ -107,20 +107,18 @@ class _Target(TypedDict):
     trained: Count
 
 
-@with_config(LENIENT)
+@lenient
 class _LayersFile(TypedDict):
     targets: dict[str, _Target]
 
 
-@with_config(LENIENT)
+@lenient
 class _FirstLine(TypedDict):
     since: Count
-    targets: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    targets: dict[str, Annotated[list[Count], Within(2, 2)]]
 
 
-_LAYERS_FILE = TypeAdapter(_LayersFile)
-_FIRST_LINE = TypeAdapter(_FirstLine)
-_ROWS = TypeAdapter(list[tuple[Count, Count, Count, Count, Count]])
+_ROWS = list[tuple[Count, Count, Count, Count, Count]]
 
 
 def read_layers(folder: Path, newest: Path | None) -> Layers:
@@ -139,7 +137,7 @@ def read_layers(folder: Path, newest: Path | None) -> Layers:
     if (folder / "topology.jsonl").is_file():
         values |= _from_topology(folder / "topology.jsonl")
     if (folder / "layers.json").is_file():
-        targets = read_json(folder / "layers.json", _LAYERS_FILE)["targets"]
+        targets = read_json(folder / "layers.json", _LayersFile)["targets"]
         values |= {"numel": {name: row["numel"] for name, row in targets.items()}, "is_counted": True}
         values |= {"zeros": {name: row["zeros"] for name, row in targets.items()}}
         values |= {"off_target": [name for name, row in targets.items() if row["zeros"] != row["target"]]}
@@ -165,13 +163,13 @@ def _from_topology(path: Path) -> dict[str, Any]:
         try:
             line = json.loads(text)
             if "targets" in line:
-                first = _FIRST_LINE.validate_python(line)
+                first = check_kind(line, _FirstLine, path.name)
                 sizes = first["targets"]
                 values = {"since": first["since"], "steps": [], "moves": [], "source": path.name}
                 values |= {"numel": {name: row[0] for name, row in sizes.items()}}
                 values |= {"active": {name: row[1] for name, row in sizes.items()}}
                 values |= {"zeros": {name: row[0] - row[1] for name, row in sizes.items()}}
-            rows = _ROWS.validate_python(line["moved"])
+            rows = check_kind(line["moved"], _ROWS, path.name)
             moves = {name: Moves(*row) for name, row in zip(values["numel"], rows, strict=True)}
             step = int(line["step"])
         except (KeyError, TypeError, ValueError, RecursionError):
