@@ -69,6 +69,13 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (SeftConfig, {"swap_fraction": 0.1, "reactivation": 0.5}, "swap_fraction=0.1 with reactivation=0.5"),
     (SeftConfig, {"swap_fraction": 0.1, "static": True}, "swap_fraction=0.1 with static"),
     (SeftConfig, {"swap_fraction": 0.1, "adapt": "none"}, "swap_fraction=0.1 with adapt=none"),
+    (SeftConfig, {"swap_fraction": 0.1, "steps": 190}, "the first evolution at step 60 and the last swaps at 57"),
+    (SeftConfig, {"swap_fraction": 0.1, "swap_end": 59}, "the first evolution at step 60 and the last swaps at 59"),
+    (
+        SeftConfig,
+        {"swap_fraction": 0.1, "swap_end": 60, "end": 50},
+        "the first evolution at step 60 and the last swaps at 50",
+    ),
     (SeftConfig, {"swap_fraction": 0.1, "pattern": "2:4"}, "swap_fraction=0.1 with pattern=2:4"),
     (SeftConfig, {"swap_fraction": 0.1, "window_store": "candidates", "window": 2}, "with window_store=candidates"),
     (SeftConfig, {"drop_fraction": -0.1}, "drop_fraction=-0.1"),

@@ -181,7 +181,7 @@ def test_bytes_of_trials_and_of_curvature() -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_bytes_of_swaps(scope: Any) -> None:
-    swaps = {"reactivation": 0.0, "swap_fraction": 0.02, "selection": "radix", "scope": scope}
+    swaps = {"reactivation": 0.0, "swap_fraction": 0.02, "swap_end": 8, "selection": "radix", "scope": scope}
 
     def on_rank(rank: int, _: int) -> Seen:
         return evolve("fsdp", rank, moving(**(vars(CONFIG) | swaps)), parent=Parent(tiny_llama()))

@@ -104,7 +104,7 @@ def test_same_supports_and_masks_as_on_a_cpu(device: torch.device, form: str, on
 
 @pytest.mark.parametrize("resident", [False, True])
 def test_swaps_are_those_of_a_cpu(device: torch.device, resident: bool) -> None:
-    config = SeftConfig(density=0.05, interval=2, window=2, steps=STEPS, swap_fraction=0.03)
+    config = SeftConfig(density=0.05, interval=2, window=2, steps=STEPS, swap_fraction=0.03, swap_end=STEPS)
     found, wanted = (
         train(
             *build(where, layers=1, config=config, resident=resident, parent=Parent(tiny_llama(num_hidden_layers=1))),

@@ -72,6 +72,22 @@ def test_counts_stay_exact_and_what_returns_has_the_parents_value(scope: Any) ->
     assert compared > 0
 
 
+@pytest.mark.parametrize(("last", "swapping"), [(None, [4]), (8, [4, 8]), (11, [4, 8])])
+def test_swaps_end_early(last: int | None, swapping: list[int]) -> None:
+    seft = SeftOptimizer(
+        prune_(model := tiny_llama()), dataclasses.replace(CONFIG, swap_end=last), parent=dense_parent()
+    )
+    found = []
+    for t in range(1, STEPS + 1):
+        steps_of(model, seft, t)
+        if seft.evolution and "swap" in seft.evolution.phases:
+            found.append(t)
+            assert seft.evolution.reactivated > 0
+        elif seft.evolution:
+            assert seft.evolution.reactivated == 0
+    assert found == swapping
+
+
 def test_nothing_is_swapped_where_it_would_not_pay() -> None:
     """A parent of tiny values offers nothing; one without the pruned values, nothing at all."""
     for factor in (1e-6, 0.0):

@@ -70,7 +70,7 @@ class SeftConfig:
     value in the parent (--parent, the model before it was pruned) in the place of active ones, where that lowers the
     "curvature" price of what is pruned. 0: none. Not together with reactivation."""
     swap_end: int | None = None
-    """Last optimizer step at which an evolution swaps. None: 30 % of steps, or as long as there are evolutions if steps is
+    """Last optimizer step at which an evolution swaps. None: 30 % of steps, or that of the last evolution if steps is
     None. Later swaps did more harm than good (docs/results.md)."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
@@ -163,9 +163,10 @@ class SeftConfig:
             return
         first = max(1, -(-self.begin // self.interval)) * self.interval
         limit = last if self.last_step is None else min(last, self.last_step)
+        given = f"swap_fraction={self.swap_fraction}"
         check(
             first <= limit,
-            f"swap_fraction={self.swap_fraction}, with the first evolution at step {first} and the last swaps at {limit}",
+            f"{given} with the first evolution at step {first} and the last swaps at {limit}",
             "an evolution at which to swap: a shorter interval, or a later swap_end",
         )
 
@@ -222,7 +223,7 @@ class SeftConfig:
         """Last step at which an evolution may swap, None if there is no such limit."""
         if self.swap_end is not None or self.steps is None:
             return self.swap_end
-        return int(0.3 * self.steps)
+        return 3 * self.steps // 10
 
     @property
     def last_evolution(self) -> int | None:
