@@ -32,7 +32,6 @@ _NEW_RUN_OPTIONS: dict[str, Any] = {
     "seft.reactivate": "commit",
     "seft.train_norms": False,
     "seft.swap_fraction": 0.0,
-    "seft.swap_end": None,
     "parent": None,
     "group_by_length": False,
 }
@@ -144,6 +143,8 @@ class Plan:
             inside = content[outer[0]] if outer else content
             if inside[key] == unused:
                 del inside[key]
+        if config.seft.swap_fraction == 0:
+            del content["seft"]["swap_end"]
         if config.method != "seft" and content["seft"]["reactivation"] == 0:
             content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
         if content["seft"]["pattern"] in _PATTERNS:
