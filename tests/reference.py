@@ -214,8 +214,7 @@ class DenseSeft:
 
     def _price(self, value: Tensor, window: Window) -> Tensor:
         rows, columns = window.outputs / window.steps, window.inputs / window.steps
-        value = value.float()
-        return rows.view(-1, 1) * columns * value**2 / 2 + (value * window.score / window.steps).abs()
+        return rows.view(-1, 1) * columns * value.float() ** 2 / 2
 
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps

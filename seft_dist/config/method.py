@@ -83,7 +83,7 @@ class SeftConfig:
     """Criterion to grow: largest |accumulated "gradient"| or row/column second "momentum" (SM3), or "random"."""
     adapt: Adapt = "sensitivity"
     """Criterion to prune again: smallest "sensitivity" |weight x accumulated gradient|, "activation" |weight| x input
-    norm (Wanda), "curvature" h weight^2 / 2 + |weight x mean gradient| or "magnitude" |weight|, or "none" (sparsity is
+    norm (Wanda), "curvature" h weight^2 / 2 or "magnitude" |weight|, or "none" (sparsity is
     lost, as SpIEL on a pruned model)."""
     scope: Scope = "layer"
     """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""

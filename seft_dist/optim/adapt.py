@@ -90,8 +90,7 @@ def current_weight(work: WorkingState, i: int) -> Tensor:
 
 def curvature_price(work: WorkingState, i: int, weight: Tensor) -> Tensor:
     """Return ``scores.curvature`` of weights fp32 [own] that a target could have, by its window."""
-    window, start = work.windows[i], work.intervals[i].start
-    return scores.curvature(weight, window.gradient() / window.num_steps, *window.moments(), start)
+    return scores.curvature(weight, *work.windows[i].moments(), work.intervals[i].start)
 
 
 def adapt_errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:

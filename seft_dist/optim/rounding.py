@@ -36,8 +36,7 @@ class Rounding:
         """
         self._backend, self._config, self._windows = backend, config, windows
         self._share = _BF16 if config.window_store == "bf16" else ROUNDING
-        reads = config.adapt in ("sensitivity", "curvature") or config.swap_fraction > 0
-        needs = config.grow != "random" or reads or config.drop == "movement"
+        needs = config.grow != "random" or config.adapt == "sensitivity" or config.drop == "movement"
         own = [torch.cat([*self._sums(i, needs), self._update_sums(entries[i])]) for i in range(len(windows))]
         sums = backend.owners.sum(torch.cat(own)).split([len(part) for part in own])
         self._typical, self._update = [], []
@@ -148,9 +147,6 @@ class Rounding:
             weight: fp32 [n], weights at these positions.
             errors: fp32 [n], their errors.
         """
-        window, start = self._windows[i], self._backend.interval(i).start
-        linear = window.gradient().abs() * errors + weight.abs() * self._of_gradient(i)
         # of h w^2 / 2: twice the error of w, and those of both factors of h
         doubled = (2 * errors + 2 * ROUNDING * weight.abs()) * weight.abs()
-        squared = scores.curvature(doubled.sqrt_(), torch.zeros_like(weight), *window.moments(), start)
-        return squared.add_(linear.div_(window.num_steps))
+        return scores.curvature(doubled.sqrt_(), *self._windows[i].moments(), self._backend.interval(i).start)

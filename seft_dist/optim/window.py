@@ -53,8 +53,7 @@ class Needs:
             seeded
             or momentum
             or config.grow == "gradient"
-            or config.adapt in ("sensitivity", "curvature")
-            or config.swap_fraction > 0
+            or config.adapt == "sensitivity"
             or config.drop == "movement"
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32

@@ -50,15 +50,16 @@ def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
     return _interval(torch.mul, rows, norms, start, weight.numel()).mul_(weight.abs())
 
 
-def curvature(weight: Tensor, grad: Tensor, rows: Tensor, cols: Tensor, start: int) -> Tensor:
-    """Return h x weight^2 / 2 + |weight x gradient|, fp32 [n]: how much the loss may rise where a weight becomes 0.
+def curvature(weight: Tensor, rows: Tensor, cols: Tensor, start: int) -> Tensor:
+    """Return h x weight^2 / 2, fp32 [n]: how much the loss may rise where a weight becomes 0.
 
-    The curvature h = row x column is that of a layer whose inputs and output gradients are independent. The gradient
-    counts with its size, never with its sign: a weight with a large input looks profitable to remove, and is not.
+    The curvature h = row x column is that of a layer whose inputs and output gradients are independent. The first-order
+    term, weight x gradient, is left out. Over the tokens of a window the gradient of one position is nearly noise, of a
+    size sqrt(h / tokens): for the small weights that could leave, that is far more than h x weight^2 / 2, and the
+    ranking would be random (docs/results.md#the-price-of-a-swap).
 
     Args:
         weight: fp32 [n], the interval's weights.
-        grad: fp32 [n], gradient of the mean loss; is overwritten.
         rows: fp32 [out], sum over tokens of the squared gradient of each output.
         cols: fp32 [in], sum over tokens of each squared input.
         start: Flat position of the interval's first weight.
@@ -66,8 +67,7 @@ def curvature(weight: Tensor, grad: Tensor, rows: Tensor, cols: Tensor, start: i
     Source: the second-order term of LeCun et al. (Optimal Brain Damage), with the factors of Martens and Grosse (arXiv
     1503.05671).
     """
-    price = _interval(torch.mul, rows, cols, start, weight.numel()).mul_(weight).mul_(weight).div_(2)
-    return price.add_(grad.mul_(weight).abs_())
+    return _interval(torch.mul, rows, cols, start, weight.numel()).mul_(weight).mul_(weight).div_(2)
 
 
 def momentum(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
