@@ -71,7 +71,7 @@ class SeftConfig:
     "curvature" price of what is pruned. 0: none. Not together with reactivation."""
     swap_end: int | None = None
     """Last optimizer step at which an evolution swaps. None: 30 % of steps, or that of the last evolution if steps is
-    None. Later swaps did more harm than good (docs/results.md)."""
+    None. The later a swap, the more have other weights adapted to the mask."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
     positions drawn from the seed)."""
