@@ -143,7 +143,8 @@ class Plan:
             inside = content[outer[0]] if outer else content
             if inside[key] == unused:
                 del inside[key]
-        if config.seft.swap_fraction == 0 or config.seft.swap_end == config.seft.last_step:
+        last_step = dataclasses.replace(config.seft, steps=config.total_steps).last_step
+        if config.seft.swap_fraction == 0 or config.seft.swap_end == last_step:
             del content["seft"]["swap_end"]  # swaps lasted as long as evolutions once
         if config.method != "seft" and content["seft"]["reactivation"] == 0:
             content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
