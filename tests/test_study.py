@@ -377,3 +377,19 @@ def test_a_base_that_is_no_model_is_refused_before_anything_runs(tmp_path: Path)
     with pytest.raises(ValueError, match=r"bases.base: .*outer has no config.json"):
         run(study_config(tmp_path, bases={"base": {"path": str(tmp_path / "outer")}}), fake)
     assert fake.labels == []
+
+
+def test_cells_of_before_the_end_of_swaps_are_those_that_swapped_to_the_last_evolution(tmp_path: Path) -> None:
+    model_files(tmp_path / "parent")
+    swaps = {"parent": str(tmp_path / "parent"), "seft.swap_fraction": 0.1}
+
+    def hashes(name: str, **options: Any) -> set[str]:
+        method = {"seft.interval": 2, **options}
+        config = study_config(tmp_path, output=str(tmp_path / name), methods={"a": method}, tokens=320)
+        run(config, Fake())
+        return {path.name.rpartition("-")[2] for path in cells(config)}
+
+    by_default = hashes("default", **swaps)
+    assert by_default.isdisjoint(hashes("last", **swaps, **{"seft.swap_end": 8}))  # of 10 steps
+    assert by_default.isdisjoint(hashes("none"))
+    assert hashes("none again", **{"seft.swap_end": 8}) == hashes("none")
