@@ -379,7 +379,7 @@ def test_a_base_that_is_no_model_is_refused_before_anything_runs(tmp_path: Path)
     assert fake.labels == []
 
 
-def test_cells_of_before_the_end_of_swaps_are_those_that_swapped_to_the_last_evolution(tmp_path: Path) -> None:
+def test_the_end_of_swaps_makes_another_cell_only_where_there_are_swaps(tmp_path: Path) -> None:
     model_files(tmp_path / "parent")
     swaps = {"parent": str(tmp_path / "parent"), "seft.swap_fraction": 0.1}
 

@@ -16,6 +16,7 @@ from seft_dist import ParentModel, SeftConfig, SeftOptimizer
 from seft_dist.config import ModelConfig
 from seft_dist.export.delta import apply_delta
 from seft_dist.io import checkpoint
+from seft_dist.io.checkpoint.reader import _check_method
 from seft_dist.io.source import open_source
 from seft_dist.results.page.record import read_records
 from seft_dist.results.page.render import render
@@ -281,3 +282,14 @@ def test_packed_ranks_swap_the_same(inputs: Path, dense: Path, tmp_path: Path) -
         run_train(run_config(inputs, tmp_path / packing, packing=packing, **given), 2)
         models[packing] = (tmp_path / packing / "model" / "model.safetensors").read_bytes()
     assert models["gather"] == models["none"] and models["resident"] == models["none"]
+
+
+def test_checkpoints_with_the_price_of_before_are_refused(tmp_path: Path) -> None:
+    """Until swaps had an end, their price had the gradient in it."""
+    seft = SeftOptimizer(prune_(tiny_llama()), CONFIG, parent=dense_parent())
+    written = dataclasses.asdict(CONFIG)
+    manifest: Any = {"method": written, "window_steps": None}
+    _check_method(seft, manifest, tmp_path)
+    del written["swap_end"]
+    with pytest.raises(ValueError, match="earlier version, whose evolutions had another price"):
+        _check_method(seft, manifest, tmp_path)

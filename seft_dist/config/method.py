@@ -70,8 +70,8 @@ class SeftConfig:
     value in the parent (--parent, the model before it was pruned) in the place of active ones, where that lowers the
     "curvature" price of what is pruned. 0: none. Not together with reactivation."""
     swap_end: int | None = None
-    """Last optimizer step at which an evolution swaps. None: 30 % of steps, or that of the last evolution if steps is
-    None. The later a swap, the more have other weights adapted to the mask."""
+    """Last optimizer step at which an evolution swaps. None: 30 % of steps; no limit if steps is None. The later a
+    swap, the more have other weights adapted to the mask."""
     init: Init = "gradient"
     """First support: "gradient" (an evolution of the empty support on the first step's gradient) or "random" (active
     positions drawn from the seed)."""
@@ -83,8 +83,8 @@ class SeftConfig:
     """Criterion to grow: largest |accumulated "gradient"| or row/column second "momentum" (SM3), or "random"."""
     adapt: Adapt = "sensitivity"
     """Criterion to prune again: smallest "sensitivity" |weight x accumulated gradient|, "activation" |weight| x input
-    norm (Wanda), "curvature" h weight^2 / 2 or "magnitude" |weight|, or "none" (sparsity is
-    lost, as SpIEL on a pruned model)."""
+    norm (Wanda), "curvature" h weight^2 / 2 or "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned
+    model)."""
     scope: Scope = "layer"
     """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""
     pattern: str | None = AUTO
@@ -167,7 +167,7 @@ class SeftConfig:
         check(
             first <= limit,
             f"{given} with the first evolution at step {first} and the last swaps at {limit}",
-            "an evolution at which to swap: a shorter interval, or a later swap_end",
+            "an evolution at which to swap: a shorter interval, or a later swap_end and end",
         )
 
     def _check_window_store(self) -> None:

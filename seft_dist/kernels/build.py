@@ -114,6 +114,8 @@ def lacks_triton(device: torch.device) -> str | None:
         return "Triton is not installed"
     try:
         importlib.import_module(_TRITON_KERNELS).try_out(device)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about Triton
     except Exception as error:  # of any type: from the import, the compilers, the driver
         words = " ".join(str(error).split())
         reason = f"Triton does not run here ({type(error).__name__}: {words[:_MOST_WORDS]})"

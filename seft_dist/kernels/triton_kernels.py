@@ -4,6 +4,8 @@ They have never run on a GPU: Triton's interpreter tests their results, not thei
 Triton is installed; with TRITON_INTERPRET=1 set before, the kernels run on CPU tensors.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +95,9 @@ def try_out(device: torch.device) -> None:
         Exception: Any error of Triton: no compiler, no headers of Python, a device that it does not know.
     """
     crow, one = torch.arange(2, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
-    sampled_grad_(torch.zeros(1, device=device), (1, 1), crow, torch.zeros_like(crow[:1]), one, one)
+    given = (torch.zeros(1, device=device), (1, 1), crow, torch.zeros_like(crow[:1]), one, one)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
+        sampled_grad_(*given)
 
 
 def _ends(bits: Tensor, numel: int) -> Tensor:

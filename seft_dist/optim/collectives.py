@@ -40,7 +40,7 @@ def select(
     Returns:
         For each layer the selected local indices, int64, increasing.
     """
-    if group.size == 1 and len(wanted) == len(problems):
+    if group.size == 1 and problems == list(range(len(wanted))):
         return [top_k(keys(layer), wanted[problem]) for layer, problem in enumerate(problems)]
     if form == "auto":
         candidates = sum(wanted[problem] for problem in problems)

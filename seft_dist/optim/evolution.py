@@ -157,7 +157,7 @@ class Evolution:
         work = self.work
         self._prepare()
         wanted = num_candidates(work)
-        prune = work.nothing  # criteria that read no gradient
+        prune = work.nothing  # criteria that are ranked everywhere
         _, grown = best_free(work, wanted)
         if work.config.adapt in ("sensitivity", "curvature"):
 

@@ -140,8 +140,8 @@ def _inputs(manifest: dict[str, Any]) -> dict[str, Any]:
     if not config.get("teacher", {}).get("path"):
         config = {key: value for key, value in config.items() if key != "teacher"}
     if isinstance(config.get("seft"), dict):  # without swaps, which manifests of earlier versions do not mention
-        unused = {} if config["seft"].get("swap_fraction") else {"swap_end": None}
-        config = config | {"seft": {"swap_fraction": 0.0} | unused | config["seft"]}
+        seft = {"swap_fraction": 0.0, "swap_end": None} | config["seft"]
+        config = config | {"seft": seft if seft["swap_fraction"] else seft | {"swap_end": None}}
     inputs = {
         key: value
         for key, value in flatten(config).items()

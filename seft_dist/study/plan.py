@@ -143,9 +143,9 @@ class Plan:
             inside = content[outer[0]] if outer else content
             if inside[key] == unused:
                 del inside[key]
-        last_step = dataclasses.replace(config.seft, steps=config.total_steps).last_step
-        if config.seft.swap_fraction == 0 or config.seft.swap_end == last_step:
-            del content["seft"]["swap_end"]  # swaps lasted as long as evolutions once
+        # Cells without it had another price of weights, in swaps and in adapt "curvature"
+        if config.seft.swap_fraction == 0 and (config.seft.adapt != "curvature" or config.seft.reactivation == 0):
+            del content["seft"]["swap_end"]
         if config.method != "seft" and content["seft"]["reactivation"] == 0:
             content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
         if content["seft"]["pattern"] in _PATTERNS:

@@ -33,7 +33,7 @@ from seft_dist.optim.window import Needs, Window
 from seft_dist.sparsity.bitmask import pack, unpack
 from seft_dist.sparsity.partition import Interval, Partition
 
-_MAY_CHANGE = ("steps", "end", "selection")
+_MAY_CHANGE = ("steps", "end", "swap_end", "selection")
 """Settings that a resumed run may change, because they do not alter the steps already done."""
 _MAY_CHANGE_OUTSIDE_WINDOWS = ("window_store", "window_candidates")
 """Further settings that a resumed run may change if the checkpoint holds no unfinished window."""
@@ -168,6 +168,14 @@ def _other_base(
 def _check_method(seft: SeftOptimizer, manifest: CheckpointManifest, checkpoint: Path) -> None:
     free = _MAY_CHANGE if manifest["window_steps"] else _MAY_CHANGE + _MAY_CHANGE_OUTSIDE_WINDOWS
     ours = json.loads(json.dumps(dataclasses.asdict(seft.config)))
+    by_price = manifest["method"].get("swap_fraction") or (
+        manifest["method"].get("adapt") == "curvature" and manifest["method"].get("reactivation")
+    )
+    if by_price and "swap_end" not in manifest["method"]:
+        raise ValueError(
+            f"{checkpoint} was written by an earlier version, whose evolutions had another price of weights (swaps, "
+            "adapt curvature): go on with that version, or begin the run anew"
+        )
     # The default of an option that the writer did not know yet does what the writer did
     theirs = dataclasses.asdict(SeftConfig(pattern=None)) | manifest["method"]
     changed = [
