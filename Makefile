@@ -69,7 +69,7 @@ readers: $(READERS)  ## the oldest and an early version of transformers that mus
 test: lint  ## lint, types and the tests, without those of test-long
 	python -m pytest $(WORKERS) -m 'not long'
 
-test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layouts, the kill loop, the whole check of a GPU
+test-long: $(INSTALLED)  ## the tests that "make test" leaves out: further layouts, the kill loop
 	python -m pytest $(WORKERS) -m long
 
 test-quick: $(INSTALLED)  ## the tests that take under a minute together

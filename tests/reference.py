@@ -278,7 +278,7 @@ class DenseSeft:
         scores = [self._adapt_score(layer, layer.window) for layer in layers]
         spare = [layer.mask & ~layer.support for layer in layers]
         counts = [self._num_candidates(layer) for layer in layers]
-        if self.config.adapt not in ("sensitivity", "curvature"):
+        if self.config.adapt != "sensitivity":
             prune = [torch.zeros_like(layer.mask) for layer in layers]
         elif self.config.scope == "layer":
             prune = [self._choose(*args, largest=False) for args in zip(scores, spare, counts, strict=True)]
@@ -296,7 +296,7 @@ class DenseSeft:
         layers = list(self.layers.values())
         scores = [self._adapt_score(*args) for args in zip(layers, windows, strict=True)]
         eligible = [layer.mask & ~layer.grown for layer in layers]
-        if self.config.adapt in ("sensitivity", "curvature"):
+        if self.config.adapt == "sensitivity":
             eligible = [which & window.known for which, window in zip(eligible, windows, strict=True)]
         excess = [int(layer.mask.sum()) - layer.target for layer in layers]
         if self.config.known_pattern:

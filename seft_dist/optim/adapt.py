@@ -103,11 +103,11 @@ def adapt_key(work: WorkingState, i: int) -> Tensor:
     weight, window = current_weight(work, i), work.windows[i]
     # Without the grown ones: their weight is still 0, the step would undo itself.
     eligible = work.mark(i, work.state.masks[i], work.grown[i], False)
-    if work.config.adapt in ("sensitivity", "curvature"):
+    if work.config.adapt == "sensitivity":
         if (known := window.known()) is not None:
             eligible &= known
-        if work.config.adapt == "sensitivity":
-            return ranking_keys(weight, largest=False, eligible=eligible, times=window.gradient())
+        return ranking_keys(weight, largest=False, eligible=eligible, times=window.gradient())
+    if work.config.adapt == "curvature":
         return ranking_keys(curvature_price(work, i, weight), largest=False, eligible=eligible)
     if work.config.adapt == "activation":
         weight = scores.activation(weight, work.norms[i], work.intervals[i].start)

@@ -157,9 +157,9 @@ class Evolution:
         work = self.work
         self._prepare()
         wanted = num_candidates(work)
-        prune = work.nothing  # criteria that are ranked everywhere
+        prune = work.nothing  # criteria that read no gradient
         _, grown = best_free(work, wanted)
-        if work.config.adapt in ("sensitivity", "curvature"):
+        if work.config.adapt == "sensitivity":
 
             def spare(i: int) -> Tensor:
                 return adapt_key(work, i).index_fill_(0, work.offsets(i), INELIGIBLE)
