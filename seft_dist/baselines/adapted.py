@@ -47,7 +47,7 @@ class AdaptedLinears(Baseline):
     @staticmethod
     @abstractmethod
     def combined(weight: Tensor, product: Tensor) -> Tensor:
-        """Apply the product to the frozen weight of the same shape, both fp32. Differentiable."""
+        """Apply the product to the frozen weight, both fp32 of one shape. Differentiable; may change the product."""
 
     def install(self) -> dict[str, nn.Parameter]:
         parameters: dict[str, nn.Parameter] = {}
@@ -82,11 +82,11 @@ class MaskedLora(AdaptedLinears):
         return (rank, columns), (rows, rank)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (b @ a) * self.scale
+        return (b * self.scale) @ a
 
     @staticmethod
     def combined(weight: Tensor, product: Tensor) -> Tensor:
-        return weight + product.masked_fill(weight == 0, 0.0)
+        return product.masked_fill_(weight == 0, 0.0).add_(weight)  # in place: it is most of a step's time on a CPU
 
 
 class Spp(AdaptedLinears):
