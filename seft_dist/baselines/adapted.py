@@ -86,7 +86,8 @@ class MaskedLora(AdaptedLinears):
 
     @staticmethod
     def combined(weight: Tensor, product: Tensor) -> Tensor:
-        return product.masked_fill_(weight == 0, 0.0).add_(weight)  # in place: it is most of a step's time on a CPU
+        # In place and without a bool mask, whose random pattern costs a CPU thirty times as much
+        return product.mul_(torch.ne(weight, 0, out=torch.empty_like(weight))).add_(weight)
 
 
 class Spp(AdaptedLinears):
