@@ -35,6 +35,41 @@ def pattern_slack(scores: Tensor, gone: Tensor, kept: int, width: int) -> float:
     return max(slack(*part, width - kept, typical) for part in parts)
 
 
+def dampened(hessian: Tensor, dampening: float) -> Tensor:
+    """The Hessian with a share of its mean diagonal added to the diagonal, fp64."""
+    return hessian + dampening * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+
+
+def excess(new: Tensor, weight: Tensor, hessian: Tensor, gone: Tensor, dampening: float) -> float:
+    """How far a weight's loss is above the least possible one, as a share of what plain pruning adds to it."""
+    best = least_squares(weight, hessian, gone, dampening)
+    loss = [
+        float(((values.double() - weight) @ dampened(hessian, dampening) * (values.double() - weight)).sum())
+        for values in (new, best, weight.masked_fill(gone, 0.0))
+    ]
+    return (loss[0] - loss[1]) / max(loss[2] - loss[1], 1e-30)
+
+
+def least_squares(weight: Tensor, hessian: Tensor, gone: Tensor, dampening: float = 0.01) -> Tensor:
+    """For each row the weights that stay, such that (v - w) (H + damping) (v - w) is smallest; zeros of w stay.
+
+    Args:
+        weight: [out, in] before pruning.
+        hessian: fp64 [in, in].
+        gone: True where a weight is pruned, bool [out, in].
+        dampening: Share of the mean diagonal that is added.
+
+    Returns:
+        fp64 [out, in], from the normal equations of each row.
+    """
+    curved = dampened(hessian, dampening)
+    solved = torch.zeros_like(weight, dtype=torch.float64)
+    for row, old, out in zip(solved, weight.double(), gone | (weight == 0), strict=True):
+        stay = ~out
+        row[stay] = old[stay] + torch.linalg.solve(curved[stay][:, stay], curved[stay][:, out] @ old[out])
+    return solved
+
+
 def hessian_of(inputs: list[Tensor]) -> Tensor:
     """2/n sum X X^T over n sequences, each [tokens, in]; fp64."""
     total = torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64)

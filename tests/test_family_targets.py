@@ -181,6 +181,28 @@ def test_sparsegpt_of_experts_is_the_published_algorithm(
     assert counts[name].zeros == (int(0.53 * before.numel() + 0.5) if pattern is None else before.numel() // 2)
 
 
+def test_experts_make_up_for_their_own_pruned_weights(tmp_path: Path) -> None:
+    """The first mixture layer: each expert's weights that stay are solved for with the tokens that chose it."""
+    config = prune_config(tmp_path, "mixtral", "pruned", method="curvature", sparsity=0.53, compensate=True)
+    prune_folder(config, progress=False)
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "pruned"))
+    name = next(name for name in find_targets(dense) if name.endswith("layers.0.mlp.experts.gate_up_proj"))
+    experts = dense.get_submodule(name.rpartition(".")[0])
+    seen: list[tuple[torch.Tensor, ...]] = []
+    experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    data = load_sequences(config.data, load_tokenizer(config.model), progress=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for tokens in sample_sequences(data, 24, 0):
+            dense(tokens[None])
+    hidden = torch.cat([args[0].view(-1, args[0].shape[-1]) for args in seen])
+    chosen = torch.cat([args[1].view(-1, args[1].shape[-1]) for args in seen])
+    before, after = dense.get_parameter(name).detach(), pruned.get_parameter(name).detach()
+    for expert, (weight, new) in enumerate(zip(before, after, strict=True)):
+        hessian = reference.hessian_of([hidden[(chosen == expert).any(1)]])
+        assert 0 < int((new == 0).sum()) < new.numel()
+        assert reference.excess(new, weight, hessian, new == 0, 0.01) < 0.01, expert
+
+
 def test_curvature_of_experts(tmp_path: Path) -> None:
     """Every expert's inputs and gradients are those of the tokens that chose it."""
     config = prune_config(tmp_path, "mixtral", "pruned", method="curvature", sparsity=0.53)

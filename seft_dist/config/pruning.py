@@ -16,7 +16,7 @@ class PruneConfig:
     output: str = ""
     """Folder for the pruned model (must not exist yet). Needed unless method is "none"."""
     data: DataConfig | None = None
-    """Calibration text; needed by wanda, sparsegpt, curvature and OWL."""
+    """Calibration text; needed by wanda, sparsegpt, curvature, OWL and compensate."""
     method: Literal["wanda", "sparsegpt", "curvature", "magnitude", "mask", "none"] = "wanda"
     """Weights that are pruned: "wanda": those with the smallest |weight| x norm of their input; "sparsegpt": those
     whose loss the remaining weights can compensate best, which are changed to do so; "curvature": those with the
@@ -42,9 +42,12 @@ class PruneConfig:
     """OWL: no two decoder layers' sparsities differ by more than twice this."""
     mask: str | None = None
     """Method "mask": a safetensors file with, for each target, its kept positions (docs/pruning.md)."""
+    compensate: bool = False
+    """True: the weights that stay make up for those that are pruned, whatever the method chose: they change such that
+    each linear's output changes least (least squares on the calibration text, one decoder layer after the other)."""
     dampening: float = 0.01
-    """SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal; raised tenfold, twice at most,
-    where the Hessian cannot be inverted."""
+    """SparseGPT, compensate: share of the Hessian's mean diagonal that is added to its diagonal. SparseGPT raises it
+    tenfold, twice at most, where the Hessian cannot be inverted."""
     targets: str = "all-linear"
     """Linears that are pruned, chosen as by seft.targets."""
     sequences: int = 128
@@ -95,6 +98,16 @@ class PruneConfig:
 
     def _check_choices(self) -> None:
         """Refuse options that the method of pruning does not have."""
+        check(
+            not self.compensate or self.method != "none",
+            "compensate with method=none",
+            "a method that prunes",
+        )
+        check(
+            not self.needs_text or self.data is not None,
+            f"method={self.method}, layer_ratios={self.layer_ratios}, compensate={self.compensate} without data",
+            "calibration text: --data.path FILE",
+        )
         if self.method in ("mask", "none"):
             choices = (self.sparsity, self.pattern, self.group, self.layer_ratios)
             check(
@@ -103,12 +116,6 @@ class PruneConfig:
                 "none of them: the mask file decides, or nothing is pruned",
             )
             return
-        calibrated = self.method != "magnitude" or self.layer_ratios == "owl"
-        check(
-            not calibrated or self.data is not None,
-            f"method={self.method}, layer_ratios={self.layer_ratios} without data",
-            "calibration text: --data.path FILE",
-        )
         separate = self.data is not None and self.data.separate
         check(not separate, "data.separate", "false: only training packs several documents")
         check(
@@ -126,6 +133,12 @@ class PruneConfig:
             f"group=global with layer_ratios={self.layer_ratios}",
             "one of them: both decide how many weights each layer loses",
         )
+
+    @property
+    def needs_text(self) -> bool:
+        """True if calibration text is read."""
+        by_text = self.method in ("wanda", "sparsegpt", "curvature") or self.layer_ratios == "owl"
+        return by_text or self.compensate
 
     @property
     def kept_of(self) -> tuple[int, int]:

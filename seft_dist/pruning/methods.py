@@ -10,6 +10,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.calibrate import Calibration, find_layers
+from seft_dist.pruning.compensate import compensated, scaled_hessian
 from seft_dist.pruning.curvature import OutputGradientNorm
 from seft_dist.pruning.gradients import BackwardCalibration
 from seft_dist.pruning.magnitude import magnitude_scores
@@ -28,6 +29,13 @@ from seft_dist.pruning.sparsegpt import ExpertHessians, Hessians, inverse_factor
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.pruning.wanda import InputNorm, wanda_scores
 from seft_dist.sparsity.casts import cast_weight
+
+Choice = Callable[[str], tuple[Tensor, Tensor]]
+"""Function from the name of a target to this rank's rows [own rows, in] of its weight before pruning, and True where
+they are pruned. Collective."""
+Replacement = Callable[[str, Tensor, Tensor | None, int], Tensor]
+"""Function from a target's name, its weight [out, in] or that of one expert, True where this rank's rows of it are
+pruned (None: SparseGPT chooses), and the number of weights of earlier experts to the new weight. Collective."""
 
 
 class Pruner:
@@ -77,22 +85,33 @@ class Pruner:
         if config.layer_ratios == "owl":
             assert calibration is not None
             self.sparsities = self._owl(calibration)
-        if config.method == "mask":
-            yield from self._with_progress(self._by_masks())
-        elif config.ranking == "global" or config.method in ("magnitude", "curvature"):
-            if config.method == "wanda":
-                assert calibration is not None
-                self._measure_norms(calibration, lambda layer, norms: self._norms.update(norms))
-            elif config.method == "curvature":
-                assert calibration is not None
-                self._measure_curvature(calibration)
-            yield from self._with_progress(self._globally() if config.ranking == "global" else self._one_by_one())
-        else:
+        choose = self._choice(calibration)
+        if choose is None or config.compensate:
             assert calibration is not None
-            yield from self._layer_by_layer(calibration)
+            yield from self._layer_by_layer(calibration, choose)
+        else:
+            for name in tqdm(self._shapes, desc="Pruning weights", disable=not self._progress):
+                own, selected = choose(name)
+                yield name, gather_rows(own.masked_fill_(selected, 0.0), self._ranks)
 
-    def _with_progress(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        yield from tqdm(weights, desc="Pruning weights", total=len(self._shapes), disable=not self._progress)
+    def _choice(self, calibration: BackwardCalibration | None) -> Choice | None:
+        """Measure the dense model, if the method does, to choose what is pruned. Collective.
+
+        Returns:
+            None if each decoder layer is measured and pruned with the inputs that the pruned layers before it produce.
+        """
+        config = self._config
+        if config.method == "mask":
+            return self._by_mask
+        if config.ranking != "global" and config.method not in ("magnitude", "curvature"):
+            return None
+        if config.method == "wanda":
+            assert calibration is not None
+            self._measure_norms(calibration, lambda layer, norms: self._norms.update(norms))
+        elif config.method == "curvature":
+            assert calibration is not None
+            self._measure_curvature(calibration)
+        return self._by_threshold() if config.ranking == "global" else self._by_scores
 
     def _inside(self, layer_name: str) -> dict[str, Target]:
         return {name: linear for name, linear in self._linears.items() if name.startswith(f"{layer_name}.")}
@@ -103,11 +122,14 @@ class Pruner:
     def _ranking(self, name: str) -> Ranking:
         return Ranking(self._config.ranking, self.sparsities[name])
 
-    def _by_masks(self) -> Iterator[tuple[str, Tensor]]:
+    def _read_own(self, name: str) -> Tensor:
+        return self._stream.read_rows(name, *self._own(name))
+
+    def _by_mask(self, name: str) -> tuple[Tensor, Tensor]:
+        """Choose what the file of masks does not keep."""
         assert self._masks is not None
-        for name in self._shapes:  # every rank reads every weight: there is no computation to share
-            kept = self._linears[name].rows_view(self._masks.read(name))
-            yield name, self._stream.read_rows(name).masked_fill_(~kept, 0.0)
+        first, last = self._own(name)
+        return self._read_own(name), ~self._linears[name].rows_view(self._masks.read(name))[first:last]
 
     def _scores(self, name: str, own: Tensor) -> Tensor:
         """Score a target's own rows by what was measured of the dense model; magnitudes if nothing was."""
@@ -119,81 +141,116 @@ class Pruner:
             scores *= self._output_norms[name][first:last].cpu().unsqueeze(1)
         return scores
 
-    def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
-        """Prune each target of the dense model by itself. Collective."""
-        for name in self._shapes:
-            own = self._stream.read_rows(name, *self._own(name))
-            selected = select_pruned(self._scores(name, own), own, self._ranking(name), self._ranks)
-            yield name, gather_rows(own.masked_fill_(selected, 0.0), self._ranks)
+    def _by_scores(self, name: str) -> tuple[Tensor, Tensor]:
+        """Choose inside each target of the dense model. Collective."""
+        own = self._read_own(name)
+        return own, select_pruned(self._scores(name, own), own, self._ranking(name), self._ranks)
 
-    def _globally(self) -> Iterator[tuple[str, Tensor]]:
+    def _by_threshold(self) -> Choice:
         """Compare the scores of all targets; only this rank's rows of one weight are in memory at a time. Collective.
 
         The weights are read, and their keys computed, several times: keeping the keys of all targets would take
         4 bytes for each weight.
         """
+        numbers = {name: number for number, name in enumerate(self._shapes)}
         names = list(self._shapes)
 
-        def read(number: int) -> tuple[Tensor, Tensor]:
-            name = names[number]
-            own = self._stream.read_rows(name, *self._own(name))
-            return own, pruning_keys(self._scores(name, own), own)
+        def key(own: Tensor, name: str) -> Tensor:
+            return pruning_keys(self._scores(name, own), own)
 
         wanted = num_pruned(self._config.share, sum(rows * columns for rows, columns in self._shapes.values()))
-        threshold = find_threshold(self._ranks, lambda number: read(number)[1], len(names), wanted)
-        for number, name in enumerate(names):
-            own, key = read(number)
-            yield name, gather_rows(own.masked_fill_(threshold.mask(key, number).view_as(own), 0.0), self._ranks)
+        threshold = find_threshold(
+            self._ranks, lambda number: key(self._read_own(names[number]), names[number]), len(names), wanted
+        )
 
-    def _layer_by_layer(self, calibration: Calibration) -> Iterator[tuple[str, Tensor]]:
+        def choose(name: str) -> tuple[Tensor, Tensor]:
+            own = self._read_own(name)
+            return own, threshold.mask(key(own, name), numbers[name]).view_as(own)
+
+        return choose
+
+    def _layer_by_layer(self, calibration: Calibration, choose: Choice | None) -> Iterator[tuple[str, Tensor]]:
         """Prune one decoder layer after the other, each with the inputs that the pruned layers before it produce."""
-        prune = self._by_wanda if self._config.method == "wanda" else self._by_sparsegpt
 
         def visit(layer_name: str, layer: nn.Module, run: Callable[[], None]) -> None:
             linears = self._inside(layer_name)
-            if linears:
-                prune(linears, run)
+            if linears and (self._config.method == "sparsegpt" or self._config.compensate):
+                self._prune_with_hessians(linears, run, choose)
+            elif linears:
+                choose_here = self._by_wanda(linears, run)
+                for name, linear in linears.items():
+                    own, selected = choose_here(name)
+                    linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
 
         for layer_name in calibration.walk(visit, progress=self._progress):
             yield from ((name, linear.as_rows()) for name, linear in self._inside(layer_name).items())
 
-    def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
-        """Prune the weights with the smallest product of size and input norm, row by row. Collective."""
-        norms = {name: InputNorm(linear) for name, linear in linears.items()}
+    def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> Choice:
+        """Run a layer, and choose the weights with the smallest product of size and input norm. Collective."""
+        observed = {name: InputNorm(linear) for name, linear in linears.items()}
         run()
-        for name, linear in linears.items():
-            norm = norms[name].close(name, self._ranks)
-            first, last = self._own(name)
-            own = linear.as_rows()[first:last]
-            count = self._zeros(name, first, last) if self._zeros is not None else None
-            selected = select_pruned(
-                wanda_scores(own, _norm_of(norm, first, last)), own, self._ranking(name), self._ranks, count
-            )
-            linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
+        norms = {name: norm.close(name, self._ranks) for name, norm in observed.items()}
 
-    def _by_sparsegpt(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
-        """Prune column block by column block, and make up for it in the columns that follow. Collective."""
+        def choose(name: str) -> tuple[Tensor, Tensor]:
+            first, last = self._own(name)
+            own = linears[name].as_rows()[first:last]
+            count = self._zeros(name, first, last) if self._zeros is not None else None
+            scores = wanda_scores(own, _norm_of(norms[name], first, last))
+            return own, select_pruned(scores, own, self._ranking(name), self._ranks, count)
+
+        return choose
+
+    def _prune_with_hessians(self, linears: dict[str, Target], run: Callable[[], None], choose: Choice | None) -> None:
+        """Prune a layer's linears, whose weights that stay make up for what is pruned. Collective."""
+        hessians = Hessians({name: linear for name, linear in linears.items() if not isinstance(linear, ExpertWeight)})
         experts = {name: ExpertHessians(t) for name, t in linears.items() if isinstance(t, ExpertWeight)}
-        hessians = Hessians({name: target for name, target in linears.items() if name not in experts})
-        run()
+        if choose is None and self._config.method == "wanda":
+            choose = self._by_wanda(linears, run)
+        else:
+            run()
         for names, hessian in hessians.close(self._ranks):
-            factor, dead = inverse_factor(hessian, self._config.dampening, names[0])
+            replace = self._replacement(hessian, names[0], choose is None)
             for name in names:
-                linears[name].weight.data = linears[name].from_rows(
-                    self._compensated(name, linears[name].as_rows(), factor, dead)
-                )
+                selected = None if choose is None else choose(name)[1]
+                linears[name].weight.data = linears[name].from_rows(replace(name, linears[name].as_rows(), selected, 0))
         for name, hessians_of_experts in experts.items():
             weight = linears[name].weight.detach()
+            chosen = None if choose is None else gather_rows(choose(name)[1], self._ranks).view(weight.shape)
             for expert, hessian in enumerate(hessians_of_experts.close(name, self._ranks)):
-                factor, dead = inverse_factor(hessian, self._config.dampening, f"{name}, expert {expert}")
-                before = expert * weight[expert].numel()
-                weight[expert] = self._compensated(name, weight[expert], factor, dead, before)
+                replace = self._replacement(hessian, f"{name}, expert {expert}", choose is None)
+                first, last = own_rows(weight.shape[1], self._ranks)
+                selected = None if chosen is None else chosen[expert, first:last]
+                weight[expert] = replace(name, weight[expert], selected, expert * weight[expert].numel())
 
-    def _compensated(self, name: str, weight: Tensor, factor: Tensor, dead: Tensor, before: int = 0) -> Tensor:
-        """Prune a weight [out, in], or one expert's part of it, by SparseGPT, each rank its own rows. Collective."""
-        first, last = own_rows(len(weight), self._ranks)
-        own = sparsegpt(weight[first:last].float(), factor, dead, self._ranking(name), self._ranks, before)
-        return gather_rows(cast_weight(own, weight.dtype)[0], self._ranks)
+    def _replacement(self, hessian: Tensor, label: str, by_sparsegpt: bool) -> Replacement:
+        """Prepare to replace weights that share a Hessian, which is changed.
+
+        Args:
+            hessian: The Hessian, fp64 [in, in].
+            label: Name of the first weight, for messages.
+            by_sparsegpt: True if SparseGPT chooses what is pruned.
+        """
+        config = self._config
+        factor = dead = scaled = root = None
+        if by_sparsegpt:
+            copy = hessian.clone() if config.compensate else hessian
+            factor, dead = inverse_factor(copy, config.dampening, label)
+        if config.compensate:
+            scaled, root = scaled_hessian(hessian, config.dampening)
+
+        def replace(name: str, weight: Tensor, selected: Tensor | None, before: int) -> Tensor:
+            first, last = own_rows(len(weight), self._ranks)
+            own = weight[first:last].float()
+            new = own
+            if factor is not None and dead is not None:
+                new = sparsegpt(own, factor, dead, self._ranking(name), self._ranks, before)
+                selected = new == 0
+            if scaled is not None and root is not None:
+                assert selected is not None
+                new = compensated(own, selected.to(own.device), scaled, root)
+            return gather_rows(cast_weight(new, weight.dtype)[0], self._ranks)
+
+        return replace
 
     def _measure_norms(self, calibration: Calibration, receive: Callable[[str, dict[str, Tensor]], None]) -> None:
         """Measure input norms of the dense model; ``receive`` gets those of a layer in memory. Collective."""

@@ -78,7 +78,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
     stored = {name: tuple(target.weight.shape) for name, target in targets.items()}
     masks = MaskFile(config.mask, stored) if config.mask is not None else None
     sequences: list[Tensor] = []
-    if needs_text(config):
+    if config.needs_text:
         prefix, _ = find_layers(stream.model)
         outside = [name for name in targets if not name.startswith(f"{prefix}.")]
         if outside:
@@ -91,13 +91,6 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=data.date))
         sequences = sample_sequences(data, config.sequences, config.seed)
     return PruningPlan(config, stream, targets, shapes, sparsities, sequences, masks)
-
-
-def needs_text(config: PruneConfig) -> bool:
-    """Return whether a pruning run needs calibration text."""
-    return config.method in ("wanda", "sparsegpt", "curvature") or (
-        config.method == "magnitude" and config.layer_ratios == "owl"
-    )
 
 
 def prune(plan: PruningPlan, ranks: Group | None = None, *, progress: bool = True) -> list[ZeroCount]:

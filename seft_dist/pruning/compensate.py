@@ -1,0 +1,93 @@
+"""Weights that stay make up for those that were pruned, by least squares on what each linear computes.
+
+For a row w of a weight with the inputs X, of which the positions K stay, the new row v minimises
+
+    |X v - X w|^2 + damping |v - w|^2     with v = 0 outside of K
+
+SparseGPT solves this only for later columns; here all that stay are solved for at once, by conjugate gradients. An
+iteration is one product of rows and the Hessian X^T X, and no Hessian is factored. Rows are independent of each other.
+
+Sources: the problem is that of Boza, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv
+    2401.02938, who solves it by ADMM; the solver that of Hestenes, Stiefel, "Methods of Conjugate Gradients for Solving
+    Linear Systems", 1952.
+"""
+
+import torch
+from torch import Tensor
+
+from seft_dist.pruning.masks import TILE
+
+_ITERATIONS = 40
+"""Most iterations. On SmolLM2's layers the error is within a percent of the smallest after 20."""
+_ENOUGH = 1e-6
+"""A tile of rows is done when the gradients of its rows are this share of those at the start, in L2 norm."""
+
+
+def scaled_hessian(hessian: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    """Dampen a Hessian, and scale its rows and columns such that its diagonal is 1.
+
+    Args:
+        hessian: X^T X up to a factor, fp64 [in, in]; it is changed.
+        dampening: Share of its mean diagonal that is added to the diagonal.
+
+    Returns:
+        The scaled Hessian, fp32 [in, in]; and the root of the diagonal before, fp32 [in], by which weights are
+        multiplied to fit it. Inputs that are always 0 without dampening have root 1 and a row of zeros.
+    """
+    diagonal = hessian.diagonal()
+    diagonal += dampening * diagonal.mean()
+    root = diagonal.sqrt()
+    root[root == 0] = 1
+    hessian.div_(root).div_(root.unsqueeze(1))
+    return hessian.float(), root.float()
+
+
+def compensated(weight: Tensor, pruned: Tensor, hessian: Tensor, root: Tensor) -> Tensor:
+    """Change the weights that stay such that the outputs change least. Local.
+
+    Rows are solved in tiles that are never divided between ranks, so the result does not depend on their number.
+
+    Args:
+        weight: Rows of the weight before pruning, fp32 [rows, in]. Its zeros stay.
+        pruned: True where a weight is pruned, bool [rows, in].
+        hessian: From ``scaled_hessian``, fp32 [in, in].
+        root: From ``scaled_hessian``, fp32 [in].
+
+    Returns:
+        The weights, 0 where they are pruned, fp32 [rows, in].
+    """
+    kept = (~pruned & (weight != 0)).float()
+    lost = (weight * root).mul_(1 - kept)
+    changes = [_solve(gone, stay, hessian) for gone, stay in zip(lost.split(TILE), kept.split(TILE), strict=True)]
+    new = weight + torch.cat([lost[:0], *changes]).div_(root)
+    # A weight that stays may not be 0, it would count as pruned; and a product with 0 could be -0.0
+    return torch.where(new == 0, weight, new).masked_fill_(kept == 0, 0.0)
+
+
+def _solve(lost: Tensor, kept: Tensor, hessian: Tensor) -> Tensor:
+    """Minimise (u - l) H (u - l) over changes u of the kept positions of each row, by conjugate gradients from 0 on.
+
+    Args:
+        lost: Scaled weights l that are pruned, 0 elsewhere, fp32 [rows, in].
+        kept: 1 where a weight stays, else 0, fp32 [rows, in].
+        hessian: Scaled Hessian, fp32 [in, in].
+
+    Returns:
+        Scaled changes u, 0 where nothing stays, fp32 [rows, in].
+    """
+    change = torch.zeros_like(lost)
+    residual = (lost @ hessian).mul_(kept)
+    direction, size = residual.clone(), residual.square().sum(1, keepdim=True)
+    enough = size * _ENOUGH**2
+    for _ in range(_ITERATIONS):
+        if bool((size <= enough).all()):
+            break
+        curved = (direction @ hessian).mul_(kept)
+        along = (direction * curved).sum(1, keepdim=True)
+        # A row that is done has a direction of 0, or one of rounding errors that leads nowhere
+        step = torch.where(size > enough, size / along.clamp_min(torch.finfo(along.dtype).tiny), 0.0)
+        change.addcmul_(direction, step)
+        residual.addcmul_(curved, step, value=-1)
+        before, size = size, residual.square().sum(1, keepdim=True)
+        direction = residual + direction * (size / before.clamp_min(torch.finfo(size.dtype).tiny))
+    return change
