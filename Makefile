@@ -122,7 +122,7 @@ $(TEXT)/heldout.jsonl: | $(INSTALLED)
 	seft quickstart text --output $(TEXT)
 
 $(PRUNED)/config.json: | $(MODEL)/config.json $(TEXT)/heldout.jsonl
-	seft prune --model.path $(MODEL) --method curvature --group global --sparsity 0.6 \
+	seft prune --model.path $(MODEL) --method curvature --group global --compensate true --sparsity 0.6 \
 	  --data.path $(TEXT)/train.jsonl --data.seq_len 256 --sequences 32 --output $(PRUNED)
 
 $(RUN)/result.json: | $(PRUNED)/config.json

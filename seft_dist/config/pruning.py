@@ -105,7 +105,7 @@ class PruneConfig:
         )
         check(
             not self.needs_text or self.data is not None,
-            f"method={self.method}, layer_ratios={self.layer_ratios}, compensate={self.compensate} without data",
+            f"compensate={self.compensate}, method={self.method}, layer_ratios={self.layer_ratios} without data",
             "calibration text: --data.path FILE",
         )
         if self.method in ("mask", "none"):
