@@ -194,6 +194,7 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (PruneConfig, {"method": "curvature", "data": None}, "method=curvature, layer_ratios=uniform without data"),
     (PruneConfig, {"group": "global", "layer_ratios": "owl"}, "group=global with layer_ratios"),
     (PruneConfig, {"method": "none", "compensate": True}, "compensate with method=none"),
+    (PruneConfig, {"method": "none", "layer_ratios": "owl", "data": None}, "method=none with sparsity"),
     (PruneConfig, {"method": "magnitude", "compensate": True, "data": None}, "compensate=True, method="),
     (PruneConfig, {"method": "mask", "mask": "m", "compensate": True, "data": None}, "compensate=True, method="),
     (EvaluateConfig, {"models": {}}, "models is empty"),

@@ -98,16 +98,6 @@ class PruneConfig:
 
     def _check_choices(self) -> None:
         """Refuse options that the method of pruning does not have."""
-        check(
-            not self.compensate or self.method != "none",
-            "compensate with method=none",
-            "a method that prunes",
-        )
-        check(
-            not self.needs_text or self.data is not None,
-            f"compensate={self.compensate}, method={self.method}, layer_ratios={self.layer_ratios} without data",
-            "calibration text: --data.path FILE",
-        )
         if self.method in ("mask", "none"):
             choices = (self.sparsity, self.pattern, self.group, self.layer_ratios)
             check(
@@ -115,7 +105,12 @@ class PruneConfig:
                 f"method={self.method} with sparsity, pattern, group or layer_ratios",
                 "none of them: the mask file decides, or nothing is pruned",
             )
-            return
+        check(not self.compensate or self.method != "none", "compensate with method=none", "a method that prunes")
+        check(
+            not self.needs_text or self.data is not None,
+            f"compensate={self.compensate}, method={self.method}, layer_ratios={self.layer_ratios} without data",
+            "calibration text: --data.path FILE",
+        )
         separate = self.data is not None and self.data.separate
         check(not separate, "data.separate", "false: only training packs several documents")
         check(

@@ -189,13 +189,13 @@ class Pruner:
         """Run a layer, and choose the weights with the smallest product of size and input norm. Collective."""
         observed = {name: InputNorm(linear) for name, linear in linears.items()}
         run()
-        norms = {name: norm.close(name, self._ranks) for name, norm in observed.items()}
 
         def choose(name: str) -> tuple[Tensor, Tensor]:
+            norm = observed.pop(name).close(name, self._ranks)  # those of fused experts are as large as their weight
             first, last = self._own(name)
             own = linears[name].as_rows()[first:last]
             count = self._zeros(name, first, last) if self._zeros is not None else None
-            scores = wanda_scores(own, _norm_of(norms[name], first, last))
+            scores = wanda_scores(own, _norm_of(norm, first, last))
             return own, select_pruned(scores, own, self._ranking(name), self._ranks, count)
 
         return choose
@@ -244,11 +244,19 @@ class Pruner:
             new = own
             if factor is not None and dead is not None:
                 new = sparsegpt(own, factor, dead, self._ranking(name), self._ranks, before)
-                selected = new == 0
+                selected = new == 0  # positions of zeros that it has changed stay
+            elif selected is not None:
+                selected = selected.to(own.device) | (own == 0)
             if scaled is not None and root is not None:
                 assert selected is not None
-                new = compensated(own, selected.to(own.device), scaled, root)
-            return gather_rows(cast_weight(new, weight.dtype)[0], self._ranks)
+                new = compensated(own, selected, scaled, root)
+            new = gather_rows(cast_weight(new, weight.dtype)[0], self._ranks)
+            if not new.isfinite().all():
+                raise ValueError(
+                    f"weights of {name} would not be finite after pruning: use more calibration text (--sequences), a "
+                    "larger --dampening, or --model.dtype float32"
+                )
+            return new
 
         return replace
 

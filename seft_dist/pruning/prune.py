@@ -84,7 +84,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
         if outside:
             raise ValueError(
                 f"target {outside[0]} is outside the decoder layers ({prefix}): choose other --targets, or "
-                "--method magnitude"
+                "--method magnitude without --compensate"
             )
         assert config.data is not None
         data = load_sequences(config.data, load_tokenizer(config.model), progress=progress)

@@ -59,7 +59,10 @@ class Hessians:
             if self._leader[name] == -1:
                 self._leader[name] = leader if shared else number
             if shared != (self._leader[name] != number):
-                raise ValueError(f"{name} shares its input with another linear at times only: use --method wanda")
+                raise ValueError(
+                    f"{name} shares its input with another linear at times only: use --method wanda without "
+                    "--compensate"
+                )
             if not shared:
                 self._last = (number, args[0])
                 self._add(number, args[0].detach())
