@@ -249,14 +249,15 @@ def test_an_expert_without_tokens_has_the_mean_gradients_of_the_others() -> None
     torch.testing.assert_close(found[others], by_expert[others].sqrt().float())
 
 
-def prune_mixture(rank: int, size: int, folder: Path) -> None:
-    config = prune_config(folder, "mixtral", f"ranks{size}", method="sparsegpt", sparsity=0.53)
+def prune_mixture(rank: int, size: int, folder: Path, over: dict[str, Any]) -> None:
+    config = prune_config(folder, "mixtral", f"ranks{size}", sparsity=0.53, **over)
     prune(prepare(config, progress=False), Group(dist.group.WORLD), progress=False)
 
 
-def test_sparsegpt_of_experts_on_two_ranks(tmp_path: Path) -> None:
-    prune_folder(prune_config(tmp_path, "mixtral", "ranks1", method="sparsegpt", sparsity=0.53), progress=False)
-    run_ranks(prune_mixture, 2, tmp_path)
+@pytest.mark.parametrize("over", [{"method": "sparsegpt"}, {"method": "wanda", "compensate": True}], ids=str)
+def test_experts_on_two_ranks(over: dict[str, Any], tmp_path: Path) -> None:
+    prune_folder(prune_config(tmp_path, "mixtral", "ranks1", sparsity=0.53, **over), progress=False)
+    run_ranks(prune_mixture, 2, tmp_path, over)
     one, two = (load_file(tmp_path / f"ranks{size}/model.safetensors") for size in (1, 2))
     for name in one:
         assert torch.equal(one[name] == 0, two[name] == 0), name
