@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,3 +260,14 @@ def test_dates_are_the_same_on_all_days(tmp_path: Path, monkeypatch: pytest.Monk
     second = open_study(config)
     for plan in (first, second):
         assert plan.methods[0].settings[0].config.data.date == "2026-01-31"
+
+
+def test_a_base_that_compensates_reads_the_training_text(tmp_path: Path) -> None:
+    prune = {"model.path": str(tmp_path / "base"), "method": "magnitude", "sparsity": 0.5, "compensate": True}
+    config = study_config(tmp_path, bases={"p": prune, "base": {"path": str(tmp_path / "base")}})
+    fake = Fake()
+    run(config, fake)
+    recipe = yaml.safe_load((tmp_path / "study" / "bases" / "p" / "prune.yaml").read_text())
+    assert recipe["data"]["path"] == str(tmp_path / "train.jsonl")
+    prune_command = next(command for command in fake.commands if any(word.endswith("prune.py") for word in command))
+    assert prune_command[-1] == "--threads=1"  # processes side by side share the cores

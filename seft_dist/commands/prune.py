@@ -27,7 +27,7 @@ def _prune() -> None:
     from seft_dist.session.agreement import check_agreement, on_all_ranks
     from seft_dist.session.distributed import shutdown, start
 
-    ranks = start()
+    ranks = start(threads=config.threads)
     check_agreement(ranks, to_yaml(config))
     plan = on_all_ranks(ranks, lambda: prepare(config, device=ranks.device, progress=ranks.is_main))
     counts = prune(plan, world_group(), progress=ranks.is_main)

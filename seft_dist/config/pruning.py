@@ -54,6 +54,8 @@ class PruneConfig:
     """Calibration sequences of data.seq_len tokens."""
     seed: int = 0
     """Seed for drawing the calibration sequences."""
+    threads: int | None = None
+    """CPU threads of a rank. None: the machine's cores divided by the ranks on it (CPU runs only)."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -63,6 +65,7 @@ class PruneConfig:
             "a share above 0 and below 1",
         )
         check(self.sequences >= 1, f"sequences={self.sequences}", "at least 1")
+        check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(self.owl_threshold > 0, f"owl_threshold={self.owl_threshold}", "a number above 0")
         check(0 < self.owl_lambda < 1, f"owl_lambda={self.owl_lambda}", "a share above 0 and below 1")
         check(0 < self.dampening <= 1, f"dampening={self.dampening}", "a share above 0 and at most 1")

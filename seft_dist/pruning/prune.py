@@ -198,7 +198,8 @@ def _warn_off_target(counts: list[ZeroCount], plan: PruningPlan, pruner: Pruner)
 def _record(plan: PruningPlan, weights: _LazyWeights, pruner: Pruner) -> dict[str, Any]:
     """Content of pruning.json: the settings, the sparsity reached, and the zeros of each target."""
     settings = dataclasses.asdict(plan.config)
-    del settings["output"]
+    for name in ("output", "threads"):  # which change nothing
+        del settings[name]
     if plan.config.method != "mask":
         settings |= {"sparsity": plan.config.share, "group": plan.config.ranking}
     counts = [weights.counts[name] for name in plan.shapes]

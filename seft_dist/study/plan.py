@@ -208,8 +208,8 @@ def read_bases(config: StudyConfig, train: DataConfig) -> dict[str, Base]:
             continue
         if "output" in options or options.get("method") == "none" or "path" in options:
             raise ValueError(f"{what} is {entry}: needs only {{path: FOLDER}}, or options of seft prune without output")
-        calibrated = options.get("method") not in ("magnitude", "mask") or options.get("layer_ratios") == "owl"
-        if calibrated and "data.path" not in options:
+        chosen = read(arguments(options | {"output": "-", "data.path": "-"}), what)
+        if chosen.needs_text and "data.path" not in options:
             options = changed_options(train, "data.") | options
         model = Path(config.output) / BASES / name / MODEL
         bases[name] = Base(name, model, read(arguments(options | {"output": str(model)}), what))
@@ -268,7 +268,10 @@ def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
     """
     assert base.prune is not None
     content = to_dict(base.prune)
-    del content["output"]
+    for name in ("output", "threads"):
+        del content[name]
+    if not content["compensate"]:  # which studies of earlier versions do not mention
+        del content["compensate"]
     content["model"]["path"] = dense
     if content["data"] is not None:
         content["data"] = without_unused_options(content["data"]) | {"path": text}

@@ -213,7 +213,7 @@ class Runner:
         if task.kind == PRUNE:
             assert task.base is not None
             write_text(task.folder / RECIPE, to_yaml(task.base.prune))
-            return [*launcher, str(self._scripts / "prune.py"), f"--config={task.folder / RECIPE}"]
+            return [*launcher, str(self._scripts / "prune.py"), f"--config={task.folder / RECIPE}", *threads]
         cell = task.cell
         assert cell is not None
         about = {"method": cell.method, "base": cell.base, "setting": cell.setting, "seed": cell.seed}
