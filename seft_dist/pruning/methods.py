@@ -177,13 +177,17 @@ class Pruner:
             if linears and (self._config.method == "sparsegpt" or self._config.compensate):
                 self._prune_with_hessians(linears, run, choose)
             elif linears:
-                choose_here = self._by_wanda(linears, run)
-                for name, linear in linears.items():
-                    own, selected = choose_here(name)
-                    linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
+                self._prune_by_wanda(linears, run)
 
         for layer_name in calibration.walk(visit, progress=self._progress):
             yield from ((name, linear.as_rows()) for name, linear in self._inside(layer_name).items())
+
+    def _prune_by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> None:
+        """Prune a layer's linears row by row, and change nothing else. Collective."""
+        choose = self._by_wanda(linears, run)
+        for name, linear in linears.items():
+            own, selected = choose(name)
+            linear.weight.data = linear.from_rows(gather_rows(own.masked_fill(selected, 0.0), self._ranks))
 
     def _by_wanda(self, linears: dict[str, Target], run: Callable[[], None]) -> Choice:
         """Run a layer, and choose the weights with the smallest product of size and input norm. Collective."""
@@ -239,6 +243,7 @@ class Pruner:
             scaled, root = scaled_hessian(hessian, config.dampening)
 
         def replace(name: str, weight: Tensor, selected: Tensor | None, before: int) -> Tensor:
+            """Prune a weight, or solve for what stays of it, each rank its own rows. Collective."""
             first, last = own_rows(len(weight), self._ranks)
             own = weight[first:last].float()
             new = own
