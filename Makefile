@@ -98,8 +98,8 @@ PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBL
   TORCH_EXTENSIONS_DIR=$(CURDIR)/build/plain
 
 test-plain: $(INSTALLED)  ## the core of the tests, pruning and layouts, as on another processor: plain x86-64
-	$(PLAIN) python -m pytest $(WORKERS) -m 'not long' $(CORE) tests/test_pruning_methods.py tests/test_layouts.py \
-	  tests/test_pattern_layouts.py tests/test_vectors.py
+	$(PLAIN) python -m pytest $(WORKERS) -m 'not long' $(CORE) tests/test_pruning_methods.py tests/test_compensate.py \
+	  tests/test_layouts.py tests/test_pattern_layouts.py tests/test_vectors.py
 
 lint: $(INSTALLED)  ## ruff and mypy
 	ruff check .
