@@ -142,6 +142,18 @@ def prune_config(folder: Path, family: str, name: str, **over: Any) -> PruneConf
     )
 
 
+def tokens_of_experts(config: PruneConfig, model: Any, experts: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the calibration text: the tokens [T, in] that reach a mixture, and the experts [T, k] that they choose."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    data = load_sequences(config.data, load_tokenizer(config.model), progress=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for tokens in sample_sequences(data, 24, 0):
+            model(tokens[None])
+    hidden, chosen = (torch.cat([args[i].view(-1, args[i].shape[-1]) for args in seen]) for i in (0, 1))
+    return hidden, chosen
+
+
 @pytest.mark.parametrize(("family", "key"), [("mixtral", "gate_up_proj"), ("deepseek_v3", "gate_up_proj")])
 @pytest.mark.parametrize("ranked", [{"group": "layer", "sparsity": 0.53}, {"pattern": "2:4"}], ids=str)
 def test_sparsegpt_of_experts_is_the_published_algorithm(
@@ -153,18 +165,12 @@ def test_sparsegpt_of_experts_is_the_published_algorithm(
     counts = {count.name: count for count in prune_folder(config, progress=False)}
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     name = next(name for name in find_targets(dense) if name.endswith(f"experts.{key}"))
-    seen: list[tuple[torch.Tensor, ...]] = []
-    dense.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(lambda _, args: seen.append(args))
+    experts = dense.get_submodule(name.rpartition(".")[0])
     # the layers before are pruned when this one is looked at
     number = int(name.split(".")[2])
     for layer in range(number):
         dense.model.layers[layer] = pruned.model.layers[layer]
-    data = load_sequences(config.data, load_tokenizer(config.model), progress=False)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for tokens in sample_sequences(data, 24, 0):
-            dense(tokens[None])
-    hidden = torch.cat([args[0].view(-1, args[0].shape[-1]) for args in seen])
-    chosen = torch.cat([args[1].view(-1, args[1].shape[-1]) for args in seen])
+    hidden, chosen = tokens_of_experts(config, dense, experts)
     before, after = dense.get_parameter(name), pruned.get_parameter(name)
     done, numel = 0, before[0].numel()
     for expert, weight in enumerate(before.detach()):
@@ -188,14 +194,7 @@ def test_experts_make_up_for_their_own_pruned_weights(tmp_path: Path) -> None:
     dense, pruned = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "pruned"))
     name = next(name for name in find_targets(dense) if name.endswith("layers.0.mlp.experts.gate_up_proj"))
     experts = dense.get_submodule(name.rpartition(".")[0])
-    seen: list[tuple[torch.Tensor, ...]] = []
-    experts.register_forward_pre_hook(lambda _, args: seen.append(args))
-    data = load_sequences(config.data, load_tokenizer(config.model), progress=False)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for tokens in sample_sequences(data, 24, 0):
-            dense(tokens[None])
-    hidden = torch.cat([args[0].view(-1, args[0].shape[-1]) for args in seen])
-    chosen = torch.cat([args[1].view(-1, args[1].shape[-1]) for args in seen])
+    hidden, chosen = tokens_of_experts(config, dense, experts)
     before, after = dense.get_parameter(name).detach(), pruned.get_parameter(name).detach()
     for expert, (weight, new) in enumerate(zip(before, after, strict=True)):
         hessian = reference.hessian_of([hidden[(chosen == expert).any(1)]])

@@ -86,7 +86,7 @@ class MaskedLora(AdaptedLinears):
 
     @staticmethod
     def combined(weight: Tensor, product: Tensor) -> Tensor:
-        # In place, and by a product: a bool mask with a random pattern costs a CPU thirty times as much. Where the
+        # In place, and by a product: a bool mask with a random pattern costs a CPU many times as much. Where the
         # product is not finite zeros become NaN; then the gradients are not finite either, and the step is refused.
         return product.mul_(torch.ne(weight, 0, out=torch.empty_like(weight))).add_(weight)
 
