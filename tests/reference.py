@@ -219,6 +219,8 @@ class DenseSeft:
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
         count = math.floor(self.drop_fraction(t) * int(layer.support.sum()) + 0.5)
+        if not config.reactivation:  # not more than Grow can replace
+            count = min(count, max(0, int(layer.mask.sum()) - layer.budget))
         if config.drop == "magnitude":
             score = layer.delta.abs()
         elif config.drop == "movement":

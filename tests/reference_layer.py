@@ -42,7 +42,7 @@ class Layer:
         zero = torch.zeros(base.shape)
         return cls(
             module=module,
-            budget=math.floor(config.density * base.numel() + 0.5),
+            budget=min(math.floor(config.density * base.numel() + 0.5), int(mask.sum())),
             base=base,
             mask=mask,
             support=none,

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from seft_dist import SeftConfig, SeftOptimizer
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.sparsity.bitmask import unpack
 from tests.models import Parent, batch, moving, prune_, prune_groups_, tiny_llama
 from tests.reference import DenseSeft
@@ -84,6 +85,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "swap_bf16": (SWAP | {"window_store": "bf16", "init": "random"}, {}),
     "swap_random": (SWAP | {"grow": "random", "drop": "random", "on_drop": "keep"}, {}),
     "swap_seeded_every_step": (SWAP | {"moments": "seeded", "interval": 1, "window": 1}, {"eps": 1e-2}),
+    "swap_crowded": (SWAP | {"density": 0.42, "scope": "global"}, {}),
+    "crowded": ({"density": 0.4, "reactivation": 0.0, "drop_fraction": 0.6}, {}),
     "swap_norms": (SWAP | {"train_norms": True}, {"eps": 1e-3, "weight_decay": 0.3}),
     "static_random": ({"static": True, "init": "random"}, {}),
     "decay_weight": ({"decay": "weight"}, {"weight_decay": 0.3}),
@@ -201,9 +204,13 @@ def assert_same_report(seft: SeftOptimizer, dense: DenseSeft, mask_before: list[
         assert found == tuple(sum(int(part.sum()) for part in parts) for parts in wanted)
 
 
-def run_both(config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float = 1e-5) -> DenseSeft:
-    """Train both, compare after every step to a relative difference of ``rel``."""
+def run_both(
+    config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float = 1e-5, thin: str | None = None
+) -> DenseSeft:
+    """Train both, compare after every step to a relative difference of ``rel``; targets ``thin`` are 90 % pruned."""
     model = make_model(seed, config.known_pattern)
+    if thin:
+        prune_(model, 0.9, thin)
     twin = copy.deepcopy(model)
     parent = Parent(make_dense(seed)) if config.swap_fraction else None
     seft = SeftOptimizer(model, config, parent=parent, **(ADAM | adam))
@@ -246,6 +253,21 @@ def test_same_as_dense(name: str) -> None:
     expected = expected or "swap_fraction" in over
     expected = expected and not (over.get("reactivate") == "trial" and over.get("static"))  # nothing would end a trial
     assert moved == expected, "the test did not exercise what its name says"
+
+
+@pytest.mark.parametrize("over", [{"reactivation": 0.0, "drop_fraction": 0.6}, SWAP | {"scope": "global"}, {}])
+def test_targets_with_few_active_weights_train_all_of_them(over: dict[str, Any]) -> None:
+    """As after pruning across layers, which leaves some targets fewer active weights than the density asks for."""
+    config = dataclasses.replace(BASE, density=0.2, **over)
+    with pytest.warns(SeftWarning, match=r"2 of 7 targets have fewer active weights.*q_proj: 40 instead of 80"):
+        dense = run_both(config, ADAM, thin="q_proj|k_proj")
+    supports = [int(layer.support.sum()) for name, layer in dense.layers.items() if "q_proj" in name]
+    assert supports == [40] or config.swap_fraction or config.reactivation  # what Adapt takes is missing for a while
+
+
+def test_a_density_above_the_active_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"density 0.6 asks for 1908 deltas, but only 1434 .* at most 0.4509"):
+        SeftOptimizer(make_model(), dataclasses.replace(BASE, density=0.6)).attach()
 
 
 @st.composite

@@ -25,8 +25,8 @@ class SeftConfig:
     """The method: how many deltas, where they may go, when they move (docs/algorithm.md)."""
 
     density: float = 0.01
-    """Share of each target weight's positions that carry a trainable delta, above 0 and at most 1. It may not exceed
-    the share of active (non-zero) weights of any target."""
+    """Share of each target weight's positions that carry a trainable delta, above 0 and at most the share of active
+    (non-zero) weights of all targets together. Targets with fewer active weights get a delta for each of these."""
     targets: str = "all-linear"
     """Linears that get deltas: "all-linear" (every nn.Linear except the output head and tied weights), or a regular
     expression that is searched in module names, e.g. "q_proj|v_proj"."""

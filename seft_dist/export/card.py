@@ -132,11 +132,13 @@ def _method(records: _Records, base: str) -> str:
     elif records.config:
         method = records.config.get("seft", {})
         moves = "its positions do not move" if method.get("static") else "their positions evolve during training"
+        across = method.get("scope") == "global" and (method.get("swap_fraction") or method.get("reactivation"))
         lines += [
             "",
             f"Fine-tuned with SEFT, Sparsity Evolution Fine-Tuning ({_PAPER}), by seft_dist {_own_version()}: "
-            f"{_percent(method.get('density'))} of each target's weights carry a trainable delta, {moves}, and every "
-            "layer keeps its number of zeros. The deltas are part of the weights: this is a plain model, zeros stored.",
+            f"at most {_percent(method.get('density'))} of each target's weights carry a trainable delta, {moves}, and "
+            f"{'the model' if across else 'every layer'} keeps its number of zeros. The deltas are part of the "
+            "weights: this is a plain model, zeros stored.",
         ]
     return "\n".join(lines)
 

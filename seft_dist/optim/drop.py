@@ -17,13 +17,17 @@ def drop(work: WorkingState, fraction: float) -> None:
 
     Args:
         work: The evolution.
-        fraction: Share of the support that is dropped, 0 to 1.
+        fraction: Share of the support that is dropped, 0 to 1. Where only active positions can grow, no more are
+            dropped than those can replace.
     """
 
     def errors(rounding: Rounding, i: int) -> Tensor:
         return rounding.of_drop(i, work.offsets(i), work.entries[i])
 
     wanted = [fraction_of(fraction, size) for size in work.sizes]
+    if not work.config.reactivation:
+        spare = [max(0, active - most) for active, most in zip(work.state.mask_sizes, work.state.budgets, strict=True)]
+        wanted = list(map(min, wanted, spare))
     chosen = work.select(lambda i: _drop_key(work, i), wanted, errors)
     work.dropped = []
     for i, which in enumerate(chosen):

@@ -11,7 +11,7 @@ from seft_dist.modules.kinds import Target
 from seft_dist.optim.gradient_check import GradientCheck
 from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State
-from seft_dist.sparsity.schedule import first_evolution
+from seft_dist.sparsity.schedule import first_evolution, fraction_of
 
 LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
 _MANY_WEIGHTS = 100
@@ -40,6 +40,7 @@ def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: li
         _warn_without_evolution(config)
         _warn_without_recomputation()
         _warn_of_dense_targets(backend, state)
+        _warn_of_small_targets(backend, config, state)
 
 
 def _warn_without_evolution(config: SeftConfig) -> None:
@@ -87,6 +88,21 @@ def _warn_of_dense_targets(backend: Backend, state: State) -> None:
             f"{len(dense)} of {len(numels)} targets have no zeros (e.g. {dense[0]}). They get deltas like the others, "
             "and stay dense. If they were left out of pruning on purpose, or are a new head that has to be trained "
             "whole, leave them out here too (targets)",
+            SeftWarning,
+            stacklevel=LEVEL + 1,
+        )
+
+
+def _warn_of_small_targets(backend: Backend, config: SeftConfig, state: State) -> None:
+    """Warn of targets that have fewer active weights than the density asks for, as after pruning across layers."""
+    numels = [partition.numel for partition in backend.partitions]
+    asked = [fraction_of(config.density, numel) for numel in numels]
+    less = [row for row in zip(backend.names, state.budgets, asked, strict=True) if row[1] < row[2]]
+    if less:
+        name, budget, wanted = less[0]
+        warnings.warn(
+            f"{len(less)} of {len(numels)} targets have fewer active weights than density={config.density} asks for "
+            f"(e.g. {name}: {budget} instead of {wanted}). All of their active weights get deltas",
             SeftWarning,
             stacklevel=LEVEL + 1,
         )

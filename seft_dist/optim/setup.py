@@ -123,17 +123,17 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         config: The method.
 
     Raises:
-        ValueError: The model is dense, a layer cannot hold the density, weights are not finite, of several dtypes or
-            too wide, or do not have the pattern; every rank raises the same.
+        ValueError: The model is dense, it has fewer active weights than the density asks for, weights are not finite,
+            of several dtypes or too wide, or do not have the pattern; every rank raises the same.
     """
     count = len(backend.names)
     masks, sizes, prints = survey(backend)
     numels = [partition.numel for partition in backend.partitions]
-    budgets = [fraction_of(config.density, numel) for numel in numels]
+    asked = [fraction_of(config.density, numel) for numel in numels]
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")
-    _check(backend.names, numels, sizes, budgets, config)
+    _check(numels, sizes, asked, config)
     group_prints = check_pattern(backend, config, masks)
     none = torch.empty(0, dtype=backend.position_dtype, device=backend.device)
     supports = [Support(backend.shapes[i], [none] * backend.owners.size) for i in range(count)]
@@ -147,7 +147,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
         memory_indices=list(nothing),
         masks=masks,
         mask_sizes=sizes,
-        budgets=budgets,
+        budgets=list(map(min, asked, sizes)),
         supports=supports,
         committed=list(nothing),
         trial=list(nothing),
@@ -217,14 +217,13 @@ def _refuse_patterns(names: list[str], patterns: list[str | None], config: SeftC
     )
 
 
-def _check(names: list[str], numels: list[int], sizes: list[int], budgets: list[int], config: SeftConfig) -> None:
-    for name, numel, size, budget in zip(names, numels, sizes, budgets, strict=True):
-        if budget > size:
-            raise ValueError(
-                f"{name}: density {config.density} asks for {budget} deltas, but only {size} of {numel} weights are "
-                f"active; choose a density of at most {size / numel:.4f}, or targets without this layer"
-            )
-    if not sum(budgets):
+def _check(numels: list[int], sizes: list[int], asked: list[int], config: SeftConfig) -> None:
+    if sum(asked) > sum(sizes):
+        raise ValueError(
+            f"density {config.density} asks for {sum(asked)} deltas, but only {sum(sizes)} of the targets' "
+            f"{sum(numels)} weights are active: needs a density of at most {sum(sizes) / sum(numels):.4f}"
+        )
+    if not sum(asked):
         raise ValueError(f"density {config.density} gives no layer even one delta: choose a larger density")
     sparsity = 1 - sum(sizes) / sum(numels)
     if sparsity < LEAST_SPARSITY and not config.allow_dense:
