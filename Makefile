@@ -38,7 +38,7 @@ RUN := runs/quickstart
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-quickstart: $(RUN)/summary.json  ## a real model: prune, repair on 2 ranks with ZeRO-3, evaluate, report
+quickstart: $(RUN)/summary.json  ## a real model: prune, repair (2 ranks, ZeRO-3; 1 on 1 GPU), evaluate, report
 	@echo "Results: $(RUN)/summary.json, the repaired model in $(RUN)/model"
 	@echo "The page to look at: file://$(abspath $(RUN)/report.html)"
 
@@ -126,7 +126,8 @@ $(PRUNED)/config.json: | $(MODEL)/config.json $(TEXT)/heldout.jsonl
 	  --data.path $(TEXT)/train.jsonl --data.seq_len 256 --sequences 32 --output $(PRUNED)
 
 $(RUN)/result.json: | $(PRUNED)/config.json
-	deepspeed --num_gpus 2 --module seft_dist train --config quickstart --deepspeed zero3
+	if [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ]; then seft train --config quickstart --global_batch 4; \
+	  else deepspeed --num_gpus 2 --module seft_dist train --config quickstart --deepspeed zero3; fi
 
 $(RUN)/eval.json: | $(RUN)/result.json
 	seft evaluate --models.dense $(MODEL) --models.pruned $(PRUNED) --models.repaired $(RUN)/model \

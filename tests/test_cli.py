@@ -101,7 +101,7 @@ def test_wrong_options_give_one_short_message(
         (PruneConfig, ["--method=wnada"], "wanda"),
         (PruneConfig, ["--data.seqlen=3"], "seq_len"),  # of a group that may be left out
         (EvaluateConfig, ["--modls.a=x"], "--models"),
-        (TrainConfig, ["--config=quikstart"], "quickstart.yaml"),
+        (TrainConfig, ["--config=quikstart"], "quickstart"),
     ],
 )
 def test_misspelled_options_get_a_suggestion(

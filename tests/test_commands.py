@@ -119,7 +119,7 @@ def test_files_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("quickstart.yaml").touch()  # the user's own file wins
     assert find_file("quickstart.yaml", RECIPES) == "quickstart.yaml"
     assert load_ds_config("zero3") == load_ds_config(str(ROOT / "ds_configs" / "zero3.json"))
-    with pytest.raises(ValueError, match=r"zreo3.json: .*; did you mean zero3.json\?"):
+    with pytest.raises(ValueError, match=r"zreo3.json: .*; did you mean zero3\?"):
         load_ds_config("zreo3.json")
     assert shipped_names(DS_CONFIGS) == sorted(path.name for path in (ROOT / "ds_configs").iterdir())
     assert ROOT / "launch" == SCRIPTS

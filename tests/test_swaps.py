@@ -18,6 +18,7 @@ from seft_dist.export.delta import apply_delta
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint.reader import _check_method
 from seft_dist.io.source import open_source
+from seft_dist.optim.window import Needs
 from seft_dist.results.page.record import read_records
 from seft_dist.results.page.render import render
 from tests.folders import model_folder
@@ -158,6 +159,19 @@ def test_a_checkpoint_between_two_swaps_goes_on_bit_for_bit(tmp_path: Path) -> N
     steps_of(models[2], second, STEPS)
     for name, weight in models[0].state_dict().items():
         assert torch.equal(weight, models[2].state_dict()[name]), name
+
+
+def test_random_supports_need_no_dense_gradient() -> None:
+    """The price needs sums of rows and columns only, and Adapt has nothing to do."""
+    config = dataclasses.replace(CONFIG, grow="random", init="random")
+    assert not Needs.of_any_step(config).dense and Needs.of(config).outputs
+    assert not Needs.of_any_step(dataclasses.replace(config, swap_fraction=0.0, adapt="curvature")).sums
+    assert Needs.of(dataclasses.replace(config, swap_fraction=0.0, reactivation=1.0)).dense
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, config, lr=1e-2, parent=dense_parent())
+    seft.counts_near_ties = True
+    steps_of(model, seft, 4)
+    assert seft.evolution is not None and seft.evolution.reactivated > 0
 
 
 def test_near_ties_are_counted() -> None:

@@ -20,7 +20,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import AdamConfig
 from seft_dist.files.kinds import check_kind, lenient
 from seft_dist.files.reading import read_json
-from seft_dist.files.shipped import DS_CONFIGS, find_file, shipped_names
+from seft_dist.files.shipped import DS_CONFIGS, find_file, short_names
 from seft_dist.session.suggest import did_you_mean
 from seft_dist.sparsity.partition import Partition
 
@@ -179,7 +179,7 @@ def load_ds_config(ds_config: str | dict[str, Any]) -> dict[str, Any]:
         try:
             content = read_json(path, dict[str, Any])
         except (OSError, ValueError) as error:
-            meant = "" if path.exists() else did_you_mean(path.name, shipped_names(DS_CONFIGS))
+            meant = "" if path.exists() else did_you_mean(path.stem, short_names(DS_CONFIGS))
             raise ValueError(f"{name}: {error}; needs a JSON file with DeepSpeed's keys{meant}") from error
     else:
         name, content = "ds_config", ds_config

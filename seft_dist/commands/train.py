@@ -2,7 +2,7 @@
 
     seft train --model.path models/pruned --data.path data/train.jsonl --output runs/r1
     torchrun --nproc-per-node 8 -m seft_dist train --config llama_fsdp
-    deepspeed --num_gpus 8 --module seft_dist train --config llama_zero3 --deepspeed zero3
+    deepspeed --num_gpus 8 --module seft_dist train --config llama_zero3
 
 The same command runs under accelerate launch, mpirun and srun.
 """

@@ -58,8 +58,9 @@ class SeftConfig:
     """Weight that a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at
     reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta joins the base."""
     reactivation: float = 0.0
-    """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the mask never moves, only
-    the support inside it. 1: no cap, as in the paper; it repaired worse in all that was measured (docs/results.md)."""
+    """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the support moves inside
+    the mask, which stays (unless swap_fraction moves it). 1: no cap, as in the paper; it repaired worse in all that was
+    measured (docs/results.md)."""
     reactivate: Reactivate = "commit"
     """Way in which pruned positions come back. "commit": a position that grows takes the place of another at once.
     "trial": it trains until the next evolution, which ranks all active positions and keeps the best; until then the
@@ -86,7 +87,8 @@ class SeftConfig:
     norm (Wanda), "curvature" h weight^2 / 2 or "magnitude" |weight|, or "none" (sparsity is lost, as SpIEL on a pruned
     model)."""
     scope: Scope = "layer"
-    """Scope in which Adapt ranks: each "layer", which keeps its sparsity, or "global", all with one sparsity."""
+    """Scope in which Adapt and swaps rank: "layer", so that each layer keeps its number of zeros, or "global", so that
+    only the model keeps it and layers may end with more or fewer."""
     pattern: str | None = AUTO
     """Pattern of the pruned model that evolutions keep, "2:4": at most 2 of 4 consecutive inputs of a row are active
     (in YAML with quotation marks). None: any position may become active, so that a pattern is lost. "auto": the same,
@@ -210,6 +212,11 @@ class SeftConfig:
             'reactivate="trial" without a last evolution',
             "steps or end: a run must not end while positions are on trial",
         )
+
+    @property
+    def adapts(self) -> bool:
+        """True if Adapt has work to do and reads its criterion: positions may grow outside the mask."""
+        return self.reactivation > 0
 
     @property
     def last_step(self) -> int | None:

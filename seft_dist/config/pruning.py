@@ -45,6 +45,10 @@ class PruneConfig:
     compensate: bool = False
     """True: the weights that stay make up for those that are pruned, whatever the method chose: they change such that
     each linear's output changes least (least squares on the calibration text, one decoder layer after the other)."""
+    compensate_rounds: int = 8
+    """Rounds in which compensate prunes each linear, for wanda and curvature: the smallest first, as they are once the
+    others have made up for the round before. Every row, group or linear still ends with as many zeros. 1: all at once,
+    as the method alone would choose."""
     dampening: float = 0.01
     """SparseGPT, compensate: share of the Hessian's mean diagonal that is added to its diagonal. SparseGPT raises it
     tenfold, twice at most, where the Hessian cannot be inverted."""
@@ -109,9 +113,10 @@ class PruneConfig:
                 "none of them: the mask file decides, or nothing is pruned",
             )
         check(not self.compensate or self.method != "none", "compensate with method=none", "a method that prunes")
+        check(self.compensate_rounds >= 1, f"compensate_rounds={self.compensate_rounds}", "at least 1")
         check(
             not self.needs_text or self.data is not None,
-            f"compensate={self.compensate}, method={self.method}, layer_ratios={self.layer_ratios} without data",
+            f"{self._reader_of_text} without data",
             "calibration text: --data.path FILE",
         )
         separate = self.data is not None and self.data.separate
@@ -135,8 +140,15 @@ class PruneConfig:
     @property
     def needs_text(self) -> bool:
         """True if calibration text is read."""
-        by_text = self.method in ("wanda", "sparsegpt", "curvature") or self.layer_ratios == "owl"
-        return by_text or self.compensate
+        return self._reader_of_text is not None
+
+    @property
+    def _reader_of_text(self) -> str | None:
+        if self.method in ("wanda", "sparsegpt", "curvature"):
+            return f"method={self.method}"
+        if self.layer_ratios == "owl":
+            return "layer_ratios=owl"
+        return "compensate=True" if self.compensate else None
 
     @property
     def kept_of(self) -> tuple[int, int]:

@@ -164,7 +164,7 @@ class TrainConfig:
         check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1")
         check(self.epochs is None or self.epochs > 0, f"epochs={self.epochs}", "a number above 0, e.g. 3")
         both = f"steps={self.steps} with epochs={self.epochs}"
-        check(self.steps is None or self.epochs is None, both, "one of them: leave the other out")
+        check(self.steps is None or self.epochs is None, both, "one of them: --epochs alone is --steps null --epochs 1")
 
     def _check_outputs(self) -> None:
         minutes = self.save_every_minutes

@@ -48,6 +48,11 @@ def shipped_names(folder: str) -> list[str]:
     return sorted(path.name for path in (SHIPPED / folder).iterdir() if path.is_file())
 
 
+def short_names(folder: str) -> list[str]:
+    """List the names, without ending, by which the shipped files of RECIPES or DS_CONFIGS can be given; sorted."""
+    return [name.removesuffix(_ENDINGS[folder]) for name in shipped_names(folder)]
+
+
 def copy_shipped(folder: Path) -> None:
     """Copy everything that is shipped, for changes of one's own; commands of the documentation work there.
 

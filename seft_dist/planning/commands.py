@@ -12,7 +12,7 @@ from seft_dist.planning.layout import Layout
 def train_options(config: PlanConfig, layout: Layout) -> list[str]:
     """Return the options of seft train for a planned run.
 
-    A plan knows neither the pruned model nor the text, so model.path and data.path are placeholders.
+    A plan knows neither models nor text, so model.path, parent and data.path are placeholders.
 
     Args:
         config: The plan.
@@ -27,6 +27,8 @@ def train_options(config: PlanConfig, layout: Layout) -> list[str]:
     if config.global_batch is not None:
         options += ["--global_batch", str(config.global_batch)]
     options += layout.options(config)
+    if config.seft.swap_fraction:
+        options += ["--parent", "models/dense"]
     for field in dataclasses.fields(SeftConfig):
         value = getattr(config.seft, field.name)
         if value != field.default or field.name == "density":

@@ -271,7 +271,7 @@ def _ranking(config: PlanConfig, needs: Needs, largest: int, own: int) -> Memory
     # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
     swaps = config.seft.swap_fraction > 0
-    if config.seft.adapt == "curvature" or swaps:  # the price
+    if (config.seft.adapts and config.seft.adapt == "curvature") or swaps:  # the price
         ranked += 4
     if not swaps:
         return {"ranking of one weight": float(ranked * largest)}

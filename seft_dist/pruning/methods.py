@@ -10,7 +10,7 @@ from seft_dist.backends.group import Group
 from seft_dist.config import PruneConfig
 from seft_dist.modules.kinds import ExpertWeight, Target
 from seft_dist.pruning.calibrate import Calibration, find_layers
-from seft_dist.pruning.compensate import compensated, scaled_hessian
+from seft_dist.pruning.compensate import compensated, prune_in_rounds, scaled_hessian
 from seft_dist.pruning.curvature import OutputGradientNorm
 from seft_dist.pruning.gradients import BackwardCalibration
 from seft_dist.pruning.magnitude import magnitude_scores
@@ -254,7 +254,11 @@ class Pruner:
                 selected = selected.to(own.device) | (own == 0)
             if scaled is not None and root is not None:
                 assert selected is not None
-                new = compensated(own, selected, scaled, root)
+                if config.compensate_rounds > 1 and config.method in ("wanda", "curvature"):
+                    choose = self._choice_in_rounds(name, selected, root, before // weight.shape[1] + first)
+                    new = prune_in_rounds(own, choose, scaled, root, config.compensate_rounds)
+                else:
+                    new = compensated(own, selected, scaled, root)
             new = gather_rows(cast_weight(new, weight.dtype)[0], self._ranks)
             if not new.isfinite().all():
                 raise ValueError(
@@ -264,6 +268,34 @@ class Pruner:
             return new
 
         return replace
+
+    def _choice_in_rounds(
+        self, name: str, selected: Tensor, root: Tensor, first: int
+    ) -> Callable[[Tensor, float], Tensor]:
+        """Return the function that ``prune_in_rounds`` chooses by. It is collective, as this is.
+
+        Args:
+            name: Name of the target.
+            selected: Where the method would prune all at once, bool [own rows, in]; only its numbers count.
+            root: Root of the Hessian's diagonal, fp32 [in], in the place of the norms of the inputs.
+            first: Number of the first own row in the target.
+        """
+        ranking = self._ranking(name)
+        if ranking.kept_of is None and ranking.kind != "row":
+            ranking, count = Ranking("layer", 0.0), self._ranks.sum(selected.sum().view(1).cpu())
+        else:
+            count = selected.view(-1, selected.shape[1] if ranking.kept_of is None else ranking.kept_of[1]).sum(1)
+        one = len(count) > 0 and ranking.kept_of is None and bool((count == count[0]).all())
+        norms: Tensor | float = 1.0
+        if name in self._output_norms:
+            norms = self._output_norms[name][first : first + len(selected)].to(root.device).unsqueeze(1)
+
+        def choose(weight: Tensor, share: float) -> Tensor:
+            now = (count * share).round().long()
+            scores = wanda_scores(weight, root) * norms
+            return select_pruned(scores, weight, ranking, self._ranks, int(now[0]) if one else now)
+
+        return choose
 
     def _measure_norms(self, calibration: Calibration, receive: Callable[[str, dict[str, Tensor]], None]) -> None:
         """Measure input norms of the dense model; ``receive`` gets those of a layer in memory. Collective."""

@@ -36,7 +36,7 @@ from jsonargparse import (
 )
 
 from seft_dist.files.reading import check_yaml
-from seft_dist.files.shipped import RECIPES, find_file, shipped_names
+from seft_dist.files.shipped import RECIPES, find_file, short_names
 from seft_dist.session.extras import EXTRAS, install_line
 from seft_dist.session.help_format import HelpFormatter
 from seft_dist.session.launchers import without_local_rank
@@ -188,7 +188,7 @@ class _ConfigFile(ActionConfigFile):
         if not Path(found).is_file() and "\n" not in value and "{" not in value:
             raise TypeError(
                 f"--config {value}: there is no such file, and no such recipe in `seft files`"
-                f"{did_you_mean(Path(value).name, shipped_names(RECIPES))}"
+                f"{did_you_mean(Path(value).stem, short_names(RECIPES))}"
             )
         for name in _empty_sections(parser, found):
             raise TypeError(f"--config {value}: {name} has nothing below it: needs options there, or remove the line")

@@ -82,7 +82,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
         ValueError: A part cannot be read, or records of two parts are equal.
     """
     options = {name: _options(part) for name, part in parts.items()}
-    stamps = {name: _stamps(local_files(part)) for name, part in parts.items()}
+    stamps = {name: _stamps(_files_of(name, part)) for name, part in parts.items()}
     if all(
         name in known and (known[name]["options"], known[name]["stamp"]) == (options[name], stamps[name])
         for name in parts
@@ -112,6 +112,13 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
         )
         for name, content in contents.items()
     }
+
+
+def _files_of(name: str, part: DataConfig) -> list[Path]:
+    try:
+        return local_files(part)
+    except ValueError as error:
+        raise ValueError(f"data.{name}: {error}") from error
 
 
 def _options(part: DataConfig) -> dict[str, Any]:
