@@ -55,7 +55,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(candidates) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(candidates)} lists of decoder layers: needs one, as Llama's "
-            "model.layers; magnitude pruning (--method magnitude) works without"
+            "model.layers; magnitude pruning (--method magnitude, no --compensate) works without"
         )
     return candidates[0]
 
@@ -279,7 +279,7 @@ class Calibration:
         if not torch.allclose(ends[0], chain[0], rtol=0, atol=tolerance):
             raise ValueError(
                 f"{type(self._model).__name__} passes its layers more than the output of the layer before: "
-                "layer-by-layer calibration does not fit it; use --method magnitude"
+                "layer-by-layer calibration does not fit it; use --method magnitude without --compensate"
             )
 
 

@@ -187,7 +187,7 @@ def inverse_factor(hessian: Tensor, dampening: float, name: str) -> tuple[Tensor
     if bool(dead.all()):
         raise ValueError(
             f"every input of {name} was 0 in all of the calibration text: leave it out with --targets, or use "
-            "--method magnitude"
+            "--method magnitude without --compensate"
         )
     diagonal[dead] = 1
     mean, added = float(diagonal.mean()), 0.0

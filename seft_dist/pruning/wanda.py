@@ -73,7 +73,10 @@ class InputNorm:
 
 def no_tokens(name: str) -> str:
     """Message for a linear that was never used."""
-    return f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude"
+    return (
+        f"no calibration token reached {name}: leave it out with --targets, or use --method magnitude without "
+        "--compensate"
+    )
 
 
 def unused_experts(name: str, unused: Tensor) -> str:
