@@ -70,7 +70,9 @@ def least_squares(weight: Tensor, hessian: Tensor, gone: Tensor, dampening: floa
     return solved
 
 
-def prune_in_rounds(weight: Tensor, hessian: Tensor, numel: int, count: int, rounds: int) -> Tensor:
+def prune_in_rounds(
+    weight: Tensor, hessian: Tensor, numel: int, count: int, rounds: int, outputs: Tensor | None = None
+) -> Tensor:
     """In each round the smallest of the changed weights are pruned, and the rest solved for again.
 
     Args:
@@ -79,6 +81,7 @@ def prune_in_rounds(weight: Tensor, hessian: Tensor, numel: int, count: int, rou
         numel: Number of consecutive weights among which they are compared: of a row, of a group, or all.
         count: How many of these are pruned in the end.
         rounds: Number of rounds; the share of what stays falls with its third power.
+        outputs: Norm of each output's gradient; None: they are alike.
 
     Returns:
         fp64 [out, in].
@@ -86,7 +89,9 @@ def prune_in_rounds(weight: Tensor, hessian: Tensor, numel: int, count: int, rou
     new = weight.double()
     for number in range(1, rounds + 1):
         wanted = int(count * (1 - (1 - number / rounds) ** 3) + 0.5)
-        scores = new.abs() * dampened(hessian, 0.01).diagonal().sqrt()
+        scores = new.abs() * hessian.diagonal().sqrt()
+        if outputs is not None:
+            scores *= outputs[:, None]
         order = scores.masked_fill(new == 0, -1.0).view(-1, numel).argsort(dim=1, stable=True)
         gone = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :wanted], True).view(weight.shape)
         new = least_squares(weight, hessian, gone)

@@ -280,7 +280,7 @@ class DenseSeft:
         scores = [self._adapt_score(layer, layer.window) for layer in layers]
         spare = [layer.mask & ~layer.support for layer in layers]
         counts = [self._num_candidates(layer) for layer in layers]
-        if self.config.adapt != "sensitivity":
+        if self.config.adapt != "sensitivity" or not self.config.reactivation:
             prune = [torch.zeros_like(layer.mask) for layer in layers]
         elif self.config.scope == "layer":
             prune = [self._choose(*args, largest=False) for args in zip(scores, spare, counts, strict=True)]

@@ -1,17 +1,22 @@
 """Every file of ds_configs/ starts an engine and trains; every recipe of launch/recipes/ loads."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tests.preload  # noqa: F401
 from seft_dist.config import DataConfig, ModelConfig, TrainConfig
 from seft_dist.session.cli import parse
+from seft_dist.training.build import open_model
+from seft_dist.training.ds_config import DsConfig
+from tests.folders import model_folder
 from tests.models import moving
 from tests.ranks import run_ranks
-from tests.runs import train_to_end
+from tests.runs import run_config, train_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -50,6 +55,19 @@ def test_ds_config_trains(path: Path, inputs: Path, tmp_path: Path) -> None:
     assert result["backend"] == f"zero{content['zero_optimization']['stage']}"
     assert result["sparsity"]["layers_off_target"] == 0 and result["evolutions"] == 2
     assert complaints == []
+
+
+def test_weights_in_bf16_that_would_train_in_fp32_are_warned_of(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ModelConfig(path=str(model_folder(tmp_path / "m", torch.bfloat16)))
+    config = run_config(inputs, tmp_path / "run", model=model)
+    open_model(config, DsConfig({"bf16": {"enabled": True}}, {}))
+    open_model(dataclasses.replace(config, model=dataclasses.replace(model, dtype="float32")), DsConfig({}, {}))
+    open_model(config, None)
+    assert not caplog.records
+    assert open_model(config, DsConfig({}, {})).dtype == torch.float32
+    assert "is stored in bfloat16, but the ds_config trains in float32, with twice the memory" in caplog.text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

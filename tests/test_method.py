@@ -256,13 +256,13 @@ def test_same_as_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("over", [{"reactivation": 0.0, "drop_fraction": 0.6}, SWAP | {"scope": "global"}, {}])
-def test_targets_with_few_active_weights_train_all_of_them(over: dict[str, Any]) -> None:
+def test_targets_with_few_active_weights_get_no_more_deltas_than_these(over: dict[str, Any]) -> None:
     """As after pruning across layers, which leaves some targets fewer active weights than the density asks for."""
     config = dataclasses.replace(BASE, density=0.2, **over)
     with pytest.warns(SeftWarning, match=r"2 of 7 targets have fewer active weights.*q_proj: 40 instead of 80"):
         dense = run_both(config, ADAM, thin="q_proj|k_proj")
     supports = [int(layer.support.sum()) for name, layer in dense.layers.items() if "q_proj" in name]
-    assert supports == [40] or config.swap_fraction or config.reactivation  # what Adapt takes is missing for a while
+    assert supports == [40] if not over.get("swap_fraction") and over else 0 < supports[0] <= 40
 
 
 def test_a_density_above_the_active_share_is_refused() -> None:

@@ -10,13 +10,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seft_dist.config import StudyConfig, TrainConfig
+from seft_dist.config import DataConfig, ModelConfig, PruneConfig, StudyConfig, TrainConfig
 from seft_dist.session.cli import parse
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
 from seft_dist.study.methods import read_methods, with_seed
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import find_parts
+from seft_dist.study.plan import Base, identity_of
 from seft_dist.study.progress import Durations, clock, last_step
 from seft_dist.study.split import read_split, write_split
 from seft_dist.study.state import Survey, Task
@@ -260,6 +261,17 @@ def test_dates_are_the_same_on_all_days(tmp_path: Path, monkeypatch: pytest.Monk
     second = open_study(config)
     for plan in (first, second):
         assert plan.methods[0].settings[0].config.data.date == "2026-01-31"
+
+
+def test_rounds_belong_to_a_base_only_where_they_change_it() -> None:
+    def identity(**options: Any) -> dict[str, Any]:
+        config = PruneConfig(model=ModelConfig(path="m"), output="o", data=DataConfig(path="t.jsonl"), **options)
+        return identity_of(Base("b", Path("o"), config), "dense", "text")
+
+    assert identity(compensate=True)["compensate_rounds"] == 8
+    assert "compensate_rounds" not in identity()
+    assert "compensate_rounds" not in identity(method="sparsegpt", compensate=True)
+    assert "compensate_rounds" not in identity(compensate=True, compensate_rounds=1)
 
 
 def test_a_base_that_compensates_reads_the_training_text(tmp_path: Path) -> None:

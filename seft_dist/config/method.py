@@ -26,7 +26,7 @@ class SeftConfig:
 
     density: float = 0.01
     """Share of each target weight's positions that carry a trainable delta, above 0 and at most the share of active
-    (non-zero) weights of all targets together. Targets with fewer active weights get a delta for each of these."""
+    (non-zero) weights of all targets together. A target with fewer active weights gets no more deltas than these."""
     targets: str = "all-linear"
     """Linears that get deltas: "all-linear" (every nn.Linear except the output head and tied weights), or a regular
     expression that is searched in module names, e.g. "q_proj|v_proj"."""
@@ -215,8 +215,8 @@ class SeftConfig:
 
     @property
     def adapts(self) -> bool:
-        """True if Adapt has work to do and reads its criterion: positions may grow outside the mask."""
-        return self.reactivation > 0
+        """True if Adapt reads its criterion: positions may grow outside the mask, and others leave it for them."""
+        return self.reactivation > 0 and self.adapt != "none"
 
     @property
     def last_step(self) -> int | None:

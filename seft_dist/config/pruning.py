@@ -114,6 +114,8 @@ class PruneConfig:
             )
         check(not self.compensate or self.method != "none", "compensate with method=none", "a method that prunes")
         check(self.compensate_rounds >= 1, f"compensate_rounds={self.compensate_rounds}", "at least 1")
+        given = self.compensate or self.compensate_rounds == PruneConfig.compensate_rounds
+        check(given, f"compensate_rounds={self.compensate_rounds} without compensate", "--compensate true too")
         check(
             not self.needs_text or self.data is not None,
             f"{self._reader_of_text} without data",
@@ -136,6 +138,11 @@ class PruneConfig:
             f"group=global with layer_ratios={self.layer_ratios}",
             "one of them: both decide how many weights each layer loses",
         )
+
+    @property
+    def chooses_in_rounds(self) -> bool:
+        """True if compensate chooses again what is pruned: its own criterion is that of wanda and of curvature."""
+        return self.compensate and self.compensate_rounds > 1 and self.method in ("wanda", "curvature")
 
     @property
     def needs_text(self) -> bool:

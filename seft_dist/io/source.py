@@ -144,13 +144,6 @@ def open_source(
     source = Source(folder, hf, weights, chosen, changes)
     if dtype == torch.bfloat16:
         _warn_about_rounding(source)
-    if dtype == torch.float32 and configured is None and weights.dtype == torch.bfloat16:
-        log.warning(
-            "%s is stored in bfloat16, but the ds_config trains in float32, with twice the memory: set "
-            '"bf16": {"enabled": true} (of the shipped ds_configs, those that end in _bf16), or give %s float32',
-            folder,
-            option,
-        )
     return source
 
 

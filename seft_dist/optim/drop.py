@@ -17,8 +17,8 @@ def drop(work: WorkingState, fraction: float) -> None:
 
     Args:
         work: The evolution.
-        fraction: Share of the support that is dropped, 0 to 1. Where only active positions can grow, no more are
-            dropped than those can replace.
+        fraction: Share of the support that is dropped, 0 to 1. With ``reactivation: 0`` no more are dropped than active
+            positions without a delta can replace.
     """
 
     def errors(rounding: Rounding, i: int) -> Tensor:

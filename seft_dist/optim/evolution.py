@@ -157,9 +157,9 @@ class Evolution:
         work = self.work
         self._prepare()
         wanted = num_candidates(work)
-        prune = work.nothing  # criteria that read no gradient
+        prune = work.nothing
         _, grown = best_free(work, wanted)
-        if work.config.adapt == "sensitivity":
+        if work.config.adapts and work.config.adapt == "sensitivity":
 
             def spare(i: int) -> Tensor:
                 return adapt_key(work, i).index_fill_(0, work.offsets(i), INELIGIBLE)

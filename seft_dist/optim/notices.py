@@ -102,7 +102,7 @@ def _warn_of_small_targets(backend: Backend, config: SeftConfig, state: State) -
         name, budget, wanted = less[0]
         warnings.warn(
             f"{len(less)} of {len(numels)} targets have fewer active weights than density={config.density} asks for "
-            f"(e.g. {name}: {budget} instead of {wanted}). All of their active weights get deltas",
+            f"(e.g. {name}: {budget} instead of {wanted}). They get no more deltas than that",
             SeftWarning,
             stacklevel=LEVEL + 1,
         )

@@ -156,8 +156,8 @@ class SeftOptimizer(TorchInterface):
         The first forward pass with gradients does this by itself. A second call does nothing.
 
         Raises:
-            ValueError: The model is dense, a layer cannot hold the density, weights are not finite or cannot be written
-                safely as they are held, or ranks disagree on the configuration.
+            ValueError: The model is dense or has fewer active weights than the density asks for, weights are not finite
+                or cannot be written safely as they are held, or ranks disagree on the configuration.
         """
         if self._backend is not None:
             return

@@ -18,6 +18,7 @@ from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.state import LayerDelta, State
 from seft_dist.optim.window import Needs
 from seft_dist.sparsity.partition import Interval
+from seft_dist.sparsity.schedule import fraction_of
 
 WINDOW_OWN = ("positions", "total", "squares")
 """Window statistics with one value for each own weight or candidate."""
@@ -279,9 +280,14 @@ def holds_result(layers: Sequence[LayerDelta], backend: Backend) -> bool:
 
 
 def begin_as(
-    state: State, backend: Backend, config: SeftConfig, layers: Sequence[LayerDelta], fingerprints: list[int]
+    state: State,
+    backend: Backend,
+    config: SeftConfig,
+    layers: Sequence[LayerDelta],
+    fingerprints: list[int],
+    budgets: list[int | None],
 ) -> None:
-    """Give a state on trained weights the mask sizes and fingerprints with which their run began.
+    """Give a state on trained weights the mask sizes, budgets and fingerprints with which their run began.
 
     Collective with a pattern.
 
@@ -291,7 +297,10 @@ def begin_as(
         config: The method.
         layers: What the run has written of this rank's part of every target.
         fingerprints: Hash of each weight that the run began with.
+        budgets: Largest number of deltas of each; None if a version has written them that knew only the density.
     """
     state.mask_sizes, state.fingerprints = [layer.mask_size for layer in layers], fingerprints
+    asked = [fraction_of(config.density, partition.numel) for partition in backend.partitions]
+    state.budgets = [most if budget is None else budget for budget, most in zip(budgets, asked, strict=True)]
     if config.pattern is not None:
         state.group_prints = NMGroups(backend, config.pattern).fingerprints([layer.mask for layer in layers])

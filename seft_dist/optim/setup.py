@@ -223,7 +223,7 @@ def _check(numels: list[int], sizes: list[int], asked: list[int], config: SeftCo
             f"density {config.density} asks for {sum(asked)} deltas, but only {sum(sizes)} of the targets' "
             f"{sum(numels)} weights are active: needs a density of at most {sum(sizes) / sum(numels):.4f}"
         )
-    if not sum(asked):
+    if not sum(map(min, asked, sizes)):
         raise ValueError(f"density {config.density} gives no layer even one delta: choose a larger density")
     sparsity = 1 - sum(sizes) / sum(numels)
     if sparsity < LEAST_SPARSITY and not config.allow_dense:

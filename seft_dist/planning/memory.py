@@ -240,7 +240,8 @@ def _window_phases(
         "evolution": {**total, **ranking},
     }
     if needs.candidates:  # in later steps every rank has the positions and gradients of all candidates of the model
-        kept = min(1.0, (1 + 2 * config.seft.window_candidates) * config.seft.density)
+        kinds = 1 + (config.seft.adapts and config.seft.adapt == "sensitivity")  # those to grow and those to prune
+        kept = min(1.0, (1 + kinds * config.seft.window_candidates) * config.seft.density)
         of_all = {
             "window: candidates, own sums": (8.0 + shapes.position_bytes) * kept * own,
             "window: candidates": 8.0 * kept * shapes.target_numel,

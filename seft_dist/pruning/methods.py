@@ -235,11 +235,12 @@ class Pruner:
             by_sparsegpt: True if SparseGPT chooses what is pruned.
         """
         config = self._config
-        factor = dead = scaled = root = None
+        factor = dead = scaled = root = norm = None
         if by_sparsegpt:
             copy = hessian.clone() if config.compensate else hessian
             factor, dead = inverse_factor(copy, config.dampening, label)
         if config.compensate:
+            norm = hessian.diagonal().sqrt().float()
             scaled, root = scaled_hessian(hessian, config.dampening)
 
         def replace(name: str, weight: Tensor, selected: Tensor | None, before: int) -> Tensor:
@@ -252,10 +253,10 @@ class Pruner:
                 selected = new == 0  # positions of zeros that it has changed stay
             elif selected is not None:
                 selected = selected.to(own.device) | (own == 0)
-            if scaled is not None and root is not None:
+            if scaled is not None and root is not None and norm is not None:
                 assert selected is not None
-                if config.compensate_rounds > 1 and config.method in ("wanda", "curvature"):
-                    choose = self._choice_in_rounds(name, selected, root, before // weight.shape[1] + first)
+                if config.chooses_in_rounds:
+                    choose = self._choice_in_rounds(name, selected, norm, before // weight.shape[1] + first)
                     new = prune_in_rounds(own, choose, scaled, root, config.compensate_rounds)
                 else:
                     new = compensated(own, selected, scaled, root)
@@ -270,14 +271,14 @@ class Pruner:
         return replace
 
     def _choice_in_rounds(
-        self, name: str, selected: Tensor, root: Tensor, first: int
+        self, name: str, selected: Tensor, norm: Tensor, first: int
     ) -> Callable[[Tensor, float], Tensor]:
         """Return the function that ``prune_in_rounds`` chooses by. It is collective, as this is.
 
         Args:
             name: Name of the target.
             selected: Where the method would prune all at once, bool [own rows, in]; only its numbers count.
-            root: Root of the Hessian's diagonal, fp32 [in], in the place of the norms of the inputs.
+            norm: Norms of the inputs up to a factor, fp32 [in].
             first: Number of the first own row in the target.
         """
         ranking = self._ranking(name)
@@ -286,14 +287,13 @@ class Pruner:
         else:
             count = selected.view(-1, selected.shape[1] if ranking.kept_of is None else ranking.kept_of[1]).sum(1)
         one = len(count) > 0 and ranking.kept_of is None and bool((count == count[0]).all())
-        norms: Tensor | float = 1.0
+        outputs: Tensor | float = 1.0
         if name in self._output_norms:
-            norms = self._output_norms[name][first : first + len(selected)].to(root.device).unsqueeze(1)
+            outputs = self._output_norms[name][first : first + len(selected)].to(norm.device).unsqueeze(1)
 
         def choose(weight: Tensor, share: float) -> Tensor:
-            now = (count * share).round().long()
-            scores = wanda_scores(weight, root) * norms
-            return select_pruned(scores, weight, ranking, self._ranks, int(now[0]) if one else now)
+            now = num_pruned(share, int(count[0])) if one else (count.double() * share + 0.5).floor().long()
+            return select_pruned(wanda_scores(weight, norm) * outputs, weight, ranking, self._ranks, now)
 
         return choose
 

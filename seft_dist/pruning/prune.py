@@ -200,6 +200,8 @@ def _record(plan: PruningPlan, weights: _LazyWeights, pruner: Pruner) -> dict[st
     settings = dataclasses.asdict(plan.config)
     for name in ("output", "threads"):  # which change nothing
         del settings[name]
+    if not plan.config.chooses_in_rounds:
+        del settings["compensate_rounds"]
     if plan.config.method != "mask":
         settings |= {"sparsity": plan.config.share, "group": plan.config.ranking}
     counts = [weights.counts[name] for name in plan.shapes]

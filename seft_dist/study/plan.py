@@ -271,7 +271,9 @@ def identity_of(base: Base, dense: str, text: str) -> dict[str, Any]:
     for name in ("output", "threads"):
         del content[name]
     if not content["compensate"]:  # which studies of earlier versions do not mention
-        del content["compensate"], content["compensate_rounds"]
+        del content["compensate"]
+    if not base.prune.chooses_in_rounds:
+        del content["compensate_rounds"]
     content["model"]["path"] = dense
     if content["data"] is not None:
         content["data"] = without_unused_options(content["data"]) | {"path": text}

@@ -1,6 +1,7 @@
 """The parts of a run, put together for the chosen backend: model, wrapper, optimizer, data."""
 
 import dataclasses
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from seft_dist.training.ds_config import DsConfig
 from seft_dist.training.method import BASELINES, Method, TrainedSeft
 from seft_dist.training.progress import print_line
 from seft_dist.training.teacher import Teacher, load_teacher
+
+log = logging.getLogger(__name__)
 
 _SEQUENCES = 1 << 14
 """Most sequences that are looked at in one go."""
@@ -85,6 +88,13 @@ def open_model(config: TrainConfig, ds: DsConfig | None) -> Source:
         ValueError: There is no such model, or the sequences are too long for it.
     """
     source = open_source(config.model, ds.dtype if ds else None)
+    if ds and (ds.dtype, config.model.dtype, source.weights.dtype) == (torch.float32, "auto", torch.bfloat16):
+        log.warning(
+            "%s is stored in bfloat16, but the ds_config trains in float32, with twice the memory: set "
+            '"bf16": {"enabled": true} (of the shipped ds_configs, those that end in _bf16), or give '
+            "--model.dtype float32",
+            config.model.path,
+        )
     check_length(source.config, config.data.seq_len, config.model.path, "data.seq_len")
     if config.eval.data is not None:
         check_length(source.config, config.eval.data.seq_len, config.model.path, "eval.data.seq_len")

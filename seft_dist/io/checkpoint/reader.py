@@ -89,8 +89,9 @@ def load(seft: SeftOptimizer, checkpoint: Path | str) -> dict[str, Any]:
     if not is_base:
         if not holds_result(layers, backend):
             raise ValueError(wrong or f"{checkpoint} is of step {manifest['num_steps']}, and {_TRAINED_SINCE}")
-        fingerprints = [targets[name]["fingerprint"] for name in backend.names]
-        begin_as(state, backend, seft.config, layers, fingerprints)
+        entries = [targets[name] for name in backend.names]
+        fingerprints = [entry["fingerprint"] for entry in entries]
+        begin_as(state, backend, seft.config, layers, fingerprints, [entry.get("budget") for entry in entries])
     seft.restore(manifest["num_steps"], layers, vectors)
     return manifest["extra"]
 

@@ -25,6 +25,8 @@ class TargetEntry(TypedDict):
     chunk: Annotated[int, Within(0)]
     target: _Count
     fingerprint: int
+    budget: NotRequired[_Count]
+    """Largest number of deltas; earlier versions do not have it, nor do other methods."""
 
 
 class CheckpointManifest(TypedDict):

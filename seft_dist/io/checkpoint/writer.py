@@ -26,6 +26,7 @@ from seft_dist.io.checkpoint.files import (
 from seft_dist.io.weights import write_safetensors
 from seft_dist.optim.optimizer import SeftOptimizer
 from seft_dist.optim.restoring import WINDOW_SUMS, parts_of
+from seft_dist.optim.state import State
 
 KEEP = 2
 """Default number of checkpoints of a run that are kept."""
@@ -218,7 +219,7 @@ class Saver(BackgroundSaver):
         described = {
             "method": dataclasses.asdict(seft.config),
             "window_steps": None if windows[0] is None else windows[0].num_steps,
-            "targets": describe_targets(seft.backend, seft.sparse_state.mask_sizes, seft.sparse_state.fingerprints),
+            "targets": _describe_sparse_targets(seft.backend, seft.sparse_state),
         }
         writes = seft.backend.replicas.rank == 0
         if not writes:
@@ -245,6 +246,11 @@ def _copies(seft: SeftOptimizer, sums: list[dict[str, Tensor]]) -> dict[str, Ten
             if value is not None
         }
     return tensors
+
+
+def _describe_sparse_targets(backend: Backend, state: State) -> list[dict[str, Any]]:
+    described = describe_targets(backend, state.mask_sizes, state.fingerprints)
+    return [target | {"budget": budget} for target, budget in zip(described, state.budgets, strict=True)]
 
 
 def describe_targets(backend: Backend, mask_sizes: list[int], fingerprints: list[int]) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def _method(run: RunRecord) -> str:
     if not run.is_seft:
         return f"method {run.method}" + (f" ({trained:,} trained values)" if trained else "")
     density = run.setting("seft.density")
-    share = f"{100 * density:g} % of the weights" if isinstance(density, (int, float)) else "some of the weights"
+    share = f"up to {100 * density:g} % of the weights" if isinstance(density, (int, float)) else "some of the weights"
     name = "SEFT" if run.method == "seft" else f"SEFT ({run.method})"
     return f"{name}, deltas on {share}" + (f" ({trained:,})" if trained else "")
 
