@@ -1,5 +1,6 @@
 """Trackers that write files, if their packages are installed (the extra ``trackers``): a run goes on in its entry."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ def test_mlflow(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_trackio(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported, perhaps before
     storage: Any = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
-    config = make_config(inputs, tmp_path / "run", trackers="trackio", project="pruned", run_name="first try")
+    project = f"pruned-{uuid.uuid4().hex}"  # no run of an earlier session is in it
+    config = make_config(inputs, tmp_path / "run", trackers="trackio", project=project, run_name="first try")
     (tmp_path / "run").mkdir()
     assert record_twice(config) == []
-    assert storage.get_runs("pruned") == ["first try"]
-    logs = storage.get_logs("pruned", "first try")
+    assert storage.get_runs(project) == ["first try"]
+    logs = storage.get_logs(project, "first try")
     assert {log["step"] for log in logs} == {1, 2, 3}
     assert all(log["loss"] == 5.0 - log["step"] for log in logs)
