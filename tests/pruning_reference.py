@@ -71,7 +71,13 @@ def least_squares(weight: Tensor, hessian: Tensor, gone: Tensor, dampening: floa
 
 
 def prune_in_rounds(
-    weight: Tensor, hessian: Tensor, numel: int, count: int, rounds: int, outputs: Tensor | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    numel: int,
+    count: int,
+    rounds: int,
+    outputs: Tensor | None = None,
+    dampening: float = 0.01,
 ) -> Tensor:
     """In each round the smallest of the changed weights are pruned, and the rest solved for again.
 
@@ -82,6 +88,7 @@ def prune_in_rounds(
         count: How many of these are pruned in the end.
         rounds: Number of rounds; the share of what stays falls with its third power.
         outputs: Norm of each output's gradient; None: they are alike.
+        dampening: Share of the mean diagonal that is added.
 
     Returns:
         fp64 [out, in].
@@ -94,7 +101,7 @@ def prune_in_rounds(
             scores *= outputs[:, None]
         order = scores.masked_fill(new == 0, -1.0).view(-1, numel).argsort(dim=1, stable=True)
         gone = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :wanted], True).view(weight.shape)
-        new = least_squares(weight, hessian, gone)
+        new = least_squares(weight, hessian, gone, dampening)
     return new
 
 

@@ -254,7 +254,11 @@ def prune_mixture(rank: int, size: int, folder: Path, over: dict[str, Any]) -> N
     prune(prepare(config, progress=False), Group(dist.group.WORLD), progress=False)
 
 
-@pytest.mark.parametrize("over", [{"method": "sparsegpt"}, {"method": "curvature", "compensate": True}], ids=str)
+@pytest.mark.parametrize(
+    "over",
+    [{"method": "sparsegpt"}, *({"method": method, "compensate": True} for method in ("wanda", "curvature"))],
+    ids=str,
+)
 def test_experts_on_two_ranks(over: dict[str, Any], tmp_path: Path) -> None:
     prune_folder(prune_config(tmp_path, "mixtral", "ranks1", sparsity=0.53, **over), progress=False)
     run_ranks(prune_mixture, 2, tmp_path, over)

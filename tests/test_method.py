@@ -262,7 +262,10 @@ def test_targets_with_few_active_weights_get_no_more_deltas_than_these(over: dic
     with pytest.warns(SeftWarning, match=r"2 of 7 targets have fewer active weights.*q_proj: 40 instead of 80"):
         dense = run_both(config, ADAM, thin="q_proj|k_proj")
     supports = [int(layer.support.sum()) for name, layer in dense.layers.items() if "q_proj" in name]
-    assert supports == [40] if not over.get("swap_fraction") and over else 0 < supports[0] <= 40
+    if config.reactivation or config.swap_fraction:  # what leaves the mask leaves S, until a later evolution
+        assert 0 < supports[0] <= 40
+    else:
+        assert supports == [40]
 
 
 def test_a_density_above_the_active_share_is_refused() -> None:

@@ -73,7 +73,7 @@ def pruned_by_reference(config: PruneConfig, model: Path, found: Any) -> tuple[A
                     numel = columns if config.ranking == "row" else weight.numel()
                     outputs = norms[name][1] if config.method == "curvature" else None
                     best = reference.prune_in_rounds(
-                        weight.detach(), hessian, numel, num_pruned(config.share, numel), 8, outputs
+                        weight.detach(), hessian, numel, num_pruned(config.share, numel), 8, outputs, config.dampening
                     )
                     assert float(((best == 0) != gone).float().mean()) < 0.02, name
                 weight.data = new
@@ -104,7 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "wanda-2:4": {"method": "wanda", "pattern": "2:4"},
     "wanda-1:8": {"method": "wanda", "pattern": "1:8"},
     "magnitude-4:8": {"method": "magnitude", "pattern": "4:8"},
-    "wanda-compensate": {"compensate": True},
+    "wanda-compensate": {"compensate": True, "dampening": 0.1},
     "sparsegpt-compensate": {"method": "sparsegpt", "compensate": True},
     "curvature-compensate": {"method": "curvature", "compensate": True},
     "magnitude-2:4-compensate": {"method": "magnitude", "pattern": "2:4", "compensate": True},

@@ -214,9 +214,9 @@ class SeftConfig:
         )
 
     @property
-    def adapts(self) -> bool:
-        """True if Adapt reads its criterion: positions may grow outside the mask, and others leave it for them."""
-        return self.reactivation > 0 and self.adapt != "none"
+    def adapts_by(self) -> Adapt | None:
+        """The criterion of Adapt, None if it has no work: no position grows outside the mask, or none leaves it."""
+        return self.adapt if self.reactivation > 0 and self.adapt != "none" else None
 
     @property
     def last_step(self) -> int | None:

@@ -266,7 +266,7 @@ def _refuse_missing_statistics(name: str, kind: str, config: SeftConfig) -> None
             f"seft.swap_fraction is not supported yet for the weights of a {kind} ({name}): choose 0, or targets "
             "without it"
         )
-    if config.adapts and config.adapt in ("activation", "curvature"):
+    if config.adapts_by in ("activation", "curvature"):
         raise ValueError(
             f"seft.adapt={config.adapt} is not supported yet for the weights of a {kind} ({name}): choose "
             "seft.adapt=sensitivity or magnitude, or targets without it"

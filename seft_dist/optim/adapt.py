@@ -19,7 +19,7 @@ def adapt(work: WorkingState) -> None:
     Their weights become 0 in ``Evolution.apply``. Positions that grew in this evolution do not compete. Positions on
     trial do: their trial ends here.
     """
-    if not work.config.adapts:
+    if work.config.adapts_by is None:
         return
     if work.config.adapt == "activation":
         work.norms = {i: window.summed("norms").sqrt() for i, window in enumerate(work.windows)}

@@ -159,7 +159,7 @@ class Evolution:
         wanted = num_candidates(work)
         prune = work.nothing
         _, grown = best_free(work, wanted)
-        if work.config.adapts and work.config.adapt == "sensitivity":
+        if work.config.adapts_by == "sensitivity":
 
             def spare(i: int) -> Tensor:
                 return adapt_key(work, i).index_fill_(0, work.offsets(i), INELIGIBLE)

@@ -10,8 +10,8 @@ from seft_dist.config import SeftConfig
 from seft_dist.modules.kinds import Target
 from seft_dist.optim.gradient_check import GradientCheck
 from seft_dist.optim.recompute_inputs import unknown_nodes
-from seft_dist.optim.state import State
-from seft_dist.sparsity.schedule import first_evolution, fraction_of
+from seft_dist.optim.state import State, deltas_asked_for
+from seft_dist.sparsity.schedule import first_evolution
 
 LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
 _MANY_WEIGHTS = 100
@@ -95,14 +95,13 @@ def _warn_of_dense_targets(backend: Backend, state: State) -> None:
 
 def _warn_of_small_targets(backend: Backend, config: SeftConfig, state: State) -> None:
     """Warn of targets that have fewer active weights than the density asks for, as after pruning across layers."""
-    numels = [partition.numel for partition in backend.partitions]
-    asked = [fraction_of(config.density, numel) for numel in numels]
-    less = [row for row in zip(backend.names, state.budgets, asked, strict=True) if row[1] < row[2]]
+    rows = zip(backend.names, state.budgets, deltas_asked_for(backend, config), strict=True)
+    less = [row for row in rows if row[1] < row[2]]
     if less:
         name, budget, wanted = less[0]
         warnings.warn(
-            f"{len(less)} of {len(numels)} targets have fewer active weights than density={config.density} asks for "
-            f"(e.g. {name}: {budget} instead of {wanted}). They get no more deltas than that",
+            f"{len(less)} of {len(backend.names)} targets have fewer active weights than density={config.density} asks "
+            f"for (e.g. {name}: {budget} instead of {wanted}). They get no more deltas than that",
             SeftWarning,
             stacklevel=LEVEL + 1,
         )

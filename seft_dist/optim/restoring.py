@@ -15,10 +15,9 @@ from seft_dist.kernels.bits import holds, popcount, unpack
 from seft_dist.optim.agreement import raise_on_all_ranks
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.nm_groups import NMGroups
-from seft_dist.optim.state import LayerDelta, State
+from seft_dist.optim.state import LayerDelta, State, deltas_asked_for
 from seft_dist.optim.window import Needs
 from seft_dist.sparsity.partition import Interval
-from seft_dist.sparsity.schedule import fraction_of
 
 WINDOW_OWN = ("positions", "total", "squares")
 """Window statistics with one value for each own weight or candidate."""
@@ -300,7 +299,7 @@ def begin_as(
         budgets: Largest number of deltas of each; None if a version has written them that knew only the density.
     """
     state.mask_sizes, state.fingerprints = [layer.mask_size for layer in layers], fingerprints
-    asked = [fraction_of(config.density, partition.numel) for partition in backend.partitions]
-    state.budgets = [most if budget is None else budget for budget, most in zip(budgets, asked, strict=True)]
+    asked = zip(budgets, deltas_asked_for(backend, config), strict=True)
+    state.budgets = [most if budget is None else budget for budget, most in asked]
     if config.pattern is not None:
         state.group_prints = NMGroups(backend, config.pattern).fingerprints([layer.mask for layer in layers])

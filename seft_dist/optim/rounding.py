@@ -36,8 +36,7 @@ class Rounding:
         """
         self._backend, self._config, self._windows = backend, config, windows
         self._share = _BF16 if config.window_store == "bf16" else ROUNDING
-        sensitivity = config.adapts and config.adapt == "sensitivity"
-        needs = config.grow != "random" or sensitivity or config.drop == "movement"
+        needs = config.grow != "random" or config.adapts_by == "sensitivity" or config.drop == "movement"
         own = [torch.cat([*self._sums(i, needs), self._update_sums(entries[i])]) for i in range(len(windows))]
         sums = backend.owners.sum(torch.cat(own)).split([len(part) for part in own])
         self._typical, self._update = [], []

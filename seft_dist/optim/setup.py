@@ -16,12 +16,11 @@ from seft_dist.optim.collectives import differing_ranks, select
 from seft_dist.optim.delta import Columns, Support
 from seft_dist.optim.nm_groups import NMGroups, describe_group
 from seft_dist.optim.nm_search import find_patterns
-from seft_dist.optim.state import State
+from seft_dist.optim.state import State, deltas_asked_for
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.casts import has_negative_zeros
 from seft_dist.sparsity.hashes import pieces
 from seft_dist.sparsity.partition import position_dtype
-from seft_dist.sparsity.schedule import fraction_of
 from seft_dist.sparsity.zeros import all_finite
 
 _INIT = 3  # key of the random first support's stream
@@ -129,7 +128,7 @@ def first_state(backend: Backend, config: SeftConfig) -> State:
     count = len(backend.names)
     masks, sizes, prints = survey(backend)
     numels = [partition.numel for partition in backend.partitions]
-    asked = [fraction_of(config.density, numel) for numel in numels]
+    asked = deltas_asked_for(backend, config)
     for name, (_, width) in zip(backend.names, backend.shapes, strict=True):
         if position_dtype(width) != torch.int32:  # of ``Support.col``
             raise ValueError(f"{name}.weight has {width} columns: needs fewer than 2^31; leave the layer out (targets)")

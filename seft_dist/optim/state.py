@@ -17,6 +17,12 @@ from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
 from seft_dist.sparsity.partition import Interval
+from seft_dist.sparsity.schedule import fraction_of
+
+
+def deltas_asked_for(backend: Backend, config: SeftConfig) -> list[int]:
+    """Return how many deltas of each target the density asks for, whether or not so many of its weights are active."""
+    return [fraction_of(config.density, partition.numel) for partition in backend.partitions]
 
 
 @dataclass(frozen=True)

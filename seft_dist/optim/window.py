@@ -53,14 +53,14 @@ class Needs:
             seeded
             or momentum
             or config.grow == "gradient"
-            or (config.adapts and config.adapt == "sensitivity")
+            or config.adapts_by == "sensitivity"
             or config.drop == "movement"
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
         factored, candidates = config.window_store == "factored", config.window_store == "candidates"
-        price = config.swap_fraction > 0 or (config.adapts and config.adapt == "curvature")
+        price = config.swap_fraction > 0 or config.adapts_by == "curvature"
         outputs = price or (gradient and factored)
-        norms = (config.adapts and config.adapt == "activation") or outputs
+        norms = config.adapts_by == "activation" or outputs
         return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)
 
     @classmethod

@@ -240,7 +240,7 @@ def _window_phases(
         "evolution": {**total, **ranking},
     }
     if needs.candidates:  # in later steps every rank has the positions and gradients of all candidates of the model
-        kinds = 1 + (config.seft.adapts and config.seft.adapt == "sensitivity")  # those to grow and those to prune
+        kinds = 1 + (config.seft.adapts_by == "sensitivity")  # those to grow and those to prune
         kept = min(1.0, (1 + kinds * config.seft.window_candidates) * config.seft.density)
         of_all = {
             "window: candidates, own sums": (8.0 + shapes.position_bytes) * kept * own,
@@ -272,7 +272,7 @@ def _ranking(config: PlanConfig, needs: Needs, largest: int, own: int) -> Memory
     # Ranking needs fp32 sums: those of a window that keeps them otherwise are converted for it
     ranked = _RANKED + (4 if needs.factored or needs.candidates or needs.dtype != torch.float32 else 0)
     swaps = config.seft.swap_fraction > 0
-    if (config.seft.adapts and config.seft.adapt == "curvature") or swaps:  # the price
+    if config.seft.adapts_by == "curvature" or swaps:  # the price
         ranked += 4
     if not swaps:
         return {"ranking of one weight": float(ranked * largest)}
