@@ -219,8 +219,8 @@ class DenseSeft:
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
         count = math.floor(self.drop_fraction(t) * int(layer.support.sum()) + 0.5)
-        if not config.reactivation:  # not more than Grow can replace
-            count = min(count, max(0, int(layer.mask.sum()) - layer.budget))
+        if (share := self._reactivated_share()) < 1:  # not more than Grow can replace
+            count = min(count, int(max(0, int(layer.mask.sum()) - layer.budget) / (1 - share)))
         if config.drop == "magnitude":
             score = layer.delta.abs()
         elif config.drop == "movement":
@@ -258,10 +258,7 @@ class DenseSeft:
             layer.age = torch.where(grown, a, layer.age)
 
     def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int) -> Tensor:
-        cap = math.floor(self.config.reactivation * count + 0.5)
-        later = range(self.num_steps + 1, (self.config.last_step or 0) + 1)
-        if self.config.reactivate == "trial" and not any(map(self.evolves, later)):
-            cap = 0  # no evolution would decide about it
+        cap = math.floor(self._reactivated_share() * count + 0.5)
         count = min(count, int(free.sum()))
         if self.config.known_pattern:
             return self._walk(layer, score, free, count, cap)
@@ -271,6 +268,12 @@ class DenseSeft:
             pruned = self._choose(score, free & ~layer.mask, cap, True, random)
             best = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
         return best
+
+    def _reactivated_share(self) -> float:
+        later = range(self.num_steps + 1, (self.config.last_step or 0) + 1)
+        if self.config.reactivate == "trial" and not any(map(self.evolves, later)):
+            return 0.0  # no evolution would decide about a trial
+        return self.config.reactivation
 
     def _num_candidates(self, layer: Layer) -> int:
         return math.floor(self.config.window_candidates * layer.budget + 0.5)

@@ -87,6 +87,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "swap_seeded_every_step": (SWAP | {"moments": "seeded", "interval": 1, "window": 1}, {"eps": 1e-2}),
     "swap_crowded": (SWAP | {"density": 0.42, "scope": "global"}, {}),
     "crowded": ({"density": 0.4, "reactivation": 0.0, "drop_fraction": 0.6}, {}),
+    "crowded_half": ({"density": 0.42, "reactivation": 0.5, "drop_fraction": 0.6}, {}),
+    "crowded_trial": (
+        {"density": 0.42, "reactivate": "trial", "drop_fraction": 0.6, "drop_schedule": "constant"},
+        {"eps": 1e-3},
+    ),
     "swap_norms": (SWAP | {"train_norms": True}, {"eps": 1e-3, "weight_decay": 0.3}),
     "static_random": ({"static": True, "init": "random"}, {}),
     "decay_weight": ({"decay": "weight"}, {"weight_decay": 0.3}),

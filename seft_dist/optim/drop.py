@@ -7,7 +7,7 @@ from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.schedule import fraction_of
+from seft_dist.sparsity.schedule import fraction_of, reactivated_share
 
 _DROP = 1  # key of the random criterion's stream
 
@@ -17,17 +17,18 @@ def drop(work: WorkingState, fraction: float) -> None:
 
     Args:
         work: The evolution.
-        fraction: Share of the support that is dropped, 0 to 1. With ``reactivation: 0`` no more are dropped than active
-            positions without a delta can replace.
+        fraction: Share of the support that is dropped, 0 to 1. No more are dropped than can be replaced: by active
+            positions without a delta, and pruned ones as far as ``reactivation`` admits them.
     """
 
     def errors(rounding: Rounding, i: int) -> Tensor:
         return rounding.of_drop(i, work.offsets(i), work.entries[i])
 
     wanted = [fraction_of(fraction, size) for size in work.sizes]
-    if not work.config.reactivation:
+    of_active = 1 - reactivated_share(work.config, work.step)  # of the positions to grow, at least this share is active
+    if of_active:
         spare = [max(0, active - most) for active, most in zip(work.state.mask_sizes, work.state.budgets, strict=True)]
-        wanted = list(map(min, wanted, spare))
+        wanted = [min(count, int(active / of_active)) for count, active in zip(wanted, spare, strict=True)]
     chosen = work.select(lambda i: _drop_key(work, i), wanted, errors)
     work.dropped = []
     for i, which in enumerate(chosen):

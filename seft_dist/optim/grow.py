@@ -11,7 +11,7 @@ from seft_dist.optim.nm_groups import GroupRanking
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
 from seft_dist.sparsity import scores
-from seft_dist.sparsity.schedule import fraction_of, next_evolution
+from seft_dist.sparsity.schedule import fraction_of, reactivated_share
 from seft_dist.sparsity.selection import INELIGIBLE
 
 _GROW = 2  # key of the random criterion's stream
@@ -43,10 +43,7 @@ def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Te
     Returns:
         The ranking, and the own offsets that were chosen.
     """
-    config = work.config
-    caps = [fraction_of(config.reactivation, count) for count in wanted]
-    if config.reactivate == "trial" and next_evolution(config, work.step) is None:
-        caps = [0] * len(wanted)  # a trial that nothing ends would leave the mask too large
+    caps = [fraction_of(reactivated_share(work.config, work.step), count) for count in wanted]
     any_free = _inside_groups(work, lambda i: _grow_key(work, i, _free(work, i)))
     if caps == wanted:
         return any_free, work.select(any_free, wanted, Rounding.of_grow)

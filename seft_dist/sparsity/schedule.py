@@ -33,6 +33,16 @@ def is_first_support(config: SeftConfig, step: int) -> bool:
     return step == 1 and config.init == "gradient"
 
 
+def reactivated_share(config: SeftConfig, step: int) -> float:
+    """Return the share of the positions to grow that may be pruned ones, 0 to 1, in an evolution at step t.
+
+    No trial begins in the last evolution: nothing would end it, and the mask would stay too large.
+    """
+    if config.reactivate == "trial" and next_evolution(config, step) is None:
+        return 0.0
+    return config.reactivation
+
+
 def in_window(config: SeftConfig, step: int) -> bool:
     """Return whether the dense gradient of step t is accumulated for the evolution that follows it."""
     coming = -(-step // config.interval) * config.interval
