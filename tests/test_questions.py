@@ -10,7 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def make(folder: Path, *records: dict[str, str]) -> subprocess.CompletedProcess[str]:
     (folder / "plants.json").write_text(json.dumps(records))
-    command = [sys.executable, ROOT / "benchmarks" / "questions.py", folder / "out", folder / "plants.json"]
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "benchmarks/questions.py",
+        folder / "out",
+        folder / "plants.json",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
