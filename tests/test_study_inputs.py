@@ -194,12 +194,12 @@ def test_figures_of_a_study(tmp_path: Path) -> None:
     config = study_config(tmp_path)
     _, results, _ = run(config, Fake())
     paths = write_figures(results, tmp_path / "study")
-    names = ["quality-trainable", "quality-seconds", "quality-memory", "curves"]
+    names = ["methods", "quality-trainable", "quality-seconds", "quality-memory", "curves"]
     assert [path.stem for path in paths] == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     for row in results["rows"]:
         row["peak_memory_bytes"] = None
-    assert len(write_figures(results, tmp_path / "study")) == 3
+    assert len(write_figures(results, tmp_path / "study")) == 4
 
 
 def test_time_left() -> None:

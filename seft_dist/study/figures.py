@@ -42,7 +42,7 @@ class _Line(TypedDict):
 
 
 def write_figures(results: Results, folder: Path) -> list[Path]:
-    """Draw quality-trainable.png, quality-seconds.png, quality-memory.png and curves.png into ``figures``.
+    """Draw methods, quality-trainable, quality-seconds, quality-memory and curves, each .png, into ``figures``.
 
     A figure for which no run has numbers is left out.
 
@@ -60,12 +60,17 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 
     paths = []
     with plt.rc_context(STYLE):
-        for name in (*_AXES, "curves"):
+        for name in ("methods", *(f"quality-{axis}" for axis in _AXES), "curves"):
             figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
-            drawn = _curves(results, folder, axes) if name == "curves" else _quality(results, name, axes)
+            if name == "methods":
+                drawn = _methods(results, axes)
+            elif name == "curves":
+                drawn = _curves(results, folder, axes)
+            else:
+                drawn = _quality(results, name.removeprefix("quality-"), axes)
             if drawn:
                 (folder / FOLDER).mkdir(exist_ok=True)
-                paths.append(folder / FOLDER / (f"{name}.png" if name == "curves" else f"quality-{name}.png"))
+                paths.append(folder / FOLDER / f"{name}.png")
                 save_figure(figure, paths[-1])
             plt.close(figure)
     return paths
@@ -86,6 +91,55 @@ def _x_position(row: Row, name: str) -> float:
         return row["seconds"]["mean"] if row["seconds"] else math.nan
     value = row["trainable"] if name == "trainable" else row["peak_memory_bytes"]
     return math.nan if value is None else value / 1e9 if name == "memory" else value
+
+
+def _methods(results: Results, axes: "Axes") -> bool:
+    """Draw a line for each method, the best first: test perplexity of each seed and their mean; False without any."""
+    rows = [(row["test"]["mean"], row) for row in results["rows"] if row["test"]]
+    trained = [mean for mean, row in rows if row["tokens"]]
+    if not trained:
+        return False
+    rows.sort(key=lambda pair: pair[0])
+    far = max(trained) + _FAR * (max(trained) - min(trained) or abs(max(trained)))
+    several = len({row["base"] for _, row in rows if row["tokens"]}) > 1
+    labels = []
+    for y, (mean, row) in enumerate(rows):
+        colour = BLUE if row["tokens"] else GREY
+        if mean > far:  # drawn where it is, it would squeeze all methods together
+            place: dict[str, Any] = {
+                "xy": (1, y),
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+                "va": "center",
+                "fontsize": 8,
+            }
+            axes.annotate(f"{mean:,.4g} \u2192", **place)
+        else:
+            seeds = [run["test"] for run in results["runs"] if run["method"] == row["method"] and run["test"]]
+            axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=4, alpha=0.45)
+            axes.plot(mean, y, "d", color=colour, markersize=8)
+            axes.annotate(f"{mean:,.4g}", (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+        what = f", {_short_count(row['trainable'])}" if row["trainable"] else ""
+        where = f" on {row['base']}" if several and row["tokens"] else ""
+        labels.append(f"{row['method']}{what}{where}")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.margins(x=0.08)
+    axes.grid(axis="y", visible=False)
+    axes.figure.set_size_inches(_SIZE[0], 1.2 + 0.36 * len(rows))  # type: ignore[union-attr]
+    axes.set(
+        title=f"{results['name']}: methods, with trained values",
+        xlabel="test perplexity (lower is better); small: each seed, large: mean, grey: nothing trained",
+    )
+    return True
+
+
+def _short_count(count: float) -> str:
+    """Write a number of values with three digits, such as 5.34 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
 
 
 def _quality(results: Results, name: str, axes: "Axes") -> bool:
