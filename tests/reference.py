@@ -219,8 +219,9 @@ class DenseSeft:
     def _drop(self, i: int, layer: Layer, window: Window) -> None:
         config, t = self.config, self.num_steps
         count = math.floor(self.drop_fraction(t) * int(layer.support.sum()) + 0.5)
-        if (share := self._reactivated_share()) < 1:  # not more than Grow can replace
-            count = min(count, int(max(0, int(layer.mask.sum()) - layer.budget) / (1 - share)))
+        count = min(count, layer.mask.numel() - layer.budget)  # not more than Grow can replace
+        if (share := self._reactivated_share(t)) < 1:
+            count = min(count, int(max(0, int(layer.mask.sum()) - layer.budget) / (1 - share) + 1e-6))
         if config.drop == "magnitude":
             score = layer.delta.abs()
         elif config.drop == "movement":
@@ -246,7 +247,7 @@ class DenseSeft:
         count = layer.budget - int(layer.support.sum())
         if not window.known.all():
             count = min(count, self._num_candidates(layer))
-        layer.grown = grown = self._best_free(layer, score, free, count)
+        layer.grown = grown = self._best_free(layer, score, free, count, self._reactivated_share(t))
         layer.support = layer.support | grown
         if config.reactivate == "trial":
             layer.trial = grown & ~layer.mask
@@ -257,8 +258,8 @@ class DenseSeft:
             layer.exp_avg_sq = torch.where(grown, (1 - beta2**a) * window.square / a, layer.exp_avg_sq)
             layer.age = torch.where(grown, a, layer.age)
 
-    def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int) -> Tensor:
-        cap = math.floor(self._reactivated_share() * count + 0.5)
+    def _best_free(self, layer: Layer, score: Tensor, free: Tensor, count: int, share: float) -> Tensor:
+        cap = math.floor(share * count + 0.5)
         count = min(count, int(free.sum()))
         if self.config.known_pattern:
             return self._walk(layer, score, free, count, cap)
@@ -269,8 +270,8 @@ class DenseSeft:
             best = pruned | self._choose(score, free & layer.mask, count - cap, True, random)
         return best
 
-    def _reactivated_share(self) -> float:
-        later = range(self.num_steps + 1, (self.config.last_step or 0) + 1)
+    def _reactivated_share(self, evolution: int) -> float:
+        later = range(evolution + 1, (self.config.last_step or 0) + 1)
         if self.config.reactivate == "trial" and not any(map(self.evolves, later)):
             return 0.0  # no evolution would decide about a trial
         return self.config.reactivation
@@ -289,9 +290,10 @@ class DenseSeft:
             prune = [self._choose(*args, largest=False) for args in zip(scores, spare, counts, strict=True)]
         else:
             prune = self._choose_of_all(scores, spare, sum(counts))
+        coming = next(t for t in range(self.num_steps, self.num_steps + self.config.interval) if self.evolves(t))
         for layer, least, count in zip(layers, prune, counts, strict=True):
             score = layer.window.gradient.abs()
-            grow = self._best_free(layer, score, ~layer.support & (score != 0), count)
+            grow = self._best_free(layer, score, ~layer.support & (score != 0), count, self._reactivated_share(coming))
             layer.window.known = layer.support | grow | least
             layer.window.gradient = torch.where(layer.window.known, layer.window.gradient, 0.0)
 

@@ -88,6 +88,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "swap_crowded": (SWAP | {"density": 0.42, "scope": "global"}, {}),
     "crowded": ({"density": 0.4, "reactivation": 0.0, "drop_fraction": 0.6}, {}),
     "crowded_half": ({"density": 0.42, "reactivation": 0.5, "drop_fraction": 0.6}, {}),
+    "crowded_none": ({"density": 0.42, "reactivation": 0.5, "drop_fraction": 0.6, "adapt": "none"}, {}),
+    "crowded_most": ({"density": 0.44, "reactivation": 0.7, "drop_fraction": 0.6}, {}),
+    "candidates_last_trial": (
+        {"window_store": "candidates", "reactivate": "trial", "drop_fraction": 0.6, "drop_schedule": "constant"},
+        {"eps": 1e-3},
+    ),
     "crowded_trial": (
         {"density": 0.42, "reactivate": "trial", "drop_fraction": 0.6, "drop_schedule": "constant"},
         {"eps": 1e-3},
@@ -143,10 +149,10 @@ class NearTieError(Exception):
     """Both can differ where rounding decides between close scores, which depends on the processor: use another seed."""
 
 
-def make_model(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
+def make_model(seed: int = 0, pattern: str | None = None, sparsity: float = 0.55) -> torch.nn.Module:
     """One pruned decoder layer; without a pattern, no weight's size is a multiple of 8 (masks are packed in bytes)."""
     model = make_dense(seed, pattern)
-    return prune_groups_(model, pattern) if pattern else prune_(model, 0.55)
+    return prune_groups_(model, pattern) if pattern else prune_(model, sparsity)
 
 
 def make_dense(seed: int = 0, pattern: str | None = None) -> torch.nn.Module:
@@ -210,10 +216,15 @@ def assert_same_report(seft: SeftOptimizer, dense: DenseSeft, mask_before: list[
 
 
 def run_both(
-    config: SeftConfig, adam: dict[str, Any], seed: int = 0, rel: float = 1e-5, thin: str | None = None
+    config: SeftConfig,
+    adam: dict[str, Any],
+    seed: int = 0,
+    rel: float = 1e-5,
+    thin: str | None = None,
+    sparsity: float = 0.55,
 ) -> DenseSeft:
     """Train both, compare after every step to a relative difference of ``rel``; targets ``thin`` are 90 % pruned."""
-    model = make_model(seed, config.known_pattern)
+    model = make_model(seed, config.known_pattern, sparsity)
     if thin:
         prune_(model, 0.9, thin)
     twin = copy.deepcopy(model)
@@ -271,6 +282,17 @@ def test_targets_with_few_active_weights_get_no_more_deltas_than_these(over: dic
         assert 0 < supports[0] <= 40
     else:
         assert supports == [40]
+
+
+@pytest.mark.parametrize("reactivation", [0.0, 0.5, 1.0])
+def test_no_more_is_dropped_than_other_positions_can_replace(reactivation: float) -> None:
+    """With deltas on 60 % of all positions, 30 % are active without one, and 10 % are pruned."""
+    config = dataclasses.replace(BASE, density=0.6, reactivation=reactivation, drop_fraction=1.0, grow="random")
+    if reactivation:
+        config = dataclasses.replace(config, adapt="none")  # Adapt would take deltas away
+    dense = run_both(config, ADAM, sparsity=0.1)
+    for layer in dense.layers.values():
+        assert int(layer.support.sum()) == layer.budget
 
 
 def test_a_density_above_the_active_share_is_refused() -> None:

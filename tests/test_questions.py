@@ -8,14 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make(folder: Path, *records: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    (folder / "plants.json").write_text(json.dumps(records))
-    command: list[str | Path] = [
-        sys.executable,
-        ROOT / "benchmarks/questions.py",
-        folder / "out",
-        folder / "plants.json",
-    ]
+def make(folder: Path, *records: dict[str, str], name: str = "plants") -> subprocess.CompletedProcess[str]:
+    (folder / f"{name}.json").write_text(json.dumps(records))
+    script = str(ROOT / "benchmarks" / "questions.py")
+    command = [sys.executable, script, str(folder / "out"), str(folder / f"{name}.json")]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -57,3 +53,12 @@ def test_what_is_measured_is_in_no_other_part(tmp_path: Path) -> None:
 def test_another_kind_of_question_is_refused(tmp_path: Path) -> None:
     done = make(tmp_path, {"instruction": "Is it true?", "answer": "true"})
     assert done.returncode and "no question with answers of LLM-Adapters: 'Is it true?'" in done.stderr
+    done = make(tmp_path, record("What?", right=0))
+    assert (
+        done.returncode and "the answer is 'answer0', and not one of answer1, answer2, answer3: 'What?'" in done.stderr
+    )
+
+
+def test_files_that_would_be_overwritten_are_refused(tmp_path: Path) -> None:
+    done = make(tmp_path, name="train")
+    assert done.returncode == 2 and "files need names that differ" in done.stderr and not (tmp_path / "out").exists()

@@ -161,20 +161,6 @@ def test_a_checkpoint_between_two_swaps_goes_on_bit_for_bit(tmp_path: Path) -> N
         assert torch.equal(weight, models[2].state_dict()[name]), name
 
 
-def test_windows_after_the_last_swap_sum_no_rows_and_columns(tmp_path: Path) -> None:
-    """Also of a run that goes on inside such a window."""
-    config = dataclasses.replace(CONFIG, interval=4, window=3, swap_end=4)
-    models = [prune_(tiny_llama()) for _ in range(3)]
-    whole, first, second = (SeftOptimizer(model, config, lr=1e-2, parent=dense_parent()) for model in models)
-    steps_of(models[0], whole, 9)
-    assert [whole.new_window(0, step).sums for step in (2, 4, 6, 8)] == [["norms", "outputs"]] * 2 + [[]] * 2
-    steps_of(models[1], first, 7)
-    checkpoint.load(second, checkpoint.save(first, tmp_path, {}))
-    steps_of(models[2], second, 9)
-    for name, weight in models[0].state_dict().items():
-        assert torch.equal(weight, models[2].state_dict()[name]), name
-
-
 def test_random_supports_need_no_dense_gradient() -> None:
     """The price needs sums of rows and columns only, and Adapt has nothing to do."""
     config = dataclasses.replace(CONFIG, grow="random", init="random")

@@ -1,5 +1,7 @@
 """The first part of an evolution: the least useful deltas leave the support."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,13 @@ def drop(work: WorkingState, fraction: float) -> None:
 
     Args:
         work: The evolution.
-        fraction: Share of the support that is dropped, 0 to 1. No more are dropped than can be replaced: by active
-            positions without a delta, and pruned ones as far as ``reactivation`` admits them.
+        fraction: Share of the support that is dropped, 0 to 1, as far as there are positions to replace it.
     """
 
     def errors(rounding: Rounding, i: int) -> Tensor:
         return rounding.of_drop(i, work.offsets(i), work.entries[i])
 
-    wanted = [fraction_of(fraction, size) for size in work.sizes]
-    of_active = 1 - reactivated_share(work.config, work.step)  # of the positions to grow, at least this share is active
-    if of_active:
-        spare = [max(0, active - most) for active, most in zip(work.state.mask_sizes, work.state.budgets, strict=True)]
-        wanted = [min(count, int(active / of_active)) for count, active in zip(wanted, spare, strict=True)]
+    wanted = [min(fraction_of(fraction, size), most) for size, most in zip(work.sizes, _replaceable(work), strict=True)]
     chosen = work.select(lambda i: _drop_key(work, i), wanted, errors)
     work.dropped = []
     for i, which in enumerate(chosen):
@@ -47,6 +44,23 @@ def drop(work: WorkingState, fraction: float) -> None:
         committed = work.positions(i, offsets[~restored])
         work.state.committed[i] = torch.cat([work.state.committed[i], committed]).unique()
     work.count_entries()
+
+
+def _replaceable(work: WorkingState) -> list[int]:
+    """Return how many deltas of each target positions without one could replace. Collective with ``adapt: none``.
+
+    What is dropped may not come back in the same evolution. Scores of 0 and groups of N:M can leave fewer.
+    """
+    of_active = 1 - reactivated_share(work.config, work.step)  # of the positions to grow, at least this share is active
+    # only adapt: none lets masks grow beyond their sizes
+    active = work.state.active(work.backend) if work.config.adapt == "none" else work.state.mask_sizes
+    limits = []
+    for shape, held, budget in zip(work.backend.shapes, active, work.state.budgets, strict=True):
+        most = math.prod(shape) - budget
+        if of_active:  # the small number is for quotients that are whole but for rounding
+            most = min(most, int(max(0, held - budget) / of_active + 1e-6))
+        limits.append(most)
+    return limits
 
 
 def _drop_key(work: WorkingState, i: int) -> Tensor:

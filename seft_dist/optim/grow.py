@@ -22,7 +22,7 @@ def grow(work: WorkingState) -> None:
     wanted = [max(0, budget - size) for budget, size in zip(work.state.budgets, work.sizes, strict=True)]
     if work.windows[0].positions is not None:  # at most as many as candidates, so that Adapt has as many to prune
         wanted = [min(pair) for pair in zip(wanted, num_candidates(work), strict=True)]
-    ranking, work.grown = best_free(work, wanted)
+    ranking, work.grown = best_free(work, wanted, reactivated_share(work.config, work.step))
     work.count_pattern_near_ties(ranking, work.grown, Rounding.of_grow)
     work.reactivated = []
     for i, offsets in enumerate(work.grown):
@@ -33,17 +33,20 @@ def grow(work: WorkingState) -> None:
         work.state.trial = [work.positions(i, offsets).sort().values for i, offsets in enumerate(work.reactivated)]
 
 
-def best_free(work: WorkingState, wanted: list[int]) -> tuple[Callable[[int], Tensor], list[Tensor]]:
+def best_free(
+    work: WorkingState, wanted: list[int], reactivated: float
+) -> tuple[Callable[[int], Tensor], list[Tensor]]:
     """Rank the positions that may grow, and choose the best, not too many pruned ones among them. Collective.
 
     Args:
         work: The evolution.
         wanted: How many of each target may grow.
+        reactivated: Share of them that may be pruned positions, 0 to 1.
 
     Returns:
         The ranking, and the own offsets that were chosen.
     """
-    caps = [fraction_of(reactivated_share(work.config, work.step), count) for count in wanted]
+    caps = [fraction_of(reactivated, count) for count in wanted]
     any_free = _inside_groups(work, lambda i: _grow_key(work, i, _free(work, i)))
     if caps == wanted:
         return any_free, work.select(any_free, wanted, Rounding.of_grow)

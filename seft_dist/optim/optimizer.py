@@ -38,7 +38,7 @@ from seft_dist.optim.window import (
     share_positions,
     split_candidate_gradients,
 )
-from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support, is_swap
+from seft_dist.sparsity.schedule import drop_fraction, in_window, is_evolution, is_first_support
 
 
 class SeftOptimizer(TorchInterface):
@@ -108,6 +108,7 @@ class SeftOptimizer(TorchInterface):
         self._draft = ReportDraft()
         self._backend: Backend | None = None
         self._state: State | None = None
+        self._needs = Needs.of(self.config)
         self._write_checked = False
         self._exchange: Exchange | None = None
         self._grad_norm = torch.zeros((), dtype=torch.float32)
@@ -207,11 +208,8 @@ class SeftOptimizer(TorchInterface):
 
     def new_window(self, i: int, step: int) -> Window:
         """Make an empty window of target i that begins in an optimizer step."""
-        evolution = -(-step // self.config.interval) * self.config.interval
-        needs = Needs.of(self.config, swaps=is_swap(self.config, evolution))
-        if is_first_support(self.config, step):
-            needs = needs.of_first_support()
-        return Window(self.backend, i, needs, self._draft)
+        first = is_first_support(self.config, step)
+        return Window(self.backend, i, self._needs.of_first_support() if first else self._needs, self._draft)
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Set before a backward pass whether it is the last one before ``step()``. The same on every rank.

@@ -46,13 +46,8 @@ class Needs:
     """Dtype in which dense gradients are accumulated."""
 
     @classmethod
-    def of(cls, config: SeftConfig, swaps: bool = True) -> "Needs":
-        """Derive the needs of a configuration.
-
-        Args:
-            config: The configuration.
-            swaps: False of an evolution that comes too late to swap.
-        """
+    def of(cls, config: SeftConfig) -> "Needs":
+        """Derive the needs of a configuration."""
         seeded, momentum = config.moments == "seeded", config.grow == "momentum"
         gradient = (
             seeded
@@ -63,7 +58,7 @@ class Needs:
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
         factored, candidates = config.window_store == "factored", config.window_store == "candidates"
-        price = (config.swap_fraction > 0 and swaps) or config.adapts_by == "curvature"
+        price = config.swap_fraction > 0 or config.adapts_by == "curvature"
         outputs = price or (gradient and factored)
         norms = config.adapts_by == "activation" or outputs
         return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)

@@ -33,6 +33,8 @@ _AXES = {
 }
 _FAR = 1.0
 """A base whose perplexity is farther from the methods' than so many times their range is named in the legend only."""
+_NEAR = 2.0
+"""In the figure of methods, a perplexity that differs from the best by more than this factor is written at the edge."""
 
 
 class _Line(TypedDict):
@@ -96,24 +98,17 @@ def _x_position(row: Row, name: str) -> float:
 def _methods(results: Results, axes: "Axes") -> bool:
     """Draw a line for each method, the best first: test perplexity of each seed and their mean; False without any."""
     rows = [(row["test"]["mean"], row) for row in results["rows"] if row["test"]]
-    trained = [mean for mean, row in rows if row["tokens"]]
-    if not trained:
+    best = min((mean for mean, row in rows if row["tokens"]), default=math.inf)
+    if not math.isfinite(best):
         return False
     rows.sort(key=lambda pair: pair[0])
-    far = max(trained) + _FAR * (max(trained) - min(trained) or abs(max(trained)))
     several = len({row["base"] for _, row in rows if row["tokens"]}) > 1
     labels = []
     for y, (mean, row) in enumerate(rows):
         colour = BLUE if row["tokens"] else GREY
-        if mean > far:  # drawn where it is, it would squeeze all methods together
-            place: dict[str, Any] = {
-                "xy": (1, y),
-                "xycoords": ("axes fraction", "data"),
-                "ha": "right",
-                "va": "center",
-                "fontsize": 8,
-            }
-            axes.annotate(f"{mean:,.4g} \u2192", **place)
+        if not best / _NEAR <= mean <= _NEAR * best:  # drawn where it is, it would squeeze all methods together
+            text, x, side = (f"{mean:,.4g} \u2192", 1, "right") if mean > best else (f"\u2190 {mean:,.4g}", 0, "left")
+            axes.annotate(text, (x, y), xycoords=("axes fraction", "data"), ha=side, va="center", fontsize=8)
         else:
             seeds = [run["test"] for run in results["runs"] if run["method"] == row["method"] and run["test"]]
             axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=4, alpha=0.45)
@@ -121,7 +116,8 @@ def _methods(results: Results, axes: "Axes") -> bool:
             axes.annotate(f"{mean:,.4g}", (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         what = f", {_short_count(row['trainable'])}" if row["trainable"] else ""
         where = f" on {row['base']}" if several and row["tokens"] else ""
-        labels.append(f"{row['method']}{what}{where}")
+        label = f"{row['method']}{what}{where}"
+        labels.append(label if len(label) <= 60 else f"{label[:57]}...")
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.margins(x=0.08)
@@ -129,7 +125,7 @@ def _methods(results: Results, axes: "Axes") -> bool:
     axes.figure.set_size_inches(_SIZE[0], 1.2 + 0.36 * len(rows))  # type: ignore[union-attr]
     axes.set(
         title=f"{results['name']}: methods, with trained values",
-        xlabel="test perplexity (lower is better); small: each seed, large: mean, grey: nothing trained",
+        xlabel="test perplexity (lower is better)\nsmall: each seed, large: mean, grey: nothing trained",
     )
     return True
 
@@ -137,7 +133,7 @@ def _methods(results: Results, axes: "Axes") -> bool:
 def _short_count(count: float) -> str:
     """Write a number of values with three digits, such as 5.34 M."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= size:
+        if count >= 0.9995 * size:  # not "1e+03 k"
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
 

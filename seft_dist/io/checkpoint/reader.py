@@ -326,7 +326,7 @@ def _window(seft: SeftOptimizer, reader: _Reader, name: str, i: int, own: dict[s
         setattr(window, key, value)
     shared = {key: reader.get(0, f"{name}.window.{key}") for key in (*WINDOW_SHARED, *WINDOW_SUMS)}
     needs = Needs.of(seft.config)
-    for key in [*window.sums, *(WINDOW_SHARED if needs.dense and needs.momentum else ())]:
+    for key in [*needs.sums, *(WINDOW_SHARED if needs.dense and needs.momentum else ())]:
         if shared[key] is None:
             raise ValueError(f"{rank_file(0, reader.world_size)}: {name}.window.{key} is missing; needs it")
     # These are sums over all ranks, to be summed over ranks again at the end: only one rank may hold them.
