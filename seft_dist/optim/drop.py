@@ -1,7 +1,5 @@
 """The first part of an evolution: the least useful deltas leave the support."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -55,8 +53,8 @@ def _replaceable(work: WorkingState) -> list[int]:
     # only adapt: none lets masks grow beyond their sizes
     active = work.state.active(work.backend) if work.config.adapt == "none" else work.state.mask_sizes
     limits = []
-    for shape, held, budget in zip(work.backend.shapes, active, work.state.budgets, strict=True):
-        most = math.prod(shape) - budget
+    for partition, held, budget in zip(work.backend.partitions, active, work.state.budgets, strict=True):
+        most = partition.numel - budget
         if of_active:  # the small number is for quotients that are whole but for rounding
             most = min(most, int(max(0, held - budget) / of_active + 1e-6))
         limits.append(most)

@@ -33,7 +33,7 @@ from seft_dist.optim.state import State
 from seft_dist.optim.swap import Parent, swap
 from seft_dist.optim.window import Window, share_positions
 from seft_dist.optim.working_state import WorkingState
-from seft_dist.sparsity.schedule import is_swap, reactivated_share
+from seft_dist.sparsity.schedule import is_swap, reactivated_share, window_end
 from seft_dist.sparsity.selection import INELIGIBLE
 
 _T = TypeVar("_T")
@@ -158,8 +158,7 @@ class Evolution:
         self._prepare()
         wanted = num_candidates(work)
         prune = work.nothing
-        coming = -(-work.step // work.config.interval) * work.config.interval
-        _, grown = best_free(work, wanted, reactivated_share(work.config, coming))
+        _, grown = best_free(work, wanted, reactivated_share(work.config, window_end(work.config, work.step)))
         if work.config.adapts_by == "sensitivity":
 
             def spare(i: int) -> Tensor:

@@ -43,9 +43,14 @@ def reactivated_share(config: SeftConfig, step: int) -> float:
     return config.reactivation
 
 
+def window_end(config: SeftConfig, step: int) -> int:
+    """Return the step whose evolution ends the window of step t, if t is in one: a multiple of the interval."""
+    return -(-step // config.interval) * config.interval
+
+
 def in_window(config: SeftConfig, step: int) -> bool:
     """Return whether the dense gradient of step t is accumulated for the evolution that follows it."""
-    coming = -(-step // config.interval) * config.interval
+    coming = window_end(config, step)
     return is_evolution(config, coming) and step > coming - config.window
 
 
