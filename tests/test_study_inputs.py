@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seft_dist.config import DataConfig, ModelConfig, PruneConfig, StudyConfig, TrainConfig
-from seft_dist.session.cli import parse
+from seft_dist.session.cli import parse, to_yaml
 from seft_dist.study.figures import write_figures
 from seft_dist.study.folder import open_study
 from seft_dist.study.methods import read_methods, with_seed
@@ -188,6 +188,21 @@ def test_t_intervals_are_those_of_tables() -> None:
 
 def test_options_nested_or_dotted() -> None:
     assert flatten({"a": {"b.c": 1, "d": {}}, "e": [1]}, "x") == {"a.b.c": 1, "e": [1]}
+
+
+def test_a_pattern_in_a_study_stays_text(tmp_path: Path) -> None:
+    """YAML 1.1 makes the number 124, in base 60, of 2:4 without quotation marks."""
+    written = study_config(
+        tmp_path,
+        bases={"base": {"model.path": "m", "method": "magnitude", "pattern": "2:4"}},
+        methods={"kept": {"seft.pattern": "2:4", "optim.lr": 1e-3}},
+    )
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(written))
+    config = parse(StudyConfig, ["--config", str(file)], description="")
+    assert (config.bases, config.methods) == (written.bases, written.methods)
+    (method,) = read_methods(config, DataConfig(path="d", seq_len=8))
+    assert method.settings[0].config.seft.pattern == "2:4"
 
 
 def test_figures_of_a_study(tmp_path: Path) -> None:

@@ -277,7 +277,10 @@ def _load_yaml(text: str) -> Any:
             check_yaml(text, "the YAML")
         except ValueError as error:
             raise yaml.YAMLError(str(error)) from error
-    return _load_any_yaml(text)
+    value = _load_any_yaml(text)
+    # jsonargparse loads a text inside dict[str, Any], e.g. a study's pattern "2:4", a second time, without its
+    # quotation marks. YAML 1.1 would make a number in base 60 of it.
+    return text if isinstance(value, int | float) and ":" in text else value
 
 
 def _optional_dataclasses(config_class: type) -> list[tuple[str, type]]:
