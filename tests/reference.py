@@ -198,11 +198,10 @@ class DenseSeft:
                     which[i][at] = True
             for i in group:
                 layer = layers[i]
-                layer.removed, layer.returned = (which[i].view(layer.mask.shape) for which in moved)
-                layer.mask = layer.mask & ~layer.removed | layer.returned
-                layer.base = torch.where(layer.removed, 0.0, layer.base)
+                removed, layer.returned = (which[i].view(layer.mask.shape) for which in moved)
+                layer.prune(removed)
+                layer.mask = layer.mask | layer.returned
                 layer.base = torch.where(layer.returned, values[i].to(layer.base.dtype), layer.base)
-                layer.leave(layer.removed)
 
     def _listed(self, group: list[int], prices: list[Tensor], chosen: list[Tensor]) -> list[tuple[float, int, int]]:
         """Price without its last bit, layer and position of each that was chosen."""
@@ -229,8 +228,11 @@ class DenseSeft:
         else:
             score = uniform(layer.positions, config.seed, i, t, 1)
         layer.dropped = self._choose(score, layer.support, count, largest=False, random=config.drop == "random")
-        commit = layer.dropped & ((layer.base == 0) | (config.on_drop == "keep"))
-        layer.base = torch.where(commit, layer.value.to(layer.base.dtype), layer.base)
+        if config.on_drop == "revert":
+            layer.prune(layer.dropped & (layer.base == 0))
+        else:
+            commit = layer.dropped & ((layer.base == 0) | (config.on_drop == "keep"))
+            layer.base = torch.where(commit, layer.value.to(layer.base.dtype), layer.base)
         layer.leave(layer.dropped)
 
     def _grow(self, i: int, layer: Layer, window: Window) -> None:
@@ -313,10 +315,7 @@ class DenseSeft:
         else:
             out = self._choose_of_all(scores, eligible, sum(excess))
         for layer, pruned in zip(layers, out, strict=True):
-            layer.mask = layer.mask & ~pruned
-            layer.removed = pruned
-            layer.base = torch.where(pruned, 0.0, layer.base)
-            layer.leave(pruned)
+            layer.prune(pruned)
 
     def _adapt_score(self, layer: Layer, window: Window) -> Tensor:
         if self.config.adapt == "sensitivity":

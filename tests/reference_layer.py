@@ -71,6 +71,12 @@ class Layer:
     def positions(self) -> Tensor:
         return torch.arange(self.base.numel()).view(self.base.shape)
 
+    def prune(self, which: Tensor) -> None:
+        """Take positions out of the mask, and with it out of the support."""
+        self.removed, self.mask = which, self.mask & ~which
+        self.base = torch.where(which, 0.0, self.base)
+        self.leave(which)
+
     def leave(self, which: Tensor) -> None:
         """Entries leave the support and forget everything."""
         self.support = self.support & ~which

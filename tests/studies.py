@@ -47,7 +47,7 @@ class Fake:
         self.commands: list[list[str]] = []
         self._code = code
 
-    def __call__(self, task: Task, command: list[str], log: Path) -> Process:
+    def __call__(self, task: Task, command: list[str], log: Path, lock: int) -> Process:
         self.labels.append(task.label)
         self.commands.append(command)
         code = self._code(task)

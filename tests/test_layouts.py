@@ -71,6 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {"window_store": "factored"},
     "curvature": {"adapt": "curvature"},
     "no Adapt": {"adapt": "none", "reactivation": 0.5, "drop_fraction": 0.6},
+    "revert": {"adapt": "none", "on_drop": "revert", "drop_fraction": 0.6},
     "trial": {"reactivate": "trial", "adapt": "activation"},
     "trial, global, curvature": {"reactivate": "trial", "adapt": "curvature", "scope": "global"},
 }

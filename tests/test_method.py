@@ -43,6 +43,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adapt_activation_only": ({"adapt": "activation", "grow": "random"}, {}),
     "adapt_magnitude": ({"adapt": "magnitude"}, {}),
     "adapt_none": ({"adapt": "none"}, {}),
+    "on_drop_revert": ({"adapt": "none", "on_drop": "revert", "drop_fraction": 0.6}, {}),
+    "on_drop_revert_seeded": ({"adapt": "none", "on_drop": "revert", "moments": "seeded", "reactivation": 0.5}, {}),
     "adapt_curvature": ({"adapt": "curvature"}, {}),
     "trial": ({"reactivate": "trial"}, {}),
     "trial_activation": ({"reactivate": "trial", "adapt": "activation"}, {}),
@@ -304,7 +306,7 @@ def test_a_density_above_the_active_share_is_refused() -> None:
 def configs(draw: st.DrawFn) -> SeftConfig:
     interval = draw(st.integers(2, 5))
     choices: dict[str, list[Any]] = {
-        "on_drop": ["commit_reactivated", "keep"],
+        "on_drop": ["commit_reactivated", "keep", "revert"],
         "reactivation": [0.0, 0.2, 0.7, 1.0],
         "init": ["gradient", "random"],
         "moments": ["zero", "seeded"],
@@ -326,6 +328,8 @@ def configs(draw: st.DrawFn) -> SeftConfig:
         drawn["adapt"] = "curvature" if drawn["adapt"] == "none" else drawn["adapt"]  # which swaps do not read
     if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
+    if drawn["on_drop"] == "revert":
+        drawn |= {"adapt": "none", "reactivate": "commit"}
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))
     return moving(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)
 

@@ -293,6 +293,8 @@ def test_commands_say_all_that_was_run(tmp_path: Path) -> None:
     assert train[:3] == ["torchrun", "--gpu", "0"] and train[-1] == "--threads=1"
     (cell,) = cells(config, "a-lr0.002-seed1-*")
     lines = [json.loads(line) for line in (cell / "commands.jsonl").read_text().splitlines()]
+    assert [(line["task"], line.get("code")) for line in lines[:2]] == [("train", None), ("train", 0)]
+    lines = lines[1::2]  # of the ends
     assert [line["task"] for line in lines] == ["train", "test", "forgetting"]
     assert all(line["code"] == 0 and line["command"].startswith("torchrun --gpu 0 launch/") for line in lines)
     settings = (cell / "train.yaml").read_text()

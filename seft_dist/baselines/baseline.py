@@ -51,6 +51,8 @@ class Baseline(ABC):
 
     evolution = None
     """Report of the last step's evolution: there is none, because masks stay as they are."""
+    prunes_in_the_end = False
+    """True if ``finalize`` prunes what was trained."""
     supported_kinds: tuple[str, ...] = ("Linear", "Conv1D", "fused experts")
     """Kinds of targets (``Target.kind``) that the method can train."""
     allows_dense = False

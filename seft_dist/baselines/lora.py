@@ -111,6 +111,7 @@ class LoraMerged(Lora):
     """LoRA*: merged, then as many weights as before are pruned again, row by row (or group by group), by Wanda."""
 
     allows_dense = False
+    prunes_in_the_end = True
 
     def check_pattern(self, backend: Backend, masks: list[Tensor]) -> None:
         """Refuse a pattern that was not named, too: pruning again would lose it. Collective."""

@@ -5,6 +5,7 @@ layer at a time, and each layer sees what the pruned layers before it produce. S
 part and one layer.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -79,8 +80,10 @@ def prune_again(method: "Baseline", inputs: "FinalizeInputs") -> Iterator[tuple[
         rows = before.read_rows(name, first, last)
         return (rows == 0).view(-1, width or rows.shape[1]).sum(1)
 
+    # The text is chosen here, with its separate documents cut apart; `seft prune` itself does not read such text.
+    text = dataclasses.replace(config.data, separate=False)
     pruner = Pruner(
-        PruneConfig(model=ModelConfig(path=str(folder)), data=config.data, pattern=pattern, output="-"),
+        PruneConfig(model=ModelConfig(path=str(folder)), data=text, pattern=pattern, output="-"),
         merged,
         targets,
         {name: target.matrix_shape for name, target in targets.items()},

@@ -76,6 +76,7 @@ class NormsAndBiases(Baseline):
             self._loaded_frozen = {
                 id(parameter) for parameter in self.model.parameters() if not parameter.requires_grad
             }
+        self._adam["weight_decay"] = 0.0  # which would pull scales of 1 towards 0; as with train_norms
         super().attach()
 
     @property

@@ -24,10 +24,17 @@ MethodName = Literal[
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "seft": {},
-    "seft_static": {"static": True, "reactivation": 0.0},
+    "seft_static": {"static": True, "reactivation": 0.0, "init": "gradient"},
     "seft_static_random": {"static": True, "init": "random"},
-    "seft_fixed_mask": {"reactivation": 0.0, "swap_fraction": 0.0},
-    "spiel": {"adapt": "none", "init": "random", "moments": "seeded", "reactivation": 1.0},
+    "seft_fixed_mask": {"static": False, "reactivation": 0.0, "swap_fraction": 0.0},
+    "spiel": {
+        "static": False,
+        "adapt": "none",
+        "init": "random",
+        "moments": "seeded",
+        "reactivation": 1.0,
+        "on_drop": "revert",
+    },
 }
 """Methods that are SEFT with fixed settings."""
 

@@ -7,7 +7,7 @@ from seft_dist.config.checks import check, check_numbers, check_types
 from seft_dist.config.pattern import AUTO, check_kept
 
 DropSchedule = Literal["cosine", "linear", "constant"]
-OnDrop = Literal["commit_reactivated", "keep"]
+OnDrop = Literal["commit_reactivated", "keep", "revert"]
 Init = Literal["gradient", "random"]
 Moments = Literal["zero", "seeded"]
 Drop = Literal["magnitude", "movement", "random"]
@@ -56,7 +56,8 @@ class SeftConfig:
     """Schedule of the moving share: "cosine" or "linear", which fall to 0 at the last step, or "constant"."""
     on_drop: OnDrop = "commit_reactivated"
     """Weight that a dropped entry leaves behind. "commit_reactivated": the base weight returns bit for bit, except at
-    reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta joins the base."""
+    reactivated positions (base 0), whose delta becomes the base. "keep": every dropped delta joins the base. "revert":
+    the base returns everywhere, and reactivated positions are pruned again (SpIEL; needs adapt "none")."""
     reactivation: float = 0.0
     """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the support moves inside
     the mask, which stays (unless swap_fraction moves it). 1: no cap, as in the paper; it repaired worse in all that was
@@ -121,6 +122,11 @@ class SeftConfig:
         check(0 <= self.drop_fraction <= 1, f"drop_fraction={self.drop_fraction}", "a share from 0 to 1")
         check(0 <= self.reactivation <= 1, f"reactivation={self.reactivation}", "a share from 0 to 1")
         check(self.steps is None or self.steps >= 1, f"steps={self.steps}", "at least 1 optimizer step")
+        check(
+            self.on_drop != "revert" or self.adapt == "none",
+            f"on_drop=revert with adapt={self.adapt}",
+            'adapt "none", since pruning what is dropped leaves too few active positions; or another on_drop',
+        )
         check_kept(self.pattern, self.scope, self.adapt, self.reactivation)
         self._check_window_store()
         self._check_trial()

@@ -118,6 +118,11 @@ class TrainConfig:
         check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.output), "output is empty", "a folder for the run")
         check_method(self.method, self.seft, self.baseline)
+        check(
+            self.seft.steps in (None, self.steps if self.epochs is None else None),
+            f"seft.steps={self.seft.steps} with steps={self.steps}, epochs={self.epochs}",
+            "it left out: SEFT's schedule is as long as the run",
+        )
         if self.is_seft:
             if self.epochs is None:  # check the schedule against the run's length
                 dataclasses.replace(with_variant(self.method, self.seft), steps=self.total_steps)

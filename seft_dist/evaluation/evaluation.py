@@ -7,6 +7,8 @@ the work; their results are those of a single process.
 import dataclasses
 import gc
 import json
+import logging
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.data.load import load_source
 from seft_dist.data.tokenizer import load_tokenizer
-from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
+from seft_dist.evaluation.perplexity import PerplexityResult, plan_scoring, score, scored_sequences
 from seft_dist.evaluation.policy import Policy, describe_policy, policy_of
 from seft_dist.files import writing
 from seft_dist.io.library_types import PreTrainedModel
@@ -36,6 +38,8 @@ from seft_dist.session.cli import to_dict
 from seft_dist.session.distributed import Ranks
 from seft_dist.session.extras import require
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 
@@ -62,6 +66,8 @@ class Evaluation:
 
 def evaluate(config: EvaluateConfig, *, ranks: Ranks | None = None, show: bool = True) -> list[Evaluation]:
     """Evaluate models one after the other on the same data. Collective over the ranks.
+
+    A model whose loss is not finite has an infinite perplexity, and the others are evaluated all the same.
 
     Args:
         config: The models, data and tasks. Rank 0 writes the results to ``config.output`` as JSON.
@@ -111,7 +117,13 @@ def _evaluate_one(
     result, metrics = None, {}
     if sequences is not None:
         label = f"Evaluating {name}" if show else None
-        result = perplexity(model, sequences, config.batch_size, group=group, progress=label)
+        plan = plan_scoring(model, sequences, config.batch_size)
+        try:
+            result = score(model, plan, next(model.parameters()).device, group=group, progress=label)
+        except FloatingPointError as error:  # on every rank
+            if ranks.is_main:
+                log.warning("%s: %s; its perplexity counts as infinite", name, error)
+            result = PerplexityResult(math.inf, math.inf, plan.scored)
         reshard(model)
     if tasks is not None:
         from seft_dist.evaluation.tasks import run_tasks

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from seft_dist.config.method import OnDrop
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
@@ -28,20 +29,30 @@ def drop(work: WorkingState, fraction: float) -> None:
     work.dropped = []
     for i, which in enumerate(chosen):
         offsets, base = work.offsets(i)[which], work.entries[i].base[which]
-        # base 0 is a position reactivated earlier: back at 0 it would be an active position with weight 0, so its
-        # delta (the weight as it stands) becomes the base, and Adapt decides about it.
-        restored = (
-            base != 0 if work.config.on_drop == "commit_reactivated" else torch.zeros_like(base, dtype=torch.bool)
-        )
+        restored = _restored(work.config.on_drop, base)
         memory_indices = work.backend.memory_indices(i, offsets[restored] + work.intervals[i].start)
         work.backend.store(i, memory_indices, base[restored].to(work.backend.dtypes[i]))
         stays = torch.ones(len(work.entries[i]), dtype=torch.bool, device=which.device)
         stays[which] = False
         work.entries[i] = work.entries[i].take(stays)
         work.dropped.append(offsets)
+        if work.config.on_drop == "revert":
+            work.pruned[i] = offsets[base == 0]
+            work.state.masks[i] = work.mark(i, work.state.masks[i], work.pruned[i], False)
         committed = work.positions(i, offsets[~restored])
         work.state.committed[i] = torch.cat([work.state.committed[i], committed]).unique()
     work.count_entries()
+
+
+def _restored(on_drop: OnDrop, base: Tensor) -> Tensor:
+    """Tell for each entry whether its base returns; else the weight as it stands becomes the base.
+
+    A base of 0 is a position that was reactivated earlier. Back at 0 it would be an active position with weight 0, so
+    its weight stays, and Adapt decides about it; or, with "revert", it leaves the mask.
+    """
+    if on_drop == "commit_reactivated":
+        return base != 0
+    return torch.full_like(base, on_drop == "revert", dtype=torch.bool)
 
 
 def _replaceable(work: WorkingState) -> list[int]:

@@ -69,7 +69,8 @@ def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list
         seed: Seed of the random numbers.
 
     Returns:
-        ``count`` tensors of token numbers, 1-D int64.
+        ``count`` tensors of token numbers, 1-D int64; more if the sequences hold separate documents: one for each, so
+        that none sees another.
 
     Raises:
         ValueError: There are fewer sequences.
@@ -88,7 +89,14 @@ def sample_sequences(sequences: Sequence[Sample], count: int, seed: int) -> list
                 f"a source of data.mix has fewer sequences than its share of --sequences={count}: lower it or the "
                 "weight, or use more text"
             )
-    return [sequences[index][0] for index in order]
+    return [document for index in order for document in _documents(sequences[index])]
+
+
+def _documents(sample: Sample) -> tuple[Tensor, ...]:
+    ids, _, *positions = sample
+    if not positions:
+        return (ids,)
+    return ids.tensor_split((positions[0] == 0).nonzero().flatten()[1:])
 
 
 LayerVisitor = Callable[[str, nn.Module, Callable[[], None]], None]

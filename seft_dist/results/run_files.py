@@ -36,6 +36,8 @@ class ValidationResult(TypedDict):
 
     last: Evaluation
     best: Evaluation
+    exported: NotRequired[Evaluation]
+    """Evaluation of the model that is written, if it is not the one that was trained."""
     stopped_early: bool
 
 

@@ -1,7 +1,8 @@
 """Collects the results of a study from the files of its runs and measurements."""
 
+import contextlib
+import itertools
 import json
-import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +16,7 @@ from seft_dist.study.plan import FORGETTING, TEST, VALIDATION, Cell, Plan
 from seft_dist.study.results import FORMAT, Results, Row, RunRow, Search, Tried
 from seft_dist.study.state import COMMANDS, MEASURED, TRAIN, State, Survey, failure_file, read_failure
 from seft_dist.study.statistics import Difference, difference, spread
-from seft_dist.training.manifest import read_manifest
+from seft_dist.training.manifest import lasting_attempts, read_manifest
 
 
 def collect(state: State, survey: Survey) -> Results:
@@ -96,10 +97,10 @@ def _run_row(state: State, cell: Cell) -> RunRow:
 
 
 def _status(state: State, cell: Cell, part: str) -> str:
+    if state.is_lost(cell, part):
+        return "diverged"
     if state.measured(cell, part) is not None:
         return "finished"
-    if state.diverged(cell):
-        return "diverged"
     files = [failure_file(state.plan.cell_folder(cell), kind) for kind in (TRAIN, part)]
     return "failed" if any(map(read_failure, files)) else "missing"
 
@@ -160,14 +161,9 @@ def _search(state: State, method: StudyMethod) -> Search:
     is_known, setting = state.choice(method)
     tried = []
     for one, cell in zip(method.settings, state.plan.search_cells(method), strict=bool(method.is_searched)):
-        measured = state.measured(cell, VALIDATION)
-        tried.append(
-            Tried(
-                setting=one.text,
-                validation=measured["perplexity"] if measured and math.isfinite(measured["perplexity"]) else None,
-                status=_status(state, cell, VALIDATION),
-            )
-        )
+        status, measured = _status(state, cell, VALIDATION), state.measured(cell, VALIDATION)
+        value = measured["perplexity"] if measured and status == "finished" else None
+        tried.append(Tried(setting=one.text, validation=value, status=status))
     return Search(
         method=method.name,
         options={key: as_text(value) for key, value in method.options.items()},
@@ -190,8 +186,24 @@ def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[s
         }
         if apart := list_differences(how):
             texts.append(f"These perplexities of the {part} part cannot be compared: {'; '.join(apart)}")
-    apart = list_differences(made)
-    return texts + ([f"Runs were not made alike: {'; '.join(apart)}"] if apart else [])
+    if apart := list_differences(made):
+        texts.append(f"Runs were not made alike: {'; '.join(apart)}")
+    if apart := list_differences(_origins(state, cells)):
+        texts.append(f"Models were others when some runs began (hashes): {'; '.join(apart)}")
+    return texts
+
+
+def _origins(state: State, cells: dict[str, list[Cell]]) -> dict[str, dict[str, Any]]:
+    """Collect the hashes of the models that each run has read: its base, its teacher, its parent."""
+    origins: dict[str, dict[str, Any]] = {}
+    for cell in itertools.chain(*cells.values()):
+        if cell.config is None:
+            continue
+        names = {"model": f"base {cell.base}", "teacher": cell.config.teacher.path, "parent": cell.config.parent}
+        with contextlib.suppress(OSError, ValueError):
+            manifest = read_manifest(state.plan.run_folder(cell))
+            origins[cell.label] = {str(name): manifest[kind] for kind, name in names.items() if manifest.get(kind)}
+    return origins
 
 
 def made_with(run: Path) -> dict[str, Any]:
@@ -200,24 +212,25 @@ def made_with(run: Path) -> dict[str, Any]:
     Args:
         run: Its folder, inside a cell's.
     """
-    try:
-        attempt = read_manifest(run)["attempts"][-1]
-        hosts = attempt["hosts"]
-        return {
-            "code": attempt["code"]["source"],
-            "torch": attempt["versions"]["torch"],
-            "transformers": attempt["versions"]["transformers"],
-            "processor": hosts[0]["cpu"],
-            "device": hosts[0]["device"],
-            "threads": hosts[0]["threads"],
-            "ranks": sum(host["ranks"] for host in hosts),
-            "processes at a time": _processes(run.parent / COMMANDS),
-        }
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}
-
-
-def _processes(commands: Path) -> int:
-    """Find the processes at a time of the runner that finished a run."""
-    lines = [json.loads(text) for text in commands.read_text(encoding="utf-8").splitlines() if text.endswith("}")]
-    return int([line["jobs"] for line in lines if line["task"] == TRAIN][-1])
+    ways: dict[str, dict[str, None]] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):  # damaged: what was read so far
+        for attempt in lasting_attempts(read_manifest(run)):
+            hosts = attempt["hosts"]
+            way = {
+                "code": attempt["code"]["source"],
+                "torch": attempt["versions"]["torch"],
+                "transformers": attempt["versions"]["transformers"],
+                "processor": hosts[0]["cpu"],
+                "device": hosts[0]["device"],
+                "threads": hosts[0]["threads"],
+                "ranks": sum(host["ranks"] for host in hosts),
+            }
+            for name, value in way.items():
+                ways.setdefault(name, {})[str(value)] = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        texts = (run.parent / COMMANDS).read_text(encoding="utf-8").splitlines()
+        for line in (json.loads(text) for text in texts if text.endswith("}")):
+            if line["task"] == TRAIN:
+                ways.setdefault("processes at a time", {})[str(line["jobs"])] = None
+    # A run that was resumed in another way has two of them
+    return {name: ", then ".join(values) for name, values in ways.items()}

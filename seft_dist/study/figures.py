@@ -4,6 +4,7 @@ Only this file of seft_dist.study needs matplotlib (the extra ``plots``).
 """
 
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from seft_dist.training.metrics import FILE as METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+log = logging.getLogger(__name__)
 
 FOLDER = "figures"
 _COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#B8A000")
@@ -224,6 +227,10 @@ def _losses(results: Results, method: str, folder: Path) -> Iterator[dict[int, t
         path = folder / run["folder"] / RUN / METRICS
         if run["method"] != method or run["status"] != "finished" or run["seed"] is None or not path.is_file():
             continue
-        lines = [line for line in read_lines(path, _Line) if math.isfinite(line["loss"])]
+        try:
+            lines = [line for line in read_lines(path, _Line) if math.isfinite(line["loss"])]
+        except ValueError as error:
+            log.warning("left out of the learning curves: %s", error)
+            continue
         if lines:
             yield {line["step"]: (line["tokens"], line["loss"]) for line in lines}

@@ -1,10 +1,10 @@
 """A study's folder: a new one, one that is resumed, or one that is refused because it holds another study.
 
 STUDY/study.yaml              the newest configuration of the study; study-1.yaml, ... as it was before
-     /study.json              hashes of parts and bases; every start with its command, machine, versions and code
+     /study.json              hashes of parts, bases and other files; every start: command, machine, versions, code
      /code-*.diff             uncommitted changes of the code that started it
      /data/PART.jsonl         parts that data.split made
-     /bases/NAME/model        models that the study has pruned, with prune.log beside them
+     /bases/NAME/model        models that the study has pruned, with prune.log and hashes (made.json) beside them
      /cells/NAME-HASH/        one run and its measurements: cell.json, commands.jsonl, *.log, run/, test-HASH.json, ...
      /results.json, .md, .csv, runs.csv, figures/     the results
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.data_files import hash_files
@@ -31,7 +31,8 @@ from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.source import locate
 from seft_dist.session import facts
 from seft_dist.session.cli import to_yaml
-from seft_dist.study.methods import read_methods
+from seft_dist.study.inputs import Content, is_as_made, read_inputs
+from seft_dist.study.methods import StudyMethod, read_methods
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import check_parts, find_parts, stamp_of
 from seft_dist.study.plan import Base, Plan, digest_of, identity_of, read_bases, read_measures
@@ -64,6 +65,8 @@ class _Record(TypedDict):
     split: dict[str, Any] | None
     parts: dict[str, TextPart]
     bases: dict[str, _Base]
+    inputs: NotRequired[dict[str, Content]]
+    """Other files that results depend on, by option and path; earlier versions did not look at them."""
     starts: list[Start]
 
 
@@ -90,6 +93,7 @@ def open_study(config: StudyConfig) -> Plan:
     with only_writer(folder, _PATIENCE):
         known = _read_known(folder)
         rule = _split(config, split, folder, known)
+        _refuse_test_while_training(methods, parts["test"])
         facts_now = check_parts(parts, known["parts"] if known else {})
         if known:
             _refuse_other_parts(folder, known["parts"], facts_now)
@@ -98,12 +102,17 @@ def open_study(config: StudyConfig) -> Plan:
         digests |= {f"base {name}": base["digest"] for name, base in models.items()}
         if known:
             _refuse_other_bases(folder, known["bases"], models)
+        _refuse_replaced(folder, bases)
+        inputs_before = known.get("inputs", {}) if known else {}
+        inputs = {**inputs_before, **read_inputs(config, methods, bases, inputs_before)}
         bases = {name: dataclasses.replace(base, model=_made_or_located(base)) for name, base in bases.items()}
         plan = Plan(config, folder, bases, methods, read_measures(config, parts, digests), digests)
         starts = [*(known["starts"] if known else []), _start(folder)]
         parts_now = {**(known["parts"] if known else {}), **facts_now}
         bases_now = {**(known["bases"] if known else {}), **models}
-        record = _Record(format=FORMAT, date=day, split=rule, parts=parts_now, bases=bases_now, starts=starts)
+        record = _Record(
+            format=FORMAT, date=day, split=rule, parts=parts_now, bases=bases_now, inputs=inputs, starts=starts
+        )
         write_json(folder / RECORD, record)
         _write_yaml(folder, config)
     return plan
@@ -155,9 +164,10 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
                 f"{folder} has split its text by another rule ({', '.join(changed)} differ): every result in it "
                 "depends on that; go back to it, or choose another output"
             )
-        return before
-    (folder / DATA).mkdir(exist_ok=True)
-    write_split(split, folder / DATA, text_field)
+        rule = before
+    if before is None or not all((folder / DATA / f"{name}.jsonl").is_file() for name in split["shares"]):
+        (folder / DATA).mkdir(exist_ok=True)
+        write_split(split, folder / DATA, text_field)
     return rule
 
 
@@ -213,6 +223,27 @@ def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _
             f"{folder} has results of another base {', '.join(changed)}: its files, or what it was pruned by, were "
             "different. Give the new one another name, or choose another output"
         )
+
+
+def _refuse_test_while_training(methods: list[StudyMethod], test: DataConfig) -> None:
+    for method in methods:
+        for data in (setting.config.eval.data for setting in method.settings):
+            if data is None:
+                continue
+            if set(local_files(data)) & set(local_files(test)) or (data.path, data.split) == (test.path, test.split):
+                raise ValueError(
+                    f"methods.{method.name} measures the test part while it trains (eval.data.path={data.path}): needs "
+                    "other text, since what is seen of the test part may choose what is reported"
+                )
+
+
+def _refuse_replaced(folder: Path, bases: dict[str, Base]) -> None:
+    for base in bases.values():
+        if base.prune is not None and (base.model / "config.json").is_file() and not is_as_made(base.model):
+            raise ValueError(
+                f"{folder} has results of another base {base.name} than {base.model} is now: put the first one back, "
+                "or give the new one another name in another folder ({path: FOLDER})"
+            )
 
 
 def _start(folder: Path) -> Start:

@@ -72,7 +72,9 @@ class StudyMethod:
         """
         texts = []
         for name, values in self.grid.items():
-            if len(values) < 2 or not all(isinstance(value, (int, float)) for value in values):
+            if len(values) < 2 or any(
+                isinstance(value, bool) or not isinstance(value, int | float) for value in values
+            ):
                 continue
             value = setting.options[name]
             for word, edge in (("smallest", min(values)), ("largest", max(values))):

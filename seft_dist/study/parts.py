@@ -1,6 +1,7 @@
 """The parts of a study's text: where they are, what they hold, and that no record is in two of them."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,12 @@ from seft_dist.data.records import LOCATION, local_files, read_records
 from seft_dist.data.selection import select_records
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.options import arguments, flatten, options_of_group, without_unused_options
-from seft_dist.study.results import TextPart
-from seft_dist.study.split import FEW_WORDS, FOLDER, PARTS, Split, read_split
+from seft_dist.study.results import FEW_WORDS, TextPart
+from seft_dist.study.split import FOLDER, PARTS, Split, read_split
 
 NEEDED = ("train", "validation", "test")
-_NO_RECORD = ("path", "name", "split", "holdout", "holdout_every", "holdout_share", "max_records", "mix")
+WHICH_RECORDS = ("path", "name", "split", "holdout", "holdout_every", "holdout_share", "max_records", "mix")
+"""Options of data that decide which records there are."""
 
 
 def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None]:
@@ -30,7 +32,7 @@ def find_parts(config: StudyConfig) -> tuple[dict[str, DataConfig], Split | None
         ValueError: A part is missing, given twice, or its options are wrong.
     """
     shared = options_of_group(flatten(config.train, "train"), "data")
-    wrong = [f"data.{name}" for name in _NO_RECORD if name in shared]
+    wrong = [f"data.{name}" for name in WHICH_RECORDS if name in shared]
     if wrong:
         raise ValueError(f"train has {', '.join(wrong)}: needs it under data.train, since it belongs to one part")
     unknown = sorted(config.data.keys() - {*PARTS, "split"})
@@ -99,7 +101,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
                     f"{first} and {second} have {len(common)} records in common, e.g. {shown!r}: a record may be in "
                     "one part only. Remove them from one of the files, or let data.split with by: hash make the parts"
                 )
-    train = contents["train"].paragraphs
+    train, short = contents["train"].paragraphs, contents["train"].short.keys()
     return {
         name: TextPart(
             options=options[name],
@@ -109,6 +111,7 @@ def check_parts(parts: dict[str, DataConfig], known: dict[str, TextPart]) -> dic
             records=content.records,
             words=content.words,
             repeated=[len(content.paragraphs & train), len(content.paragraphs)] if name != "train" else [0, 0],
+            short_repeated=sum(content.short[key] for key in content.short.keys() & short) if name != "train" else 0,
         )
         for name, content in contents.items()
     }
@@ -139,12 +142,14 @@ class _Content(NamedTuple):
     record_hashes: dict[bytes, str]
     """Hashes of the records that may be in one part only, with the beginning of each for messages."""
     paragraphs: set[bytes]
+    short: Counter[bytes]
+    """Hashes of the other records, and how many there are of each."""
 
 
 def _read(part: DataConfig) -> _Content:
     rows, kind, _ = read_records(part)
     rows = select_records(rows, part)
-    digest, count, pieces = hashlib.sha256(), 0, set()
+    digest, count, pieces, short = hashlib.sha256(), 0, set(), Counter[bytes]()
     record_hashes: dict[bytes, str] = {}
     for row in rows:
         text = "\n".join(f"{value}" for name, value in row.items() if name != LOCATION and value is not None)
@@ -154,11 +159,13 @@ def _read(part: DataConfig) -> _Content:
         count += number
         if kind != "text" or number >= FEW_WORDS:
             record_hashes.setdefault(_text_hash(plain), plain[:60])
+        else:
+            short[_text_hash(plain)] += 1
         if kind == "text":
             pieces |= {
                 _text_hash(normalize_whitespace(piece)) for piece in paragraphs(text) if len(piece.split()) >= FEW_WORDS
             }
-    return _Content(digest.hexdigest()[:16], kind, len(rows), count, record_hashes, pieces)
+    return _Content(digest.hexdigest()[:16], kind, len(rows), count, record_hashes, pieces, short)
 
 
 def _text_hash(text: str) -> bytes:

@@ -19,6 +19,7 @@ from seft_dist.config.training import OPTIONS_WITHOUT_EFFECT
 from seft_dist.session.cli import option_reader, to_dict
 from seft_dist.study.methods import Setting, StudyMethod, with_seed
 from seft_dist.study.options import arguments, changed_options, flatten, without_unused_options
+from seft_dist.study.parts import WHICH_RECORDS
 
 BASES, CELLS, RUN, MODEL = "bases", "cells", "run", "model"
 VALIDATION, TEST, FORGETTING = "validation", "test", "forgetting"
@@ -148,6 +149,8 @@ class Plan:
             del content["seft"]["swap_end"]
         if config.method != "seft" and content["seft"]["reactivation"] == 0:
             content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
+        if config.method == "spiel":
+            content["seft"]["on_drop"] = "revert"  # which its earlier cells did not have
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}
@@ -230,10 +233,10 @@ def read_measures(config: StudyConfig, parts: dict[str, DataConfig], digests: di
     read = option_reader(EvaluateConfig)
     given = flatten(config.evaluate, "evaluate")
     for key in given:
-        if key in ("models", "output", "threads", "config", "print_config", "help", "data.path") or key.startswith(
-            "models."
-        ):
+        if key in ("models", "output", "threads", "config", "print_config", "help") or key.startswith("models."):
             raise ValueError(f"evaluate has {key}: needs it left out, the study says it")
+        if key.removeprefix("data.").partition(".")[0] in WHICH_RECORDS and key.startswith("data."):
+            raise ValueError(f"evaluate has {key}: needs it under data.PART, since it decides which records a part has")
     tasks = {key: value for key, value in given.items() if key.split(".")[0] in _TASKS}
     measures = {}
     for part in (VALIDATION, TEST, FORGETTING):

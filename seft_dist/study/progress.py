@@ -97,7 +97,12 @@ class Progress:
         self._durations.read(plan)
         self._count, self._total = 0, 0
         self._eta: float | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._bars = Bars(*columns, TextColumn("{task.fields[rest]}"), console=console, disable=not console.is_terminal)
         self._whole = self._bars.add_task("study", total=None, rest="")
         self._lines: dict[str, TaskID] = {}

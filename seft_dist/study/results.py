@@ -7,7 +7,7 @@ the tables import no torch, so that --show is quick.
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from seft_dist.files.kinds import lenient
 from seft_dist.files.reading import read_json
@@ -16,6 +16,8 @@ from seft_dist.study.statistics import Difference, Spread
 
 RESULTS = "results.json"
 FORMAT = "seft_dist study results 1"
+FEW_WORDS = 8
+"""Texts with fewer words (headings, blank lines) may be in several parts."""
 
 
 class TextPart(TypedDict):
@@ -32,6 +34,8 @@ class TextPart(TypedDict):
     words: int
     repeated: list[int]
     """Paragraphs of it that the training part has, too, and all its paragraphs. Both 0 for other kinds than text."""
+    short_repeated: NotRequired[int]
+    """Records of fewer than FEW_WORDS words that the training part has, too; earlier versions did not count them."""
 
 
 class Start(TypedDict):

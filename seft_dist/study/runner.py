@@ -1,12 +1,13 @@
 """Runs the missing tasks of a study, each as a process of its own; several runners may share a study.
 
 A task belongs to a folder (a cell or a base), and only the holder of that folder's lock runs it: two runners, on one
-machine or on several, never run the same task twice. A runner that was killed leaves its runs behind; they hold their
-own folders, so the next runner waits for them.
+machine or on several, never run the same task twice. A runner that was killed leaves its processes behind. They inherit
+the lock, so the next runner on this machine waits for them; runs hold their own folders, too, on all machines.
 """
 
 import json
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from seft_dist.files.writing import write_json, write_text
 from seft_dist.session.cli import to_dict, to_yaml
 from seft_dist.session.signals import StopRequest
-from seft_dist.study.plan import Plan
+from seft_dist.study.inputs import is_as_made
+from seft_dist.study.plan import Base, Plan
 from seft_dist.study.progress import DONE, Progress
 from seft_dist.study.results import Failure
 from seft_dist.study.state import (
@@ -37,7 +39,7 @@ from seft_dist.study.state import (
     read_failure,
     remove_model,
 )
-from seft_dist.training.writer_lock import TakenError, only_writer
+from seft_dist.training.writer_lock import LOCK, TakenError, only_writer
 
 SETTINGS, RECIPE, CELL = "train.yaml", "prune.yaml", "cell.json"
 _POLL = 0.2
@@ -59,15 +61,20 @@ class Process(Protocol):
         """End it."""
 
 
-Launch = Callable[[Task, list[str], Path], Process]
-"""Starts the process of a task: the task, the command, the file that gets what it prints."""
+Launch = Callable[[Task, list[str], Path, int], Process]
+"""Starts the process of a task: the task, the command, the file that gets what it prints, the lock that it inherits."""
 
 
-def launch(task: Task, command: list[str], log: Path) -> Process:
+def launch(task: Task, command: list[str], log: Path, lock: int) -> Process:
     """Start a process in a session of its own: Ctrl-C reaches the runner only, which asks the process to save."""
     with log.open("ab") as file:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
         )
 
 
@@ -79,8 +86,17 @@ class RunningTask:
     command: list[str]
     process: Process
     slot: int
-    lock: ExitStack
+    claim: "Claim"
     since: float = field(default_factory=time.time)
+
+
+class Claim(NamedTuple):
+    """The lock of a task's folder, held."""
+
+    stack: ExitStack
+    """Closing it gives the lock back."""
+    descriptor: int
+    """For the process, which then holds it too."""
 
 
 class Runner:
@@ -123,7 +139,8 @@ class Runner:
             Failures of tasks, in this or in another runner since this one began; their cells are incomplete.
         """
         survey, looked, taken, stopping = self.state.survey(), -_SURVEY_EVERY, 0, False
-        written = time.monotonic()
+        self._after(self.state, survey)
+        written, is_written = time.monotonic(), True
         try:
             while True:
                 ended = self._reap()
@@ -139,35 +156,44 @@ class Runner:
                     for task, seconds, how in ended:
                         self._progress.ended(task, seconds, how)
                     self._tidy()
-                if ended and time.monotonic() > written + _TABLES_EVERY:
+                    is_written = False
+                if not is_written and time.monotonic() > written + _TABLES_EVERY:
                     self._after(self.state, survey)
-                    written = time.monotonic()
+                    written, is_written = time.monotonic(), True
                 if not self._running and (stopping or not taken):
                     return list(self._failed.values())
                 time.sleep(_POLL)
         finally:
             for running in self._running:  # only after an error, or a second Ctrl-C
                 running.process.kill()
-                running.lock.close()
+                running.claim.stack.close()
 
     def _start(self, survey: Survey) -> int:
-        """Start as many tasks as there is room for; returns how many are being run by others, as far as it looked."""
-        taken = 0
+        """Start as many tasks as there is room for; returns in how many folders others are working."""
+        taken: set[Path] = set()
         for task in survey.ready:
-            if len(self._running) >= self.plan.config.jobs:
-                break
-            if any(running.task.folder == task.folder for running in self._running) or self._has_failed(task):
+            own = {running.task.folder for running in self._running}
+            if task.folder in own | taken or self._has_failed(task):
                 continue
-            lock = self._claim(task)
-            if lock is None:
-                taken += 1
+            if len(self._running) >= self.plan.config.jobs:
+                if self._seems_taken(task):
+                    taken.add(task.folder)
+                continue
+            claim = self._claim(task)
+            if claim is None:
+                taken.add(task.folder)
                 continue
             try:
-                self._begin(task, lock)
+                self._begin(task, claim)
             except BaseException:
-                lock.close()
+                claim.stack.close()
                 raise
-        return taken
+        return len(taken)
+
+    def _seems_taken(self, task: Task) -> bool:
+        """Tell whether a lock is there, without trying it: the time left depends on it, and nothing else."""
+        folders = [task.folder, *([self.plan.run_folder(task.cell)] if task.cell is not None else [])]
+        return any((folder / LOCK).exists() for folder in folders)
 
     def _has_failed(self, task: Task) -> bool:
         if task.key in self._failed:
@@ -178,11 +204,11 @@ class Runner:
         self._failed[task.key] = failure  # it has just failed in another runner
         return True
 
-    def _claim(self, task: Task) -> ExitStack | None:
+    def _claim(self, task: Task) -> Claim | None:
         """Take the lock of a task's folder; None if another runner holds it or has done the task by now."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(only_writer(task.folder, 0))
+                descriptor = stack.enter_context(only_writer(task.folder, 0))
                 if task.cell is not None:  # the run may go on although its runner was killed
                     with only_writer(self.plan.run_folder(task.cell), 0):
                         pass
@@ -190,10 +216,10 @@ class Runner:
                 return None
             if self.state.is_done(task):
                 return None
-            return stack.pop_all()
+            return Claim(stack.pop_all(), descriptor)
         return None
 
-    def _begin(self, task: Task, lock: ExitStack) -> None:
+    def _begin(self, task: Task, claim: Claim) -> None:
         if task.kind == TRAIN and task.cell is not None:
             self.state.begin_anew(self.plan.run_folder(task.cell))
         slot = min(set(range(self.plan.config.jobs)) - {running.slot for running in self._running})
@@ -202,7 +228,9 @@ class Runner:
         self._starts[task.key] = self._starts.get(task.key, 0) + 1
         with task.log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
-        self._running.append(RunningTask(task, command, self._launch(task, command, task.log), slot, lock))
+        process = self._launch(task, command, task.log, claim.descriptor)
+        self._running.append(RunningTask(task, command, process, slot, claim))
+        self._record(self._running[-1])
         self._progress.began(task)
 
     def _command(self, task: Task, slot: int) -> list[str]:
@@ -234,21 +262,21 @@ class Runner:
             if code is None:
                 continue
             self._running.remove(running)
-            self._record(running, code)
+            self._record(running, seconds=round(time.time() - running.since, 1), code=code)
             ended.append((running.task, time.time() - running.since, self._note_outcome(running, code)))
-            running.lock.close()
+            running.claim.stack.close()
         return ended
 
-    def _record(self, running: RunningTask, code: int) -> None:
+    def _record(self, running: RunningTask, **how: float) -> None:
+        """Write a line about a process that has begun, or ended in this way."""
         line = {
             "task": running.task.kind,
             "method": running.task.method,
             "command": shlex.join(running.command),
             "host": socket.gethostname(),
             "began": datetime.fromtimestamp(running.since, timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - running.since, 1),
-            "code": code,
             "jobs": self.plan.config.jobs,
+            **how,
         }
         with (running.task.folder / COMMANDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -256,8 +284,10 @@ class Runner:
     def _note_outcome(self, running: RunningTask, code: int) -> str:
         """Record the outcome of a task, and return it in words."""
         task = running.task
-        if self.state.is_done(task):
+        if self.state.is_done(task) and (task.base is None or is_as_made(task.base.model)):
             return DONE
+        if task.base is not None and self.state.is_done(task):
+            return self._put_aside(task, task.base)
         if task.kind == TRAIN and code and task.cell is not None and has_diverged(self.plan.run_folder(task.cell)):
             write_json(task.folder / DIVERGED, {"log": str(task.log), "code": code})
             return f"diverged (its loss is not finite), see {task.log}"
@@ -265,10 +295,21 @@ class Runner:
             return "stopped"
         if code == 0 and self._starts[task.key] < _MOST_STARTS:
             return "stopped by a signal, once more"
+        self._note_failure(task, code)
+        return f"failed with code {code}, see {task.log}"
+
+    def _note_failure(self, task: Task, code: int) -> None:
         failure = Failure(task=task.kind, when=time.time(), code=code, log=str(task.log))
         self._failed[task.key] = failure
         write_json(task.failure_file, failure)
-        return f"failed with code {code}, see {task.log}"
+
+    def _put_aside(self, task: Task, base: Base) -> str:
+        """Take away a base that was pruned again and became another model, e.g. on another machine."""
+        aside = base.model.with_name("another")
+        shutil.rmtree(aside, ignore_errors=True)
+        base.model.rename(aside)
+        self._note_failure(task, 1)
+        return f"made another model than the one that there are results of: it is {aside}, see docs/studies.md"
 
     def _tidy(self) -> None:
         """Remove the models that no task needs any more."""

@@ -15,8 +15,6 @@ from seft_dist.files.writing import write_text
 
 PARTS = ("train", "validation", "test", "forgetting")
 FOLDER = "data"
-FEW_WORDS = 8
-"""Texts with fewer words (headings, blank lines) may be in several parts."""
 
 Record = dict[str, Any]
 

@@ -1,22 +1,23 @@
 """The state of a study, read from its files each time: tasks done, tasks that can run, settings chosen.
 
 CELL/failed-KIND.json the last try of a task ended with an error: which task, when, its code and log
-CELL/commands.jsonl   every process that was run for it: command, machine, seconds, exit code
+CELL/commands.jsonl   every process that was run for it: command, machine; at its end again, with seconds and exit code
 CELL/diverged.json    a loss or gradient of the run was not finite: every try would end so, and this is its result
 """
 
+import contextlib
 import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from seft_dist.files.reading import read_json
-from seft_dist.results.run_files import EvaluatedModel, read_evaluations
+from seft_dist.results.run_files import EvaluatedModel, read_evaluations, read_result
 from seft_dist.study.methods import Setting, StudyMethod
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
 from seft_dist.study.results import Failure
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
-from seft_dist.training.run_folder import CHECKPOINTS, is_finished
+from seft_dist.training.run_folder import CHECKPOINTS, RESULT
 
 PRUNE, TRAIN = "prune", "train"
 DIVERGED, COMMANDS = "diverged.json", "commands.jsonl"
@@ -96,30 +97,28 @@ class State:
                 survey.done += 1
             else:
                 survey.ready.append(Task(PRUNE, f"prune {base.name}", base.model.parent, base=base, done=base.model))
-        searched: list[Task] = []
-        final: list[Task] = []
+        wanted: dict[str, tuple[Cell, list[str]]] = {}  # by name: methods with the same settings share a cell
+        early = set()
         for method in self.plan.methods:
-            wanted: dict[str, tuple[Cell, list[str]]] = {}
             for cell in self.plan.search_cells(method):
-                wanted[cell.name] = (cell, [VALIDATION])
-            early = set(wanted)
+                _, parts = wanted.setdefault(cell.name, (cell, []))
+                parts += [VALIDATION] if VALIDATION not in parts else []
+                early.add(cell.name)
             is_known, setting = self.choice(method)
-            if is_known:
-                if setting is not None:
-                    survey.chosen[method.name] = setting
-                for cell in self._final_of(method, setting):
-                    wanted[cell.name] = (cell, [*wanted.get(cell.name, (cell, []))[1], *self._final_parts])
-            else:
+            if setting is not None:
+                survey.chosen[method.name] = setting
+            if not is_known:
                 survey.later += self._unknown_of(method)
-            for cell, parts in wanted.values():
-                tasks, later, done = self._tasks_of(cell, parts)
-                (searched if cell.name in early else final).extend(tasks)
-                survey.later += later
-                survey.done += done
-        known: dict[str, Task] = {}
-        for task in sorted([*searched, *final], key=lambda task: task.kind == TRAIN):
-            known.setdefault(task.key, task)  # two methods with the same settings share a cell
-        survey.ready += known.values()
+            for cell in self._final_of(method, setting) if is_known else []:
+                _, parts = wanted.setdefault(cell.name, (cell, []))
+                parts += [part for part in self._final_parts if part not in parts]
+        tasks: list[Task] = []
+        for cell, parts in wanted.values():
+            ready, later, done = self._tasks_of(cell, parts)
+            tasks += ready
+            survey.later += later
+            survey.done += done
+        survey.ready += sorted(tasks, key=lambda task: (task.kind == TRAIN, task.folder.name not in early))
         return survey
 
     @property
@@ -159,8 +158,10 @@ class State:
 
     def finished(self, run: Path) -> bool:
         """Tell whether a run has its result."""
-        if run not in self._finished and is_finished(run):
-            self._finished.add(run)
+        if run not in self._finished:
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: the run goes on
+                read_result(run / RESULT)
+                self._finished.add(run)
         return run in self._finished
 
     def is_done(self, task: Task) -> bool:
@@ -177,7 +178,7 @@ class State:
         """Remove a finished run whose model is gone and is needed again."""
         if self.finished(run):
             self._finished.discard(run)
-            shutil.rmtree(run)
+            _remove(run)
 
     def measured(self, cell: Cell, part: str) -> EvaluatedModel | None:
         """Read the measurement of a cell's model on a part; None if it is missing or its file is damaged."""
@@ -196,25 +197,29 @@ class State:
         """Tell whether a run ended because a loss or gradient was not finite."""
         return (self.plan.cell_folder(cell) / DIVERGED).is_file()
 
+    def is_lost(self, cell: Cell, part: str) -> bool:
+        """Tell whether a run diverged, or left a model whose perplexity on a part is not finite."""
+        measured = self.measured(cell, part) if cell.config is not None else None
+        return self.diverged(cell) or (measured is not None and not math.isfinite(measured["perplexity"]))
+
     def choice(self, method: StudyMethod) -> tuple[bool, Setting | None]:
         """Choose the setting with the smallest perplexity on the validation part.
 
         Returns:
-            Whether it is known (all runs of the search are measured, or have diverged), and the setting; None where
-            nothing is trained, or all have diverged.
+            Whether it is known (all runs of the search are measured, or lost), and the setting; None where nothing is
+            trained, or all are lost.
         """
         if not method.is_searched:
             return True, method.settings[0] if method.settings else None
         best: tuple[float, Setting] | None = None
         for setting, cell in zip(method.settings, self.plan.search_cells(method), strict=True):
-            if self.diverged(cell):
+            if self.is_lost(cell, VALIDATION):
                 continue
             measured = self.measured(cell, VALIDATION)
             if measured is None:
                 return False, None
-            value = measured["perplexity"] if math.isfinite(measured["perplexity"]) else math.inf
-            if best is None or value < best[0]:
-                best = (value, setting)
+            if best is None or measured["perplexity"] < best[0]:
+                best = (measured["perplexity"], setting)
         return True, best[1] if best else None
 
     def idle_models(self) -> list[Path]:
@@ -267,4 +272,13 @@ def has_diverged(run: Path) -> bool:
 def remove_model(run: Path) -> None:
     """Remove a run's exported model and checkpoints; its result stays."""
     for name in (MODEL, CHECKPOINTS):
-        shutil.rmtree(run / name, ignore_errors=True)
+        if (run / name).exists():
+            _remove(run / name)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder under another name: of one that a kill leaves half removed, nothing is taken for whole."""
+    aside = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from seft_dist.config import StudyConfig
 from seft_dist.session.distributed import find_ranks
+from seft_dist.session.extras import require
 from seft_dist.session.signals import StopRequest, name_of
 from seft_dist.study.collect import collect
 from seft_dist.study.figures import write_figures
@@ -45,6 +46,8 @@ def run_study(
         raise ValueError(
             "started on several ranks: start it once, as one process; --launcher starts the ranks of every run"
         )
+    if config.figures:
+        require("matplotlib", "--figures", ", or --figures false")
     console = console or table_console()
     console.print(f"Study {config.output}: reading texts and models ...", highlight=False, markup=False)
     plan = dataclasses.replace(open_study(config), config=fill_in_threads(config))

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from seft_dist.files.writing import write_text
 from seft_dist.results.run_files import markdown_table
-from seft_dist.study.results import Results, Row, Search
+from seft_dist.study.results import FEW_WORDS, Results, Row, Search
 from seft_dist.study.statistics import CONFIDENCE, Difference, Spread
 
 _LEFT = ("method", "base", "chosen", "tried: validation perplexity", "own settings", "part", "text", "at the edge")
@@ -57,7 +58,7 @@ def _quality(results: Results) -> Section:
             row["base"],
             row["setting"],
             _spread(row["test"], 3),
-            _difference(row["versus"], 3),
+            _difference(row["versus"], 3) + _pairs(row, results),
             _seeds(row),
         ]
         cells += [_spread(row["forgetting"], 3)] if forgets else []
@@ -138,7 +139,12 @@ def _parts(results: Results) -> Section:
         path = str(part["options"]["path"])
         table.append([name, path, part["kind"], f"{part['records']:,}", f"{part['words']:,}", shared])
     head = ["part", "text", "kind", "records", "words", "paragraphs also in train"]
-    return Section("Text", head, table, ["No record is in two parts."])
+    short = [
+        f"{count} of {name}" for name, part in results["parts"].items() if (count := part.get("short_repeated", 0))
+    ]
+    note = "No record is in two parts"
+    note += f", but records of fewer than {FEW_WORDS} words: train has {', '.join(short)}, too." if short else "."
+    return Section("Text", head, table, [note])
 
 
 def _options(search: Search) -> str:
@@ -149,13 +155,13 @@ def _tried(search: Search) -> str:
     texts = []
     for one in search["tried"]:
         value = f"{one['validation']:.3f}" if one["validation"] is not None else one["status"]
-        value = "not finite" if value == "finished" else value
         texts.append(f"{one['setting']}: {value}")
     return "; ".join(texts) or "-"
 
 
 def _chosen(search: Search) -> str:
-    return search["chosen"] or "not yet"
+    is_lost = search["tried"] and all(one["status"] == "diverged" for one in search["tried"])
+    return search["chosen"] or ("none: all diverged" if is_lost else "not yet")
 
 
 def _spread(value: Spread | None, digits: int) -> str:
@@ -172,6 +178,12 @@ def _difference(value: Difference | None, digits: int) -> str:
     if value["low"] is None or value["high"] is None:
         return mean
     return f"{mean} [{value['low']:+.{digits}f}, {value['high']:+.{digits}f}]"
+
+
+def _pairs(row: Row, results: Results) -> str:
+    """Say how many pairs a difference is of, if seeds are missing."""
+    count, seeds = row["versus"]["count"] if row["versus"] else 0, len(results["seeds"])
+    return f" ({count} of {seeds} pairs)" if count and count < seeds and row["wanted"] == seeds else ""
 
 
 def _seeds(row: Row) -> str:
@@ -202,9 +214,9 @@ def print_results(results: Results, console: Console) -> None:
     for section in sections(results):
         table = Table(title=section.title, box=SIMPLE, padding=(0, 1), title_justify="left", title_style="bold")
         for name in section.head:
-            table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+            table.add_column(escape(name), justify="left" if name in _LEFT else "right", overflow="fold")
         for row in section.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
         for note in section.notes:
             console.print(note.replace("**", ""), style="dim", markup=False, highlight=False)
@@ -252,8 +264,8 @@ def _methods_csv(results: Results) -> str:
         }
         for name in ("test", "forgetting", "seconds_per_step", "seconds"):
             line |= _columns(name, row[name])
-        versus = row["versus"] or {"mean": "", "low": "", "high": ""}
-        line |= {f"versus {results['reference']} {key}": versus[key] for key in ("mean", "low", "high")}
+        versus = row["versus"] or {"mean": "", "low": "", "high": "", "count": ""}
+        line |= {f"versus {results['reference']} {key}": versus[key] for key in ("mean", "low", "high", "count")}
         for name, value in row["tasks"].items():
             line |= _columns(name, value)
         for name in ("trainable", "zeros", "off_target", "peak_memory_bytes", "steps", "tokens"):

@@ -43,6 +43,9 @@ class Method(Protocol):
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
 
+    prunes_in_the_end: bool
+    """True if ``finalize`` prunes what was trained, so that another model is written than was evaluated."""
+
     @property
     def evolution(self) -> EvolutionReport | None:
         """Report of the last step's evolution, if it had one."""
@@ -121,6 +124,8 @@ class Method(Protocol):
 
 class TrainedSeft(SeftOptimizer):
     """SEFT as a method that the trainer can drive."""
+
+    prunes_in_the_end = False
 
     @property
     def total_steps(self) -> int:

@@ -5,6 +5,7 @@ weight, so a run trains the same with it and without. What it found is in every 
 evaluations that are left, and comes to the same best step.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -122,6 +123,8 @@ class Validation:
         """The evaluation with the lowest loss, the first one among equals."""
         self.last: Evaluated | None = None
         """The latest evaluation."""
+        self.exported: Evaluated | None = None
+        """That of the model as it is written, where that is another one."""
         self._worse = 0
         if text is None:
             return
@@ -159,6 +162,12 @@ class Validation:
         Raises:
             FloatingPointError: The loss is not finite.
         """
+        self.last = self._measure(step)
+        is_best = self.best is None or self.last.loss < self.best.loss
+        self.best, self._worse = (self.last, 0) if is_best else (self.best, self._worse + 1)
+        return self.last
+
+    def _measure(self, step: int) -> Evaluated:
         assert self._plan is not None
         run, begin = self._run, time.perf_counter()
         # An engine wants to be called itself; DDP's wrapper is about gradients only.
@@ -171,16 +180,23 @@ class Validation:
         finally:
             reshard(run.model)  # else what an evaluation leaves gathered would hide the next update
         seconds = round(time.perf_counter() - begin, 3)
-        self.last = Evaluated(step, result.loss, result.perplexity, result.num_tokens, seconds)
-        is_best = self.best is None or self.last.loss < self.best.loss
-        self.best, self._worse = (self.last, 0) if is_best else (self.best, self._worse + 1)
-        return self.last
+        return Evaluated(step, result.loss, result.perplexity, result.num_tokens, seconds)
 
     def complete(self) -> None:
         """Evaluate the model as it is if that was not done, e.g. for a method without steps. Collective."""
         step = self._run.method.num_steps
         if self._plan is not None and (self.last is None or self.last.step != step):
             self.evaluate(step)
+
+    def evaluate_exported(self, step: int) -> None:
+        """Measure the model as it is written: pruned again, it is not the one that was trained. Collective.
+
+        Args:
+            step: Optimizer steps behind it.
+        """
+        if self._plan is not None:
+            with contextlib.suppress(FloatingPointError):  # `seft evaluate` will say so; the run is not lost
+                self.exported = self._measure(step)
 
     def improved_at(self, step: int) -> bool:
         """Return whether a step is the best so far."""
@@ -205,4 +221,5 @@ class Validation:
             return {}
         early = self.is_over and steps < self._run.config.total_steps
         found = {"last": dataclasses.asdict(self.last), "best": dataclasses.asdict(self.best)}
+        found |= {"exported": dataclasses.asdict(self.exported)} if self.exported else {}
         return {"validation": found | {"stopped_early": early}}

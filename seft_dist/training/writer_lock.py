@@ -30,7 +30,7 @@ class TakenError(ValueError):
 
 
 @contextmanager
-def only_writer(folder: Path, patience: float | None = None) -> Iterator[None]:
+def only_writer(folder: Path, patience: float | None = None) -> Iterator[int]:
     """Hold the lock of a folder while the context lasts. On rank 0.
 
     Makes the folder, and removes it at the end if nothing was written there.
@@ -39,17 +39,21 @@ def only_writer(folder: Path, patience: float | None = None) -> Iterator[None]:
         folder: Folder of the run; may be missing.
         patience: Seconds to wait for another process that has it; None for ``PATIENCE``.
 
+    Yields:
+        A descriptor. A process that inherits it keeps other processes of this machine out of the folder until it ends,
+        even if this process ends before.
+
     Raises:
         TakenError: It is still there after that.
         ValueError: The folder cannot be written.
     """
     deadline = time.monotonic() + (PATIENCE if patience is None else patience)
-    with _claimed_name(folder.resolve(), deadline), _made(folder), _locked_file(folder, deadline):
-        yield
+    with _claimed_name(folder.resolve(), deadline) as claim, _made(folder), _locked_file(folder, deadline):
+        yield claim
 
 
 @contextmanager
-def _claimed_name(folder: Path, deadline: float) -> Iterator[None]:
+def _claimed_name(folder: Path, deadline: float) -> Iterator[int]:
     name = f"\0seft_dist {hashlib.sha256(bytes(folder)).hexdigest()}"
     with socket.socket(socket.AF_UNIX) as claim:
         while True:
@@ -62,7 +66,7 @@ def _claimed_name(folder: Path, deadline: float) -> Iterator[None]:
                         f"another process on this machine is writing to {folder}: stop it, or choose another output"
                     ) from error
             time.sleep(_PAUSE)
-        yield
+        yield claim.fileno()
 
 
 @contextmanager
