@@ -25,6 +25,7 @@ from seft_dist.evaluation.perplexity import (
 )
 from seft_dist.io.tables import sparsity_table
 from seft_dist.modules.targets import find_targets
+from seft_dist.results.run_files import read_evaluations
 from seft_dist.session.distributed import Ranks
 from seft_dist.sparsity.zeros import ZeroCount, count_zeros, total_sparsity
 from tests.models import prune_, tiny_llama
@@ -205,6 +206,29 @@ def test_evaluate_compares_models_and_writes_json(folders: dict[str, str], tmp_p
     assert pruned["perplexity"] > 1 and pruned["sparsity"] == 0.5
     assert pruned["layers"]["model.layers.1.mlp.down_proj"] == {"weights": 1536, "zeros": 768, "share": 0.5}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_is_a_result(folders: dict[str, str], tmp_path: Path, world_size: int) -> None:
+    model = tiny_llama(vocab_size=VOCAB, max_position_embeddings=128)
+    model.get_submodule("model.norm").weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    fast_tokenizer(tmp_path / "broken")
+    config = EvaluateConfig(
+        models={"broken": str(tmp_path / "broken"), "dense": folders["dense"]},
+        data=DataConfig(path=folders["text.jsonl"], seq_len=64),
+        max_tokens=1000,
+        output=str(tmp_path / "result.json"),
+    )
+
+    def work(rank: int, size: int) -> list[float | None]:
+        entries = evaluate(config, ranks=Ranks(rank=rank, local_rank=rank, world_size=size), show=False)
+        return [entry.result.perplexity if entry.result else None for entry in entries]
+
+    for broken, dense in run_ranks(work, world_size):
+        assert broken == math.inf and dense is not None and math.isfinite(dense)
+    written = read_evaluations(tmp_path / "result.json")["models"]
+    assert written["broken"]["perplexity"] == math.inf and written["broken"]["num_tokens"] == 15 * 63
 
 
 def test_evaluate_with_a_sentencepiece_tokenizer(folders: dict[str, str], tmp_path: Path) -> None:
