@@ -100,8 +100,8 @@ def test_spiel_differs_from_the_pruned_model_by_its_budget(inputs: Path, tmp_pat
         ("spiel", {"on_drop": "keep"}, "seft.on_drop=keep with method=spiel: needs revert"),
         ("seft_fixed_mask", {"static": True}, "seft.static=True with method=seft_fixed_mask"),
         ("seft_static", {"init": "random"}, "seft.init=random with method=seft_static: needs gradient"),
-        ("lora", {"steps": 7}, "seft.steps=7 with steps=10, epochs=None: needs it left out"),
-        ("seft", {"steps": 7}, "seft.steps=7 with steps=10, epochs=None: needs it left out"),
+        ("lora", {"steps": 7}, "seft.steps=7 in a run of 10 steps: needs it left out"),
+        ("seft", {"steps": 7}, "seft.steps=7 in a run of 10 steps: needs it left out"),
         ("seft", {"on_drop": "revert"}, "on_drop=revert with adapt=sensitivity"),
     ],
 )

@@ -323,13 +323,13 @@ def configs(draw: st.DrawFn) -> SeftConfig:
     }
     swaps = draw(st.sampled_from([0.0, 0.0, 0.02, 0.5]))
     drawn: dict[str, Any] = {key: draw(st.sampled_from(values)) for key, values in choices.items()}
+    if drawn["on_drop"] == "revert":
+        drawn |= {"on_drop": "keep"} if swaps else {"adapt": "none"}
     if swaps:
         drawn |= {"reactivation": 0.0, "swap_fraction": swaps, "swap_end": draw(st.sampled_from([8, STEPS]))}
         drawn["adapt"] = "curvature" if drawn["adapt"] == "none" else drawn["adapt"]  # which swaps do not read
     if drawn["adapt"] == "none" or drawn["reactivation"] == 0:  # a trial needs positions that return and a score
         drawn["reactivate"] = "commit"
-    if drawn["on_drop"] == "revert":
-        drawn |= {"adapt": "none", "reactivate": "commit"}
     window, seed = draw(st.integers(1, interval)), draw(st.integers(0, 1 << 40))
     return moving(interval=interval, window=window, steps=STEPS, end=STEPS - 1, seed=seed, **drawn)
 

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 import tests.studies
+from seft_dist.config import ModelConfig, PruneConfig
+from seft_dist.pruning.prune import prune_folder
 from seft_dist.session import extras
 from seft_dist.study import runner
 from seft_dist.study.collect import made_with
 from seft_dist.study.folder import open_study
-from seft_dist.study.inputs import is_as_made
+from seft_dist.study.inputs import is_as_made, is_made
 from seft_dist.study.runner import launch
 from seft_dist.study.state import State, Task
 from seft_dist.training.manifest import FORMAT
 from seft_dist.training.writer_lock import TakenError, only_writer
+from tests.folders import model_folder
 from tests.studies import Fake, cells, model_files, run, study_config, text
 
 
@@ -65,6 +68,37 @@ def test_a_final_run_without_a_finite_perplexity(tmp_path: Path, monkeypatch: py
     assert "0 of 2 (2 diverged)" in said
 
 
+def test_a_base_that_is_pruned_again_from_a_moved_model(tmp_path: Path) -> None:
+    """It has the same weights, whatever its settings and its description say."""
+    model_folder(tmp_path / "dense", sparsity=0)
+    model = tmp_path / "bases" / "p" / "model"
+    settings: dict[str, Any] = {"output": str(model), "method": "magnitude", "sparsity": 0.5}
+    prune_folder(PruneConfig(model=ModelConfig(path=str(tmp_path / "dense")), **settings), progress=False)
+    assert not is_made(model) and is_as_made(model) and is_made(model)
+    shutil.rmtree(model)
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    prune_folder(PruneConfig(model=ModelConfig(path=str(tmp_path / "moved")), **settings), progress=False)
+    assert not is_made(model) and is_as_made(model) and is_made(model)
+
+
+def test_a_base_whose_runner_was_killed_is_looked_at_before_it_is_used(tmp_path: Path) -> None:
+    """Its process went on, and nobody has remembered what it made."""
+    config = study_config(tmp_path, bases=study_config(tmp_path).bases | pruned(tmp_path))
+    model = tmp_path / "study" / "bases" / "p" / "model"
+
+    def code(task: Task) -> int:
+        if task.kind == "train" and not model.exists():
+            model_files(model)
+            assert not is_made(model)
+        return int(task.kind == "prune")
+
+    status, _, _ = run(config, Fake(code))
+    assert status == 1 and model.exists()
+    fake = Fake()
+    status, _, _ = run(config, fake)
+    assert status == 0 and is_made(model) and not any(label.startswith("prune") for label in fake.labels)
+
+
 def pruned(folder: Path) -> dict[str, Any]:
     return {"p": {"model.path": str(folder / "base"), "method": "magnitude", "sparsity": 0.5}}
 
@@ -106,6 +140,7 @@ INPUTS = [
     ("questions.jsonl", {"evaluate": {"tasks": "quiz", "task_files.quiz": "QUESTIONS"}}, "task_files.quiz="),
     ("teacher/model.safetensors", {"train": {"data.seq_len": 16, "batch_size": 2, "teacher.path": "TEACHER"}}, "teach"),
     ("base/tokenizer.json", {}, "tokenizer of bases.base"),
+    ("tasks/quiz.yaml", {"evaluate": {"tasks": "quiz", "tasks_path": "TASKS"}}, "tasks_path="),
 ]
 
 
@@ -115,11 +150,14 @@ def test_other_files_that_were_replaced_are_noticed(name: str, over: Any, said: 
     text_of = text_of.replace("QUESTIONS", str(tmp_path / "questions.jsonl")).replace(
         "TEACHER", str(tmp_path / "teacher")
     )
+    text_of = text_of.replace("TASKS", str(tmp_path / "tasks"))
     config = study_config(tmp_path, **json.loads(text_of))
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
     run(config, Fake())
     (tmp_path / name).write_text("{}")
+    (tmp_path / name).parent.joinpath("__pycache__").mkdir()  # importing a task's code writes it
+    (tmp_path / name).parent.joinpath("__pycache__", "utils.pyc").touch()
     again = Fake()
     run(config, again)
     assert again.labels == []
@@ -134,9 +172,24 @@ def test_the_test_part_is_not_measured_while_training(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"needs it under data\.PART"):
             open_study(study_config(tmp_path, **over))
     train = {"data.seq_len": 16, "batch_size": 2, "eval.every": 2}
+
+    def mix(*names: str) -> dict[str, str]:
+        return {
+            "eval.data.mix": json.dumps(
+                {name: {"path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in names}
+            )
+        }
+
     open_study(study_config(tmp_path, train=train | {"eval.data.path": str(tmp_path / "validation.jsonl")}))
-    with pytest.raises(ValueError, match=r"methods\.a measures the test part while it trains"):
-        open_study(study_config(tmp_path, train=train | {"eval.data.path": str(tmp_path / "test.jsonl")}))
+    open_study(study_config(tmp_path, train=train | mix("validation")))
+    (tmp_path / "link.jsonl").symlink_to("test.jsonl")
+    for other in (
+        {"eval.data.path": str(tmp_path / "test.jsonl")},
+        {"eval.data.path": str(tmp_path / "link.jsonl")},
+        mix("validation", "test"),
+    ):
+        with pytest.raises(ValueError, match=r"methods\.a measures the test part while it trains"):
+            open_study(study_config(tmp_path, train=train | other))
 
 
 def attempt(threads: int, first_step: int) -> dict[str, Any]:
@@ -178,10 +231,9 @@ def test_damaged_files_of_runs_do_not_end_a_study(tmp_path: Path) -> None:
             file.write('{"step": 6}\n{"cut\n{}\n')
     (cells(config, "a-lr0.002-seed1-*")[0] / "run" / "result.json").write_text('{"steps": 5}')
     again = Fake()
-    assert run(config, again)[0] == 0
-    assert (
-        again.labels == ["train a optim.lr=0.002 seed 1"] and (tmp_path / "study" / "figures" / "curves.png").exists()
-    )
+    status, results, _ = run(config, again)
+    assert status == 0 and [one["tokens"] for one in results["runs"] if one["method"] == "a"] == [160, None]
+    assert again.labels == [] and (tmp_path / "study" / "figures" / "curves.png").exists()
 
 
 def test_figures_without_matplotlib_are_refused_before_anything_runs(
@@ -247,10 +299,20 @@ def test_what_a_kill_has_left_is_repaired(tmp_path: Path) -> None:
     config = study_config(tmp_path, data=parts | {"split": split})
     run(config, Fake())
     (tmp_path / "study" / "data" / "test.jsonl").unlink()
-    (cell,) = cells(config, "a-lr0.002-seed1-*")
-    (cell / "run" / "model.removed").mkdir()  # half removed
     fake = Fake()
     assert run(config, fake)[0] == 0 and fake.labels == []
+
+
+def test_a_model_that_was_half_removed_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study_config(tmp_path, keep="none")
+    with monkeypatch.context() as patch:
+        patch.setattr("seft_dist.study.state.shutil.rmtree", lambda *_, **__: None)  # as if killed before it
+        run(config, Fake())
+    folders = [path.name for path in (tmp_path / "study").glob("cells/*/run/*") if path.is_dir()]
+    assert set(folders) == {"model.removed", "checkpoints.removed"}
+    more = study_config(tmp_path, keep="none", seeds=(0, 1, 2))
+    run(more, Fake())
+    assert not [path for path in (tmp_path / "study").glob("cells/*/run/*") if path.is_dir()]
 
 
 def test_short_records_in_two_parts_are_counted(tmp_path: Path) -> None:

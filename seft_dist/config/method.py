@@ -32,7 +32,7 @@ class SeftConfig:
     expression that is searched in module names, e.g. "q_proj|v_proj"."""
     steps: int | None = None
     """Optimizer steps of the whole run, T of the drop schedule. None: unknown, the drop fraction stays constant.
-    seft train sets it from its own --steps."""
+    seft train sets it from its own --steps, and refuses another value."""
     interval: int = 60
     """Optimizer steps between evolutions: one happens at each step divisible by it."""
     window: int = 1

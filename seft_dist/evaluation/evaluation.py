@@ -24,7 +24,7 @@ from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import EvaluateConfig, ModelConfig
 from seft_dist.data.load import load_source
 from seft_dist.data.tokenizer import load_tokenizer
-from seft_dist.evaluation.perplexity import PerplexityResult, plan_scoring, score, scored_sequences
+from seft_dist.evaluation.perplexity import PerplexityResult, perplexity, scored_sequences
 from seft_dist.evaluation.policy import Policy, describe_policy, policy_of
 from seft_dist.files import writing
 from seft_dist.io.library_types import PreTrainedModel
@@ -117,13 +117,9 @@ def _evaluate_one(
     result, metrics = None, {}
     if sequences is not None:
         label = f"Evaluating {name}" if show else None
-        plan = plan_scoring(model, sequences, config.batch_size)
-        try:
-            result = score(model, plan, next(model.parameters()).device, group=group, progress=label)
-        except FloatingPointError as error:  # on every rank
-            if ranks.is_main:
-                log.warning("%s: %s; its perplexity counts as infinite", name, error)
-            result = PerplexityResult(math.inf, math.inf, plan.scored)
+        result = perplexity(model, sequences, config.batch_size, group=group, progress=label)
+        if not math.isfinite(result.loss) and ranks.is_main:
+            log.warning("%s has weights or activations that are not finite: its perplexity counts as infinite", name)
         reshard(model)
     if tasks is not None:
         from seft_dist.evaluation.tasks import run_tasks

@@ -28,7 +28,7 @@ class PerplexityResult:
     perplexity: float
     """exp(loss)."""
     loss: float
-    """Mean negative log-likelihood of a scored token, in nats."""
+    """Mean negative log-likelihood of a scored token, in nats; infinite if weights or activations are not finite."""
     num_tokens: int
     """Number of scored tokens: those with a label, except the first of each sequence."""
 
@@ -183,7 +183,6 @@ def perplexity(
 
     Raises:
         ValueError: There is no token to score, or a token is outside the model's vocabulary.
-        FloatingPointError: The loss is not finite.
     """
     plan = plan_scoring(model, sequences, batch_size)
     return score(model, plan, next(model.parameters()).device, group=group, progress=progress)
@@ -214,9 +213,6 @@ def score(
 
     Returns:
         The result over all sequences, the same on every rank.
-
-    Raises:
-        FloatingPointError: The loss is not finite.
     """
     group = group or Group(None)
     passes, lengths = plan.passes, plan.lengths
@@ -234,9 +230,8 @@ def score(
                 bar.update(sum(lengths[index] for index in chosen) if number < len(own) else 0)
     finally:
         forward_module.train(was_training)
-    loss = math.fsum(group.stack(sums).T.flatten()[: len(passes)].tolist()) / plan.scored
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss}: the model's weights or activations are not finite")
+    sums = group.stack(sums).T.flatten()[: len(passes)]
+    loss = math.fsum(sums.tolist()) / plan.scored if bool(sums.isfinite().all()) else math.inf
     return PerplexityResult(math.exp(loss) if loss < 700 else math.inf, loss, plan.scored)
 
 

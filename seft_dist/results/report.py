@@ -230,6 +230,10 @@ def print_tables(run: FinishedRun, console: Console) -> None:
             f"validation loss {best['loss']:.4f} (perplexity {best['perplexity']:.2f}) at step {best['step']}, the "
             f"best; {last['loss']:.4f} at step {last['step']}, the last{ended}"
         )
+        if exported := result["validation"].get("exported"):
+            console.print(
+                f"as exported, pruned again: {exported['loss']:.4f} (perplexity {exported['perplexity']:.2f})"
+            )
     if not run.evolutions:
         return
     table = Table(title="Evolutions (MB sent: by one rank)", box=SIMPLE, padding=0)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,6 +18,8 @@ from seft_dist.study.results import FORMAT, Results, Row, RunRow, Search, Tried
 from seft_dist.study.state import COMMANDS, MEASURED, TRAIN, State, Survey, failure_file, read_failure
 from seft_dist.study.statistics import Difference, difference, spread
 from seft_dist.training.manifest import lasting_attempts, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 def collect(state: State, survey: Survey) -> Results:
@@ -70,7 +73,7 @@ def _run_row(state: State, cell: Cell) -> RunRow:
     plan = state.plan
     test, forgetting = (state.measured(cell, part) if part in plan.measures else None for part in (TEST, FORGETTING))
     run = plan.run_folder(cell)
-    result: Any = read_result(run / "result.json") if cell.config is not None and state.finished(run) else {}
+    result = _result(run) if cell.config is not None and state.finished(run) else {}
     zeros = result.get("sparsity", {})
     tasks = {
         f"{task} {metric.removesuffix(',none')}": float(value)
@@ -94,6 +97,14 @@ def _run_row(state: State, cell: Cell) -> RunRow:
         steps=0 if cell.config is None else result.get("steps"),
         tokens=0 if cell.config is None else result.get("tokens"),
     )
+
+
+def _result(run: Path) -> Any:
+    try:
+        return read_result(run / "result.json")
+    except ValueError as error:
+        log.warning("left out of the tables: %s", error)
+        return {}
 
 
 def _status(state: State, cell: Cell, part: str) -> str:
@@ -194,12 +205,12 @@ def _warnings(state: State, cells: dict[str, list[Cell]], made: dict[str, dict[s
 
 
 def _origins(state: State, cells: dict[str, list[Cell]]) -> dict[str, dict[str, Any]]:
-    """Collect the hashes of the models that each run has read: its base, its teacher, its parent."""
+    """Collect the hashes of the base and the teacher that each run has read."""
     origins: dict[str, dict[str, Any]] = {}
     for cell in itertools.chain(*cells.values()):
         if cell.config is None:
             continue
-        names = {"model": f"base {cell.base}", "teacher": cell.config.teacher.path, "parent": cell.config.parent}
+        names = {"model": f"base {cell.base}", "teacher": cell.config.teacher.path}
         with contextlib.suppress(OSError, ValueError):
             manifest = read_manifest(state.plan.run_folder(cell))
             origins[cell.label] = {str(name): manifest[kind] for kind, name in names.items() if manifest.get(kind)}

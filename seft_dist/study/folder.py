@@ -31,7 +31,7 @@ from seft_dist.files.writing import write_bytes, write_json, write_text
 from seft_dist.io.source import locate
 from seft_dist.session import facts
 from seft_dist.session.cli import to_yaml
-from seft_dist.study.inputs import Content, is_as_made, read_inputs
+from seft_dist.study.inputs import Content, is_as_made, read_inputs, validation_files
 from seft_dist.study.methods import StudyMethod, read_methods
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import check_parts, find_parts, stamp_of
@@ -230,9 +230,13 @@ def _refuse_test_while_training(methods: list[StudyMethod], test: DataConfig) ->
         for data in (setting.config.eval.data for setting in method.settings):
             if data is None:
                 continue
-            if set(local_files(data)) & set(local_files(test)) or (data.path, data.split) == (test.path, test.split):
+            files = {hash_files([file]) for file in validation_files(data)} & {
+                hash_files([f]) for f in local_files(test)
+            }
+            names = {(each.path, each.name, each.split) for each in data.sources.values() or [data]}
+            if files or (test.path, test.name, test.split) in names:
                 raise ValueError(
-                    f"methods.{method.name} measures the test part while it trains (eval.data.path={data.path}): needs "
+                    f"methods.{method.name} measures the test part while it trains (eval.data {data.label}): needs "
                     "other text, since what is seen of the test part may choose what is reported"
                 )
 
@@ -242,7 +246,7 @@ def _refuse_replaced(folder: Path, bases: dict[str, Base]) -> None:
         if base.prune is not None and (base.model / "config.json").is_file() and not is_as_made(base.model):
             raise ValueError(
                 f"{folder} has results of another base {base.name} than {base.model} is now: put the first one back, "
-                "or give the new one another name in another folder ({path: FOLDER})"
+                "or move the new one to another folder and add it to bases as NAME: {path: FOLDER}"
             )
 
 

@@ -10,19 +10,21 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from seft_dist.config import StudyConfig
+from seft_dist.config import DataConfig, StudyConfig
 from seft_dist.data.data_files import hash_files
 from seft_dist.data.records import local_files
 from seft_dist.files.reading import read_json
 from seft_dist.files.writing import write_json
 from seft_dist.io.readers import TOKENIZER_FILES
+from seft_dist.io.settings import CONFIG
 from seft_dist.study.methods import StudyMethod
 from seft_dist.study.options import flatten
 from seft_dist.study.parts import stamp_of
 from seft_dist.study.plan import Base
 
 MADE = "made.json"
-_MODEL = ("*.safetensors", "*.json", *TOKENIZER_FILES)
+_WEIGHTS = ("*.safetensors",)
+_CACHE = "__pycache__"  # importing a task's code writes it
 
 
 class Content(TypedDict):
@@ -41,10 +43,14 @@ def content_of(paths: list[Path], known: Content | None) -> Content:
         paths: Files and folders on this machine.
         known: Result of an earlier call.
     """
-    stamp = [entry for path in paths for entry in stamp_of(str(path))]
+    stamp = _stamps_of(paths)
     if known and known["stamp"] == stamp:
         return known
     return Content(stamp=stamp, digest=hash_files([Path(name) for name, _, _ in stamp]))
+
+
+def _stamps_of(paths: list[Path]) -> list[list[Any]]:
+    return [entry for path in paths for entry in stamp_of(str(path)) if _CACHE not in Path(entry[0]).parts]
 
 
 def read_inputs(
@@ -81,14 +87,14 @@ def _named(config: StudyConfig, methods: list[StudyMethod], bases: dict[str, Bas
         run = setting.config
         for option, path in (("teacher.path", run.teacher.path), ("parent", run.parent)):
             if path:
-                yield f"{option}={path}", _files_of_model(path)
+                yield f"{option}={path}", _files_in(path, (*_WEIGHTS, CONFIG, *TOKENIZER_FILES))
         if run.model.tokenizer:
-            yield f"model.tokenizer={run.model.tokenizer}", _files_of_model(run.model.tokenizer)
+            yield f"model.tokenizer={run.model.tokenizer}", _files_in(run.model.tokenizer, TOKENIZER_FILES)
         if run.eval.data is not None:
-            yield f"eval.data.path={run.eval.data.path}", local_files(run.eval.data)
+            yield f"eval.data={run.eval.data.label}", validation_files(run.eval.data)
     for base in bases.values():
-        source = base.model if base.prune is None else Path(base.prune.model.path)
-        yield f"tokenizer of bases.{base.name}", [path for path in _files_of_model(str(source)) if _is_tokenizer(path)]
+        source = str(base.model) if base.prune is None else base.prune.model.tokenizer or base.prune.model.path
+        yield f"tokenizer of bases.{base.name}", _files_in(source, TOKENIZER_FILES)
         for option in ("mask", "layer_ratios"):
             value = getattr(base.prune, option, None)
             if value:
@@ -98,26 +104,49 @@ def _named(config: StudyConfig, methods: list[StudyMethod], bases: dict[str, Bas
             yield f"evaluate.{option}={value}", [Path(str(value)).expanduser()]
 
 
-def _files_of_model(path: str) -> list[Path]:
-    folder = Path(path).expanduser()
-    return sorted({file for pattern in _MODEL for file in folder.glob(pattern)})
+def _files_in(folder: str, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in Path(folder).expanduser().glob(pattern)})
 
 
-def _is_tokenizer(path: Path) -> bool:
-    return path.name in TOKENIZER_FILES
+def validation_files(data: DataConfig) -> list[Path]:
+    """List the local files of text that a run measures while it trains, those of a mix too.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    return [file for source in data.sources.values() or [data] for file in local_files(source)]
 
 
-def is_as_made(model: Path) -> bool:
-    """Tell whether a base that the study has pruned has the weights that it had first; remembers them then.
+def is_made(model: Path) -> bool:
+    """Tell whether a base that the study prunes is there, and was found to be what it was first.
 
     Args:
         model: Its folder; what is remembered lies beside it.
     """
-    file = model.parent / MADE
-    known = read_json(file, Content) if file.exists() else None
-    now = content_of(_files_of_model(str(model)), known)
+    known = _remembered(model)
+    return (model / CONFIG).is_file() and known is not None and known["stamp"] == _stamps_of(_files_of_base(model))
+
+
+def is_as_made(model: Path) -> bool:
+    """Tell whether a base that was pruned has the weights and the tokenizer that it had first; remembers them then.
+
+    Args:
+        model: Its folder; what is remembered lies beside it.
+    """
+    known = _remembered(model)
+    now = content_of(_files_of_base(model), known)
     if known is None or known["stamp"] != now["stamp"]:
         if known is not None and known["digest"] != now["digest"]:
             return False
-        write_json(file, now)
+        write_json(model.parent / MADE, now)
     return True
+
+
+def _remembered(model: Path) -> Content | None:
+    file = model.parent / MADE
+    return read_json(file, Content) if file.exists() else None
+
+
+def _files_of_base(model: Path) -> list[Path]:
+    # Not config.json and pruning.json: they name paths, and versions may add to them
+    return _files_in(str(model), (*_WEIGHTS, *TOKENIZER_FILES))

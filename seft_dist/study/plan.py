@@ -151,6 +151,8 @@ class Plan:
             content["seft"]["reactivation"] = 1.0  # the default once; other methods fix it or do not read it
         if config.method == "spiel":
             content["seft"]["on_drop"] = "revert"  # which its earlier cells did not have
+        if config.method == "norms_and_biases":
+            content["optim"]["weight_decay"] = 0.0  # which it does not read; its earlier cells did
         if content["seft"]["pattern"] in _PATTERNS:
             content["seft"]["pattern"] = _PATTERNS[content["seft"]["pattern"]]
         content["model"] |= {"path": self.digests[f"base {base.name}"]}

@@ -120,7 +120,7 @@ class Progress:
         Args:
             survey: Tasks that are done and not done.
             running: Tasks of this runner, and when they began, in seconds since 1970.
-            taken: Number of tasks that other runners are running.
+            taken: Number of bases and cells that other runners are working on.
         """
         now = [(task, time.time() - since, self._share(task)) for task, since in running]
         self._count, self._total = survey.done, survey.total

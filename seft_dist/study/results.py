@@ -66,7 +66,7 @@ class RunRow(TypedDict):
     method: str
     seed: int | None
     status: str
-    """finished, diverged, failed or missing."""
+    """finished, diverged (a loss, gradient or perplexity was not finite), failed or missing."""
     folder: str
     """Folder of its cell, inside the study's folder."""
     test: float | None

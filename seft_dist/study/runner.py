@@ -176,7 +176,7 @@ class Runner:
             if task.folder in own | taken or self._has_failed(task):
                 continue
             if len(self._running) >= self.plan.config.jobs:
-                if self._seems_taken(task):
+                if self._is_taken(task):
                     taken.add(task.folder)
                 continue
             claim = self._claim(task)
@@ -190,10 +190,16 @@ class Runner:
                 raise
         return len(taken)
 
-    def _seems_taken(self, task: Task) -> bool:
-        """Tell whether a lock is there, without trying it: the time left depends on it, and nothing else."""
+    def _is_taken(self, task: Task) -> bool:
+        """Tell whether others work on a task that is not to be begun now: the time left depends on it."""
         folders = [task.folder, *([self.plan.run_folder(task.cell)] if task.cell is not None else [])]
-        return any((folder / LOCK).exists() for folder in folders)
+        try:
+            for folder in (folder for folder in folders if (folder / LOCK).exists()):
+                with only_writer(folder, 0):  # a process that was killed has left this one
+                    pass
+        except TakenError:
+            return True
+        return False
 
     def _has_failed(self, task: Task) -> bool:
         if task.key in self._failed:
@@ -213,6 +219,9 @@ class Runner:
                     with only_writer(self.plan.run_folder(task.cell), 0):
                         pass
             except TakenError:
+                return None
+            if task.base is not None and (task.base.model / "config.json").is_file():
+                self._accept(task, task.base)  # its runner was killed while it was pruned
                 return None
             if self.state.is_done(task):
                 return None
@@ -284,10 +293,10 @@ class Runner:
     def _note_outcome(self, running: RunningTask, code: int) -> str:
         """Record the outcome of a task, and return it in words."""
         task = running.task
-        if self.state.is_done(task) and (task.base is None or is_as_made(task.base.model)):
+        if task.base is not None and (task.base.model / "config.json").is_file():
+            return self._accept(task, task.base)
+        if self.state.is_done(task):
             return DONE
-        if task.base is not None and self.state.is_done(task):
-            return self._put_aside(task, task.base)
         if task.kind == TRAIN and code and task.cell is not None and has_diverged(self.plan.run_folder(task.cell)):
             write_json(task.folder / DIVERGED, {"log": str(task.log), "code": code})
             return f"diverged (its loss is not finite), see {task.log}"
@@ -303,8 +312,14 @@ class Runner:
         self._failed[task.key] = failure
         write_json(task.failure_file, failure)
 
-    def _put_aside(self, task: Task, base: Base) -> str:
-        """Take away a base that was pruned again and became another model, e.g. on another machine."""
+    def _accept(self, task: Task, base: Base) -> str:
+        """Use a base that was pruned just now, unless it was there before and was another model, as on another machine.
+
+        Returns:
+            The outcome in words.
+        """
+        if is_as_made(base.model):
+            return DONE
         aside = base.model.with_name("another")
         shutil.rmtree(aside, ignore_errors=True)
         base.model.rename(aside)

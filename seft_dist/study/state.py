@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from seft_dist.files.reading import read_json
-from seft_dist.results.run_files import EvaluatedModel, read_evaluations, read_result
+from seft_dist.results.run_files import EvaluatedModel, read_evaluations
+from seft_dist.study.inputs import is_made
 from seft_dist.study.methods import Setting, StudyMethod
 from seft_dist.study.plan import FORGETTING, MODEL, TEST, VALIDATION, Base, Cell, Plan
 from seft_dist.study.results import Failure
 from seft_dist.training.diagnosis import FOLDER as DIAGNOSIS
-from seft_dist.training.run_folder import CHECKPOINTS, RESULT
+from seft_dist.training.run_folder import CHECKPOINTS, is_finished
 
 PRUNE, TRAIN = "prune", "train"
 DIVERGED, COMMANDS = "diverged.json", "commands.jsonl"
@@ -93,7 +94,7 @@ class State:
         for base in self.plan.bases.values():
             if base.prune is None:
                 continue
-            if (base.model / "config.json").is_file():
+            if is_made(base.model):
                 survey.done += 1
             else:
                 survey.ready.append(Task(PRUNE, f"prune {base.name}", base.model.parent, base=base, done=base.model))
@@ -141,7 +142,7 @@ class State:
         done = len(parts) - len(missing)
         if self.diverged(cell):
             return [], [], len(parts) + 1
-        if base.prune is not None and not (base.model / "config.json").is_file():
+        if base.prune is not None and not is_made(base.model):
             waiting = [(part, cell.method) for part in missing]
             return [], waiting + ([(TRAIN, cell.method)] if cell.config is not None else []), done
         if cell.config is not None:
@@ -158,17 +159,15 @@ class State:
 
     def finished(self, run: Path) -> bool:
         """Tell whether a run has its result."""
-        if run not in self._finished:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: the run goes on
-                read_result(run / RESULT)
-                self._finished.add(run)
+        if run not in self._finished and is_finished(run):
+            self._finished.add(run)
         return run in self._finished
 
     def is_done(self, task: Task) -> bool:
         """Tell whether the output of a task exists."""
         if task.cell is None:
             assert task.base is not None
-            return (task.base.model / "config.json").is_file()
+            return is_made(task.base.model)
         if task.kind == TRAIN:
             run = self.plan.run_folder(task.cell)
             return self.finished(run) and (run / MODEL / "config.json").is_file()
@@ -241,7 +240,7 @@ class State:
         return [
             run
             for run, needs in needed.items()
-            if not needs and self.finished(run) and any((run / name).exists() for name in (MODEL, CHECKPOINTS))
+            if not needs and self.finished(run) and any(path.exists() for path in _leftovers(run))
         ]
 
 
@@ -272,13 +271,22 @@ def has_diverged(run: Path) -> bool:
 def remove_model(run: Path) -> None:
     """Remove a run's exported model and checkpoints; its result stays."""
     for name in (MODEL, CHECKPOINTS):
-        if (run / name).exists():
-            _remove(run / name)
+        _remove(run / name)
+
+
+def _leftovers(run: Path) -> list[Path]:
+    """List the model and the checkpoints of a run, and what a kill has left of them while they were removed."""
+    return [path for name in (MODEL, CHECKPOINTS) for path in (run / name, _aside(run / name))]
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.removed")
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder under another name: of one that a kill leaves half removed, nothing is taken for whole."""
-    aside = folder.with_name(f"{folder.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a folder, if it is there, under another name: half removed, it is not taken for whole."""
+    shutil.rmtree(_aside(folder), ignore_errors=True)  # left by a kill
+    with contextlib.suppress(OSError):  # it is not there, or something is left at the other name
+        folder.rename(_aside(folder))
+    for path in (_aside(folder), folder):
+        shutil.rmtree(path, ignore_errors=True)

@@ -321,7 +321,7 @@ def finish(
     _go_back_to_best(run, validation)
     inputs = FinalizeInputs(folder, run.source, data.sequences, run.ranks.device, run.ranks.is_main)
     trained |= method.finalize(inputs)
-    if method.prunes_in_the_end:
+    if method.prunes_in_the_end and config.export:
         validation.evaluate_exported(method.num_steps)
     with method.without_trials():  # the best step, or an early end, may lie between two evolutions
         layers = method.sparsity()

@@ -5,8 +5,8 @@ weight, so a run trains the same with it and without. What it found is in every 
 evaluations that are left, and comes to the same best step.
 """
 
-import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from seft_dist.session.agreement import on_all_ranks, one_rank_per_machine_first
 from seft_dist.session.distributed import Ranks
 from seft_dist.training.build import TrainingRun
 from seft_dist.training.fingerprint import data_fingerprint
+from seft_dist.training.progress import print_line
 
 
 class _Evaluated(TypedDict):
@@ -175,11 +176,13 @@ class Validation:
         try:
             with run.method.without_trials():  # as the model would be exported
                 result = score(forward_module, self._plan, run.ranks.device, group=world_group())
-        except FloatingPointError as error:
-            raise FloatingPointError(f"evaluation after step {step}: {error}") from error
         finally:
             reshard(run.model)  # else what an evaluation leaves gathered would hide the next update
         seconds = round(time.perf_counter() - begin, 3)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(
+                f"evaluation after step {step}: the loss is not finite: the model's weights or activations are not"
+            )
         return Evaluated(step, result.loss, result.perplexity, result.num_tokens, seconds)
 
     def complete(self) -> None:
@@ -194,9 +197,13 @@ class Validation:
         Args:
             step: Optimizer steps behind it.
         """
-        if self._plan is not None:
-            with contextlib.suppress(FloatingPointError):  # `seft evaluate` will say so; the run is not lost
-                self.exported = self._measure(step)
+        if self._plan is None:
+            return
+        try:
+            self.exported = self._measure(step)
+        except FloatingPointError as error:  # on every rank; the run is not lost
+            if self._run.ranks.is_main:
+                print_line(f"warning: {error}; it was pruned again after the last step")
 
     def improved_at(self, step: int) -> bool:
         """Return whether a step is the best so far."""
