@@ -118,9 +118,9 @@ class TrainConfig:
         check(self.threads is None or self.threads >= 1, f"threads={self.threads}", "at least 1, or null")
         check(bool(self.output), "output is empty", "a folder for the run")
         check_method(self.method, self.seft, self.baseline)
-        length = f"{self.epochs} epochs" if self.epochs is not None else f"{self.total_steps} steps"
+        length = f"{self.total_steps} steps" if self.epochs is None else f"{self.epochs} epochs"
         check(
-            self.seft.steps is None or length == f"{self.seft.steps} steps",
+            self.seft.steps is None or (self.epochs is None and self.seft.steps == self.total_steps),
             f"seft.steps={self.seft.steps} in a run of {length}",
             "it left out: SEFT's schedule is as long as the run",
         )
