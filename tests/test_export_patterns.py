@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import tests.preload  # noqa: F401
 from seft_dist.config import DType, ModelConfig
 from seft_dist.export.export import pack_model
-from seft_dist.export.semi_structured import count_groups, load_semi_structured, pattern_table, refuse_broken
+from seft_dist.export.semi_structured import check_groups_kept, count_groups, load_semi_structured, pattern_table
 from seft_dist.io.source import Source, open_source
 from seft_dist.modules.targets import find_targets
 from tests.folders import model_folder
@@ -44,7 +44,7 @@ def model_2_4(folder: Path, dtype: torch.dtype = torch.bfloat16, broken: bool = 
 def test_the_check_passes_and_counts(tmp_path: Path) -> None:
     source = opened(model_2_4(tmp_path / "m"))
     counts = count_groups(source)
-    refuse_broken(counts, "2:4")
+    check_groups_kept(counts, "2:4")
     assert len(counts) == 14 and all(count.broken == 0 and count.first is None for count in counts)
     assert all(count.zeros == 2 * count.groups and 4 * count.groups == prod(count.shape) for count in counts)
     assert all(count.fits_kernel for count in counts)
@@ -58,10 +58,10 @@ def test_the_first_broken_group_is_named(tmp_path: Path) -> None:
     assert {count.name: count.broken for count in counts if count.broken} == {NAME: 1}
     message = f"{NAME}.weight has 3 active weights in row 5, columns 8 to 11, 2 are allowed; 1 such groups in 1 of 14"
     with pytest.raises(ValueError, match=message):
-        refuse_broken(counts, "2:4")
+        check_groups_kept(counts, "2:4")
     with pytest.raises(ValueError, match="not a 1:4 model: model.layers.0"):
-        refuse_broken(count_groups(opened(tmp_path / "m"), "1:4"), "1:4")
-    refuse_broken(count_groups(opened(tmp_path / "m"), "3:4"), "3:4")
+        check_groups_kept(count_groups(opened(tmp_path / "m"), "1:4"), "1:4")
+    check_groups_kept(count_groups(opened(tmp_path / "m"), "3:4"), "3:4")
 
 
 @pytest.mark.parametrize("pattern", ["2", "4:4", "a:b", "0:4"])
@@ -73,7 +73,7 @@ def test_what_is_no_pattern(pattern: str, tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_divided(tmp_path: Path) -> None:
     source = opened(model_folder(tmp_path / "m"))
     with pytest.raises(ValueError, match="has 32 inputs: a pattern of 2:5 needs a multiple of 5"):
-        refuse_broken(count_groups(source, "2:5"), "2:5")
+        check_groups_kept(count_groups(source, "2:5"), "2:5")
 
 
 def test_torch_holds_the_same_bits(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_bf16_and_activation_checkpointing(inputs: Path, tmp_path: Path) -> None
         )
         over = {"deepspeed": ds_file(tmp_path, ds)} if ds else {}
         config = make_config(inputs, tmp_path / name, model=model, batch_size=6, **over)
-        results[name] = run_train(config, 2, refuse_other_clipping)
+        results[name] = run_train(config, 2, raise_for_other_clipping)
         assert results[name]["sparsity"]["layers_off_target"] == 0
         weights = load_file(tmp_path / name / "model" / "model.safetensors")
         assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
@@ -122,7 +122,7 @@ def test_bf16_and_activation_checkpointing(inputs: Path, tmp_path: Path) -> None
     assert results["fsdp"]["loss"] == pytest.approx(results["zero3"]["loss"], rel=0.02)
 
 
-def refuse_other_clipping() -> None:
+def raise_for_other_clipping() -> None:
     """Make an error of the warning that something else than SEFT clips, as DeepSpeed does unless it is told not to."""
     warnings.filterwarnings("error", message=".*clipped outside of SeftOptimizer")
 
@@ -138,7 +138,9 @@ def test_ds_config_blocks_are_honoured(inputs: Path, tmp_path: Path) -> None:
         "gradient_clipping": 0.5,
     }
     output = tmp_path / "run"
-    run_train(make_config(inputs, output, deepspeed=ds_file(tmp_path, blocks), batch_size=6), 2, refuse_other_clipping)
+    run_train(
+        make_config(inputs, output, deepspeed=ds_file(tmp_path, blocks), batch_size=6), 2, raise_for_other_clipping
+    )
     rates = [line["lr"] for line in records(output)]
     assert rates[-1] == pytest.approx(0.004) and rates[1] < rates[3]
 

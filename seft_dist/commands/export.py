@@ -196,11 +196,11 @@ def check(model: str, pattern: str = "2:4", targets: str = "all-linear") -> None
         pattern: N:M.
         targets: Linears to check, chosen as by seft.targets.
     """
-    from seft_dist.export.semi_structured import count_groups, pattern_table, refuse_broken
+    from seft_dist.export.semi_structured import check_groups_kept, count_groups, pattern_table
 
     counts = count_groups(_open(model), pattern, targets)
     _print(pattern_table(counts, pattern))
-    refuse_broken(counts, pattern)
+    check_groups_kept(counts, pattern)
 
 
 def openvino(model: str, output: Path, weights: Literal["float32", "float16", "int8"] = "float32") -> None:

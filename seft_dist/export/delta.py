@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from seft_dist.export.folders import new_folder, refuse_existing, save_settings
+from seft_dist.export.folders import check_path_is_new, new_folder, save_settings
 from seft_dist.files.reading import parse_json
 from seft_dist.files.writing import replacing
 from seft_dist.io.source import Source
@@ -202,7 +202,7 @@ def make_delta(base: Source, repaired: Source, output: Path, names: Sequence[str
         ValueError: The models do not have the same tensors, or other tensors differ too; no file is written.
     """
     before, after = base.weights.tensors, repaired.weights.tensors
-    refuse_existing(output)
+    check_path_is_new(output)
     for name in sorted(before.keys() | after.keys()):
         shapes = [tensors[name].shape if name in tensors else None for tensors in (before, after)]
         if shapes[0] != shapes[1]:

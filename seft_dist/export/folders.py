@@ -14,7 +14,7 @@ from seft_dist.io.readers import copy_settings
 from seft_dist.io.source import Source
 
 
-def refuse_existing(path: Path, what: str = "") -> None:
+def check_path_is_new(path: Path, what: str = "") -> None:
     """Raise an error if the path of a new file or folder exists already, even as a broken link.
 
     Args:
@@ -43,7 +43,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ValueError: The folder exists already, or cannot be created.
     """
     path = Path(path).expanduser()
-    refuse_existing(path)
+    check_path_is_new(path)
     folder = path.with_name(path.name + PART)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         raise ValueError(

@@ -81,7 +81,7 @@ def count_groups(source: Source, pattern: str = "2:4", targets: str = ALL_LINEAR
     return [_count_groups_of(name, rows, most, size) for name, rows in target_rows(source, targets)]
 
 
-def refuse_broken(counts: list[GroupCount], pattern: str) -> None:
+def check_groups_kept(counts: list[GroupCount], pattern: str) -> None:
     """Raise an error that names the first group that breaks a pattern.
 
     Args:
@@ -160,7 +160,7 @@ def load_semi_structured(
     if source.dtype != torch.bfloat16:
         raise ValueError(f"{source.folder} is held in {source.dtype}: 2:4 kernels need model.dtype bfloat16")
     counts = count_groups(source, "2:4", targets)
-    refuse_broken(counts, "2:4")
+    check_groups_kept(counts, "2:4")
     model = load_model(source, device=device).eval()
     linears = find_targets(model, targets)
     for count in counts:

@@ -98,7 +98,7 @@ def _check_of(kind: Any) -> Check:
     if kind in (Any, object):
         return lambda value: value
     if kind in (None, type(None)):
-        return lambda value: value if value is None else _refuse("Input should be None", value)
+        return lambda value: value if value is None else _raise_wrong("Input should be None", value)
     if kind in (int, str, bool):
         return functools.partial(_plain, kind)
     if kind is float:
@@ -122,7 +122,7 @@ def _check_of(kind: Any) -> Check:
     raise TypeError(f"{kind} is no type of JSON that can be checked")
 
 
-def _refuse(text: str, value: Any) -> Any:
+def _raise_wrong(text: str, value: Any) -> Any:
     raise _WrongError([_Problem((), text, value)])
 
 
@@ -130,7 +130,7 @@ def _plain(kind: type, value: Any) -> Any:
     # bool is a subclass of int
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    return _refuse(f"Input should be a valid {_NAMES[kind]}", value)
+    return _raise_wrong(f"Input should be a valid {_NAMES[kind]}", value)
 
 
 def _float(value: Any) -> float:
@@ -141,7 +141,7 @@ def _float(value: Any) -> float:
             return float(value)
         except OverflowError:
             pass
-    return cast(float, _refuse("Input should be a valid number", value))
+    return cast(float, _raise_wrong("Input should be a valid number", value))
 
 
 def _within(check: Check, bounds: Within, value: Any) -> Any:
@@ -149,16 +149,16 @@ def _within(check: Check, bounds: Within, value: Any) -> Any:
     is_list = isinstance(value, list)
     size, text, unit = (len(value), "List should have", " item(s)") if is_list else (value, "Input should be", "")
     if size < bounds.least:
-        return _refuse(f"{text} at least {bounds.least}{unit}", value)
+        return _raise_wrong(f"{text} at least {bounds.least}{unit}", value)
     if bounds.most is not None and size > bounds.most:
-        return _refuse(f"{text} at most {bounds.most}{unit}", value)
+        return _raise_wrong(f"{text} at most {bounds.most}{unit}", value)
     return value
 
 
 def _literal(allowed: tuple[Any, ...], value: Any) -> Any:
     if any(type(value) is type(one) and value == one for one in allowed):  # True is not 1
         return value
-    return _refuse(f"Input should be {' or '.join(map(repr, allowed))}", value)
+    return _raise_wrong(f"Input should be {' or '.join(map(repr, allowed))}", value)
 
 
 def _union(members: list[tuple[Check, str]], value: Any) -> Any:
@@ -172,7 +172,7 @@ def _union(members: list[tuple[Check, str]], value: Any) -> Any:
         return next((one for one in fitting if type(one) is type(value)), fitting[0])
     if len(members) == 2 and members[-1][1] == "None":
         raise problems[0]
-    return _refuse(f"Input should be {' or '.join(text for _, text in members)}", value)
+    return _raise_wrong(f"Input should be {' or '.join(text for _, text in members)}", value)
 
 
 def _describe(kind: Any) -> str:
@@ -187,7 +187,7 @@ def _describe(kind: Any) -> str:
 
 def _list(check: Check, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        return cast(list[Any], _refuse("Input should be a valid list", value))
+        return cast(list[Any], _raise_wrong("Input should be a valid list", value))
     return _gather(enumerate(value), check)
 
 
@@ -206,13 +206,13 @@ def _gather(pairs: Any, check: Check) -> list[Any]:
 
 def _tuple(checks: list[Check], value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)) or len(value) != len(checks):
-        return cast(tuple[Any, ...], _refuse(f"Input should be a list of {len(checks)} entries", value))
+        return cast(tuple[Any, ...], _raise_wrong(f"Input should be a list of {len(checks)} entries", value))
     return tuple(_gather(enumerate(zip(checks, value, strict=True)), lambda pair: pair[0](pair[1])))
 
 
 def _dict(check_key: Check, check: Check, value: Any) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        return cast(dict[Any, Any], _refuse("Input should be a valid dictionary", value))
+        return cast(dict[Any, Any], _raise_wrong("Input should be a valid dictionary", value))
     _gather(((key, key) for key in value), check_key)
     return dict(zip(value, _gather(value.items(), check), strict=True))
 
@@ -224,7 +224,7 @@ def _typed_dict(kind: Any) -> Check:
 
 def _keys(checks: dict[str, Check], required: frozenset[str], further: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        return cast(dict[str, Any], _refuse("Input should be a valid dictionary", value))
+        return cast(dict[str, Any], _raise_wrong("Input should be a valid dictionary", value))
     problems, done = [], {}
     for key, check in checks.items():
         if key in value:

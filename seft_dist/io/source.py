@@ -119,10 +119,10 @@ def open_source(
             or the dtype is not supported.
     """
     folder = locate(config.path, path_option)
-    _refuse_quantized(folder, read_settings(folder))
+    _check_not_quantized(folder, read_settings(folder))
     weights = open_weights(folder)
     hf = read_config(folder, weights)
-    _refuse_quantized(folder, {"quantization_config": getattr(hf, "quantization_config", None)})
+    _check_not_quantized(folder, {"quantization_config": getattr(hf, "quantization_config", None)})
     read_generation(folder)
     configured = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)  # None for "auto"
     if dtype is not None and configured not in (None, dtype):
@@ -147,7 +147,7 @@ def open_source(
     return source
 
 
-def _refuse_quantized(folder: Path, settings: dict[str, Any]) -> None:
+def _check_not_quantized(folder: Path, settings: dict[str, Any]) -> None:
     if settings.get("quantization_config") is not None:
         raise ValueError(
             f"{folder} is quantized: needs plain float32 or bfloat16 weights; seft export plain makes them, where "

@@ -198,7 +198,7 @@ class Conv1DWeight(Target):
 
     def check_criteria(self, name: str, config: SeftConfig) -> None:
         kind = type(self.module).__name__
-        _refuse_missing_statistics(name, kind, config)
+        _check_statistics_unused(name, kind, config)
         if config.known_pattern is not None:
             raise ValueError(
                 f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its "
@@ -247,7 +247,7 @@ class ExpertWeight(Target):
 
     def check_criteria(self, name: str, config: SeftConfig) -> None:
         kind = type(self.module).__name__
-        _refuse_missing_statistics(name, kind, config)
+        _check_statistics_unused(name, kind, config)
         if config.window_store == "factored":
             raise ValueError(
                 f"seft.window_store=factored is not supported for the fused experts of a {kind} ({name}): each expert "
@@ -260,7 +260,7 @@ def is_conv1d(module: object) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _refuse_missing_statistics(name: str, kind: str, config: SeftConfig) -> None:
+def _check_statistics_unused(name: str, kind: str, config: SeftConfig) -> None:
     if config.swap_fraction > 0:
         raise ValueError(
             f"seft.swap_fraction is not supported yet for the weights of a {kind} ({name}): choose 0, or targets "

@@ -63,8 +63,8 @@ def find_targets(model: nn.Module, pattern: str = ALL_LINEAR) -> dict[str, Targe
         target.check_stored(name)
         target.check_supported(name)
     if pattern == ALL_LINEAR:
-        _refuse_unknown(model, known, routers | heads)
-    _refuse_tied(model, targets)
+        _check_all_known(model, known, routers | heads)
+    _check_untied(model, targets)
     return targets
 
 
@@ -132,7 +132,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     )
 
 
-def _refuse_unknown(model: nn.Module, known: dict[str, Target], left_alone: set[nn.Module]) -> None:
+def _check_all_known(model: nn.Module, known: dict[str, Target], left_alone: set[nn.Module]) -> None:
     """Refuse a matrix that is neither a target nor something that is left alone on purpose."""
     covered = {id(target.module) for target in known.values()}
     for name, module in model.named_modules():
@@ -146,7 +146,7 @@ def _refuse_unknown(model: nn.Module, known: dict[str, Target], left_alone: set[
             )
 
 
-def _refuse_tied(model: nn.Module, targets: dict[str, Target]) -> None:
+def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):

@@ -163,7 +163,7 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
         pattern.
     """
     if config.pattern == AUTO and (config.reactivation or config.swap_fraction):  # else no position becomes active
-        _refuse_patterns(backend.names, find_patterns(backend, masks), config)
+        _check_no_patterns(backend.names, find_patterns(backend, masks), config)
     if config.known_pattern is None:
         return []
     most, size = pattern_sizes(config.known_pattern)
@@ -184,7 +184,7 @@ def check_pattern(backend: Backend, config: SeftConfig, masks: list[torch.Tensor
     return groups.fingerprints(masks)
 
 
-def _refuse_patterns(names: list[str], patterns: list[str | None], config: SeftConfig) -> None:
+def _check_no_patterns(names: list[str], patterns: list[str | None], config: SeftConfig) -> None:
     """Refuse a mask that may move if some targets would lose a pattern by it.
 
     Args:

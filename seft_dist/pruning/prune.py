@@ -19,7 +19,7 @@ from seft_dist.config import PruneConfig
 from seft_dist.data.load import load_sequences
 from seft_dist.data.tokenizer import load_tokenizer
 from seft_dist.export.export import export_model
-from seft_dist.export.folders import refuse_existing
+from seft_dist.export.folders import check_path_is_new
 from seft_dist.files.writing import write_json
 from seft_dist.io.source import locate, open_source
 from seft_dist.modules.kinds import Target
@@ -28,7 +28,7 @@ from seft_dist.pruning.mask_file import MaskFile
 from seft_dist.pruning.masks import Ranking
 from seft_dist.pruning.methods import Pruner
 from seft_dist.pruning.owl import read_sparsities
-from seft_dist.pruning.stored_zeros import count_stored_zeros, describe_zeros, refuse_pruned
+from seft_dist.pruning.stored_zeros import check_not_pruned, count_stored_zeros, describe_zeros
 from seft_dist.pruning.stream import StreamedModel
 from seft_dist.sparsity.zeros import ZeroCount, total_sparsity
 
@@ -66,7 +66,7 @@ def prepare(config: PruneConfig, *, device: torch.device | None = None, progress
             be pruned by this method.
     """
     if config.method != "none":
-        refuse_existing(Path(config.output).expanduser(), "output")
+        check_path_is_new(Path(config.output).expanduser(), "output")
     stream = StreamedModel(open_source(config.model), device or torch.device("cpu"))
     targets = stream.find_targets(config.targets)
     shapes = {name: target.matrix_shape for name, target in targets.items()}
@@ -117,7 +117,7 @@ def prune(plan: PruningPlan, ranks: Group | None = None, *, progress: bool = Tru
             print(f"{stream.source.folder}: {describe_zeros(counts, pattern)}")
         return counts
     if config.method != "mask":
-        refuse_pruned(stream, counts, pattern)
+        check_not_pruned(stream, counts, pattern)
     pruner = Pruner(
         config, stream, plan.targets, plan.shapes, plan.sparsities, plan.sequences, plan.masks, ranks, progress
     )

@@ -100,7 +100,7 @@ def describe_zeros(counts: list[ZeroCount], pattern: str | None) -> str:
     return f"{share}, it was pruned already" + (f", to the pattern {pattern}" if pattern else ", to no N:M pattern")
 
 
-def refuse_pruned(stream: StreamedModel, counts: list[ZeroCount], pattern: str | None) -> None:
+def check_not_pruned(stream: StreamedModel, counts: list[ZeroCount], pattern: str | None) -> None:
     """Raise a ValueError, with a table of the zeros, if a model was pruned already."""
     if is_pruned(counts):
         text = io.StringIO()

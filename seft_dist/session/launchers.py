@@ -55,7 +55,7 @@ def read_ranks(env: Mapping[str, str]) -> LauncherRanks | None:
         if local is not None and local < 0:
             raise ValueError(f"{local_rank}={local}: needs this rank's number on its machine, 0 or more")
         if launcher == "torch" and size > 1:
-            _refuse_other_ranks(env, number, size)
+            _check_launchers_agree(env, number, size)
         variables = f"{rank}={number}, {world_size}={size}"
         return LauncherRanks(launcher=launcher, rank=number, world_size=size, local_rank=local, variables=variables)
     return None
@@ -131,7 +131,7 @@ def _is_task_of_slurm() -> bool:
         return False
 
 
-def _refuse_other_ranks(env: Mapping[str, str], number: int, size: int) -> None:
+def _check_launchers_agree(env: Mapping[str, str], number: int, size: int) -> None:
     """Refuse RANK and WORLD_SIZE that an earlier shell has left over to processes that mpirun or srun has started."""
     # torchrun and deepspeed start one agent for each outer task, whose variables remain.
     if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:

@@ -93,16 +93,16 @@ def open_study(config: StudyConfig) -> Plan:
     with only_writer(folder, _PATIENCE):
         known = _read_known(folder)
         rule = _split(config, split, folder, known)
-        _refuse_test_while_training(methods, parts["test"])
+        _check_test_unseen(methods, parts["test"])
         facts_now = check_parts(parts, known["parts"] if known else {})
         if known:
-            _refuse_other_parts(folder, known["parts"], facts_now)
+            _check_parts_unchanged(folder, known["parts"], facts_now)
         digests = {f"part {name}": part["digest"] for name, part in facts_now.items()}
         models = {name: _base(base, parts["train"], facts_now, known) for name, base in bases.items()}
         digests |= {f"base {name}": base["digest"] for name, base in models.items()}
         if known:
-            _refuse_other_bases(folder, known["bases"], models)
-        _refuse_replaced(folder, bases)
+            _check_bases_unchanged(folder, known["bases"], models)
+        _check_not_replaced(folder, bases)
         inputs_before = known.get("inputs", {}) if known else {}
         inputs = {**inputs_before, **read_inputs(config, methods, bases, inputs_before)}
         bases = {name: dataclasses.replace(base, model=_made_or_located(base)) for name, base in bases.items()}
@@ -171,7 +171,7 @@ def _split(config: StudyConfig, split: Split | None, folder: Path, known: _Recor
     return rule
 
 
-def _refuse_other_parts(folder: Path, before: dict[str, TextPart], now: dict[str, TextPart]) -> None:
+def _check_parts_unchanged(folder: Path, before: dict[str, TextPart], now: dict[str, TextPart]) -> None:
     changed = [
         name
         for name in ("train", "validation", "test")
@@ -216,7 +216,7 @@ def _hash_of_text(data: DataConfig) -> str:
     return hash_files(files) if files else data.label
 
 
-def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:
+def _check_bases_unchanged(folder: Path, before: dict[str, _Base], now: dict[str, _Base]) -> None:
     changed = [name for name in now if name in before and before[name]["digest"] != now[name]["digest"]]
     if changed:
         raise ValueError(
@@ -225,7 +225,7 @@ def _refuse_other_bases(folder: Path, before: dict[str, _Base], now: dict[str, _
         )
 
 
-def _refuse_test_while_training(methods: list[StudyMethod], test: DataConfig) -> None:
+def _check_test_unseen(methods: list[StudyMethod], test: DataConfig) -> None:
     for method in methods:
         for data in (setting.config.eval.data for setting in method.settings):
             if data is None:
@@ -241,7 +241,7 @@ def _refuse_test_while_training(methods: list[StudyMethod], test: DataConfig) ->
                 )
 
 
-def _refuse_replaced(folder: Path, bases: dict[str, Base]) -> None:
+def _check_not_replaced(folder: Path, bases: dict[str, Base]) -> None:
     for base in bases.values():
         if base.prune is not None and (base.model / "config.json").is_file() and not is_as_made(base.model):
             raise ValueError(

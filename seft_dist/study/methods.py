@@ -95,14 +95,14 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
     """
     read = option_reader(TrainConfig)
     shared = flatten(config.train, "train")
-    _refuse_own(shared, "train")
+    _check_not_of_the_study(shared, "train")
     # Options of data are part of ``train`` already.
     shared = {key: value for key, value in shared.items() if not key.startswith("data.")}
     methods = []
     for name, entry in config.methods.items():
         what = f"methods.{name}"
         own = flatten(entry, what)
-        _refuse_own(own, what)
+        _check_not_of_the_study(own, what)
         base = own.pop("base", config.default_base)
         if base not in config.bases:
             raise ValueError(f"{what}.base={base}: needs one of {', '.join(config.bases)}")
@@ -123,11 +123,11 @@ def read_methods(config: StudyConfig, train: DataConfig) -> list[StudyMethod]:
             point = dict(zip(grid, values, strict=True))
             settings.append(Setting(point, _config_of(config, shared | options | point, train, read, what)))
         methods.append(StudyMethod(name, base, options, grid, settings))
-    _refuse_unequal(config, methods)
+    _check_grids_equal(config, methods)
     return methods
 
 
-def _refuse_own(options: dict[str, Any], name: str) -> None:
+def _check_not_of_the_study(options: dict[str, Any], name: str) -> None:
     for key in options:
         if key in _OF_THE_STUDY or key.endswith(".seed"):
             raise ValueError(f"{name} has {key}: needs it left out; {_OF_THE_STUDY.get(key, 'give seeds')}")
@@ -165,7 +165,7 @@ def _config_of(
     return read(arguments(saves | given | own), name)
 
 
-def _refuse_unequal(config: StudyConfig, methods: list[StudyMethod]) -> None:
+def _check_grids_equal(config: StudyConfig, methods: list[StudyMethod]) -> None:
     sizes = {method.name: len(method.settings) for method in methods if method.settings}
     if len(set(sizes.values())) > 1 and not config.unequal_grids:
         sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())
