@@ -131,6 +131,8 @@ def test_options_of_a_study_get_a_suggestion() -> None:
         read([*TRAIN, "--seft.densty=1"], "methods.a")
     with pytest.raises(ValueError, match=r"methods.a: .*Did you mean masked_lora\?"):
         read([*TRAIN, "--method=maskedlora"], "methods.a")
+    with pytest.raises(ValueError, match=r"methods.a: .*eval.data.*'pth' is not accepted"):
+        read([*TRAIN, '--eval.data={"pth": 1}'], "methods.a")
 
 
 def test_nothing_is_suggested_for_what_resembles_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +49,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 1000
 _load_any_yaml = get_loader("yaml")
 _format_any_warning = warnings.formatwarning
+_errors_raise = ContextVar("_errors_raise", default=False)
+"""True while options of others than this process are read: an error is a ValueError then, and does not end the process.
+Not an attribute of the parser, since jsonargparse makes further ones for what is nested in dicts."""
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
@@ -87,13 +91,16 @@ def option_reader(config_class: type[T]) -> Callable[[Sequence[str], str], T]:
         A function of options and of what they are called in messages, e.g. "methods.lora". It makes a checked
         ``config_class``, or raises ValueError for whatever is wrong with them.
     """
-    parser = _raising_parser(typing.cast(Any, config_class))
+    parser = _parser_without_description(typing.cast(Any, config_class))
 
     def read(argv: Sequence[str], name: str) -> T:
+        before = _errors_raise.set(True)
         try:
             return _build(config_class, parser.parse_args(list(argv)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        finally:
+            _errors_raise.reset(before)
 
     return read
 
@@ -111,11 +118,9 @@ def call(components: Any, description: str | None, argv: Sequence[str] | None = 
 
 
 @functools.cache
-def _raising_parser(config_class: type) -> "Parser":
+def _parser_without_description(config_class: type) -> "Parser":
     """Make the parser of a configuration once: that takes longer than all it reads."""
-    parser = _parser(config_class, None)
-    parser.raises = True
-    return parser
+    return _parser(config_class, None)
 
 
 def _parser(config_class: type, description: str | None) -> "Parser":
@@ -210,8 +215,6 @@ def _empty_sections(parser: Any, path: str) -> list[str]:
 class Parser(ArgumentParser):
     """A parser that prints one line on an error, and the fields of optional groups in the help."""
 
-    raises = False
-    """True: an error is a ValueError, and does not end the process."""
     sections: Sequence[str] = ()
     """Names of the groups of options that a file may not set to null."""
     options: Sequence[str] = ()
@@ -262,7 +265,7 @@ class Parser(ArgumentParser):
         added = [option.removeprefix("--") for option in parser._option_string_actions]
         suggestion = suggest_for_message(message, self.options or added)
         message += f"\n{suggestion}" if suggestion else ""
-        if self.raises:
+        if _errors_raise.get():
             raise ValueError(" ".join(message.split()))
         if _is_first_to_report():
             prog = parser.prog.replace(" [options]", "")
