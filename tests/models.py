@@ -31,13 +31,9 @@ class Parent:
     """The weights of a model before it is pruned, as ``SeftOptimizer`` reads them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.weights = {
-            name: module.weight.detach().clone()
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        self.weights = {name: target.weight.detach().clone() for name, target in find_targets(model).items()}
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         assert all(tuple(self.weights[name].shape) == shape for name, shape in shapes.items())
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:

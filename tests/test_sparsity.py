@@ -172,16 +172,23 @@ def test_uniform_is_uniform_and_streams_differ() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 8), st.data())
-def test_scores_of_an_interval_are_a_part_of_the_whole(rows: int, columns: int, data: st.DataObject) -> None:
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 8), st.data())
+def test_scores_of_an_interval_are_a_part_of_the_whole(
+    experts: int, height: int, columns: int, data: st.DataObject
+) -> None:
+    rows = experts * height
     numel = rows * columns
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
     generator = torch.Generator().manual_seed(numel)
     weight, grad = torch.randn(2, rows, columns, generator=generator)
-    norms, row, column = (torch.rand(n, generator=generator) for n in (columns, rows, columns))
+    row, column = (torch.rand(n, generator=generator) for n in (rows, columns))
+    norms = torch.rand(experts, columns, generator=generator)
+    of_row = norms.repeat_interleave(height, 0)
     whole = {
-        "activation": weight.abs() * norms,
+        "activation": weight.abs() * of_row,
+        "curvature": row.unsqueeze(1) * of_row * weight * weight / 2,
+        "factored": row.sqrt().unsqueeze(1) * of_row.sqrt(),
         "momentum": torch.minimum(row.unsqueeze(1), column),
         "sensitivity": (weight * grad).abs(),
         "movement": -weight * grad,
@@ -190,12 +197,17 @@ def test_scores_of_an_interval_are_a_part_of_the_whole(rows: int, columns: int, 
     }
     w, g = weight.view(-1)[start:stop], grad.reshape(-1)[start:stop]
     parts = {
-        "activation": scores.activation(w, norms, start),
+        "activation": scores.activation(w, norms, start, rows),
+        "curvature": scores.curvature(w, row, norms, start),
+        "factored": scores.factored(row, norms, start, stop - start),
         "momentum": scores.momentum(row, column, start, stop - start),
         "sensitivity": scores.sensitivity(w, g),
         "movement": scores.drop_movement(w, g),
         "gradient": scores.grow_gradient(g),
         "magnitude": scores.drop_magnitude(w),
     }
+    if experts == 1:
+        parts["one expert"] = scores.curvature(w, row, norms[0], start)
+        whole["one expert"] = whole["curvature"]
     for name, part in parts.items():
         assert torch.equal(part, whole[name].reshape(-1)[start:stop]), name

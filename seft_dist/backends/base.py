@@ -35,6 +35,10 @@ class Holder(Protocol):
     def weight(self) -> Tensor:
         """The parameter as it is held now; while it is sharded, maybe only a part of it."""
 
+    @property
+    def num_experts(self) -> int:
+        """Number of experts whose weights are in the parameter; 1 for an ordinary weight."""
+
     def weight_name(self, name: str) -> str:
         """Return the name of the parameter in the model, given the target's name."""
 
@@ -57,6 +61,8 @@ class Backend(ABC):
         # Read once: while a layer is computed, its weight is gathered and no longer shows how it is sharded.
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
+        self.experts = [holder.num_experts for holder in self.holders]
+        """Number of experts in each weight, each with as many rows; 1 for an ordinary weight."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
         """Type of flat positions, one for all targets, so that they can be kept and sent in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]

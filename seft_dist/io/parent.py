@@ -43,23 +43,33 @@ class ParentModel:
         # fp32, which every stored type fits: values are read in the type of the file
         return cls(open_source(ModelConfig(path=path, dtype="float32"), path_option=option), option)
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def _weight(self, target: str) -> str | None:
+        """Return the name in the files of a target's weight; None if the parent has no such target."""
+        # fused experts are named by the parameter itself
+        return self._stored.get(f"{target}.weight", self._stored.get(target))
+
+    def _numel(self, target: str) -> int:
+        stored = self._weight(target)
+        assert stored is not None, target
+        return self._source.weights.info(stored).numel
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the parent has these targets.
 
         Args:
-            shapes: Name of each target to the shape [out, in] of its weight.
+            shapes: Name of each target to the shape in which its weight is stored.
 
         Raises:
             ValueError: It lacks one, or has another shape.
         """
         for name, shape in shapes.items():
-            stored = self._stored.get(f"{name}.weight")
+            stored = self._weight(name)
             found = None if stored is None else tuple(self._source.weights.info(stored).shape)
             if found != shape:
                 has = "no such weight" if found is None else f"the shape {list(found)}"
                 raise ValueError(
-                    f"{self._option}={self._source.folder}: {name}.weight has the shape {list(shape)} in the pruned "
-                    f"model, the parent has {has}: needs the model that was pruned, before it was"
+                    f"{self._option}={self._source.folder}: the weight of {name} has the shape {list(shape)} in the "
+                    f"pruned model, the parent has {has}: needs the model that was pruned, before it was"
                 )
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -68,7 +78,8 @@ class ParentModel:
         Raises:
             ValueError: A file cannot be read.
         """
-        stored = self._stored[f"{name}.weight"]
+        stored = self._weight(name)
+        assert stored is not None, name
         try:
             return self._source.weights.read(stored, start, stop).reshape(-1)
         except (SafetensorError, OSError) as error:
@@ -83,7 +94,6 @@ class ParentModel:
         """
         digest = hashlib.sha256()
         for name in names:
-            numel = self._source.weights.info(self._stored[f"{name}.weight"]).numel
-            values = self.read(name, 0, min(_SAMPLED, numel)).to(torch.float32)
+            values = self.read(name, 0, min(_SAMPLED, self._numel(name))).to(torch.float32)
             digest.update(name.encode() + values.numpy().tobytes())
         return digest.hexdigest()[:16]

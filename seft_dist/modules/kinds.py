@@ -198,7 +198,11 @@ class Conv1DWeight(Target):
 
     def check_criteria(self, name: str, config: SeftConfig) -> None:
         kind = type(self.module).__name__
-        _check_statistics_unused(name, kind, config)
+        if config.adapts_by == "activation":
+            raise ValueError(
+                f"seft.adapt=activation is not supported for a {kind} ({name}), whose inputs run down the columns: "
+                "choose seft.adapt=curvature, or targets without it"
+            )
         if config.known_pattern is not None:
             raise ValueError(
                 f"seft.pattern={config.pattern} is not supported for a {kind} ({name}): it stores inputs down its "
@@ -217,7 +221,8 @@ class ExpertWeight(Target):
 
     @property
     def num_experts(self) -> int:
-        return len(self.weight)
+        number: int = self.module.num_experts
+        return number
 
     def weight_name(self, name: str) -> str:
         return name  # the parameter's name is in it
@@ -246,28 +251,9 @@ class ExpertWeight(Target):
                 )
 
     def check_criteria(self, name: str, config: SeftConfig) -> None:
-        kind = type(self.module).__name__
-        _check_statistics_unused(name, kind, config)
-        if config.window_store == "factored":
-            raise ValueError(
-                f"seft.window_store=factored is not supported for the fused experts of a {kind} ({name}): each expert "
-                "has column sums of its own; choose full, bf16 or candidates, or targets without it"
-            )
+        pass  # all of them are supported
 
 
 def is_conv1d(module: object) -> bool:
     """Return whether a module is GPT-2's linear with a transposed weight."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _check_statistics_unused(name: str, kind: str, config: SeftConfig) -> None:
-    if config.swap_fraction > 0:
-        raise ValueError(
-            f"seft.swap_fraction is not supported yet for the weights of a {kind} ({name}): choose 0, or targets "
-            "without it"
-        )
-    if config.adapts_by in ("activation", "curvature"):
-        raise ValueError(
-            f"seft.adapt={config.adapt} is not supported yet for the weights of a {kind} ({name}): choose "
-            "seft.adapt=sensitivity or magnitude, or targets without it"
-        )

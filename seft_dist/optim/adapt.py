@@ -22,7 +22,7 @@ def adapt(work: WorkingState) -> None:
     if work.config.adapts_by is None:
         return
     if work.config.adapt == "activation":
-        work.norms = {i: window.summed("norms").sqrt() for i, window in enumerate(work.windows)}
+        work.norms = {i: window.summed_norms().sqrt() for i, window in enumerate(work.windows)}
     work.pruned = _least_of_layers(work) if work.groups is None else _least_of_groups(work, work.groups)
     for i, offsets in enumerate(work.pruned):
         mask = work.state.masks[i] = work.mark(i, work.state.masks[i], offsets, False)
@@ -93,6 +93,21 @@ def curvature_price(work: WorkingState, i: int, weight: Tensor) -> Tensor:
     return scores.curvature(weight, *work.windows[i].moments(), work.intervals[i].start)
 
 
+def without_tokens(work: WorkingState, i: int) -> Tensor | None:
+    """Return which of a target's own positions belong to experts that no token of the window has chosen, bool [own].
+
+    Nothing is known of what they are worth, so they should stay as they are. None: there are no such experts.
+    """
+    experts = work.backend.experts[i]
+    if experts == 1:
+        return None
+    inputs = work.norms[i] if work.norms else work.windows[i].moments()[1]
+    silent = inputs.sum(1) == 0
+    interval, each = work.intervals[i], work.backend.partitions[i].numel // experts
+    first, last = interval.start // each, -(-interval.stop // each)
+    return silent[first:last].repeat_interleave(each)[interval.start - first * each :][: len(interval)]
+
+
 def adapt_errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:
     """Return how far rounding can move each of ``adapt_key``'s scores, fp32 [own]."""
     return rounding.of_adapt(i, current_weight(work, i), work.norms.get(i), work.offsets(i), work.entries[i])
@@ -107,8 +122,12 @@ def adapt_key(work: WorkingState, i: int) -> Tensor:
         if (known := window.known()) is not None:
             eligible &= known
         return ranking_keys(weight, largest=False, eligible=eligible, times=window.gradient())
+    if work.config.adapt == "magnitude":
+        return ranking_keys(weight, largest=False, eligible=eligible, absolute=True)
     if work.config.adapt == "curvature":
-        return ranking_keys(curvature_price(work, i, weight), largest=False, eligible=eligible)
-    if work.config.adapt == "activation":
-        weight = scores.activation(weight, work.norms[i], work.intervals[i].start)
-    return ranking_keys(weight, largest=False, eligible=eligible, absolute=True)
+        score = curvature_price(work, i, weight)
+    else:
+        score = scores.activation(weight, work.norms[i], work.intervals[i].start, work.backend.shapes[i][0])
+    if (unknown := without_tokens(work, i)) is not None:
+        score.masked_fill_(unknown, torch.finfo(torch.float32).max)  # eligible, but after all others
+    return ranking_keys(score, largest=False, eligible=eligible)

@@ -35,6 +35,8 @@ class Limits:
     name: str
     shape: tuple[int, int]
     """[rows, columns] of the whole weight."""
+    experts: int
+    """Number of experts in it; 1 for an ordinary weight."""
     interval: Interval
     """Positions of the part."""
     dtype: torch.dtype
@@ -128,7 +130,8 @@ def _check_window(parts: Mapping[str, Tensor | None], indices: Tensor, limits: L
     for key, needed, low in (("window.total", needs.dense, None), ("window.squares", needs.squares, 0.0)):
         if needed or parts.get(key) is not None:
             _bounded(_vector(parts, key, needs.dtype, kept, limits), key, low, None, limits)
-    for key, length in (("rows", rows), ("cols", columns), ("norms", columns), ("outputs", rows)):
+    norms = columns * limits.experts
+    for key, length in (("rows", rows), ("cols", columns), ("norms", norms), ("outputs", rows)):
         name = f"window.{key}"
         if parts.get(name) is not None:
             _bounded(_vector(parts, name, torch.float32, length, limits), name, 0.0, None, limits)
@@ -197,6 +200,7 @@ def check_layers(
         limits = Limits(
             name=layer.name,
             shape=backend.shapes[i],
+            experts=backend.experts[i],
             interval=backend.interval(i),
             dtype=backend.dtypes[i],
             positions=backend.position_dtype,

@@ -126,7 +126,7 @@ class Rounding:
         Args:
             i: Number of the target.
             weight: fp32 [n], the own weights before any cast.
-            norms: fp32 [in], norms of the inputs, for criterion "activation".
+            norms: fp32 [experts, in], norms of the inputs, for criterion "activation".
             offsets: int64 [k], offsets of the deltas in the own interval.
             entries: The own deltas.
         """
@@ -136,7 +136,8 @@ class Rounding:
         if self._config.adapt == "curvature":
             return self.of_price(i, weight, errors)
         if norms is not None:
-            return scores.activation(errors + weight.abs() * ROUNDING, norms, self._backend.interval(i).start)
+            start, rows = self._backend.interval(i).start, self._backend.shapes[i][0]
+            return scores.activation(errors + weight.abs() * ROUNDING, norms, start, rows)
         return errors
 
     def of_price(self, i: int, weight: Tensor, errors: Tensor) -> Tensor:

@@ -86,12 +86,12 @@ class Slot:
             with self.window.measuring():
                 dense = dense_grad(x, grad) if ends is None else experts_dense_grad(x, grad, ends)
                 self._sample(x, grad, ends, dense)
-                self.window.observe(x, grad)
+                self.window.observe(x, grad, ends)
                 self.window.add(dense)  # last: the sum over ranks may be made in place
         else:
             self._sample(x, grad, ends, None)
             if self.window is not None:
-                self.window.observe(x, grad)
+                self.window.observe(x, grad, ends)
         self._on_record()
 
     def _sample(self, x: Tensor, grad: Tensor, ends: list[int] | None, dense: Tensor | None) -> None:

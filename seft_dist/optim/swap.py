@@ -8,16 +8,18 @@ its trained value at once, so it is compared with active ones before anything is
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from seft_dist.backends.shards import whole_shape
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.modules.kinds import Target
-from seft_dist.optim.adapt import current_weight, curvature_price
+from seft_dist.optim.adapt import current_weight, curvature_price, without_tokens
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
@@ -27,8 +29,8 @@ from seft_dist.sparsity.schedule import fraction_of
 class Parent(Protocol):
     """The model before it was pruned, whose weights are read where they are needed (``seft_dist.io.parent``)."""
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise a ValueError unless the parent has these targets, with weights [out, in] of these shapes."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError unless the parent has these targets, with weights that are stored in these shapes."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return the values [start, stop) of a target's flattened weight, in any dtype and memory."""
@@ -53,8 +55,8 @@ def check_parent(parent: Parent | None, config: SeftConfig, targets: Mapping[str
             "a parent without swap_fraction: nothing would come back from it; set swap_fraction, e.g. to 0.02, or give "
             "no parent"
         )
-    shapes = {name: target.matrix_shape for name, target in targets.items()}
-    largest = max(rows * columns for rows, columns in shapes.values())
+    shapes = {name: whole_shape(target.weight) for name, target in targets.items()}
+    largest = max(map(prod, shapes.values()))
     if not fraction_of(config.swap_fraction, largest):
         raise ValueError(
             f"swap_fraction={config.swap_fraction:g} lets no position swap, since the largest target has {largest} "
@@ -116,6 +118,8 @@ class _Pruned:
         """Return the keys by which a target's own positions come back, int32 [own]; those without a value cannot."""
         values = self.values(i)
         usable = (values.abs() >= least_size(values.dtype)) & values.isfinite() & ~self._work.mask(i)
+        if (unknown := without_tokens(self._work, i)) is not None:
+            usable &= ~unknown
         prices = curvature_price(self._work, i, values.float().masked_fill(~usable, 0.0))
         return ranking_keys(prices, largest=True, eligible=bits.pack(usable))
 
@@ -126,8 +130,10 @@ class _Pruned:
 
 
 def _leaving_keys(work: WorkingState, i: int) -> Tensor:
-    price = curvature_price(work, i, current_weight(work, i))
-    return ranking_keys(price, largest=False, eligible=work.state.masks[i])
+    price, eligible = curvature_price(work, i, current_weight(work, i)), work.state.masks[i]
+    if (unknown := without_tokens(work, i)) is not None:
+        eligible = eligible & bits.pack(~unknown)
+    return ranking_keys(price, largest=False, eligible=eligible)
 
 
 def _errors(work: WorkingState, rounding: Rounding, i: int) -> Tensor:

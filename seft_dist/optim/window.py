@@ -19,6 +19,7 @@ from torch import Tensor
 from seft_dist.backends.base import Backend
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
+from seft_dist.modules.experts import expert_slices
 from seft_dist.optim.delta import Columns, Support, gather_supports
 from seft_dist.optim.report import ReportDraft
 from seft_dist.sparsity import scores
@@ -111,9 +112,11 @@ class Window:
         self.sampled: Support | None = None
         """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None
-        """fp32 [in], sum of squares of the input, this rank's tokens only (activation, curvature, factored)."""
+        """fp32 [experts x in], sum of squares of each expert's input, this rank's tokens only (activation, curvature,
+        factored)."""
         self.outputs: Tensor | None = None
-        """fp32 [out], sum of squares of the output's gradient, this rank's tokens only (curvature, factored)."""
+        """fp32 [experts x out], sum of squares of the output's gradient, this rank's tokens only (curvature,
+        factored)."""
         self.rows: Tensor | None = None
         """fp32 [out], row accumulator (momentum); the same on every rank."""
         self.cols: Tensor | None = None
@@ -154,17 +157,19 @@ class Window:
         """Set one step's gradient at ``positions``, fp32 [kept], averaged over ranks."""
         self._step = grad
 
-    def observe(self, x: Tensor, grad: Tensor) -> None:
+    def observe(self, x: Tensor, grad: Tensor, ends: list[int] | None = None) -> None:
         """Add one backward pass's tokens to the sums over tokens.
 
         Args:
             x: [T, in], the linear's input.
             grad: [T, out], gradient of its output.
+            ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
         """
         for name in self.sums:
             # A rank's gradient is that of its own mean loss: world_size times its share of the mean over ranks.
             part = x.float() if name == "norms" else grad.float() / self._backend.world_size
-            squared = part.square().sum(0).to(self._backend.device)  # the CPU, where weights are offloaded
+            squares = [part[tokens].square().sum(0) for tokens in expert_slices(ends or [len(part)])]
+            squared = torch.cat(squares).to(self._backend.device)  # the CPU, where weights are offloaded
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared
 
     def is_finite(self) -> Tensor:
@@ -226,7 +231,7 @@ class Window:
     def reduce_factors(self) -> None:
         """Add up the row and column sums of all ranks. Collective where both are kept; otherwise nothing is sent."""
         if "outputs" in self.sums:
-            self._factors = self.summed("outputs"), self.summed("norms")
+            self._factors = self.summed("outputs"), self.summed_norms()
 
     def gradient(self) -> Tensor:
         """Return the accumulated gradient of the own interval, fp32 [own], or an estimate of its size.
@@ -247,7 +252,7 @@ class Window:
         return self.gradient()[positions.long() - self._backend.interval(self._i).start]
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Return the mean over steps of the row and column sums of all ranks, fp32 [out] and [in].
+        """Return the mean over steps of the row and column sums of all ranks, fp32 [experts x out] and [experts, in].
 
         Their product estimates the curvature of the loss at each position. Needs ``reduce_factors``.
         """
@@ -266,10 +271,15 @@ class Window:
         assert self.positions is not None
         return self.positions.long() - self._backend.interval(self._i).start
 
+    def summed_norms(self) -> Tensor:
+        """Add up ``norms`` over all ranks, fp32 [experts, in]. Collective."""
+        return self.summed("norms").view(self._backend.experts[self._i], -1)
+
     def summed(self, name: str) -> Tensor:
-        """Add up one of ``sums`` over all ranks, fp32. Collective."""
+        """Add up one of ``sums`` over all ranks, fp32, flat. Collective."""
         own: Tensor | None = getattr(self, name)
-        length = self._backend.shapes[self._i][name == "norms"]
+        rows, columns = self._backend.shapes[self._i]
+        length = columns * self._backend.experts[self._i] if name == "norms" else rows
         if own is not None:
             squared = own.clone()
         else:

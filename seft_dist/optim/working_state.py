@@ -61,7 +61,7 @@ class WorkingState:
         self.returned_values: dict[int, Tensor] = {}
         """Values of each target at ``returned``, in the dtype of the weights."""
         self.norms: dict[int, Tensor] = {}
-        """fp32 [in], norms of each target's inputs over the window, once Adapt knows them."""
+        """fp32 [experts, in], norms of each target's inputs over the window, once Adapt knows them (activation)."""
         self.rounding: Rounding | None = None
         """Errors of the scores, while near-ties are counted."""
         self.near_ties = near_ties

@@ -208,6 +208,15 @@ class ModelShapes:
         return sum(weight.numel for weight in self.weights)
 
     @cached_property
+    def window_sums(self) -> int:
+        """Number of row and column sums that windows keep of all targets; each fused expert has columns of its own."""
+        return sum(
+            weight.target[0] + weight.target[1] * (weight.shape[0] if len(weight.shape) == 3 else 1)
+            for weight in self.targets
+            if weight.target
+        )
+
+    @cached_property
     def target_numel(self) -> int:
         """Number of entries in all targets."""
         return sum(weight.numel for weight in self.targets)

@@ -213,7 +213,7 @@ def _window_phases(
         ranking["masks before the evolution"] = own / 8  # packed weights keep theirs until all are chosen
     sums: MemoryTerms = {}
     if needs.outputs:
-        sums = {"window: row and column sums (2)": 8.0 * sum(sum(w.target) for w in shapes.targets if w.target)}
+        sums = {"window: row and column sums (2)": 8.0 * shapes.window_sums}
     if needs.factored:
         return {
             "loss in a window": {**whole, **head, **sums},

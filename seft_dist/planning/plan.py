@@ -191,10 +191,7 @@ def _advice(config: PlanConfig, traces: _Traces, estimates: list[Estimate], rate
         other = dataclasses.replace(config, **change)  # type: ignore[arg-type]
         if other != config and _fits(other, traces, rates, config.cluster.nodes):
             advice.append(f"{options} would fit")
-    stores = [config.seft.window_store]
-    if not any(len(weight.shape) == 3 for weight in traces.shapes.targets):  # refused for fused experts
-        stores.append("factored")
-    for store in dict.fromkeys(stores):
+    for store in dict.fromkeys((config.seft.window_store, "factored")):
         for divisor in (1, 2, 5, 10, 20, 50, 100):
             density = config.seft.density / divisor
             try:

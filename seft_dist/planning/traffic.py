@@ -129,7 +129,7 @@ def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: 
     layers = len(shapes.targets)
     ranked = (3 if config.seft.reactivation else 2) * ranking(moved, layers)
     ranked += 3 * ranking(swaps, layers if config.seft.scope == "layer" else 1) * (swaps > 0)
-    traffic = _factors(shapes, links) if Needs.of(config.seft).outputs else []
+    traffic = [links.ring("row and column sums", 8.0 * shapes.window_sums)] if Needs.of(config.seft).outputs else []
     traffic += [
         links.ring("rankings", ranked),
         links.ring("positions of all deltas", shapes.position_bytes * deltas * layout.skew(shapes)),
@@ -137,10 +137,6 @@ def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: 
     if not layout.sharded:
         traffic.append(links.ring("changes of weights", (8 + item) * 2 * (moved + swaps)))
     return traffic
-
-
-def _factors(shapes: ModelShapes, links: Links) -> list[Traffic]:
-    return [links.ring("row and column sums", 8.0 * sum(sum(w.target) for w in shapes.targets if w.target))]
 
 
 def adam_step(shapes: ModelShapes, links: Links, item: int, trained: int) -> list[Traffic]:

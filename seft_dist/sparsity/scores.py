@@ -38,16 +38,16 @@ def sensitivity(weight: Tensor, grad: Tensor) -> Tensor:
     return (weight * grad).abs()
 
 
-def activation(weight: Tensor, norms: Tensor, start: int) -> Tensor:
+def activation(weight: Tensor, norms: Tensor, start: int, rows: int) -> Tensor:
     """Return |weight| x L2 norm of its input, fp32 [n] (Wanda's score, arXiv 2306.11695).
 
     Args:
         weight: fp32 [n], the interval's weights.
-        norms: fp32 [in], norm of each input feature over the window.
+        norms: fp32 [in] or [experts, in], norm of each input feature over the window.
         start: Flat position of the interval's first weight; its input is start mod in.
+        rows: Number of rows of the whole weight, of all experts together.
     """
-    rows = norms.new_ones(1).expand(-(-(start + weight.numel()) // norms.numel()))
-    return _interval(torch.mul, rows, norms, start, weight.numel()).mul_(weight.abs())
+    return _interval(torch.mul, norms.new_ones(1).expand(rows), norms, start, weight.numel()).mul_(weight.abs())
 
 
 def curvature(weight: Tensor, rows: Tensor, cols: Tensor, start: int) -> Tensor:
@@ -60,8 +60,8 @@ def curvature(weight: Tensor, rows: Tensor, cols: Tensor, start: int) -> Tensor:
 
     Args:
         weight: fp32 [n], the interval's weights.
-        rows: fp32 [out], sum over tokens of the squared gradient of each output.
-        cols: fp32 [in], sum over tokens of each squared input.
+        rows: fp32 [out], of all experts one after another: sum over tokens of the squared gradient of each output.
+        cols: fp32 [in] or [experts, in], sum over tokens of each squared input.
         start: Flat position of the interval's first weight.
 
     Source: the second-order term of LeCun et al. (Optimal Brain Damage), with the factors of Martens and Grosse (arXiv
@@ -90,22 +90,27 @@ def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
     It is the size of a weight gradient whose terms have random signs, up to a factor.
 
     Args:
-        rows: fp32 [out], sum over tokens of the squared gradient of each output.
-        cols: fp32 [in], sum over tokens of each squared input.
+        rows: fp32 [out], of all experts one after another: sum over tokens of the squared gradient of each output.
+        cols: fp32 [in] or [experts, in], sum over tokens of each squared input.
         start: Flat position of the interval's first weight.
         numel: Number of positions.
     """
     return _interval(torch.mul, rows.sqrt(), cols.sqrt(), start, numel)
 
 
-def _interval(join: Callable[[Tensor, Tensor], Tensor], rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
+def _interval(join: Callable[..., Tensor], rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
     """Return join(row, column) at ``numel`` flat positions from ``start`` on, fp32 [numel].
 
-    Only the rows that these positions touch are computed.
+    Only the rows that these positions touch are computed. Each expert has as many rows, and columns of its own.
     """
-    width = cols.numel()
+    cols = cols.view(-1, cols.shape[-1])
+    width, height = cols.shape[1], len(rows) // len(cols)
     first, last = start // width, -(-(start + numel) // width)
-    return join(rows[first:last].unsqueeze(1), cols).view(-1)[start - first * width :][:numel]
+    whole = rows.new_empty(last - first, width)
+    for expert in range(first // height, -(-last // height)):
+        begin, end = max(first, expert * height), min(last, (expert + 1) * height)
+        join(rows[begin:end].unsqueeze(1), cols[expert], out=whole[begin - first : end - first])
+    return whole.view(-1)[start - first * width :][:numel]
 
 
 def uniform(positions: Tensor, *keys: int) -> Tensor:

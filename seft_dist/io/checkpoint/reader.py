@@ -246,6 +246,7 @@ def _read_parts(seft: SeftOptimizer, reader: _Reader, target: TargetEntry, i: in
             Limits(
                 f"{rank_file(rank, reader.world_size)}: {name}",
                 backend.shapes[i],
+                backend.experts[i],
                 own,
                 backend.dtypes[i],
                 backend.position_dtype,
