@@ -1,6 +1,7 @@
 """What loops of users do beside forward, backward and step: other backward passes, copies, conversions, heads."""
 
 import copy
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.optim.notices import SeftWarning
 from tests.models import SIZES, VOCAB, batch, moving, prune_, tiny_llama
+from tests.ranks import run_ranks
 
 CONFIG = moving(density=0.05, interval=4, window=2, steps=8)
 
@@ -70,6 +73,21 @@ def test_a_model_that_is_frozen_as_a_whole_is_no_mistake() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", SeftWarning)
         train(model, seft, range(2))
+
+
+@pytest.mark.parametrize("wrapped_first", [True, False])
+def test_fsdp1_is_refused_by_name(wrapped_first: bool) -> None:
+    def on_rank(rank: int, size: int) -> None:
+        model = prune_(tiny_llama())
+        wrap = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+        if wrapped_first:
+            SeftOptimizer(wrap(model), CONFIG)
+        else:
+            seft = SeftOptimizer(model, CONFIG)
+            train(wrap(model), seft, range(1))
+
+    with pytest.raises(AssertionError, match=r"FullyShardedDataParallel \(FSDP1\): needs FSDP2.*fsdp_version: 2"):
+        run_ranks(on_rank, 2)
 
 
 def test_two_optimizers_of_one_model_are_refused() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from seft_dist.backends.packed import packed_of
 from seft_dist.config import SeftConfig
@@ -43,6 +44,24 @@ def check_no_adapters(model: nn.Module) -> None:
                 "would neither be trained nor kept sparse. Merge them first (model = model.merge_and_unload()), or "
                 "pass no peft_config"
             )
+
+
+def check_not_flattened(model: nn.Module) -> None:
+    """Refuse a model that FSDP1 has wrapped: it holds parts of one flat tensor in place of weights.
+
+    Raises:
+        ValueError: Names the first wrapped module, and what to use instead.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(_flattened(name or "the model"))
+
+
+def _flattened(what: str) -> str:
+    return (
+        f"{what} is flattened by FullyShardedDataParallel (FSDP1): needs FSDP2, torch.distributed.fsdp.fully_shard, or "
+        "fsdp_version: 2 in the configuration of accelerate"
+    )
 
 
 def check_dtype(name: str, weight: Tensor) -> None:
@@ -109,7 +128,7 @@ def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 
 def check_loaded(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse weights that have no values when training begins, and adapters that came after ``check_trainable``.
+    """Refuse weights that have no values when training begins, and adapters or FSDP1 that came after the optimizer.
 
     Args:
         model: The root module.
@@ -120,6 +139,8 @@ def check_loaded(model: nn.Module, targets: Mapping[str, Target]) -> None:
     """
     check_no_adapters(model)
     for name, target in targets.items():
+        if not isinstance(target.weight, nn.Parameter):  # FSDP1 puts views in their place while the model computes
+            raise ValueError(_flattened(target.weight_name(name)))
         if target.weight.is_meta and packed_of(target.weight) is None:
             raise ValueError(
                 f"{target.weight_name(name)} is on the meta device, without values: load the pruned weights before the "

@@ -12,7 +12,7 @@ from seft_dist.backends.shards import zeros_beside
 from seft_dist.config import SeftConfig
 from seft_dist.modules.kinds import Target
 from seft_dist.modules.targets import check_criteria, find_targets
-from seft_dist.modules.trainable import check_trainable
+from seft_dist.modules.trainable import check_not_flattened, check_trainable
 from seft_dist.optim.anchors import ANCHOR
 from seft_dist.optim.linear import SAMPLED_FORWARDS
 from seft_dist.optim.slot import Slot
@@ -33,6 +33,7 @@ def checked_targets(model: nn.Module, config: SeftConfig, parent: Parent | None)
     Raises:
         ValueError: There are none, they or the parent do not fit, or another optimizer trains the model.
     """
+    check_not_flattened(model)
     targets = find_targets(model, config.targets)
     check_criteria(targets, config)
     check_parent(parent, config, targets)
