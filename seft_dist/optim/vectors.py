@@ -107,7 +107,7 @@ class Vectors:
                     module.forward = types.MethodType(_watched_forward, module)
 
     def __len__(self) -> int:
-        """Return the number of trained values."""
+        """Return the number of trainable parameters."""
         return sum(self.lengths)
 
     def attach(self, backend: Backend) -> None:

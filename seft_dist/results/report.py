@@ -217,7 +217,7 @@ def print_tables(run: FinishedRun, console: Console) -> None:
         f"deltas on {result['density']:.2%} of the weights, adapt {seft['adapt']}, reactivation {seft['reactivation']}"
     )
     if method not in VARIANTS:
-        trained = f"method {method}, {result['trainable']:,} trained values"
+        trained = f"method {method}, {result['trainable']:,} trainable parameters"
     console.print(
         f"{result['steps']} steps on {result['world_size']} x {result['backend']} in {result['seconds']:.0f} s, "
         f"{run.steps[-1]['tokens']:,} tokens; {trained}; layers with another number of zeros than before: "

@@ -30,7 +30,7 @@ _COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#B
 _MARKERS = "osD^vPX*"
 _SIZE = (9.0, 4.5)
 _AXES = {
-    "trainable": "trained values",
+    "trainable": "trainable parameters",
     "seconds": "seconds of training",
     "memory": "peak memory, GB",
 }
@@ -110,13 +110,15 @@ def _methods(results: Results, axes: "Axes") -> bool:
     for y, (mean, row) in enumerate(rows):
         colour = BLUE if row["tokens"] else GREY
         if not best / _NEAR <= mean <= _NEAR * best:  # drawn where it is, it would squeeze all methods together
-            text, x, side = (f"{mean:,.4g} \u2192", 1, "right") if mean > best else (f"\u2190 {mean:,.4g}", 0, "left")
+            far = _perplexity(mean)
+            text, x, side = (f"{far} \u2192", 1, "right") if mean > best else (f"\u2190 {far}", 0, "left")
             axes.annotate(text, (x, y), xycoords=("axes fraction", "data"), ha=side, va="center", fontsize=8)
         else:
             seeds = [run["test"] for run in results["runs"] if run["method"] == row["method"] and run["test"]]
             axes.plot(seeds, [y] * len(seeds), "o", color=colour, markersize=4, alpha=0.45)
             axes.plot(mean, y, "d", color=colour, markersize=8)
-            axes.annotate(f"{mean:,.4g}", (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+            text = _perplexity(mean)
+            axes.annotate(text, (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
         what = f", {_short_count(row['trainable'])}" if row["trainable"] else ""
         where = f" on {row['base']}" if several and row["tokens"] else ""
         label = f"{row['method']}{what}{where}"
@@ -127,10 +129,15 @@ def _methods(results: Results, axes: "Axes") -> bool:
     axes.grid(axis="y", visible=False)
     axes.figure.set_size_inches(_SIZE[0], 1.2 + 0.36 * len(rows))  # type: ignore[union-attr]
     axes.set(
-        title=f"{results['name']}: methods, with trained values",
+        title=f"{results['name']}: methods, with trainable parameters",
         xlabel="test perplexity (lower is better)\nsmall: each seed, large: mean, grey: nothing trained",
     )
     return True
+
+
+def _perplexity(value: float) -> str:
+    """Write a perplexity with two decimals, a large one with four digits."""
+    return f"{value:.2f}" if value < 100 else f"{value:,.4g}"
 
 
 def _short_count(count: float) -> str:

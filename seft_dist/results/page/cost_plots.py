@@ -116,7 +116,7 @@ def _costs(run: RunRecord) -> dict[str, str]:
     costs["peak memory of the fullest rank"] = size(whole(run.result, "peak_memory_bytes"))
     trainable = whole(run.result, "trainable") or (whole(run.evolutions[-1], "support") if run.evolutions else None)
     if trainable:
-        costs["trained values"] = f"{trainable:,}"
+        costs["trainable parameters"] = f"{trainable:,}"
         if run.world_size > 1 and run.is_seft:
             costs["gradients sent in a step, before they are added up"] = size(_BYTES_OF_A_GRADIENT * trainable)
     return costs | {f"on disk: {name}": size(count) for name, count in run.sizes.items()}

@@ -58,7 +58,7 @@ def _setting(run: RunRecord) -> str:
 def _method(run: RunRecord) -> str:
     trained = whole(run.result, "trainable") or (whole(run.evolutions[-1], "support") if run.evolutions else None)
     if not run.is_seft:
-        return f"method {run.method}" + (f" ({trained:,} trained values)" if trained else "")
+        return f"method {run.method}" + (f" ({trained:,} trainable parameters)" if trained else "")
     density = run.setting("seft.density")
     share = f"up to {100 * density:g} % of the weights" if isinstance(density, (int, float)) else "some of the weights"
     name = "SEFT" if run.method == "seft" else f"SEFT ({run.method})"
