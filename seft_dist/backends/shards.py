@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from seft_dist.backends.deepspeed import is_zero3
@@ -24,6 +24,12 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether FSDP2 or ZeRO-3 holds a parameter."""
     return isinstance(parameter, DTensor) or is_zero3(parameter)
+
+
+def find_fsdp1(model: nn.Module) -> str | None:
+    """Return the name of the first module that FSDP1 has wrapped, "" for the model itself; None: there is none."""
+    wrapped = (name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel))
+    return next(wrapped, None)
 
 
 def stored_part(parameter: Tensor) -> tuple[Tensor, int]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from seft_dist.backends.packed import packed_of
+from seft_dist.backends.shards import find_fsdp1
 from seft_dist.config import SeftConfig
 from seft_dist.modules.kinds import Target
 
@@ -52,9 +52,9 @@ def check_not_flattened(model: nn.Module) -> None:
     Raises:
         ValueError: Names the first wrapped module, and what to use instead.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise ValueError(_flattened(name or "the model"))
+    name = find_fsdp1(model)
+    if name is not None:
+        raise ValueError(_flattened(name or "the model"))
 
 
 def _flattened(what: str) -> str:
