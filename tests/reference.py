@@ -15,7 +15,7 @@ from seft_dist.config import SeftConfig
 from seft_dist.modules.targets import find_targets
 from seft_dist.sparsity.scores import uniform
 from tests.reference_layer import Layer
-from tests.reference_window import Window
+from tests.reference_window import Window, cut
 
 TINY = 2.0**-126
 
@@ -186,9 +186,9 @@ class DenseSeft:
             leaving = self._choose_of_all([active[i] for i in group], [layers[i].mask for i in group], count)
             coming = self._choose_of_all([pruned[i] for i in group], free, count, largest=True)
             out, back = self._listed(group, active, leaving), self._listed(group, pruned, coming)
-            # of equal ones, those at smaller places win: the pruned ones come, the active ones stay
-            out, back = sorted(out, key=lambda p: (p[0], -p[1], -p[2])), sorted(back, key=lambda p: (-p[0], p[1], p[2]))
-            pairs = [(one, other) for one, other in zip(out, back, strict=False) if other[0] > one[0]]
+            # of equal ones, those at smaller places come and leave first
+            out, back = sorted(out), sorted(back, key=lambda p: (-p[0], p[1], p[2]))
+            pairs = [(one, other) for one, other in zip(out, back, strict=False) if cut(other[0]) > cut(one[0])]
             typical = math.sqrt(sum(one[0] ** 2 for one in out + back) / max(1, len(out + back)))
             for one, other in zip(out, back, strict=False):
                 self._note(other[0], one[0], typical)
@@ -204,11 +204,11 @@ class DenseSeft:
                 layer.base = torch.where(layer.returned, values[i].to(layer.base.dtype), layer.base)
 
     def _listed(self, group: list[int], prices: list[Tensor], chosen: list[Tensor]) -> list[tuple[float, int, int]]:
-        """Price without its last bit, layer and position of each that was chosen."""
+        """Price, layer and position of each that was chosen."""
         found = []
         for i, which in zip(group, chosen, strict=True):
-            cut = (prices[i].view(torch.int32) & ~1).view(torch.float32).flatten()
-            found += [(float(cut[at]), i, at) for at in which.flatten().nonzero().flatten().tolist()]
+            price = prices[i].flatten()
+            found += [(float(price[at]), i, at) for at in which.flatten().nonzero().flatten().tolist()]
         return found
 
     def _price(self, value: Tensor, window: Window) -> Tensor:

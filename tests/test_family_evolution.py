@@ -19,7 +19,9 @@ from seft_dist.modules.experts import is_experts
 from seft_dist.modules.targets import find_targets
 from seft_dist.pruning.prune import prune_folder
 from tests.families import family_folder, family_model
+from tests.layouts import build
 from tests.models import VOCAB, Parent, batch, prune_
+from tests.ranks import run_ranks
 from tests.runs import digests, ds_file, run_config, run_train
 from tests.texts import text_jsonl
 
@@ -119,6 +121,19 @@ def silent_mixture() -> tuple[Any, str]:
     return model, "model.layers.0.mlp.experts"
 
 
+def test_an_expert_whose_inputs_are_zero_is_not_without_tokens() -> None:
+    """Its weights are worth nothing, so they leave first."""
+    model, experts = silent_mixture()
+    parent = Parent(model)
+    fused: Any = prune_(model).get_submodule(experts)
+    fused.gate_up_proj.data[0] = 0  # the first expert's second projection sees zeros
+    before = (fused.down_proj != 0).sum((1, 2))
+    seft = SeftOptimizer(model, dataclasses.replace(CONFIG, targets="down_proj"), lr=0.0, parent=parent)
+    steps_of(model, seft, 4)
+    after = (fused.down_proj != 0).sum((1, 2))
+    assert after[0] < before[0] and after[2] == before[2] and after.sum() == before.sum()
+
+
 @pytest.mark.parametrize(
     "over",
     [
@@ -165,6 +180,27 @@ def test_sums_of_a_window_are_those_of_each_expert() -> None:
                 torch.testing.assert_close(outputs, other.outputs)
                 compared += 1
     assert compared == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_sums_of_a_window_are_the_same_on_several_ranks(family: str) -> None:
+    """Each of them, not only their product: a window may begin on one layout and end on another."""
+    config = dataclasses.replace(CONFIG, init="random")
+
+    def sums(rank: int, size: int) -> list[Tensor]:
+        model, parent = prune_(family_model(family)), Parent(family_model(family))
+        called, seft, backward, step = build("ddp" if size > 1 else "single", config, model, parent=parent, lr=0.0)
+        for t in range(3):  # the window of step 4 has begun
+            parts = [batch(t, rank)] if size > 1 else [batch(t, 0), batch(t, 1)]
+            backward(called(**{key: torch.cat([part[key] for part in parts]) for key in parts[0]}).loss)
+            step()
+        return [window.summed(name) for window in seft._windows if window is not None for name in window.sums]
+
+    alone, many = run_ranks(sums, 1)[0], run_ranks(sums, 2)[0]
+    assert len(alone) == len(many) > 0
+    for one, other in zip(alone, many, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("store", ["full", "factored"])

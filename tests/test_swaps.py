@@ -126,6 +126,23 @@ def test_a_pruned_weight_that_matters_takes_the_place_of_one_that_does_not() -> 
     assert int((weight == 0).sum()) == zeros
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_of_equal_prices_the_smaller_position_leaves_and_comes(scope: Any) -> None:
+    layer = nn.Linear(4, 1, bias=False)
+    model = nn.Sequential(layer)
+    layer.weight.data.copy_(torch.tensor([[1.0, 1.0, 4.0, 4.0]]))
+    parent = Parent(model)
+    layer.weight.data[0, 2:] = 0
+    config = SeftConfig(
+        density=0.25, interval=1, window=1, steps=3, swap_fraction=0.25, swap_end=1, scope=scope, init="random",
+        grow="random", drop_fraction=0,
+    )  # fmt: skip
+    seft = SeftOptimizer(model, config, lr=0.0, parent=parent)
+    model(torch.ones(1, 4)).sum().backward()
+    seft.step()
+    assert layer.weight.tolist() == [[0.0, 1.0, 4.0, 0.0]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "world_size", "scope"),

@@ -159,7 +159,7 @@ def test_hidden_trials_come_back_bit_for_bit(layout: str = "single", world_size:
         before = {name: layer["weight"].clone() for name, layer in snapshot(model, seft).items()}
         on_trial = sum(layer.trial for layer in seft.sparsity())
         assert on_trial > 0
-        with seft.without_trials():
+        with seft.exact_zeros():
             hidden = snapshot(model, seft)
             assert all(layer.zeros == layer.numel - layer.mask_size for layer in seft.sparsity())
             assert on_trial == sum(
@@ -168,6 +168,30 @@ def test_hidden_trials_come_back_bit_for_bit(layout: str = "single", world_size:
         assert all(torch.equal(layer["weight"], before[name]) for name, layer in snapshot(model, seft).items())
 
     run_ranks(on_rank, world_size, timeout=120)
+
+
+def test_zeros_are_exact_in_the_step_of_an_evolution_without_trials() -> None:
+    model = prune_(tiny_llama())
+    seft = SeftOptimizer(model, dataclasses.replace(CONFIG, reactivate="commit"), lr=1e-2)
+    steps_of(model, seft, 4)
+    assert seft.evolution is not None and seft.evolution.reactivated > 0
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert any(layer.zeros > layer.numel - layer.mask_size for layer in seft.sparsity())  # what grew is still 0
+    with seft.exact_zeros():
+        assert all(layer.zeros == layer.numel - layer.mask_size for layer in seft.sparsity())
+        for name, weight in model.state_dict().items():
+            assert (weight - before[name]).abs().max() <= 2.0**-126
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_trials_that_nothing_would_end_are_refused(tmp_path: Any) -> None:
+    """A run that goes on with an earlier end than it had when the trials began."""
+    first = SeftOptimizer(model := prune_(tiny_llama()), CONFIG, lr=1e-2)
+    steps_of(model, first, 6)
+    path = checkpoint.save(first, tmp_path, {})
+    second = SeftOptimizer(prune_(tiny_llama()), dataclasses.replace(CONFIG, end=5), lr=1e-2)
+    with pytest.raises(ValueError, match="positions are on trial after step 6, and no evolution follows"):
+        checkpoint.load(second, path)
 
 
 @pytest.mark.slow

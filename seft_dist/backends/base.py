@@ -39,6 +39,10 @@ class Holder(Protocol):
     def num_experts(self) -> int:
         """Number of experts whose weights are in the parameter; 1 for an ordinary weight."""
 
+    @property
+    def is_stored_transposed(self) -> bool:
+        """True where the parameter is stored as [in, out]."""
+
     def weight_name(self, name: str) -> str:
         """Return the name of the parameter in the model, given the target's name."""
 
@@ -63,6 +67,8 @@ class Backend(ABC):
         """Whole shape [rows, columns] of each weight."""
         self.experts = [holder.num_experts for holder in self.holders]
         """Number of experts in each weight, each with as many rows; 1 for an ordinary weight."""
+        self.transposed = [holder.is_stored_transposed for holder in self.holders]
+        """Whether each weight is stored as [in, out]."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
         """Type of flat positions, one for all targets, so that they can be kept and sent in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]

@@ -246,7 +246,7 @@ class Baseline(ABC):
         rows = zip(backend.names, numels, self.active_counts, zeros, strict=True)
         return [LayerSparsity(name, numel, target, numel - zero, zero, 0) for name, numel, target, zero in rows]
 
-    def without_trials(self) -> AbstractContextManager[None]:
+    def exact_zeros(self) -> AbstractContextManager[None]:
         """Do nothing: masks stay as they are, so nothing is on trial."""
         return nullcontext()
 

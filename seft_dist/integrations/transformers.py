@@ -162,7 +162,7 @@ def _check(seft: SeftOptimizer, args: TrainingArguments, state: TrainerState, mo
         warnings.warn(
             "reactivate=trial: models that Trainer saves or evaluates between two evolutions have positions on trial, "
             "which are no zeros. The last evolution ends all trials; until then, save and evaluate inside "
-            "seft.without_trials()",
+            "seft.exact_zeros()",
             SeftWarning,
             stacklevel=3,
         )

@@ -101,8 +101,11 @@ def without_tokens(work: WorkingState, i: int) -> Tensor | None:
     experts = work.backend.experts[i]
     if experts == 1:
         return None
-    inputs = work.norms[i] if work.norms else work.windows[i].moments()[1]
-    silent = inputs.sum(1) == 0
+    if work.norms:  # only those are known
+        silent = work.norms[i].sum(1) == 0
+    else:
+        outputs, inputs = work.windows[i].moments()
+        silent = (inputs.sum(1) == 0) & (outputs.view(experts, -1).sum(1) == 0)
     interval, each = work.intervals[i], work.backend.partitions[i].numel // experts
     first, last = interval.start // each, -(-interval.stop // each)
     return silent[first:last].repeat_interleave(each)[interval.start - first * each :][: len(interval)]

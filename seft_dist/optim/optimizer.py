@@ -346,13 +346,14 @@ class SeftOptimizer(TorchInterface):
         self.check_last_step()
         return self.sparse_state.sparsity(self.backend)
 
-    def without_trials(self) -> AbstractContextManager[None]:
-        """Hide the positions on trial: inside the context their weights are 0 and the sparsity is exact. Collective.
+    def exact_zeros(self) -> AbstractContextManager[None]:
+        """Give every layer its exact number of zeros inside the context. Collective.
 
-        For exports and evaluations between evolutions with ``reactivate: trial``; do not train inside it.
+        Weights on trial are 0 there; those that an evolution has reactivated in this step are the smallest normal
+        number, not 0. For exports and evaluations; do not train inside it.
         """
         self.check_last_step()
-        return self.sparse_state.without_trials(self.backend)
+        return self.sparse_state.exact_zeros(self.backend)
 
     def deltas(self) -> Iterator[LayerDelta]:
         """Return this rank's masks and deltas, target by target."""

@@ -18,6 +18,7 @@ from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.state import LayerDelta, State, deltas_asked_for
 from seft_dist.optim.window import Needs
 from seft_dist.sparsity.partition import Interval
+from seft_dist.sparsity.schedule import next_evolution
 
 WINDOW_OWN = ("positions", "total", "squares")
 """Window statistics with one value for each own weight or candidate."""
@@ -221,8 +222,16 @@ def check_layers(
         )
 
 
-def _check_counts(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State) -> None:
-    """Check the numbers of active positions and deltas over all ranks. Collective."""
+def _check_counts(
+    layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig, state: State, num_steps: int
+) -> None:
+    """Check the numbers of active positions, deltas and positions on trial over all ranks. Collective."""
+    tried = int(backend.owners.sum(torch.tensor(sum(len(layer.trial) for layer in layers))))
+    if tried and next_evolution(config, num_steps) is None:
+        raise ValueError(
+            f"{tried} positions are on trial after step {num_steps}, and no evolution follows that would decide about "
+            f"them: needs steps and end as the run had them (the last evolution is at step {config.last_step} at most)"
+        )
     own = [[popcount(layer.mask) - len(layer.trial), len(layer.columns)] for layer in layers]
     counts = backend.owners.sum(torch.tensor(own))
     for layer, budget, (active, deltas) in zip(layers, state.budgets, counts.tolist(), strict=True):
@@ -246,7 +255,7 @@ def take_over(layers: Sequence[LayerDelta], backend: Backend, config: SeftConfig
         ValueError: Names the target, what it holds and what is needed; every rank raises the same, nothing was changed.
     """
     raise_on_all_ranks(backend, lambda: check_layers(layers, backend, config, state, num_steps))
-    _check_counts(layers, backend, config, state)
+    _check_counts(layers, backend, config, state, num_steps)
     with backend.writing():
         for i, layer in enumerate(layers):
             backend.put_own(i, _applied(layer, backend.own(i)), layer.mask)

@@ -12,7 +12,7 @@ from seft_dist.backends import Backend
 from seft_dist.backends.zeros import count_zeros_over_ranks
 from seft_dist.config import SeftConfig
 from seft_dist.kernels import bits
-from seft_dist.optim.delta import Columns, Support, gather_supports
+from seft_dist.optim.delta import Columns, Support, gather_supports, least_size
 from seft_dist.optim.nm_groups import NMGroups
 from seft_dist.optim.window import Window
 from seft_dist.sparsity import scores
@@ -139,16 +139,21 @@ class State:
         backend.store_all(memory_indices, new)
 
     @contextmanager
-    def without_trials(self, backend: Backend) -> Iterator[None]:
-        """Make the weights on trial 0 inside the context. Collective."""
-        if not any(self.on_trial(backend)):
+    def exact_zeros(self, backend: Backend) -> Iterator[None]:
+        """Make the weights on trial 0, and all other active ones not 0, inside the context. Collective.
+
+        In the step of an evolution positions that have just been reactivated are still 0.
+        """
+        weight, least = self.columns.weight(), least_size(backend.dtypes[0])
+        shown = weight.masked_fill(weight.abs() < least, least)
+        for part, entries, trial in zip(shown.split(self.lengths), self.layers(), self.trial, strict=True):
+            part[torch.searchsorted(entries.indices, trial)] = 0
+        differs = torch.tensor(int(not torch.equal(shown, weight)))
+        if not int(backend.owners.max(differs)):
             yield
             return
-        hidden = self.columns.weight()
-        for part, entries, trial in zip(hidden.split(self.lengths), self.layers(), self.trial, strict=True):
-            part[torch.searchsorted(entries.indices, trial)] = 0
         with backend.writing():
-            self.write_weights(backend, hidden)
+            self.write_weights(backend, shown)
         try:
             yield
         finally:

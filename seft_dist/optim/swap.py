@@ -20,6 +20,7 @@ from seft_dist.kernels import bits
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.modules.kinds import Target
 from seft_dist.optim.adapt import current_weight, curvature_price, without_tokens
+from seft_dist.optim.collectives import select
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
@@ -76,8 +77,8 @@ def swap(work: WorkingState, parent: Parent) -> None:
     wanted = most if layers else [sum(most)]
     leaving = work.select(lambda i: _leaving_keys(work, i), wanted, lambda rounding, i: _errors(work, rounding, i))
     coming = work.select(pruned.keys, wanted, pruned.errors)
-    # One more ranking decides all pairs at once: of both lists together, as many win as could have left. A pruned
-    # position among the winners comes, and an active one stays.
+    # One more ranking counts the pairs that change places: of both lists together, as many win as could have left. For
+    # each pruned position among the winners one comes: the dearest do, and the cheapest active ones leave.
     prices = [_both_prices(work, pruned, i, leaving[i], coming[i]) for i in range(len(coming))]
     counts = work.backend.owners.sum(torch.tensor(list(map(len, leaving)))).tolist()
     winners = work.select(
@@ -85,10 +86,15 @@ def swap(work: WorkingState, parent: Parent) -> None:
         counts if layers else [sum(counts)],
         lambda rounding, i: torch.cat([_errors(work, rounding, i)[leaving[i]], pruned.errors(rounding, i)[coming[i]]]),
     )
-    for i, chosen in enumerate(winners):
-        wins = torch.zeros(len(prices[i]), dtype=torch.bool, device=prices[i].device).index_fill_(0, chosen, True)
-        stay, come = wins.split([len(leaving[i]), len(coming[i])])
-        _change_places(work, i, leaving[i][~stay], coming[i][come])
+    lengths = list(map(len, leaving))
+    own = torch.stack([(chosen >= length).sum() for chosen, length in zip(winners, lengths, strict=True)])
+    pairs = work.backend.owners.sum(own).tolist()
+    pairs = pairs if layers else [sum(pairs)]
+    lists = [each.tensor_split([length]) for each, length in zip(prices, lengths, strict=True)]
+    leave = _best(work, [ranking_keys(price, largest=False) for price, _ in lists], pairs)
+    come = _best(work, [ranking_keys(price, largest=True) for _, price in lists], pairs)
+    for i in range(len(prices)):
+        _change_places(work, i, leaving[i][leave[i]], coming[i][come[i]])
         work.returned_values[i] = pruned.values(i)[work.returned[i]]
     if not layers:
         active = work.state.active(work.backend)
@@ -96,6 +102,18 @@ def swap(work: WorkingState, parent: Parent) -> None:
             raise RuntimeError(f"swaps left {sum(active)} active positions, not {sum(work.state.mask_sizes)}")
         work.state.mask_sizes = active
     work.count_entries()
+
+
+def _best(work: WorkingState, keys: list[Tensor], wanted: list[int]) -> list[Tensor]:
+    """Choose from lists that are ranked already, so that near-ties were counted. Collective.
+
+    Args:
+        work: The evolution.
+        keys: int32, keys of the own entries of each target's list.
+        wanted: Number to choose in each target, or one number for all of them together.
+    """
+    problems = list(range(len(keys))) if len(wanted) > 1 else [0] * len(keys)
+    return select(work.backend.owners, lambda i: keys[i], problems, wanted, work.config.selection)
 
 
 class _Pruned:

@@ -161,13 +161,16 @@ class Window:
         """Add one backward pass's tokens to the sums over tokens.
 
         Args:
-            x: [T, in], the linear's input.
-            grad: [T, out], gradient of its output.
+            x: [T, in], the linear's input; of a weight that is stored transposed the gradient of its output.
+            grad: [T, out], gradient of its output; of a weight that is stored transposed its input.
             ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
         """
+        gradient = "norms" if self._backend.transposed[self._i] else "outputs"
         for name in self.sums:
-            # A rank's gradient is that of its own mean loss: world_size times its share of the mean over ranks.
-            part = x.float() if name == "norms" else grad.float() / self._backend.world_size
+            part = (x if name == "norms" else grad).float()
+            if name == gradient:
+                # A rank's gradient is that of its own mean loss: world_size times its share of the mean over ranks.
+                part = part / self._backend.world_size
             squares = [part[tokens].square().sum(0) for tokens in expert_slices(ends or [len(part)])]
             squared = torch.cat(squares).to(self._backend.device)  # the CPU, where weights are offloaded
             self._step_sums[name] = self._step_sums[name] + squared if name in self._step_sums else squared

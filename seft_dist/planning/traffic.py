@@ -128,7 +128,7 @@ def seft_evolution(config: PlanConfig, shapes: ModelShapes, links: Links, item: 
 
     layers = len(shapes.targets)
     ranked = (3 if config.seft.reactivation else 2) * ranking(moved, layers)
-    ranked += 3 * ranking(swaps, layers if config.seft.scope == "layer" else 1) * (swaps > 0)
+    ranked += 5 * ranking(swaps, layers if config.seft.scope == "layer" else 1) * (swaps > 0)
     traffic = [links.ring("row and column sums", 8.0 * shapes.window_sums)] if Needs.of(config.seft).outputs else []
     traffic += [
         links.ring("rankings", ranked),

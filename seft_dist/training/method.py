@@ -100,8 +100,8 @@ class Method(Protocol):
     def sparsity(self) -> list[LayerSparsity]:
         """Count zeros and deltas of every target. Collective."""
 
-    def without_trials(self) -> AbstractContextManager[None]:
-        """Hide the positions on trial, for evaluations and exports. Collective."""
+    def exact_zeros(self) -> AbstractContextManager[None]:
+        """Give every layer its exact number of zeros inside the context, for evaluations and exports. Collective."""
 
     def topology(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the positions of each target's support, and its packed mask, in this rank's interval."""

@@ -323,7 +323,7 @@ def finish(
     trained |= method.finalize(inputs)
     if method.prunes_in_the_end and config.export:
         validation.evaluate_exported(method.num_steps)
-    with method.without_trials():  # the best step, or an early end, may lie between two evolutions
+    with method.exact_zeros():  # the best step, or an early end, may lie between two evolutions
         layers = method.sparsity()
         if config.export:
             _export(run, data.sequences.invented_template)

@@ -174,7 +174,7 @@ class Validation:
         # An engine wants to be called itself; DDP's wrapper is about gradients only.
         forward_module = run.model if run.engine is None else run.forward_module
         try:
-            with run.method.without_trials():  # as the model would be exported
+            with run.method.exact_zeros():  # as the model would be exported
                 result = score(forward_module, self._plan, run.ranks.device, group=world_group())
         finally:
             reshard(run.model)  # else what an evaluation leaves gathered would hide the next update
