@@ -193,7 +193,7 @@ def test_bytes_of_swaps(scope: Any) -> None:
     for seen in run_ranks(on_rank, 3, timeout=120):
         found = {name: phase.bytes_sent for name, phase in seen.report.phases.items()}
         assert found["adapt"] == 0
-        assert found["swap"] == 3 * ranking + (2 if scope == "layer" else 3) * wire.total(counts)
+        assert found["swap"] == 5 * ranking + (3 if scope == "layer" else 4) * wire.total(counts)
 
 
 LAYER = 1 << 20
