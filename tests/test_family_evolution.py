@@ -121,6 +121,29 @@ def silent_mixture() -> tuple[Any, str]:
     return model, "model.layers.0.mlp.experts"
 
 
+def test_an_expert_whose_tokens_the_loss_does_not_see_keeps_its_positions() -> None:
+    model, experts = silent_mixture()
+    parent = Parent(model)
+    fused: Any = prune_(model).get_submodule(experts)
+    before = (fused.down_proj != 0).clone()
+    seft = SeftOptimizer(model, dataclasses.replace(CONFIG, targets="down_proj"), lr=0.0, parent=parent)
+    chosen: list[Tensor] = []
+    fused.register_forward_pre_hook(lambda _, args: chosen.append(args[1].flatten()))
+    while seft.num_steps < 4:
+        chosen.clear()
+        tokens = batch(seft.num_steps)
+        with torch.no_grad():
+            model(**tokens)
+        of_second = (chosen[0] == 1).view(tokens["labels"].shape)
+        labels = tokens["labels"].clone()
+        labels[:, 1:][of_second[:, :-1]] = -100  # what the second expert's tokens predict
+        model(input_ids=tokens["input_ids"], labels=labels).loss.backward()
+        seft.step()
+        seft.zero_grad()
+    after = fused.down_proj != 0
+    assert torch.equal(after[1:], before[1:]) and not torch.equal(after[0], before[0])
+
+
 def test_an_expert_whose_inputs_are_zero_is_not_without_tokens() -> None:
     """Its weights are worth nothing, so they leave first."""
     model, experts = silent_mixture()

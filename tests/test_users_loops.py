@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from seft_dist import SeftConfig, SeftOptimizer
 from seft_dist.optim.notices import SeftWarning
@@ -75,19 +78,33 @@ def test_a_model_that_is_frozen_as_a_whole_is_no_mistake() -> None:
         train(model, seft, range(2))
 
 
+@pytest.mark.parametrize("each_layer", [True, False])
 @pytest.mark.parametrize("wrapped_first", [True, False])
-def test_fsdp1_is_refused_by_name(wrapped_first: bool) -> None:
+def test_fsdp1_is_refused_by_name(wrapped_first: bool, each_layer: bool) -> None:
     def on_rank(rank: int, size: int) -> None:
         model = prune_(tiny_llama())
-        wrap = functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+        wrap = functools.partial(
+            FullyShardedDataParallel,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy([LlamaDecoderLayer]) if each_layer else None,
+        )
         if wrapped_first:
             SeftOptimizer(wrap(model), CONFIG)
         else:
             seft = SeftOptimizer(model, CONFIG)
             train(wrap(model), seft, range(1))
 
-    with pytest.raises(AssertionError, match=r"FullyShardedDataParallel \(FSDP1\): needs FSDP2.*fsdp_version: 2"):
+    with pytest.raises(AssertionError, match=r"FullyShardedDataParallel \(FSDP1\).*needs FSDP2.*fsdp_version: 2"):
         run_ranks(on_rank, 2)
+
+
+def test_a_weight_that_is_computed_from_others_since_is_refused() -> None:
+    model: Any = prune_(tiny_llama())
+    seft = SeftOptimizer(model, CONFIG)
+    prune.identity(model.model.layers[0].mlp.up_proj, "weight")
+    with pytest.raises(ValueError, match=r"mlp.up_proj: torch.nn.utils.prune computes its weight anew"):
+        train(model, seft, range(1))
 
 
 def test_two_optimizers_of_one_model_are_refused() -> None:

@@ -66,7 +66,7 @@ class Backend(ABC):
         self.shapes = [self._shape(i) for i in range(len(self.names))]
         """Whole shape [rows, columns] of each weight."""
         self.experts = [holder.num_experts for holder in self.holders]
-        """Number of experts in each weight, each with as many rows; 1 for an ordinary weight."""
+        """Number of experts in each weight, all with the same number of rows; 1 for an ordinary weight."""
         self.transposed = [holder.is_stored_transposed for holder in self.holders]
         """Whether each weight is stored as [in, out]."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))

@@ -29,7 +29,7 @@ from seft_dist.optim.state import LayerSparsity
 
 @dataclass(frozen=True)
 class FinalizeInputs:
-    """Inputs of ``Baseline.finalize``, which turns the trained values into a plain model."""
+    """Inputs of ``Baseline.finalize``, which turns the trainable parameters into a plain model."""
 
     folder: Path
     """Folder of the run."""
@@ -107,7 +107,7 @@ class Baseline(ABC):
         """Turn what was trained into weights of a plain model. Collective.
 
         Args:
-            inputs: Everything beside the trained values that some method needs for it.
+            inputs: Everything beside the trainable parameters that some method needs for it.
 
         Returns:
             Entries for result.json.
@@ -216,7 +216,7 @@ class Baseline(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Average the gradients over the ranks, clip them and update the trained values. Collective.
+        """Average the gradients over the ranks, clip them and update the trainable parameters. Collective.
 
         Raises:
             FloatingPointError: A gradient is not finite; nothing was changed.
@@ -257,7 +257,7 @@ class Baseline(ABC):
             yield none, pack(self.backend.own(i) != 0)
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield this rank's trained values and their moments, by the parameters' names."""
+        """Yield this rank's trainable parameters and their moments, by the parameters' names."""
         for part in self.trained.parts:
             yield part.name, self.trained.state(part)
 

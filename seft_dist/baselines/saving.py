@@ -27,7 +27,7 @@ _KEYS = ("values", *MOMENTS)
 
 
 class BaselineSaver(BackgroundSaver):
-    """Writes the trained values of a comparison method."""
+    """Writes the trainable parameters of a comparison method."""
 
     def __init__(self, method: "Baseline", folder: Path, keep: int) -> None:
         """Args:

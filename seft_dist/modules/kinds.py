@@ -221,8 +221,7 @@ class ExpertWeight(Target):
 
     @property
     def num_experts(self) -> int:
-        number: int = self.module.num_experts
-        return number
+        return whole_shape(self.weight)[0]
 
     def weight_name(self, name: str) -> str:
         return name  # the parameter's name is in it

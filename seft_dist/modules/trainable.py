@@ -54,14 +54,10 @@ def check_not_flattened(model: nn.Module) -> None:
     """
     name = find_fsdp1(model)
     if name is not None:
-        raise ValueError(_flattened(name or "the model"))
-
-
-def _flattened(what: str) -> str:
-    return (
-        f"{what} is flattened by FullyShardedDataParallel (FSDP1): needs FSDP2, torch.distributed.fsdp.fully_shard, or "
-        "fsdp_version: 2 in the configuration of accelerate"
-    )
+        raise ValueError(
+            f"{name or 'the model'} is flattened by FullyShardedDataParallel (FSDP1): needs FSDP2, "
+            "torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in the configuration of accelerate"
+        )
 
 
 def check_dtype(name: str, weight: Tensor) -> None:
@@ -128,7 +124,7 @@ def check_trainable(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 
 def check_loaded(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse weights that have no values when training begins, and adapters or FSDP1 that came after the optimizer.
+    """Refuse weights that have no values when training begins, and what came after the optimizer that it cannot train.
 
     Args:
         model: The root module.
@@ -137,10 +133,16 @@ def check_loaded(model: nn.Module, targets: Mapping[str, Target]) -> None:
     Raises:
         ValueError: Names the weight or module.
     """
+    check_not_flattened(model)
     check_no_adapters(model)
     for name, target in targets.items():
-        if not isinstance(target.weight, nn.Parameter):  # FSDP1 puts views in their place while the model computes
-            raise ValueError(_flattened(target.weight_name(name)))
+        target.check_stored(name)
+        if not isinstance(target.weight, nn.Parameter):
+            raise ValueError(
+                f"{target.weight_name(name)} is a plain tensor while the model computes, and no parameter, as "
+                "FullyShardedDataParallel (FSDP1) or torch.func.functional_call put there: needs FSDP2 "
+                "(torch.distributed.fsdp.fully_shard; fsdp_version: 2 of accelerate), and calls of the model itself"
+            )
         if target.weight.is_meta and packed_of(target.weight) is None:
             raise ValueError(
                 f"{target.weight_name(name)} is on the meta device, without values: load the pruned weights before the "

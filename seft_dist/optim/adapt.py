@@ -94,18 +94,16 @@ def curvature_price(work: WorkingState, i: int, weight: Tensor) -> Tensor:
 
 
 def without_tokens(work: WorkingState, i: int) -> Tensor | None:
-    """Return which of a target's own positions belong to experts that no token of the window has chosen, bool [own].
+    """Return which of a target's own positions belong to experts that no token of the window has used, bool [own].
 
     Nothing is known of what they are worth, so they should stay as they are. None: there are no such experts.
     """
     experts = work.backend.experts[i]
     if experts == 1:
         return None
-    if work.norms:  # only those are known
-        silent = work.norms[i].sum(1) == 0
-    else:
-        outputs, inputs = work.windows[i].moments()
-        silent = (inputs.sum(1) == 0) & (outputs.view(experts, -1).sum(1) == 0)
+    # Tokens that the loss does not see say nothing either: the gradient of their outputs is 0.
+    sums = work.norms[i] if work.norms else work.windows[i].moments()[0].view(experts, -1)
+    silent = sums.sum(1) == 0
     interval, each = work.intervals[i], work.backend.partitions[i].numel // experts
     first, last = interval.start // each, -(-interval.stop // each)
     return silent[first:last].repeat_interleave(each)[interval.start - first * each :][: len(interval)]

@@ -347,10 +347,10 @@ class SeftOptimizer(TorchInterface):
         return self.sparse_state.sparsity(self.backend)
 
     def exact_zeros(self) -> AbstractContextManager[None]:
-        """Give every layer its exact number of zeros inside the context. Collective.
+        """Make exactly the active weights that are not on trial differ from 0 inside the context. Collective.
 
-        Weights on trial are 0 there; those that an evolution has reactivated in this step are the smallest normal
-        number, not 0. For exports and evaluations; do not train inside it.
+        So the number of zeros is exact. Those that an evolution has reactivated in this step are the smallest normal
+        number there. For exports and evaluations; do not train inside it.
         """
         self.check_last_step()
         return self.sparse_state.exact_zeros(self.backend)

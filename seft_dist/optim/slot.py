@@ -68,8 +68,8 @@ class Slot:
         """Add the weight gradient of one backward pass. Collective inside a window.
 
         Args:
-            x: [T, in], the linear's input.
-            grad: [T, out], gradient of its output.
+            x: [T, in], the linear's input; of a weight that is stored transposed the gradient of its output.
+            grad: [T, out], gradient of its output; of a weight that is stored transposed its input.
             ends: Where each expert's tokens end, for fused experts; the tokens are sorted by expert.
 
         Raises:

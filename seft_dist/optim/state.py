@@ -144,8 +144,9 @@ class State:
 
         In the step of an evolution positions that have just been reactivated are still 0.
         """
-        weight, least = self.columns.weight(), least_size(backend.dtypes[0])
-        shown = weight.masked_fill(weight.abs() < least, least)
+        weight = self.columns.weight()
+        least = torch.full_like(weight, least_size(backend.dtypes[0]))
+        shown = torch.where(weight.abs() < least, torch.copysign(least, weight), weight)
         for part, entries, trial in zip(shown.split(self.lengths), self.layers(), self.trial, strict=True):
             part[torch.searchsorted(entries.indices, trial)] = 0
         differs = torch.tensor(int(not torch.equal(shown, weight)))

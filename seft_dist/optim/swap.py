@@ -20,7 +20,6 @@ from seft_dist.kernels import bits
 from seft_dist.kernels.ranking import ranking_keys
 from seft_dist.modules.kinds import Target
 from seft_dist.optim.adapt import current_weight, curvature_price, without_tokens
-from seft_dist.optim.collectives import select
 from seft_dist.optim.delta import least_size
 from seft_dist.optim.rounding import Rounding
 from seft_dist.optim.working_state import WorkingState
@@ -88,11 +87,13 @@ def swap(work: WorkingState, parent: Parent) -> None:
     )
     lengths = list(map(len, leaving))
     own = torch.stack([(chosen >= length).sum() for chosen, length in zip(winners, lengths, strict=True)])
+    del winners  # as large as a list
     pairs = work.backend.owners.sum(own).tolist()
     pairs = pairs if layers else [sum(pairs)]
     lists = [each.tensor_split([length]) for each, length in zip(prices, lengths, strict=True)]
-    leave = _best(work, [ranking_keys(price, largest=False) for price, _ in lists], pairs)
-    come = _best(work, [ranking_keys(price, largest=True) for _, price in lists], pairs)
+    # The lists were ranked before, so their near-ties are counted already.
+    leave = work.choose(lambda i: ranking_keys(lists[i][0], largest=False), pairs)
+    come = work.choose(lambda i: ranking_keys(lists[i][1], largest=True), pairs)
     for i in range(len(prices)):
         _change_places(work, i, leaving[i][leave[i]], coming[i][come[i]])
         work.returned_values[i] = pruned.values(i)[work.returned[i]]
@@ -102,18 +103,6 @@ def swap(work: WorkingState, parent: Parent) -> None:
             raise RuntimeError(f"swaps left {sum(active)} active positions, not {sum(work.state.mask_sizes)}")
         work.state.mask_sizes = active
     work.count_entries()
-
-
-def _best(work: WorkingState, keys: list[Tensor], wanted: list[int]) -> list[Tensor]:
-    """Choose from lists that are ranked already, so that near-ties were counted. Collective.
-
-    Args:
-        work: The evolution.
-        keys: int32, keys of the own entries of each target's list.
-        wanted: Number to choose in each target, or one number for all of them together.
-    """
-    problems = list(range(len(keys))) if len(wanted) > 1 else [0] * len(keys)
-    return select(work.backend.owners, lambda i: keys[i], problems, wanted, work.config.selection)
 
 
 class _Pruned:

@@ -113,7 +113,7 @@ class Window:
         """All ranks' ``positions``, which backward samples; None: backward computes the dense gradient."""
         self.norms: Tensor | None = None
         """fp32 [experts x in], sum of squares of each expert's input, this rank's tokens only (activation, curvature,
-        factored)."""
+        factored). Of a weight that is stored transposed it is the output's gradient, and ``outputs`` has the input."""
         self.outputs: Tensor | None = None
         """fp32 [experts x out], sum of squares of the output's gradient, this rank's tokens only (curvature,
         factored)."""

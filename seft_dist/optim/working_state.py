@@ -106,11 +106,18 @@ class WorkingState:
         Returns:
             Indices of the chosen candidates of each layer, int64.
         """
-        problems = list(range(len(self.windows))) if len(wanted) > 1 else [0] * len(self.windows)
-        chosen = select(self.backend.owners, key, problems, wanted, self.config.selection)
+        chosen = self.choose(key, wanted)
         if self.rounding is not None:
+            problems = self._problems(wanted)
             self.count(near_ties(self.backend.owners, key, problems, chosen, partial(errors, self.rounding)))
         return chosen
+
+    def choose(self, key: Callable[[int], Tensor], wanted: list[int]) -> list[Tensor]:
+        """Choose as ``select`` does, and count no near-ties. Collective."""
+        return select(self.backend.owners, key, self._problems(wanted), wanted, self.config.selection)
+
+    def _problems(self, wanted: list[int]) -> list[int]:
+        return list(range(len(self.windows))) if len(wanted) > 1 else [0] * len(self.windows)
 
     def count(self, near: list[int]) -> None:
         """Add near-ties of each target."""

@@ -277,8 +277,8 @@ def _ranking(config: PlanConfig, needs: Needs, largest: int, own: int) -> Memory
     if not swaps:
         return {"ranking of one weight": float(ranked * largest)}
     ranked += ITEM_BYTES[config.dtype] + 4  # the parent's values, as read and in fp32
-    # positions and prices of what could leave and what could come
-    lists = 24.0 * config.seft.swap_fraction * own
+    # positions and prices of what could leave and what could come, and which of them do
+    lists = 40.0 * config.seft.swap_fraction * own
     return {"ranking of one weight": float(ranked * largest), "lists of swaps": lists}
 
 

@@ -50,8 +50,8 @@ _LONGEST_MESSAGE = 1000
 _load_any_yaml = get_loader("yaml")
 _format_any_warning = warnings.formatwarning
 _errors_raise = ContextVar("_errors_raise", default=False)
-"""True while options of others than this process are read: an error is a ValueError then, and does not end the process.
-Not an attribute of the parser, since jsonargparse makes further ones for what is nested in dicts."""
+"""True while options are read that are not this process's command line: an error is a ValueError then, and does not end
+the process. Not an attribute of the parser, since jsonargparse makes further ones for what is nested in dicts."""
 
 
 def parse(config_class: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:

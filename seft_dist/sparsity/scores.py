@@ -101,7 +101,8 @@ def factored(rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
 def _interval(join: Callable[..., Tensor], rows: Tensor, cols: Tensor, start: int, numel: int) -> Tensor:
     """Return join(row, column) at ``numel`` flat positions from ``start`` on, fp32 [numel].
 
-    Only the rows that these positions touch are computed. Each expert has as many rows, and columns of its own.
+    Only the rows that these positions touch are computed. All experts have the same number of rows, each has columns
+    of its own.
     """
     cols = cols.view(-1, cols.shape[-1])
     width, height = cols.shape[1], len(rows) // len(cols)

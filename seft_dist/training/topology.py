@@ -11,7 +11,7 @@ lines may be left out: a run has at most ``MOST_LINES`` (fewer, where a line has
 checkpoint. Only the first line of a record has ``since``, the step after which it began (0, or that of the checkpoint
 with which an older run went on), and ``targets``: for each its weights, and those that were active in the pruned model.
 
-layers.json has ``targets``: for each its weights, zeros, wanted zeros and trained values after the last step.
+layers.json has ``targets``: for each its weights, zeros, wanted zeros and trainable parameters after the last step.
 """
 
 from collections.abc import Sequence
