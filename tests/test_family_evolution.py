@@ -273,23 +273,24 @@ def test_parts_of_a_parent_are_read(inputs: Path) -> None:
         ("fsdp", 2, {"packing": "resident"}),
         ("zero3", 3, {}),
         pytest.param("zero2", 2, {"window_store": "factored"}, marks=pytest.mark.long),
-        pytest.param(
-            "fsdp", 2, {"swap_fraction": 0.0, "reactivation": 1.0, "adapt": "curvature"}, marks=pytest.mark.long
-        ),
+        pytest.param("fsdp", 2, MOVING, marks=pytest.mark.long),
+        pytest.param("fsdp", 4, {"replicas": 2}, marks=pytest.mark.long),
+        pytest.param("fsdp", 2, {"offload": True}, marks=pytest.mark.long),
     ],
 )
 def test_every_layout_chooses_the_same(
     inputs: Path, layout: str, world_size: int, over: dict[str, Any], tmp_path: Path
 ) -> None:
-    packing = {"packing": over["packing"]} if "packing" in over else {}
-    seft = dataclasses.replace(CONFIG, steps=None, end=None, **{} if packing else over)
-    given: dict[str, Any] = {"seft": seft, "steps": STEPS, "global_batch": 12, **packing}
+    of_the_layout = {key: over[key] for key in over if key in ("packing", "replicas", "offload")}
+    seft = dataclasses.replace(CONFIG, steps=None, end=None, **{} if of_the_layout else over)
+    given: dict[str, Any] = {"seft": seft, "steps": STEPS, "global_batch": 12}
     given["parent"] = str(inputs / "dense") if seft.swap_fraction else None
     stage = layout.removeprefix("zero")
     if stage != layout:
-        given["deepspeed"] = ds_file(tmp_path, {"zero_optimization": {"stage": int(stage)}})
-    alone = run_train(run_config(inputs, tmp_path / "alone", **given | {"deepspeed": None}, batch_size=12))
-    many = run_train(run_config(inputs, tmp_path / "many", **given, batch_size=12 // world_size), world_size)
+        of_the_layout["deepspeed"] = ds_file(tmp_path, {"zero_optimization": {"stage": int(stage)}})
+    alone = run_train(run_config(inputs, tmp_path / "alone", **given, batch_size=12))
+    of_the_layout["batch_size"] = 12 // world_size
+    many = run_train(run_config(inputs, tmp_path / "many", **given, **of_the_layout), world_size)
     assert many["reactivated"] == alone["reactivated"] > 0
     assert many["sparsity"]["final"] == pytest.approx(alone["sparsity"]["target"], rel=1e-12)
     assert digests(tmp_path / "many") == digests(tmp_path / "alone")

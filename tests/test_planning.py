@@ -94,6 +94,16 @@ def test_other_families_can_be_planned(family: str, tmp_path: Path) -> None:
     assert plan.best is not None and plan.cost.saved > 0 and plan.best.time.hours > 0
 
 
+def test_each_expert_has_sums_of_its_own() -> None:
+    """Four experts of 2 x 16 and 32 outputs, two layers, and what is no expert."""
+    model = family_model("qwen3_moe")
+    shapes = ModelShapes.of(model.config, "experts")
+    assert shapes.window_sums == 2 * 4 * ((2 * 16 + 32) + (32 + 16))
+    whole = ModelShapes.of(model.config, "all-linear")
+    others = sum(sum(weight.shape) for weight in whole.targets if len(weight.shape) == 2)
+    assert whole.window_sums == shapes.window_sums + others
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(["single", "ddp", "fsdp", "zero3", "zero2", "zero3_offload"]),
