@@ -68,7 +68,7 @@ class Backend(ABC):
         self.experts = [holder.num_experts for holder in self.holders]
         """Number of experts in each weight, all with the same number of rows; 1 for an ordinary weight."""
         self.transposed = [holder.is_stored_transposed for holder in self.holders]
-        """Whether each weight is stored as [in, out]."""
+        """True for each weight that is stored as [in, out]."""
         self.position_dtype = position_dtype(max(map(prod, self.shapes)))
         """Type of flat positions, one for all targets, so that they can be kept and sent in one vector."""
         self.partitions = [self._partition(i) for i in range(len(self.names))]
