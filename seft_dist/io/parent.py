@@ -27,7 +27,9 @@ class ParentModel:
             ValueError: The files do not fit the model.
         """
         self._source, self._option = source, option
-        _, self._stored = build_meta_model(source)
+        _, stored = build_meta_model(source)
+        # by the names of targets: fused experts have that of the parameter itself
+        self._stored = {name.removesuffix(".weight"): tensor for name, tensor in stored.items()}
 
     @classmethod
     def open(cls, path: str, option: str = "parent") -> "ParentModel":
@@ -43,16 +45,6 @@ class ParentModel:
         # fp32, which every stored type fits: values are read in the type of the file
         return cls(open_source(ModelConfig(path=path, dtype="float32"), path_option=option), option)
 
-    def _weight(self, target: str) -> str | None:
-        """Return the name in the files of a target's weight; None if the parent has no such target."""
-        # fused experts are named by the parameter itself
-        return self._stored.get(f"{target}.weight", self._stored.get(target))
-
-    def _numel(self, target: str) -> int:
-        stored = self._weight(target)
-        assert stored is not None, target
-        return self._source.weights.info(stored).numel
-
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that the parent has these targets.
 
@@ -63,7 +55,7 @@ class ParentModel:
             ValueError: It lacks one, or has another shape.
         """
         for name, shape in shapes.items():
-            stored = self._weight(name)
+            stored = self._stored.get(name)
             found = None if stored is None else tuple(self._source.weights.info(stored).shape)
             if found != shape:
                 has = "no such weight" if found is None else f"the shape {list(found)}"
@@ -78,8 +70,7 @@ class ParentModel:
         Raises:
             ValueError: A file cannot be read.
         """
-        stored = self._weight(name)
-        assert stored is not None, name
+        stored = self._stored[name]
         try:
             return self._source.weights.read(stored, start, stop).reshape(-1)
         except (SafetensorError, OSError) as error:
@@ -94,6 +85,7 @@ class ParentModel:
         """
         digest = hashlib.sha256()
         for name in names:
-            values = self.read(name, 0, min(_SAMPLED, self._numel(name))).to(torch.float32)
+            numel = self._source.weights.info(self._stored[name]).numel
+            values = self.read(name, 0, min(_SAMPLED, numel)).to(torch.float32)
             digest.update(name.encode() + values.numpy().tobytes())
         return digest.hexdigest()[:16]
