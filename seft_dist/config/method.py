@@ -11,11 +11,10 @@ OnDrop = Literal["commit_reactivated", "keep", "revert"]
 Init = Literal["gradient", "random"]
 Moments = Literal["zero", "seeded"]
 Drop = Literal["magnitude", "movement", "random"]
-Grow = Literal["gradient", "gain", "momentum", "random"]
-LayerBudgets = Literal["density", "gain"]
+Grow = Literal["gradient", "momentum", "random"]
 Adapt = Literal["sensitivity", "activation", "curvature", "magnitude", "none"]
 Reactivate = Literal["commit", "trial"]
-Scope = Literal["row", "layer", "global"]
+Scope = Literal["layer", "global"]
 Selection = Literal["auto", "gather", "radix"]
 Decay = Literal["weight", "delta"]
 WindowStore = Literal["full", "bf16", "candidates", "factored"]
@@ -51,11 +50,6 @@ class SeftConfig:
     """Last optimizer step at which an evolution may happen. None: 80 % of steps, or never ending if steps is None."""
     static: bool = False
     """True: no evolution; the first support is kept to the end (the static baseline)."""
-    layer_budgets: LayerBudgets = "density"
-    """Number of deltas of each target: "density", the same share of all, or in proportion to the "gain" that the first
-    gradient promises, a quarter to four times as many."""
-    support_columns: float = 1.0
-    """Share of each target's input columns inside which deltas may be; the first gradient chooses the columns."""
     drop_fraction: float = 0.2
     """Share of the support that moves in an evolution at the start of the run, f0, 0 to 1."""
     drop_schedule: DropSchedule = "cosine"

@@ -53,8 +53,6 @@ def end_trials(work: WorkingState) -> list[int]:
 def _least_of_layers(work: WorkingState) -> list[Tensor]:
     active = work.state.active(work.backend)
     excess = [have - want for have, want in zip(active, work.state.mask_sizes, strict=True)]
-    if work.config.scope == "row":
-        return _least_of_rows(work)
     wanted = excess if work.config.scope == "layer" else [sum(excess)]
 
     def key(i: int) -> Tensor:
@@ -65,19 +63,6 @@ def _least_of_layers(work: WorkingState) -> list[Tensor]:
         # A near-tie of one layer in Grow moves the border for all of them.
         by = sum(work.near_ties or ()) - work.counted_before
         work.count(next_to_border(work.backend.owners, key, len(work.windows), wanted[0], by))
-    return pruned
-
-
-def _least_of_rows(work: WorkingState) -> list[Tensor]:
-    """Choose in each row as many positions as it has too many. One process only."""
-    assert work.backend.owners.size == 1
-    pruned = []
-    for i, grown in enumerate(work.reactivated):
-        rows, cols = work.backend.shapes[i]
-        excess = torch.bincount(grown // cols, minlength=rows)
-        key, where = adapt_key(work, i).view(rows, cols).sort(1, descending=True)
-        least = (torch.arange(cols) < excess.unsqueeze(1)) & (key != INELIGIBLE)
-        pruned.append((where + torch.arange(rows).unsqueeze(1) * cols)[least].sort().values)
     return pruned
 
 

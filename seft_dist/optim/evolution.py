@@ -27,7 +27,6 @@ from seft_dist.config import SeftConfig
 from seft_dist.optim.adapt import adapt, adapt_errors, adapt_key, end_trials
 from seft_dist.optim.delta import Columns
 from seft_dist.optim.drop import drop
-from seft_dist.optim.budgets import limit_columns, share_budgets
 from seft_dist.optim.grow import best_free, grow, num_candidates
 from seft_dist.optim.report import EvolutionReport, Phase, ReportDraft
 from seft_dist.optim.state import State
@@ -90,9 +89,6 @@ class Evolution:
             self._decided = self._phase("adapt", lambda: end_trials(work))
         if (parent := self._parent) is not None and not first and is_swap(work.config, work.step):
             self._phase("swap", lambda: swap(work, parent))
-        if first:
-            limit_columns(work)
-            share_budgets(work)
         self._phase("drop", lambda: drop(work, fraction))
         self._phase("grow", lambda: grow(work))
         if not on_trial:

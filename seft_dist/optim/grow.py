@@ -84,8 +84,6 @@ def _free(work: WorkingState, i: int) -> Tensor:
     free = work.windows[i].known()
     if free is None:
         free = torch.full_like(work.state.masks[i], 255)
-    if (inside := work.state.columns_allowed.get(i)) is not None:
-        free = free & inside
     # what left in this step may not come back in it
     return work.mark(i, free, torch.cat([work.offsets(i), work.dropped[i], work.pruned[i]]), False)
 
@@ -94,12 +92,6 @@ def _grow_key(work: WorkingState, i: int, eligible: Tensor) -> Tensor:
     start, numel = work.intervals[i].start, len(work.intervals[i])
     if work.config.grow == "gradient":
         key = ranking_keys(work.windows[i].gradient(), largest=True, eligible=eligible, absolute=True)
-    elif work.config.grow == "gain":
-        ones = torch.ones(numel, device=work.backend.device)
-        # the gain g^2 / 2h ranks as |g| / sqrt(h); an h of 0 has no gradient either
-        root = scores.curvature(ones, *work.windows[i].moments(), start).mul_(2).rsqrt_()
-        root.masked_fill_(root.isinf(), 0)
-        key = ranking_keys(work.windows[i].gradient(), largest=True, eligible=eligible, times=root)
     elif work.config.grow == "momentum":
         rows, cols = work.windows[i].rows, work.windows[i].cols
         assert rows is not None and cols is not None, "criterion without its statistics"

@@ -113,7 +113,7 @@ class Rounding:
         interval = self._backend.interval(i)
         if self._config.grow == "random":
             return torch.zeros(len(interval), dtype=torch.float32, device=self._backend.device)
-        if self._config.grow in ("gradient", "gain"):
+        if self._config.grow == "gradient":
             return self._of_gradient(i)
         window = self._windows[i]
         assert window.rows is not None and window.cols is not None, "criterion without its statistics"

@@ -95,8 +95,6 @@ class State:
     """
     fingerprints: list[int]
     """Hash of each whole weight as loaded, the same for every layout."""
-    columns_allowed: dict[int, Tensor] = field(default_factory=dict)
-    """Own positions, packed, in which deltas may be, of each target; empty: everywhere (``support_columns``)."""
     group_prints: list[int] = field(default_factory=list)
     """``NMGroups.fingerprints`` of each whole weight's active positions at the start; empty without a pattern."""
 

@@ -53,14 +53,13 @@ class Needs:
         gradient = (
             seeded
             or momentum
-            or config.grow in ("gradient", "gain")
+            or config.grow == "gradient"
             or config.adapts_by == "sensitivity"
             or config.drop == "movement"
         )
         dtype = torch.bfloat16 if config.window_store == "bf16" else torch.float32
         factored, candidates = config.window_store == "factored", config.window_store == "candidates"
         price = config.swap_fraction > 0 or config.adapts_by == "curvature"
-        price = price or config.grow == "gain" or config.layer_budgets == "gain"
         outputs = price or (gradient and factored)
         norms = config.adapts_by == "activation" or outputs
         return cls(gradient, norms, outputs, seeded, momentum, factored, candidates, dtype)
