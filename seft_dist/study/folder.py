@@ -6,7 +6,7 @@ STUDY/study.yaml              the newest configuration of the study; study-1.yam
      /data/PART.jsonl         parts that data.split made
      /bases/NAME/model        models that the study has pruned, with prune.log and hashes (made.json) beside them
      /cells/NAME-HASH/        one run and its measurements: cell.json, commands.jsonl, *.log, run/, test-HASH.json, ...
-     /results.json, .md, .csv, runs.csv, figures/     the results
+     /results.json, .md, .csv, runs.csv, search.csv, figures/     the results
 """
 
 import dataclasses

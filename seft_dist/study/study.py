@@ -58,7 +58,7 @@ def run_study(
     write(plan, runner.state, survey, PATIENCE)
     results = collect(runner.state, survey)
     print_results(results, console)
-    files = ["results.md", "results.csv", "runs.csv", "results.json"]
+    files = ["results.md", "results.csv", "runs.csv", "search.csv", "results.json"]
     if config.figures:
         files += [str(path.relative_to(plan.folder)) for path in write_figures(results, plan.folder)]
     console.print(f"Written in {plan.folder}: {', '.join(files)}", highlight=False, markup=False, soft_wrap=True)

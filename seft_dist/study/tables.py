@@ -238,7 +238,7 @@ def endings(results: Results) -> list[str]:
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
-    """Write results.md, results.csv (a line a method) and runs.csv (a line a run).
+    """Write results.md, results.csv (a line a method), runs.csv (a line a run) and search.csv (a line a setting tried).
 
     Args:
         results: Results of the study.
@@ -250,6 +250,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         parts.append(f"## {section.title}\n\n{table}\n\n" + "\n".join(section.notes) + "\n")
     parts += [f"**{text}**\n" for text in endings(results)]
     contents = {"results.md": "\n".join(parts), "results.csv": _methods_csv(results), "runs.csv": _runs_csv(results)}
+    contents["search.csv"] = _search_csv(results)
     for name, text in contents.items():
         write_text(folder / name, text)
     return [folder / name for name in contents]
@@ -287,6 +288,15 @@ def _runs_csv(results: Results) -> str:
         line: dict[str, object] = {**run, **run["tasks"]}
         del line["tasks"]
         lines.append(line)
+    return _csv(lines)
+
+
+def _search_csv(results: Results) -> str:
+    lines: list[dict[str, object]] = []
+    for search in results["searches"]:
+        for tried in search["tried"]:
+            chosen = tried["setting"] == search["chosen"]
+            lines.append({"method": search["method"], "seed": results["search_seed"], **tried, "chosen": chosen})
     return _csv(lines)
 
 
