@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from seft_dist.export.delta import apply_delta
 from seft_dist.io import checkpoint
 from seft_dist.io.checkpoint.reader import _check_method
 from seft_dist.io.source import open_source
+from seft_dist.optim.notices import SeftWarning
 from seft_dist.optim.window import Needs
 from seft_dist.results.page.record import read_records
 from seft_dist.results.page.render import render
@@ -100,6 +102,18 @@ def test_nothing_is_swapped_where_it_would_not_pay() -> None:
         steps_of(model, seft, STEPS)
         for name, module in linears(model):
             assert torch.equal(module.weight.detach() != 0, masks[name])
+
+
+def test_a_parent_whose_weights_pruning_has_changed_is_warned_of() -> None:
+    model, compensated = prune_(tiny_llama()), prune_(tiny_llama())
+    with torch.no_grad():
+        for _, module in linears(compensated):
+            module.weight.mul_(1.01)
+    with pytest.warns(SeftWarning, match=r"100% of the active weights .* are not those of the parent"):
+        SeftOptimizer(compensated, CONFIG, parent=dense_parent()).attach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SeftWarning)
+        SeftOptimizer(model, CONFIG, parent=dense_parent()).attach()
 
 
 def test_a_pruned_weight_that_matters_takes_the_place_of_one_that_does_not() -> None:

@@ -11,11 +11,14 @@ from seft_dist.modules.kinds import Target
 from seft_dist.optim.gradient_check import GradientCheck
 from seft_dist.optim.recompute_inputs import unknown_nodes
 from seft_dist.optim.state import State, deltas_asked_for
+from seft_dist.optim.swap import Parent
 from seft_dist.sparsity.schedule import first_evolution
 
 LEVEL = 4  # stack level of the training loop, roughly: hooks lie between it and the optimizer's method
 _MANY_WEIGHTS = 100
 """Weights of a target from which on it is no accident that none of them is 0."""
+_COMPARED, _MOST = 1024, 0.5
+"""Values of each target that are compared with the parent's; largest share that may differ without a warning."""
 
 
 class SeftWarning(UserWarning):
@@ -26,7 +29,7 @@ def _is_main(backend: Backend) -> bool:
     return backend.owners.rank == 0 and backend.replicas.rank == 0
 
 
-def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: list[str]) -> None:
+def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: list[str], parent: Parent | None) -> None:
     """Give the warnings that can be given before the first step.
 
     Args:
@@ -34,6 +37,7 @@ def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: li
         config: The method.
         state: The state of a run that begins.
         frozen: Result of ``frozen_targets``.
+        parent: Model before it was pruned, if weights are to come back from it.
     """
     if _is_main(backend):
         _warn_of_frozen_targets(frozen)
@@ -41,6 +45,8 @@ def warn_at_start(backend: Backend, config: SeftConfig, state: State, frozen: li
         _warn_without_recomputation()
         _warn_of_dense_targets(backend, state)
         _warn_of_small_targets(backend, config, state)
+        if parent is not None:
+            _warn_of_changed_weights(backend, parent)
 
 
 def _warn_without_evolution(config: SeftConfig) -> None:
@@ -102,6 +108,30 @@ def _warn_of_small_targets(backend: Backend, config: SeftConfig, state: State) -
         warnings.warn(
             f"{len(less)} of {len(backend.names)} targets have fewer active weights than density={config.density} asks "
             f"for (e.g. {name}: {budget} instead of {wanted}). They get no more deltas than that",
+            SeftWarning,
+            stacklevel=LEVEL + 1,
+        )
+
+
+def _warn_of_changed_weights(backend: Backend, parent: Parent) -> None:
+    """Warn if most active weights differ from the parent's, so that what would come back does not fit them.
+
+    A run that goes on differs in few: those that had deltas. Only the first values of each target are compared.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=backend.device)  # active ones, changed ones
+    for i, name in enumerate(backend.names):
+        interval = backend.interval(i)
+        mine = backend.own(i)[:_COMPARED]
+        theirs = parent.read(name, interval.start, interval.start + len(mine)).to(mine.device, mine.dtype)
+        active = mine != 0
+        counts += torch.stack([active.sum(), (active & (mine != theirs)).sum()]).to(counts.device)
+    share = float(counts[1]) / max(1, int(counts[0]))
+    if share > _MOST:
+        warnings.warn(
+            f"{share:.0%} of the active weights (the first {_COMPARED} of each target were compared) are not those of "
+            "the parent: pruning changed them to make up for what it removed (--compensate, SparseGPT), or this is not "
+            "the model that was pruned. What comes back at its old value does not fit them, so swaps gain little or do "
+            "harm (docs/results.md). Compare with swap_fraction 0",
             SeftWarning,
             stacklevel=LEVEL + 1,
         )

@@ -179,7 +179,7 @@ class SeftOptimizer(TorchInterface):
         self._attach_hook.remove()
         if self.config.init == "random":
             random_support(backend, self.config, self._state)
-        notices.warn_at_start(backend, self.config, self._state, self._frozen)
+        notices.warn_at_start(backend, self.config, self._state, self._frozen, self._parent)
         self._prepare_step()
 
     def _attach_to(self, called: nn.Module) -> None:
