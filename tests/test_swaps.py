@@ -109,7 +109,7 @@ def test_a_parent_whose_weights_pruning_has_changed_is_warned_of() -> None:
     with torch.no_grad():
         for _, module in linears(compensated):
             module.weight.mul_(1.01)
-    with pytest.warns(SeftWarning, match=r"100% of the active weights .* are not those of the parent"):
+    with pytest.warns(SeftWarning, match=r"100% of the active weights .*are not those of the parent"):
         SeftOptimizer(compensated, CONFIG, parent=dense_parent()).attach()
     with warnings.catch_warnings():
         warnings.simplefilter("error", SeftWarning)
