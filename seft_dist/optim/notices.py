@@ -128,7 +128,7 @@ def _warn_of_changed_weights(backend: Backend, parent: Parent) -> None:
     share = float(counts[1]) / max(1, int(counts[0]))
     if share > _MOST:
         warnings.warn(
-            f"{share:.0%} of the active weights (among the first {_COMPARED} values of each target) are not those of the "
+            f"{share:.0%} of the active weights (of the first {_COMPARED} values of each target) are not those of the "
             "parent: pruning changed them to make up for what it removed (--compensate, SparseGPT), or this is not the "
             "model that was pruned. What comes back at its old value does not fit them, so swaps gain little or do "
             "harm (docs/results.md). Compare with swap_fraction 0",
