@@ -77,7 +77,11 @@ def _least_of_rows(work: WorkingState) -> list[Tensor]:
         excess = torch.bincount(grown // cols, minlength=rows)
         key, where = adapt_key(work, i).view(rows, cols).sort(1, descending=True)
         least = (torch.arange(cols) < excess.unsqueeze(1)) & (key != INELIGIBLE)
-        pruned.append((where + torch.arange(rows).unsqueeze(1) * cols)[least].sort().values)
+        chosen = (where + torch.arange(rows).unsqueeze(1) * cols)[least]
+        # a row in which more have grown than others are left: the rest leaves anywhere in the layer
+        missing = int(excess.sum()) - len(chosen)
+        others = adapt_key(work, i).index_fill_(0, chosen, INELIGIBLE).topk(missing).indices
+        pruned.append(torch.cat([chosen, others]).sort().values)
     return pruned
 
 
