@@ -114,6 +114,7 @@ def test_a_parent_whose_weights_pruning_has_changed_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", SeftWarning)
         SeftOptimizer(model, CONFIG, parent=dense_parent()).attach()
+        SeftOptimizer(prune_(tiny_llama()).bfloat16().float(), CONFIG, parent=dense_parent()).attach()
 
 
 def test_a_pruned_weight_that_matters_takes_the_place_of_one_that_does_not() -> None:

@@ -19,6 +19,8 @@ _MANY_WEIGHTS = 100
 """Weights of a target from which on it is no accident that none of them is 0."""
 _COMPARED, _MOST = 1024, 0.5
 """Values of each target that are compared with the parent's; largest share that may differ without a warning."""
+_ROUNDING = 2**-7
+"""Relative difference that is no change: the file of one of both may be bf16."""
 
 
 class SeftWarning(UserWarning):
@@ -116,22 +118,26 @@ def _warn_of_small_targets(backend: Backend, config: SeftConfig, state: State) -
 def _warn_of_changed_weights(backend: Backend, parent: Parent) -> None:
     """Warn if most active weights differ from the parent's, so that what would come back does not fit them.
 
-    A run that goes on differs in few: those that had deltas. Only the first values of each target are compared.
+    A run that goes on differs in few: those that had deltas. Only the last values of each target are compared:
+    SparseGPT leaves the first inputs alone, with which a transposed weight begins.
     """
     counts = torch.zeros(2, dtype=torch.int64, device=backend.device)  # active ones, changed ones
     for i, name in enumerate(backend.names):
-        interval = backend.interval(i)
-        mine = backend.own(i)[:_COMPARED]
-        theirs = parent.read(name, interval.start, interval.start + len(mine)).to(mine.device, mine.dtype)
-        active = mine != 0
-        counts += torch.stack([active.sum(), (active & (mine != theirs)).sum()]).to(counts.device)
+        stop, mine = backend.interval(i).stop, backend.own(i)[-_COMPARED:].float()
+        try:
+            theirs = parent.read(name, stop - len(mine), stop).to(mine.device).float()
+        except ValueError:
+            return  # the first evolution says so on every rank; here the others would wait for this one
+        active, changed = mine != 0, (mine - theirs).abs() > _ROUNDING * theirs.abs()
+        counts += torch.stack([active.sum(), (active & changed).sum()]).to(counts.device)
     share = float(counts[1]) / max(1, int(counts[0]))
     if share > _MOST:
         warnings.warn(
-            f"{share:.0%} of the active weights (of the first {_COMPARED} values of each target) are not those of the "
-            "parent: pruning changed them to make up for what it removed (--compensate, SparseGPT), or this is not the "
-            "model that was pruned. What comes back at its old value does not fit them, so swaps gain little or do "
-            "harm (docs/results.md). Compare with swap_fraction 0",
+            f"{share:.0%} of the active weights (of the last {_COMPARED} values of each target) are not those of the "
+            "parent: pruning changed them to make up for what it removed (--compensate, SparseGPT), they were trained "
+            "since, or this is not the model that was pruned. What comes back at its old value may not fit them, so "
+            "swaps may gain little or do harm (docs/results.md). Compare with a run without swaps: swap_fraction 0, "
+            "and no parent",
             SeftWarning,
             stacklevel=LEVEL + 1,
         )

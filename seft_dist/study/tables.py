@@ -297,12 +297,12 @@ def _search_csv(results: Results) -> str:
         for tried in search["tried"]:
             chosen = tried["setting"] == search["chosen"]
             lines.append({"method": search["method"], "seed": results["search_seed"], **tried, "chosen": chosen})
-    return _csv(lines)
+    return _csv(lines, ["method", "seed", "setting", "validation", "status", "chosen"])
 
 
-def _csv(lines: list[dict[str, object]]) -> str:
+def _csv(lines: list[dict[str, object]], names: list[str] | None = None) -> str:
     text = io.StringIO()
-    names = list(dict.fromkeys(name for line in lines for name in line))
+    names = names or list(dict.fromkeys(name for line in lines for name in line))
     writer = csv.DictWriter(text, names, restval="")
     writer.writeheader()
     for line in lines:
