@@ -127,7 +127,7 @@ def _warn_of_changed_weights(backend: Backend, parent: Parent) -> None:
         try:
             theirs = parent.read(name, stop - len(mine), stop).to(mine.device).float()
         except ValueError:
-            return  # the first evolution says so on every rank; here the others would wait for this one
+            return  # an evolution will say so; here only this rank reads, and the others would wait for it
         active, changed = mine != 0, (mine - theirs).abs() > _ROUNDING * theirs.abs()
         counts += torch.stack([active.sum(), (active & changed).sum()]).to(counts.device)
     share = float(counts[1]) / max(1, int(counts[0]))
