@@ -1,13 +1,14 @@
 """What one evolution's swaps promise and what they do: the loss without any training, for several limits.
 
-    python benchmarks/swap_promise.py --model studies/p60/bases/wanda60/model --parent models/SmolLM2-135M-Instruct \\
-        --train studies/p60/data/train.jsonl --validation studies/p60/data/validation.jsonl
+    python benchmarks/swap_promise.py --model studies/teacher60/bases/wanda60/model --parent models/SmolLM2-135M-Instruct \\
+        --train studies/teacher60/data/train.jsonl --validation studies/teacher60/data/validation.jsonl
 
-For each limit (--limits, values of seft.swap_fraction; 1 is none at all: every pair that promises something changes
-places) the pruned model is loaded, SeftOptimizer makes one evolution at learning rate 0, and the cross entropy of the
-validation text is measured. What the swaps promise is computed apart from the optimizer, from the weights before and
+For each limit (--limits, values of seft.swap_fraction; with 1 every pair that promises something changes places)
+the pruned model is loaded, SeftOptimizer makes one evolution at learning rate 0, and the cross entropy of the validation
+text is measured. What the swaps promise is computed apart from the optimizer, from the weights before and
 after them and from moments that this script takes: the sum of h v^2 / 2 over what comes back, less that over what
-leaves, in nats per token as the loss is. fp32.
+leaves, in nats per token as the loss is. h is the mean square of the gradient of the output times that of the input,
+over the tokens of the window. The promise is also shown as a share of the validation text's loss before. fp32.
 """
 
 import argparse
@@ -30,9 +31,11 @@ WINDOW = 2
 
 
 def read_tokens(path: str, tokenizer: Any, length: int, number: int) -> Tensor:
-    """Return sequences from all over a text, int64 [number, length]."""
+    """Return sequences from all over a plain text, int64 [number, length]."""
     sequences = load_sequences(DataConfig(path=path, seq_len=length), tokenizer, progress=False)
-    every = max(len(sequences) // number, 1)
+    if len(sequences) < number:
+        raise SystemExit(f"{path} has {len(sequences)} sequences of {length} tokens: needs {number}, so a longer text")
+    every = len(sequences) // number
     return torch.stack([torch.as_tensor(sequences[i][0]) for i in range(0, len(sequences), every)][:number]).long()
 
 
@@ -56,9 +59,11 @@ def moments_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]
         return hook
 
     handles = [module.register_forward_hook(observe(name)) for name, module in modules.items()]
-    yield sums
-    for handle in handles:
-        handle.remove()
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -87,27 +92,27 @@ def swap_once(arguments: argparse.Namespace, limit: float, train: Tensor) -> tup
     before = weights_of(model)
     config = SeftConfig(density=0.01, interval=WINDOW + 1, window=WINDOW, swap_fraction=limit, scope="global")
     optimizer = SeftOptimizer(model, config, lr=0.0, parent=ParentModel.open(arguments.parent))
-    modules = {name: model.get_submodule(name) for name in before}
-    for step in range(WINDOW + 1):  # the first one chooses the support, the others are the window
-        batch = train[step * arguments.batch_size :][: arguments.batch_size]
-        with moments_of(modules if step else {}) as sums:
-            model(input_ids=batch, labels=batch).loss.backward()
-        if step == 1:
-            total = sums
-        elif step > 1:
-            total = {name: [a + b for a, b in zip(total[name], sums[name], strict=True)] for name in total}
+
+    def step(number: int) -> None:
+        batch = train[number * arguments.batch_size :][: arguments.batch_size]
+        model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    step(0)  # chooses the support; the others are the window
+    with moments_of({name: model.get_submodule(name) for name in before}) as sums:
+        for number in range(1, WINDOW + 1):
+            step(number)
     optimizer.detach()
-    promise, number = 0.0, 0
+    promise, count = 0.0, 0
     for name, weight in weights_of(model).items():
-        rows, columns = (each / WINDOW for each in total[name])
+        rows, columns = (each / WINDOW for each in sums[name])
         came, left = (before[name] == 0) & (weight != 0), (before[name] != 0) & (weight == 0)
         price = torch.outer(rows, columns) / 2
         promise += float((price * weight.double().square())[came].sum())
         promise -= float((price * before[name].double().square())[left].sum())
-        number += int(came.sum())
-    return model, number, promise
+        count += int(came.sum())
+    return model, count, promise
 
 
 def main() -> None:
@@ -117,9 +122,9 @@ def main() -> None:
     parser.add_argument("--parent", required=True, help="folder of the dense model")
     parser.add_argument("--train", required=True, help="text of the window")
     parser.add_argument("--validation", required=True, help="text whose loss is measured")
-    parser.add_argument("--limits", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08, 1.0])
+    parser.add_argument("--limits", type=float, nargs="+", default=[0.01, 0.02, 0.04, 0.08, 1.0])
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 128 tokens in a step")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences of 512 tokens to measure the loss on")
+    parser.add_argument("--sequences", type=int, default=12, help="sequences of 512 tokens to measure the loss on")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(ModelConfig(path=arguments.model))
     train = read_tokens(arguments.train, tokenizer, 128, arguments.batch_size * (WINDOW + 1))

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -39,6 +40,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def test_moments_of_a_layer(script: Any) -> None:
+    layer, weights = torch.nn.Linear(3, 2, bias=False), torch.randn(4, 5, 2)
+    inputs = [torch.randn(4, 5, 3) for _ in range(2)]
+    with script.moments_of({"layer": layer}) as sums:
+        for tokens in inputs:
+            (layer(tokens) * weights).sum().backward()
+    (layer(inputs[0]) * weights).sum().backward()  # after the context nothing is added
+    rows, columns = sums["layer"]
+    torch.testing.assert_close(rows.float(), 2 * weights.square().sum((0, 1)))
+    torch.testing.assert_close(columns.float(), torch.stack(inputs).square().sum((0, 1, 2)))
+
+
 def test_without_a_limit_all_pairs_that_promise_something_change_places(script: Any, folders: dict[str, Path]) -> None:
     tokens = torch.randint(0, 60, (6, 32), generator=torch.Generator().manual_seed(0))
     arguments = argparse.Namespace(model=folders["model"], parent=str(folders["parent"]), batch_size=2)
@@ -67,6 +80,11 @@ def test_the_table(folders: dict[str, Path]) -> None:
     command = [sys.executable, str(SCRIPT), *options, "--limits", "0.01", "0.05", "1", "--sequences", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
-    numbers, promises = [int(row[1].replace(",", "")) for row in rows], [float(row[2]) for row in rows]
-    assert len(rows) == 3 and sorted(numbers) == numbers and sorted(promises) == promises
+    assert re.search(r"^validation: 1,024 tokens, loss [\d.]+, perplexity [\d.]+$", done.stdout, re.MULTILINE)
+    before = float(re.findall(r"perplexity ([\d.]+)$", done.stdout, re.MULTILINE)[0])
+    row = r"^\| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \| [\d.]+% \| ([-+][\d.]+) \| ([\d.]+) \|$"
+    rows = [[float(cell.replace(",", "")) for cell in cells] for cells in re.findall(row, done.stdout, re.MULTILINE)]
+    assert [cells[0] for cells in rows] == [0.01, 0.05, 1.0]
+    _, numbers, promises, changes, after = zip(*rows, strict=True)
+    assert sorted(numbers) == list(numbers) and sorted(promises) == list(promises)
+    assert [before * math.exp(change) for change in changes] == pytest.approx(after, rel=0.02)

@@ -60,8 +60,8 @@ class SeftConfig:
     the base returns everywhere, and reactivated positions are pruned again (SpIEL; needs adapt "none")."""
     reactivation: float = 0.0
     """Largest share of the entries grown in a step that may be pruned positions, 0 to 1. 0: the support moves inside
-    the mask, which stays (unless swap_fraction moves it). 1: no cap, as in the paper; it repaired no better in all
-    that was measured (docs/results.md)."""
+    the mask, which stays (unless swap_fraction moves it). 1: no cap, as in the paper; it repaired worse (with
+    reactivate "trial" about as well) in what was measured (docs/results.md)."""
     reactivate: Reactivate = "commit"
     """Way in which pruned positions come back. "commit": a position that grows takes the place of another at once.
     "trial": it trains until the next evolution, which ranks all active positions and keeps the best; until then the
