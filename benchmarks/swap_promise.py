@@ -1,14 +1,15 @@
 """What one evolution's swaps promise and what they do: the loss without any training, for several limits.
 
-    python benchmarks/swap_promise.py --model studies/teacher60/bases/wanda60/model --parent models/SmolLM2-135M-Instruct \\
-        --train studies/teacher60/data/train.jsonl --validation studies/teacher60/data/validation.jsonl
+    python benchmarks/swap_promise.py --model studies/teacher60/bases/wanda60/model \\
+        --parent models/SmolLM2-135M-Instruct --train studies/teacher60/data/train.jsonl \\
+        --validation studies/teacher60/data/validation.jsonl
 
-For each limit (--limits, values of seft.swap_fraction; with 1 every pair that promises something changes places)
-the pruned model is loaded, SeftOptimizer makes one evolution at learning rate 0, and the cross entropy of the validation
-text is measured. What the swaps promise is computed apart from the optimizer, from the weights before and
-after them and from moments that this script takes: the sum of h v^2 / 2 over what comes back, less that over what
-leaves, in nats per token as the loss is. h is the mean square of the gradient of the output times that of the input,
-over the tokens of the window. The promise is also shown as a share of the validation text's loss before. fp32.
+For each limit (--limits, values of seft.swap_fraction; with 1 every pair that promises something changes places) the
+pruned model is loaded, SeftOptimizer makes one evolution at learning rate 0, and the cross entropy of the validation
+text is measured. What the swaps promise is computed apart from the optimizer, from the weights before and after them
+and from moments that this script takes: the sum of h v^2 / 2 over what comes back, less that over what leaves, in nats
+per token as the loss is. h is the mean square of the gradient of the output times that of the input, over the tokens
+of the window. The promise is also shown as a share of the validation text's loss before. fp32.
 """
 
 import argparse
