@@ -71,9 +71,7 @@ def moments_of(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]
 def mean_loss(model: Any, tokens: Tensor) -> float:
     """Return the mean cross entropy over sequences [n, length], in nats per token."""
     model.eval()
-    loss = sum(float(model(input_ids=row[None], labels=row[None]).loss) for row in tokens) / len(tokens)
-    model.train()
-    return loss
+    return sum(float(model(input_ids=row[None], labels=row[None]).loss) for row in tokens) / len(tokens)
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
